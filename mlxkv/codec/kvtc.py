@@ -1,0 +1,240 @@
+"""The codec: a cache to one container and back, block of tokens by block of tokens.
+
+Sinks (the first s tokens) and the window (the last w) are stored as they are; the tokens between are coded. A
+block's streams are sections of their own, so memory stays at one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+import mlxkv
+from mlxkv import container
+from mlxkv.cache import STREAMS, KVDump, Rope
+from mlxkv.codec import raw
+from mlxkv.codec.artifacts import CalibrationArtifacts, check_rope
+from mlxkv.codec.payload import decode_block, encode_block, payload_size
+from mlxkv.codec.rows import from_rows, to_rows
+from mlxkv.container import Reader, Section, encode_section
+from mlxkv.errors import FormatError, InputError, MismatchError
+
+METHOD = "kvtc"
+BLOCK = 512
+MAX_BLOCK = 2**16
+Layers = Sequence[np.ndarray] | Sequence[mx.array]
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tokens of a cache `[batch, …, length, …]` are sinks, coded blocks and window."""
+
+    batch: int
+    length: int
+    s: int
+    w: int
+    block: int = BLOCK
+
+    def __post_init__(self) -> None:
+        whole = all(type(n) is int for n in (self.batch, self.length, self.s, self.w, self.block))
+        if not whole or self.batch < 1 or self.length < 1 or self.s < 0 or self.w < 0 or not 1 <= self.block <= MAX_BLOCK:
+            raise FormatError(f"not a layout of tokens: {self}")
+
+    @property
+    def middle(self) -> range:
+        """The coded tokens; empty when sinks and window cover everything."""
+        sink = min(self.s, self.length)
+        return range(sink, max(sink, self.length - self.w))
+
+    def blocks(self) -> Iterator[tuple[int, int, int]]:
+        """(index, start, stop) of every coded block."""
+        for index, start in enumerate(range(self.middle.start, self.middle.stop, self.block)):
+            yield index, start, min(start + self.block, self.middle.stop)
+
+
+class KVTCCacheCodec:
+    """Compress and decompress caches of one model with one calibration.
+
+    artifacts: the calibration. w, s: raw window and raw sinks, for compressing; a blob decodes with the numbers it
+    was written with. rope_cfg, mode: optional statements about the model (a preset's), refused when the artifacts
+    differ. Raises MismatchError for artifacts, geometry or model that do not belong together.
+    """
+
+    def __init__(self, artifacts: CalibrationArtifacts, w: int = 128, s: int = 4,
+                 rope_cfg: Rope | Mapping[str, Any] | None = None, mode: str | None = None) -> None:  # fmt: skip
+        if w < 0 or s < 0:
+            raise InputError(f"window and sinks must be 0 or more, got w={w} and s={s}")
+        if mode not in (None, artifacts.spec.mode):
+            raise MismatchError(f"the artifacts are {artifacts.spec.mode}, not {mode}")
+        if rope_cfg is not None:
+            check_rope(artifacts.spec, rope_cfg)
+        self.artifacts, self.w, self.s = artifacts, w, s
+        self.streams = [artifacts.spec.stream(name) for name in STREAMS if artifacts.spec.stream(name).width]
+        # A codec's own cache: the float32 basis is made on first use and dies with the codec.
+        self._basis = cache(lambda name: mx.array(artifacts.stream(name).V).astype(mx.float32))
+
+    def compress(self, k_layers: Layers, v_layers: Layers, *, meta: Mapping[str, Any] | None = None,
+                 extras: Mapping[str, np.ndarray] | None = None, progress: Progress | None = None) -> bytes:  # fmt: skip
+        """One container from keys and values, each a list of `[B, H, T, D]` arrays (NumPy or MLX), one a layer.
+
+        meta and extras (arrays) travel along unchanged. progress is told the tokens done.
+        """
+        layers = {"k": k_layers, "v": v_layers}
+        batch, length, dtype = self._check_shapes(layers)
+        layout = Layout(batch, length, self.s, self.w)
+        sections: list[tuple[Section, bytes]] = []
+        described = {}
+        for name, array in self._raw_arrays(layers, layout, extras or {}):
+            kind, data = raw.encode(array)
+            described[name] = [kind, list(array.shape)]
+            sections.append(encode_section(name, data))
+        with ThreadPoolExecutor(2) as pool:
+            futures: list[Future[tuple[Section, bytes]]] = []
+            for index, start, stop in layout.blocks():
+                for stream in self.streams:
+                    part = self.artifacts.stream(stream.name)
+                    rows = to_rows(stream, layers[stream.name], start, stop)
+                    payload = encode_block(part.plan, (rows - mx.array(part.mu)) @ self._basis(stream.name))
+                    if len(futures) >= 8:  # wait for DEFLATE rather than let payloads pile up
+                        futures[-8].result()
+                    futures.append(pool.submit(encode_section, f"{stream.name}.{index}", payload))
+                if progress:
+                    progress(stop - start)
+            sections += [future.result() for future in futures]
+        header = {
+            "method": METHOD,
+            "mlxkv": mlxkv.__version__,
+            "artifacts": self.artifacts.fingerprint,
+            "layout": {"batch": batch, "length": length, "s": self.s, "w": self.w, "block": layout.block},
+            "dtype": dtype,
+            "raw": described,
+            "meta": dict(meta or {}),
+        }
+        out = BytesIO()
+        container.write(out, header, sections)
+        return out.getvalue()
+
+    def decompress(self, blob: bytes | str | Path, *, progress: Progress | None = None) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Keys and values of a container (bytes, or a file's path) as lists of `[B, H, T, D]` NumPy arrays.
+
+        The dtype is the one compressed, except that bfloat16, which NumPy lacks, comes back as float32.
+        """
+        with Reader(blob) as reader:
+            return self._decode(reader, progress)
+
+    def compress_dump(self, dump: KVDump, progress: Progress | None = None) -> bytes:
+        """A whole dump: also its tokens, other layers' states and origin."""
+        expected = self.artifacts.meta.get("model_fingerprint", "")
+        if dump.fingerprint != expected:
+            raise MismatchError(f"the cache is of {dump.model} ({dump.fingerprint}), the artifacts of {self.artifacts.meta.get('model')} ({expected})")
+        if dump.spec != self.artifacts.spec:
+            raise MismatchError("the cache's layers, heads or rotation differ from the artifacts'")
+        meta = {"model": dump.model, "fingerprint": dump.fingerprint, "dtype": dump.dtype}
+        extras = {"tokens": dump.tokens, **{f"state.{key}": value for key, value in dump.states.items()}}
+        return self.compress(list(dump.k), list(dump.v), meta=meta, extras=extras, progress=progress)
+
+    def decompress_dump(self, blob: bytes | str | Path, progress: Progress | None = None) -> KVDump:
+        """The inverse of `compress_dump`. Raises FormatError for a container without tokens."""
+        with Reader(blob) as reader:
+            k, v = self._decode(reader, progress)
+            described = _object(reader, "raw")
+            extras = {name: raw.read(reader, name, *described[name]) for name in described if name not in raw.ENDS}
+            meta = _object(reader, "meta")
+        if "tokens" not in extras:
+            raise FormatError(f"{reader.name} holds no tokens: it was made by compress(), open it with decompress()")
+        states = {name.removeprefix("state."): array for name, array in extras.items() if name.startswith("state.")}
+        facts = [str(meta.get(key, "")) for key in ("model", "fingerprint", "dtype")]
+        return KVDump(np.stack(k), np.stack(v), self.artifacts.spec, extras["tokens"], *facts, states)
+
+    def _decode(self, reader: Reader, progress: Progress | None) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        layout, dtype = self._check_header(reader)
+        self._check_lengths(reader, layout)
+        outputs = {}
+        for name in STREAMS:
+            stream = self.artifacts.spec.stream(name)
+            shape = (stream.layers, layout.batch, stream.heads, layout.length, stream.dim)
+            outputs[name] = np.empty(shape, dtype)
+        described = _object(reader, "raw")
+        for name in raw.ENDS:
+            whole = outputs[name[0]]
+            part = whole[..., : layout.middle.start, :] if name.endswith("sink") else whole[..., layout.middle.stop :, :]
+            kind, shape = described.get(name, [None, None])
+            if shape != list(part.shape):
+                raise FormatError(f"{reader.name}: {name} has shape {shape}, its layout needs {list(part.shape)}")
+            part[...] = raw.read(reader, name, kind, shape)
+        target = mx.float16 if dtype == np.float16 else mx.float32
+        for index, start, stop in layout.blocks():
+            for stream in self.streams:
+                rows = self._decode_rows(reader, stream.name, index, layout.batch * (stop - start))
+                outputs[stream.name][..., start:stop, :] = np.array(from_rows(stream, rows, layout.batch, start).astype(target))
+            if progress:
+                progress(stop - start)
+        return list(outputs["k"]), list(outputs["v"])
+
+    def _decode_rows(self, reader: Reader, name: str, index: int, tokens: int) -> mx.array:
+        part = self.artifacts.stream(name)
+        payload = reader.read(f"{name}.{index}", payload_size(part.plan, tokens))
+        return decode_block(part.plan, payload, tokens) @ self._basis(name).T + mx.array(part.mu)
+
+    def _check_header(self, reader: Reader) -> tuple[Layout, np.dtype]:
+        header = reader.header
+        if header.get("method") != METHOD:
+            raise FormatError(f"{reader.name} was coded by method {header.get('method')!r}; this codec decodes {METHOD!r}")
+        if header.get("artifacts") != self.artifacts.fingerprint:
+            raise MismatchError(f"{reader.name} needs artifacts {header.get('artifacts')}, these are {self.artifacts.fingerprint}")
+        try:
+            layout = Layout(**_object(reader, "layout"))
+        except TypeError:
+            raise FormatError(f"{reader.name} describes no layout of tokens") from None
+        dtype = {"float16": np.float16, "float32": np.float32, "bfloat16": np.float32}.get(str(header.get("dtype")))
+        if dtype is None:
+            raise FormatError(f"{reader.name} has unknown dtype {header.get('dtype')!r}")
+        return layout, np.dtype(dtype)
+
+    def _check_lengths(self, reader: Reader, layout: Layout) -> None:
+        """Every coded section must be there with its exact size before anything of the cache's size is allocated."""
+        for index, start, stop in layout.blocks():
+            for stream in self.streams:
+                section = reader.sections.get(f"{stream.name}.{index}")
+                size = payload_size(self.artifacts.stream(stream.name).plan, layout.batch * (stop - start))
+                if section is None or section.size != size:
+                    raise FormatError(f"{reader.name}: section {stream.name}.{index} is missing or not {size} bytes")
+
+    def _check_shapes(self, layers: Mapping[str, Layers]) -> tuple[int, int, str]:
+        shapes, dtypes = set(), set()
+        for name in STREAMS:
+            stream = self.artifacts.spec.stream(name)
+            if len(layers[name]) != stream.layers:
+                raise MismatchError(f"{name} has {len(layers[name])} layers; the artifacts are for {stream.layers}")
+            for array in layers[name]:
+                if len(array.shape) != 4 or (array.shape[1], array.shape[3]) != (stream.heads, stream.dim):
+                    raise MismatchError(f"{name} has a layer of shape {tuple(array.shape)}; expected [B, {stream.heads}, T, {stream.dim}]")
+                shapes.add((array.shape[0], array.shape[2]))
+                dtypes.add(str(array.dtype).removeprefix("mlx.core."))
+        if len(shapes) != 1 or min(min(shapes)) < 1:
+            raise MismatchError(f"all layers need the same batch and length of at least 1, found [B, T] = {sorted(shapes)}")
+        if len(dtypes) != 1 or not dtypes <= {"float16", "float32", "bfloat16"}:
+            raise MismatchError(f"all layers need one dtype of float16, bfloat16 or float32, found {sorted(dtypes)}")
+        return *shapes.pop(), dtypes.pop()
+
+    def _raw_arrays(self, layers: Mapping[str, Layers], layout: Layout, extras: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+        for name in raw.ENDS:
+            tokens = slice(0, layout.middle.start) if name.endswith("sink") else slice(layout.middle.stop, None)
+            yield name, np.stack([raw.widened(layer[:, :, tokens]) for layer in layers[name[0]]])
+        yield from extras.items()
+
+
+def _object(reader: Reader, key: str) -> dict[str, Any]:
+    value = reader.header.get(key)
+    if not isinstance(value, dict):
+        raise FormatError(f"{reader.name} has no {key} in its header")
+    return value

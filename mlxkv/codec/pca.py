@@ -1,0 +1,55 @@
+"""Stage 2's basis: principal components of token rows across all layers and heads (the KLT).
+
+Randomised SVD after Halko, Martinsson and Tropp (arXiv 0909.4061), algorithm 4.4. Small problems, and those that
+want most directions anyway, go through the Gram matrix of the smaller side, so no p x p matrix appears when there
+are fewer samples than p.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+OVERSAMPLE = 64
+POWER_PASSES = 2
+EXACT_SIDE = 1536  # a Gram matrix up to this side is diagonalised in about a second
+EXACT_SHARE = 0.4  # from this share of all directions on, the exact way is the faster one
+
+
+def principal_components(rows: np.ndarray, rank: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Mean `[p]` and orthonormal components `[p, r]` of rows `[N, p]`, strongest first; centres `rows` in place.
+
+    r is `rank` or less: no more than N - 1 or p directions exist. Deterministic for a seed.
+    """
+    mean = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
+    rows -= mean
+    rank = max(1, min(rank, rows.shape[0] - 1, rows.shape[1]))
+    small = min(rows.shape)
+    exact = small <= EXACT_SIDE or rank > EXACT_SHARE * small
+    basis = _exact(rows, rank) if exact else _randomised(rows, rank, seed)
+    return mean, np.ascontiguousarray(basis * _signs(basis))
+
+
+def _exact(rows: np.ndarray, rank: int) -> np.ndarray:
+    if rows.shape[1] <= rows.shape[0]:
+        _, vectors = np.linalg.eigh(rows.T @ rows)
+        return vectors[:, ::-1][:, :rank]
+    _, vectors = np.linalg.eigh(rows @ rows.T)
+    # Orthonormal even where the spectrum has run out, unlike division by the singular values.
+    return np.linalg.qr(rows.T @ vectors[:, ::-1][:, :rank])[0]
+
+
+def _randomised(rows: np.ndarray, rank: int, seed: int) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    width = min(rank + OVERSAMPLE, *rows.shape)
+    sketch = random.standard_normal((rows.shape[1], width), dtype=np.float32)
+    for _ in range(POWER_PASSES):
+        sketch = np.linalg.qr(rows.T @ (rows @ sketch))[0]
+    # Rayleigh-Ritz inside the found subspace [p, width].
+    projected = rows @ sketch
+    _, vectors = np.linalg.eigh(projected.T @ projected)
+    return sketch @ vectors[:, ::-1][:, :rank]
+
+
+def _signs(basis: np.ndarray) -> np.ndarray:
+    """+-1 for each component, so that its largest entry is positive whatever the LAPACK."""
+    return np.where(basis[np.abs(basis).argmax(axis=0), np.arange(basis.shape[1])] < 0, -1, 1).astype(basis.dtype)

@@ -1,0 +1,48 @@
+"""Arrays stored as they are: sinks, window, tokens, states. Floats take the narrowest type that loses nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxkv.container import Reader
+from mlxkv.errors import FormatError
+
+ENDS = ("k.sink", "v.sink", "k.window", "v.window")
+_TYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "int32": "<i4"}
+_MAX_AXES = 8
+
+
+def widened(array: np.ndarray | mx.array) -> np.ndarray:
+    """As NumPy; bfloat16, which NumPy lacks, as float32."""
+    if isinstance(array, mx.array) and array.dtype == mx.bfloat16:
+        array = array.astype(mx.float32)
+    return np.array(array)
+
+
+def encode(array: np.ndarray) -> tuple[str, bytes]:
+    """The stored type and bytes of a float16, float32 or int32 array."""
+    if array.dtype == np.int32:
+        return "int32", array.astype("<i4").tobytes()
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    if np.array_equal(half, array):
+        return "float16", half.astype("<f2").tobytes()
+    bits = array.astype("<f4").view("<u4")
+    if not (bits & 0xFFFF).any():
+        return "bfloat16", (bits >> 16).astype("<u2").tobytes()
+    return "float32", array.astype("<f4").tobytes()
+
+
+def read(reader: Reader, name: str, kind: Any, shape: Any) -> np.ndarray:
+    """One raw section as an array of the described shape. Raises FormatError when bytes and shape disagree."""
+    valid = isinstance(shape, list) and len(shape) <= _MAX_AXES and all(type(n) is int and n >= 0 for n in shape)
+    if kind not in _TYPES or not valid:
+        raise FormatError(f"{reader.name}: {name} is described as {kind!r} of shape {shape!r}")
+    size = int(np.prod(shape, dtype=object)) * np.dtype(_TYPES[kind]).itemsize
+    flat = np.frombuffer(reader.read(name, size), dtype=_TYPES[kind])
+    if kind == "bfloat16":
+        flat = (flat.astype("<u4") << 16).view("<f4")
+    return flat.reshape(shape)

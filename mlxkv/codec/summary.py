@@ -1,0 +1,44 @@
+"""Where the bytes of a container went, from its header alone (no artifacts needed)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlxkv.codec.kvtc import Layout
+from mlxkv.codec.raw import ENDS
+from mlxkv.container import Reader
+from mlxkv.errors import FormatError
+
+
+def summary(reader: Reader) -> dict[str, Any]:
+    """Sizes and ratios. `ratio` counts the whole file; `ratio_middle` only the coded tokens against their sections.
+
+    fp16_bytes is the yardstick, 16 bits an element, whatever type the cache had.
+    """
+    try:
+        layout = Layout(**reader.header["layout"])
+        shapes = {name: reader.header["raw"][name][1] for name in ENDS}
+        width = sum(shapes[name][0] * shapes[name][2] * shapes[name][4] for name in ENDS[:2])
+        raw_names = set(reader.header["raw"])
+    except (KeyError, TypeError, IndexError) as error:
+        raise FormatError(f"{reader.name} is no compressed cache: {error!r}") from None
+    stored = {name: section.stored for name, section in reader.sections.items()}
+    coded = sum(size for name, size in stored.items() if name not in raw_names)
+    ends = sum(stored[name] for name in ENDS)
+    other = sum(size for name, size in stored.items() if name in raw_names and name not in ENDS)
+    fp16 = 2 * width * layout.batch * layout.length
+    middle = 2 * width * layout.batch * len(layout.middle)
+    return {
+        "tokens": layout.length,
+        "batch": layout.batch,
+        "s": layout.s,
+        "w": layout.w,
+        "fp16_bytes": fp16,
+        "file_bytes": reader.size,
+        "coded_bytes": coded,
+        "sink_and_window_bytes": ends,
+        "other_bytes": other,
+        "header_bytes": reader.size - coded - ends - other,
+        "ratio": fp16 / reader.size,
+        "ratio_middle": middle / coded if coded else None,
+    }

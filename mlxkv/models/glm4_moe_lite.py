@@ -1,0 +1,22 @@
+"""GLM-4.7-Flash: multi-head latent attention (MLA, arXiv 2405.04434).
+
+mlx-lm caches the normed latent where others cache keys and the rotated `k_pe` where others cache values. The
+two are coded as one stream, latent | k_pe, and the values stream has width 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlxkv.cache import CacheSpec, Slot
+from mlxkv.models import model_type, read_rope
+
+
+def spec(model: Any) -> CacheSpec:
+    """GLM-4.7-Flash: 47 layers of latent 1 x 512 and k_pe 1 x 64."""
+    layers = []
+    for layer in model.layers:
+        attention = layer.self_attn
+        latent = Slot("latent", 1, attention.kv_lora_rank)
+        layers.append((latent, Slot("k_pe", 1, attention.qk_rope_head_dim, read_rope(attention.rope))))
+    return CacheSpec(model_type(model), tuple(layers), mode="single_stream")

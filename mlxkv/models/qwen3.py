@@ -1,0 +1,3 @@
+"""Qwen3: rotated, RMS-normed keys and values on every layer, the same attributes as Llama."""
+
+from mlxkv.models.llama import spec as spec

