@@ -16,6 +16,7 @@ _HOME = {
     "CacheSpec": "cache",
     "KVDump": "cache",
     "Rope": "cache",
+    "Settings": "codec.kvtc",
     "Slot": "cache",
     "CalibrationArtifacts": "codec.artifacts",
     "KVTCCacheCodec": "codec.kvtc",
@@ -29,13 +30,19 @@ _HOME = {
 __all__ = sorted([*_HOME, "__version__"])
 
 if TYPE_CHECKING:
-    from mlxkv.cache import CacheSpec, KVDump, Rope, Slot
-    from mlxkv.codec.artifacts import CalibrationArtifacts
-    from mlxkv.codec.calibrate import calibrate
-    from mlxkv.codec.kvtc import KVTCCacheCodec
-    from mlxkv.errors import MlxkvError
-    from mlxkv.files import read_dump, write_dump
-    from mlxkv.presets import method_preset, model_preset
+    from mlxkv.cache import CacheSpec as CacheSpec
+    from mlxkv.cache import KVDump as KVDump
+    from mlxkv.cache import Rope as Rope
+    from mlxkv.cache import Slot as Slot
+    from mlxkv.codec.artifacts import CalibrationArtifacts as CalibrationArtifacts
+    from mlxkv.codec.calibrate import calibrate as calibrate
+    from mlxkv.codec.kvtc import KVTCCacheCodec as KVTCCacheCodec
+    from mlxkv.codec.kvtc import Settings as Settings
+    from mlxkv.errors import MlxkvError as MlxkvError
+    from mlxkv.files import read_dump as read_dump
+    from mlxkv.files import write_dump as write_dump
+    from mlxkv.presets import method_preset as method_preset
+    from mlxkv.presets import model_preset as model_preset
 
 blas.preload()  # has to happen before anything imports mlx.core
 

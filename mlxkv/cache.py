@@ -38,14 +38,16 @@ class Rope:
     gain: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.dims <= 0 or self.dims % 2 or self.offset < 0:
+        if not (_is_whole(self.dims) and _is_whole(self.offset)) or self.dims == 0 or self.dims % 2:
             raise FormatError(f"rope needs even dims > 0 and offset >= 0, got {self.dims} and {self.offset}")
         if (self.base is None) == (self.freqs is None):
             raise FormatError("rope needs either a base or a table of freqs, not both and not none")
         if self.freqs is not None and len(self.freqs) != self.dims // 2:
             raise FormatError(f"rope of {self.dims} dims needs {self.dims // 2} freqs, got {len(self.freqs)}")
-        if not self.gain > 0 or not self.scale > 0:
-            raise FormatError(f"rope needs scale and gain > 0, got {self.scale} and {self.gain}")
+        if any(not f > 0 for f in self.freqs or ()):
+            raise FormatError(f"rope needs freqs > 0, got {self.freqs}")
+        if not all(_is_positive(n) for n in (self.scale, self.gain, 1.0 if self.base is None else self.base)):
+            raise FormatError(f"rope needs scale, gain and base > 0, got {self.scale}, {self.gain} and {self.base}")
 
     def rotate(self, x: mx.array, start: int = 0) -> mx.array:
         """Rotate x `[B, H, T, D]` as the model does for positions start..start+T."""
@@ -95,7 +97,7 @@ class Slot:
     rope: Rope | None = None
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.dim < 0:
+        if not (_is_whole(self.heads) and _is_whole(self.dim)) or self.heads == 0:
             raise FormatError(f"slot {self.name!r} needs heads >= 1 and dim >= 0, got {self.heads} and {self.dim}")
         if self.rope is not None and self.rope.offset + self.rope.dims > self.dim:
             raise FormatError(f"slot {self.name!r} rotates past its {self.dim} dims: {self.rope}")
@@ -172,11 +174,13 @@ class CacheSpec:
         """The inverse of `to_json`. Raises FormatError when the data is not such a description."""
         try:
             kinds = [tuple(_slot_from_json(slot) for slot in kind) for kind in data["kinds"]]
+            if not all(i is None or _is_whole(i) for i in data["layers"]):
+                raise FormatError("every layer is null or the number of a kind")
             layers = tuple(None if i is None else kinds[i] for i in data["layers"])
             if any(layer is not None and len(layer) != 2 for layer in layers):
                 raise FormatError("every attention layer needs exactly two slots")
             return cls(str(data["model_type"]), layers, str(data["mode"]))  # type: ignore[arg-type]
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
             raise FormatError(f"not a cache description: {error!r}") from None
 
 
@@ -195,7 +199,15 @@ def _slot_json(slot: Slot) -> dict[str, Any]:
 
 def _slot_from_json(data: Mapping[str, Any]) -> Slot:
     rope = None if data["rope"] is None else Rope.from_json(data["rope"])
-    return Slot(str(data["name"]), int(data["heads"]), int(data["dim"]), rope)
+    return Slot(str(data["name"]), data["heads"], data["dim"], rope)
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= np.finfo(np.float32).max
 
 
 @dataclass

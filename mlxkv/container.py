@@ -108,7 +108,9 @@ class Reader:
         position = self._file.tell()
         sections: list[Section] = []
         self._starts: dict[str, int] = {}
-        for row in table if isinstance(table, list) else [None]:
+        if not isinstance(table, list):
+            raise FormatError(f"the header of {self.name} has no section table")
+        for row in table:
             if not _is_row(row) or row[0] in self._starts:
                 raise FormatError(f"the section table of {self.name} is malformed: {str(row)[:80]}")
             section = Section(*row)
@@ -116,7 +118,9 @@ class Reader:
             self._starts[section.name] = position
             position += section.stored
         if position != self.size:
-            raise FormatError(f"{self.name} should have {position} bytes by its header, but has {self.size}: truncated or extended")
+            raise FormatError(
+                f"{self.name} should have {position} bytes by its header, but has {self.size}: truncated or extended"
+            )
         return sections
 
     def read(self, name: str, size: int | None = None) -> bytes:
@@ -125,11 +129,15 @@ class Reader:
         if section is None:
             raise FormatError(f"{self.name} has no section {name!r}; it has {', '.join(list(self.sections)[:20])}")
         if size is not None and section.size != size:
-            raise FormatError(f"section {name!r} of {self.name} decodes to {section.size} bytes; its geometry needs {size}")
+            raise FormatError(
+                f"section {name!r} of {self.name} decodes to {section.size} bytes; its geometry needs {size}"
+            )
         self._file.seek(self._starts[name])
         stored = self._file.read(section.stored)
         if digest(stored).hex() != section.digest:
-            raise ChecksumError(f"section {name!r} of {self.name} is damaged: its checksum does not match; restore a copy")
+            raise ChecksumError(
+                f"section {name!r} of {self.name} is damaged: its checksum does not match; restore a copy"
+            )
         return stored if section.coding == "raw" else self._inflate(section, stored)
 
     def _inflate(self, section: Section, stored: bytes) -> bytes:

@@ -15,7 +15,7 @@ class InputError(MlxkvError):
     exit_code = 2
 
 
-class ModelNotFound(InputError):
+class ModelNotFoundError(InputError):
     """A model name leads to no local directory, installed wheel or reachable hub repository."""
 
 

@@ -6,12 +6,14 @@ Whatever is read is treated as hostile: no pickle, and no allocation that the fi
 from __future__ import annotations
 
 import json
+import math
 import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from tokenize import TokenError
+from typing import IO, Any
 
 import numpy as np
 
@@ -20,6 +22,8 @@ from mlxkv.errors import FormatError, InputError, VersionError
 
 DUMP_VERSION = 1
 _STATE = "state."
+# What NumPy lets through from its own reading of a header, a Python literal.
+_HEADER_ERRORS = (SyntaxError, TypeError, AttributeError, RecursionError, TokenError)
 
 
 @contextmanager
@@ -56,12 +60,12 @@ def read_npy(file: IO[bytes], size: int, name: str) -> np.ndarray:
         version = np.lib.format.read_magic(file)
         readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, fortran, dtype = readers[version](file)
-        expected = file.tell() + dtype.itemsize * int(np.prod(shape, dtype=object))
+        expected = file.tell() + dtype.itemsize * math.prod(shape)
         if dtype.hasobject or any(n < 0 for n in shape) or expected != size:
             raise FormatError(f"{name} declares {dtype} {shape}, {expected} bytes in all, but holds {size}")
         data = file.read(size)
         array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
-    except (ValueError, KeyError, EOFError, MemoryError, OverflowError) as error:
+    except (ValueError, LookupError, EOFError, MemoryError, OverflowError, *_HEADER_ERRORS) as error:
         raise FormatError(f"{name} is not a NumPy array file: {error}") from None
     return array
 
@@ -74,15 +78,20 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     with open_input(path) as file:
         try:
+            length = file.seek(0, os.SEEK_END)
             archive = zipfile.ZipFile(file)
             for info in archive.infolist():
                 key = info.filename.removesuffix(".npy")
                 if info.compress_type != zipfile.ZIP_STORED:
-                    raise FormatError(f"{path}: {info.filename} is compressed; save with np.savez, not savez_compressed")
+                    raise FormatError(
+                        f"{path}: {info.filename} is compressed; save with np.savez, not savez_compressed"
+                    )
+                if info.file_size > length:
+                    raise FormatError(f"{path}: {info.filename} claims {info.file_size} bytes, the file has {length}")
                 if key == info.filename or key in arrays:
                     raise FormatError(f"{path}: unexpected or repeated member {info.filename!r}")
                 with archive.open(info) as member:
-                    arrays[key] = read_npy(cast(IO[bytes], member), info.file_size, f"{path}: {info.filename}")
+                    arrays[key] = read_npy(member, info.file_size, f"{path}: {info.filename}")
         except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
             raise FormatError(f"{path} is not a readable .npz file: {error}") from None
     return arrays
@@ -110,7 +119,7 @@ def read_dump(path: str | Path) -> KVDump:
     missing = {"k", "v", "tokens", "meta", "layers"} - set(arrays)
     if missing:
         raise FormatError(f"{path} is no cache dump: {', '.join(sorted(missing))} missing; make one with mlxkv dump")
-    meta = parse_json(arrays["meta"].item() if arrays["meta"].ndim == 0 else "", f"{path}: meta")
+    meta = parse_json(arrays["meta"].tobytes(), f"{path}: meta")  # json knows UTF-32, NumPy's text
     if meta.get("version") != DUMP_VERSION:
         raise VersionError(f"{path} is a dump of version {meta.get('version')!r}; this mlxkv reads {DUMP_VERSION}")
     spec = CacheSpec.from_json(meta.get("spec", {}))
@@ -118,10 +127,19 @@ def read_dump(path: str | Path) -> KVDump:
         raise FormatError(f"{path}: layers and meta disagree on which layers keep a cache")
     k, v, tokens = arrays["k"], arrays["v"], arrays["tokens"]
     if k.dtype not in (np.float16, np.float32) or v.dtype != k.dtype or tokens.dtype != np.int32:
-        raise FormatError(f"{path}: expected float16 or float32 k and v and int32 tokens, found {k.dtype}, {v.dtype}, {tokens.dtype}")
+        raise FormatError(
+            f"{path}: expected float16 or float32 k and v and int32 tokens, found {k.dtype}, {v.dtype}, {tokens.dtype}"
+        )
     states = {key.removeprefix(_STATE): value for key, value in arrays.items() if key.startswith(_STATE)}
     return KVDump(
-        k, v, spec, tokens, str(meta.get("model", "")), str(meta.get("fingerprint", "")), str(meta.get("dtype", "")), states
+        k,
+        v,
+        spec,
+        tokens,
+        str(meta.get("model", "")),
+        str(meta.get("fingerprint", "")),
+        str(meta.get("dtype", "")),
+        states,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -18,30 +18,33 @@ from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 
 from mlxkv import smollm2
 from mlxkv.cache import CacheSpec, KVDump
-from mlxkv.errors import InputError, MismatchError, MlxkvError, ModelNotFound, UnsupportedError
+from mlxkv.errors import InputError, MismatchError, MlxkvError, ModelNotFoundError, UnsupportedError
 from mlxkv.models import cache_spec
 
 PREFILL_CHUNK = 256
+LIVE_TYPES = ("float16", "bfloat16", "float32")
 Progress = Callable[[int], None]
 
 
 def load(name: str) -> tuple[Any, Any]:
     """The model and tokenizer of a local mlx-lm directory, a hub id, or "smollm2-135m".
 
-    On a device without a GPU floating-point weights become float32, the fast type there. Raises ModelNotFound
+    On a device without a GPU floating-point weights become float32, the fast type there. Raises ModelNotFoundError
     with the loader's reason when nothing can be loaded.
     """
     path = smollm2.model_path() if name == smollm2.NAME else Path(name)
     looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if not path.exists() and not looks_like_hub_id:
-        raise ModelNotFound(f"no model directory {name!r}; give a local path, a hub id such as org/name, or {smollm2.NAME}")
+        raise ModelNotFoundError(
+            f"no model directory {name!r}; give a local path, a hub id such as org/name, or {smollm2.NAME}"
+        )
     try:
         model, tokenizer = mlx_lm_load(str(path))[:2]
     except MlxkvError:
         raise
     except Exception as error:  # the hub client and mlx-lm raise dozens of types; their message is the reason
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelNotFound(f"cannot load {name!r}: {reason}") from error
+        raise ModelNotFoundError(f"cannot load {name!r}: {reason}") from error
     if mx.default_device() == mx.cpu:
         model.set_dtype(mx.float32)
         mx.eval(model.parameters())
@@ -54,7 +57,8 @@ def fingerprint(model: Any) -> str:
     Equal for float16 or bfloat16 weights and the same weights widened to float32.
     """
     digest = blake2b(digest_size=8)
-    for name, value in sorted(tree_flatten(model.parameters())):
+    parameters = cast(dict[str, mx.array], tree_flatten(model.parameters(), destination={}))
+    for name, value in sorted(parameters.items()):
         head = value.reshape(-1)[:64]
         if mx.issubdtype(head.dtype, mx.floating):
             head = head.astype(mx.float32)
@@ -80,7 +84,7 @@ def prefill(model: Any, tokens: Sequence[int], cache: list[Any], progress: Progr
 def continue_greedily(model: Any, cache: list[Any], logits: mx.array, stop: Sequence[int] = ()) -> Iterator[int]:
     """Greedy tokens after `logits`, each fed back into `cache` before it is yielded. Ends at a token in `stop`."""
     while True:
-        token = int(mx.argmax(logits).item())
+        token = int(mx.argmax(logits))
         if token in stop:
             return
         logits = model(mx.array([[token]]), cache=cache)[0, -1]
@@ -122,15 +126,23 @@ def take(cache: list[Any], spec: CacheSpec, tokens: Sequence[Sequence[int]], *, 
     if spec.mode == "single_stream":
         pairs = [(mx.concatenate(pair, axis=-1), pair[1][..., :0]) for pair in pairs]
     store = _storage_type([array for pair in pairs for array in pair], dtype)
-    k, v = (np.stack([np.array(pair[i].astype(store)) for pair in pairs]) for i in (0, 1))
+    k, v = (_stack([pair[i] for pair in pairs], store) for i in (0, 1))
     states = {
-        f"{index}.{slot}": np.array(state.astype(mx.float32))
+        f"{index}.{slot}": np.array(cast(mx.array, state).astype(mx.float32))
         for index, entry in enumerate(cache)
         if isinstance(entry, ArraysCache)
         for slot, state in enumerate(entry.cache)
         if state is not None
     }
     return KVDump(k, v, spec, token_array, model, fingerprint, source, states)
+
+
+def _stack(layers: list[mx.array], kind: mx.Dtype) -> np.ndarray:
+    """Layer by layer into one array, so that only one copy of the cache exists beside the live one."""
+    out = np.empty((len(layers), *layers[0].shape), np.float16 if kind == mx.float16 else np.float32)
+    for row, layer in zip(out, layers):
+        row[...] = np.array(layer.astype(kind))
+    return out
 
 
 def _storage_type(arrays: list[mx.array], requested: str) -> mx.Dtype:
@@ -151,10 +163,22 @@ def restore(model: Any, dump: KVDump) -> list[Any]:
     """
     found, spec = fingerprint(model), cache_spec(model)
     if dump.fingerprint and dump.fingerprint != found:
-        raise MismatchError(f"the cache was made by {dump.model or 'a model'} with fingerprint {dump.fingerprint}, this model is {found}")
+        raise MismatchError(
+            f"the cache was made by {dump.model or 'a model'} with fingerprint {dump.fingerprint}, this model is {found}"
+        )
     if dump.spec != spec:
         raise MismatchError("the cache's layers, heads or rotation differ from this model's")
+    if dump.dtype not in LIVE_TYPES:
+        raise MismatchError(f"the dump's dtype is {dump.dtype!r}; a live cache holds {', '.join(LIVE_TYPES)}")
     cache = make_prompt_cache(model)
+    kept = {
+        f"{i}.{slot}"
+        for i, entry in enumerate(cache)
+        if isinstance(entry, ArraysCache)
+        for slot in range(len(entry.cache))
+    }
+    if kept != set(dump.states):
+        raise MismatchError(f"the dump and this model disagree about the states {sorted(kept ^ set(dump.states))}")
     kind = getattr(mx, dump.dtype)
     first_dim = spec.layers[spec.attention_layers[0]][0].dim  # type: ignore[index]
     for row, index in enumerate(spec.attention_layers):
@@ -167,3 +191,12 @@ def restore(model: Any, dump: KVDump) -> list[Any]:
         cache[int(layer)][int(slot)] = mx.array(state).astype(kind)
     mx.eval([entry.state for entry in cache])
     return cache
+
+
+def quantization(model: Any) -> str:
+    """How the weights are stored: "4-bit, group 64", or the floating-point type."""
+    for module in model.modules():
+        if hasattr(module, "group_size") and hasattr(module, "bits"):
+            return f"{module.bits}-bit, group {module.group_size}"
+    parameters = cast(dict[str, mx.array], tree_flatten(model.parameters(), destination={}))
+    return str(next(iter(parameters.values())).dtype).removeprefix("mlx.core.")

@@ -19,18 +19,23 @@ def relative_error(original: np.ndarray, decoded: np.ndarray) -> float:
 
 def layer_mse(original: np.ndarray, decoded: np.ndarray) -> list[float]:
     """Mean squared error of each layer of `[L, B, H, T, D]`; empty tensors give 0."""
-    return [float(np.square(a.astype(np.float32) - b, dtype=np.float64).mean()) if a.size else 0.0 for a, b in zip(original, decoded)]
+    return [
+        float(np.square(a.astype(np.float32) - b, dtype=np.float64).mean()) if a.size else 0.0
+        for a, b in zip(original, decoded)
+    ]
 
 
 def kl_divergence(reference: mx.array, other: mx.array) -> mx.array:
     """KL(reference || other) in nats at each position of logits `[n, vocabulary]`, in float32."""
-    p, q = (nn.log_softmax(logits.astype(mx.float32), axis=-1) for logits in (reference, other))
+    p, q = (
+        x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (reference.astype(mx.float32), other.astype(mx.float32))
+    )
     return (mx.exp(p) * (p - q)).sum(axis=-1)
 
 
 def top1_agreement(reference: mx.array, other: mx.array) -> float:
     """Share of positions of `[n, vocabulary]` where both put the same token first."""
-    return float((mx.argmax(reference, axis=-1) == mx.argmax(other, axis=-1)).astype(mx.float32).mean().item())
+    return float(mx.mean(mx.argmax(reference, axis=-1) == mx.argmax(other, axis=-1)))
 
 
 def cosine(a: mx.array, b: mx.array) -> mx.array:
@@ -41,4 +46,4 @@ def cosine(a: mx.array, b: mx.array) -> mx.array:
 
 def perplexity(logits: mx.array, targets: mx.array) -> float:
     """exp of the mean cross-entropy of logits `[n, vocabulary]` against tokens `[n]`."""
-    return float(mx.exp(nn.losses.cross_entropy(logits.astype(mx.float32), targets, reduction="mean")).item())
+    return float(mx.exp(nn.losses.cross_entropy(logits.astype(mx.float32), targets, reduction="mean")))

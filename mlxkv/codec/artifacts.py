@@ -40,7 +40,7 @@ class StreamArtifacts:
             )
         if self.mu.dtype != np.float32 or self.V.dtype != np.float16:
             raise FormatError(f"expected a float32 mean and a float16 basis, found {self.mu.dtype} and {self.V.dtype}")
-        if self.mu.size and not self.plan.groups:
+        if self.mu.size and not self.plan.bits:
             raise FormatError("the plan codes nothing: calibrate with a lower compression ratio")
 
 
@@ -114,10 +114,14 @@ class CalibrationArtifacts:
         """Read and verify a folder. Raises InputError, FormatError, ChecksumError or VersionError."""
         directory = Path(directory)
         if not (directory / "meta.json").is_file():
-            raise InputError(f"{directory} holds no calibration artifacts (no meta.json); make them with mlxkv calibrate")
+            raise InputError(
+                f"{directory} holds no calibration artifacts (no meta.json); make them with mlxkv calibrate"
+            )
         meta = parse_json(_read(directory / "meta.json"), str(directory / "meta.json"))
         if meta.get("version") != VERSION:
-            raise VersionError(f"{directory} has artifacts of version {meta.get('version')!r}; this mlxkv reads {VERSION}")
+            raise VersionError(
+                f"{directory} has artifacts of version {meta.get('version')!r}; this mlxkv reads {VERSION}"
+            )
         checksums = meta.pop("checksums", None)
         parts = [_read_stream(directory, name, checksums if isinstance(checksums, dict) else {}) for name in STREAMS]
         artifacts = cls(parts[0], parts[1], CacheSpec.from_json(meta.pop("spec", {})), meta)
@@ -134,7 +138,9 @@ def check_rope(spec: CacheSpec, stated: Rope | Mapping[str, Any]) -> None:
         wrong = {key: value for key, value in facts.items() if found.get(key) != value}
         if wrong:
             shown = {key: found.get(key) for key in wrong}
-            raise MismatchError(f"the rotation differs: expected {wrong}, the cache has {shown if rope else 'no rope at all'}")
+            raise MismatchError(
+                f"the rotation differs: expected {wrong}, the cache has {shown if rope else 'no rope at all'}"
+            )
 
 
 def _geometry(spec: CacheSpec, name: str) -> dict[str, int]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 import mlxkv
-from mlxkv.cache import STREAMS, CacheSpec, KVDump, Stream
+from mlxkv.cache import STREAMS, KVDump, Stream
 from mlxkv.codec.artifacts import CalibrationArtifacts, StreamArtifacts
+from mlxkv.codec.kvtc import Settings
 from mlxkv.codec.pca import principal_components
 from mlxkv.codec.plan import CODED, SIZES, Plan, allocate
 from mlxkv.codec.quantize import dequantize, quantize
@@ -23,21 +25,15 @@ MAX_ERROR_TOKENS = 512  # tokens that group errors are measured on
 Progress = Callable[[str], None]
 
 
-def calibrate(files: Sequence[str | Path], *, compression_ratio: float, rank: int | None = None,
-              max_bit_budget: int | None = None, samples_per_file: int | None = None, s: int = 4, seed: int = 0,
-              progress: Progress = lambda step: None) -> CalibrationArtifacts:  # fmt: skip
-    """Artifacts of the `kvtc` method from dumps of one model.
+def calibrate(
+    files: Sequence[str | Path], settings: Settings, progress: Progress = lambda step: None
+) -> CalibrationArtifacts:
+    """Artifacts of the `kvtc` method from dumps of one model. `progress` is told each step as it starts.
 
-    `rank` is the number of components considered; by default one for every two bits of the budget, at most 4096.
-    The budget is 16 * p / compression_ratio bits a token for each stream of width p, at most `max_bit_budget`.
-    The first `s` tokens of each file (attention sinks) are left out; `samples_per_file` bounds the rest, spread
-    evenly. `progress` is told each step as it starts. Raises InputError for settings that leave nothing to do and
-    MismatchError for dumps of different models.
+    Raises InputError when too little is left to calibrate on and MismatchError for dumps of different models.
     """
     if not files:
         raise InputError("calibration needs at least one dump; make them with mlxkv dump")
-    if not compression_ratio > 0 or (rank is not None and rank < 1):
-        raise InputError(f"need a compression ratio above 0 and a rank of 1 or more, got {compression_ratio} and {rank}")
     samples: dict[str, list[np.ndarray]] = {name: [] for name in STREAMS}
     first: KVDump | None = None
     for path in files:
@@ -46,27 +42,22 @@ def calibrate(files: Sequence[str | Path], *, compression_ratio: float, rank: in
         first = first or dump
         _check_same_model(first, dump, path)
         for name in STREAMS:
-            samples[name].append(_sample(dump, name, s, samples_per_file))
+            samples[name].append(_sample(dump, name, settings))
     assert first is not None
     tokens = sum(map(len, samples["k"]))
     if tokens < 2:
-        raise InputError(f"{tokens} tokens are left after the first {s} of each file: dump longer texts")
+        raise InputError(f"{tokens} tokens are left after the first {settings.s} of each file: dump longer texts")
     parts = []
     for name in STREAMS:
-        stream = first.spec.stream(name)
         rows = np.concatenate(samples.pop(name))
-        budget = int(16 * stream.width / compression_ratio)
-        budget = min(budget, max_bit_budget or budget)
-        wanted = rank or max(1, min(budget // 2, MAX_DEFAULT_RANK))
-        parts.append(_calibrate_stream(stream, rows, wanted, budget, seed, progress))
+        parts.append(_calibrate_stream(first.spec.stream(name), rows, settings, progress))
     meta = {
         "method": "kvtc",
         "mlxkv": mlxkv.__version__,
         "model": first.model,
         "model_fingerprint": first.fingerprint,
-        "compression_ratio": compression_ratio,
+        **dataclasses.asdict(settings),
         "plan_rank": {name: part.plan.rank for name, part in zip(STREAMS, parts)},
-        "seed": seed,
         "calibration_tokens": tokens,
         "calibration_files": len(files),
     }
@@ -97,29 +88,36 @@ def _mean_error(windows: mx.array, kind: str) -> np.ndarray:
     return np.array((difference * difference).sum(axis=-1).mean(axis=0), dtype=np.float64)
 
 
-def _calibrate_stream(stream: Stream, rows: np.ndarray, rank: int, budget: int, seed: int, progress: Progress) -> StreamArtifacts:
+def _calibrate_stream(stream: Stream, rows: np.ndarray, settings: Settings, progress: Progress) -> StreamArtifacts:
     if stream.width == 0:
         return StreamArtifacts(np.zeros(0, np.float32), np.zeros((0, 0), np.float16), Plan())
+    budget = int(16 * stream.width / settings.compression_ratio)
+    budget = min(budget, settings.max_bit_budget or budget)
+    rank = settings.rank or max(1, min(budget // 2, MAX_DEFAULT_RANK))
+    if not np.isfinite(rows).all():
+        raise InputError(f"the dumps hold NaN or infinite values in {stream.name}")
     progress(f"principal components of {stream.name}: {rows.shape[0]} tokens x {rows.shape[1]}")
-    mean, basis = principal_components(rows, rank, seed)
+    mean, basis = principal_components(rows, rank, settings.seed)
     progress(f"bit plan of {stream.name}: {budget} bits a token")
     coefficients = rows @ basis
     spread = coefficients[:: -(-len(coefficients) // MAX_ERROR_TOKENS)]
     energy = np.square(coefficients, dtype=np.float64).mean(axis=0)
     plan = allocate(energy, group_errors(spread), budget)
     if not plan.groups:
-        raise InputError(f"{budget} bits a token cannot code a single component of {stream.name}; lower --compression-ratio")
+        raise InputError(
+            f"{budget} bits a token cannot code a single component of {stream.name}; lower the compression ratio"
+        )
     return StreamArtifacts(mean, basis[:, : plan.rank].astype(np.float16), plan)
 
 
-def _sample(dump: KVDump, name: str, s: int, limit: int | None) -> np.ndarray:
-    stream = dump.spec.stream(name)
-    rows = np.array(to_rows(stream, list(getattr(dump, name)), min(s, dump.length), dump.length))
-    if limit is None or len(rows) <= limit:
-        return rows
-    return rows[np.linspace(0, len(rows) - 1, limit).astype(int)]
+def _sample(dump: KVDump, name: str, settings: Settings) -> np.ndarray:
+    start, limit = min(settings.s, dump.length), settings.samples_per_file
+    rows = np.array(to_rows(dump.spec.stream(name), list(getattr(dump, name)), start, dump.length))
+    return rows if limit is None or len(rows) <= limit else rows[np.linspace(0, len(rows) - 1, limit).astype(int)]
 
 
 def _check_same_model(first: KVDump, dump: KVDump, path: str | Path) -> None:
     if dump.spec != first.spec or dump.fingerprint != first.fingerprint:
-        raise MismatchError(f"{path} was dumped from {dump.model} ({dump.fingerprint}), the first file from {first.model} ({first.fingerprint})")
+        raise MismatchError(
+            f"{path} was dumped from {dump.model} ({dump.fingerprint}), the first file from {first.model} ({first.fingerprint})"
+        )

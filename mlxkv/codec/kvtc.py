@@ -22,43 +22,42 @@ from mlxkv import container
 from mlxkv.cache import STREAMS, KVDump, Rope
 from mlxkv.codec import raw
 from mlxkv.codec.artifacts import CalibrationArtifacts, check_rope
+from mlxkv.codec.layout import Layout
 from mlxkv.codec.payload import decode_block, encode_block, payload_size
 from mlxkv.codec.rows import from_rows, to_rows
 from mlxkv.container import Reader, Section, encode_section
 from mlxkv.errors import FormatError, InputError, MismatchError
 
 METHOD = "kvtc"
-BLOCK = 512
-MAX_BLOCK = 2**16
 Layers = Sequence[np.ndarray] | Sequence[mx.array]
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Which tokens of a cache `[batch, …, length, …]` are sinks, coded blocks and window."""
+class Settings:
+    """How the `kvtc` method is calibrated.
 
-    batch: int
-    length: int
-    s: int
-    w: int
-    block: int = BLOCK
+    compression_ratio: sets the bit budget, 16 * p / ratio bits a token for a stream of width p, and max_bit_budget
+    bounds it. rank: components considered; None stands for one in every two bits of the budget, at most 4096.
+    s: sink tokens of each file to leave out. samples_per_file: at most so many tokens of a file, spread evenly.
+    """
+
+    compression_ratio: float
+    rank: int | None = None
+    max_bit_budget: int | None = None
+    samples_per_file: int | None = None
+    s: int = 4
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        whole = all(type(n) is int for n in (self.batch, self.length, self.s, self.w, self.block))
-        if not whole or self.batch < 1 or self.length < 1 or self.s < 0 or self.w < 0 or not 1 <= self.block <= MAX_BLOCK:
-            raise FormatError(f"not a layout of tokens: {self}")
-
-    @property
-    def middle(self) -> range:
-        """The coded tokens; empty when sinks and window cover everything."""
-        sink = min(self.s, self.length)
-        return range(sink, max(sink, self.length - self.w))
-
-    def blocks(self) -> Iterator[tuple[int, int, int]]:
-        """(index, start, stop) of every coded block."""
-        for index, start in enumerate(range(self.middle.start, self.middle.stop, self.block)):
-            yield index, start, min(start + self.block, self.middle.stop)
+        if not self.compression_ratio > 0:
+            raise InputError(f"the compression ratio must be above 0, not {self.compression_ratio}")
+        for name in ("rank", "max_bit_budget", "samples_per_file"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be 1 or more, not {value}")
+        if self.s < 0:
+            raise InputError(f"s must be 0 or more, not {self.s}")
 
 
 class KVTCCacheCodec:
@@ -123,7 +122,9 @@ class KVTCCacheCodec:
         container.write(out, header, sections)
         return out.getvalue()
 
-    def decompress(self, blob: bytes | str | Path, *, progress: Progress | None = None) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def decompress(
+        self, blob: bytes | str | Path, *, progress: Progress | None = None
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Keys and values of a container (bytes, or a file's path) as lists of `[B, H, T, D]` NumPy arrays.
 
         The dtype is the one compressed, except that bfloat16, which NumPy lacks, comes back as float32.
@@ -135,7 +136,9 @@ class KVTCCacheCodec:
         """A whole dump: also its tokens, other layers' states and origin."""
         expected = self.artifacts.meta.get("model_fingerprint", "")
         if dump.fingerprint != expected:
-            raise MismatchError(f"the cache is of {dump.model} ({dump.fingerprint}), the artifacts of {self.artifacts.meta.get('model')} ({expected})")
+            raise MismatchError(
+                f"the cache is of {dump.model} ({dump.fingerprint}), the artifacts of {self.artifacts.meta.get('model')} ({expected})"
+            )
         if dump.spec != self.artifacts.spec:
             raise MismatchError("the cache's layers, heads or rotation differ from the artifacts'")
         meta = {"model": dump.model, "fingerprint": dump.fingerprint, "dtype": dump.dtype}
@@ -146,36 +149,31 @@ class KVTCCacheCodec:
         """The inverse of `compress_dump`. Raises FormatError for a container without tokens."""
         with Reader(blob) as reader:
             k, v = self._decode(reader, progress)
-            described = _object(reader, "raw")
-            extras = {name: raw.read(reader, name, *described[name]) for name in described if name not in raw.ENDS}
+            extras = {name: raw.read(reader, name) for name in _object(reader, "raw") if name not in raw.ENDS}
             meta = _object(reader, "meta")
-        if "tokens" not in extras:
+        if "tokens" not in extras or extras["tokens"].dtype != np.int32:
             raise FormatError(f"{reader.name} holds no tokens: it was made by compress(), open it with decompress()")
         states = {name.removeprefix("state."): array for name, array in extras.items() if name.startswith("state.")}
-        facts = [str(meta.get(key, "")) for key in ("model", "fingerprint", "dtype")]
-        return KVDump(np.stack(k), np.stack(v), self.artifacts.spec, extras["tokens"], *facts, states)
+        facts = {key: str(meta.get(key, "")) for key in ("model", "fingerprint", "dtype")}
+        return KVDump(np.stack(k), np.stack(v), self.artifacts.spec, extras["tokens"], states=states, **facts)
 
     def _decode(self, reader: Reader, progress: Progress | None) -> tuple[list[np.ndarray], list[np.ndarray]]:
         layout, dtype = self._check_header(reader)
         self._check_lengths(reader, layout)
+        ends = self._read_ends(reader, layout)
         outputs = {}
         for name in STREAMS:
             stream = self.artifacts.spec.stream(name)
-            shape = (stream.layers, layout.batch, stream.heads, layout.length, stream.dim)
-            outputs[name] = np.empty(shape, dtype)
-        described = _object(reader, "raw")
-        for name in raw.ENDS:
-            whole = outputs[name[0]]
-            part = whole[..., : layout.middle.start, :] if name.endswith("sink") else whole[..., layout.middle.stop :, :]
-            kind, shape = described.get(name, [None, None])
-            if shape != list(part.shape):
-                raise FormatError(f"{reader.name}: {name} has shape {shape}, its layout needs {list(part.shape)}")
-            part[...] = raw.read(reader, name, kind, shape)
+            outputs[name] = np.empty((stream.layers, layout.batch, stream.heads, layout.length, stream.dim), dtype)
+            outputs[name][..., : layout.middle.start, :] = ends[f"{name}.sink"]
+            outputs[name][..., layout.middle.stop :, :] = ends[f"{name}.window"]
         target = mx.float16 if dtype == np.float16 else mx.float32
         for index, start, stop in layout.blocks():
             for stream in self.streams:
                 rows = self._decode_rows(reader, stream.name, index, layout.batch * (stop - start))
-                outputs[stream.name][..., start:stop, :] = np.array(from_rows(stream, rows, layout.batch, start).astype(target))
+                outputs[stream.name][..., start:stop, :] = np.array(
+                    from_rows(stream, rows, layout.batch, start).astype(target)
+                )
             if progress:
                 progress(stop - start)
         return list(outputs["k"]), list(outputs["v"])
@@ -188,9 +186,13 @@ class KVTCCacheCodec:
     def _check_header(self, reader: Reader) -> tuple[Layout, np.dtype]:
         header = reader.header
         if header.get("method") != METHOD:
-            raise FormatError(f"{reader.name} was coded by method {header.get('method')!r}; this codec decodes {METHOD!r}")
+            raise FormatError(
+                f"{reader.name} was coded by method {header.get('method')!r}; this codec decodes {METHOD!r}"
+            )
         if header.get("artifacts") != self.artifacts.fingerprint:
-            raise MismatchError(f"{reader.name} needs artifacts {header.get('artifacts')}, these are {self.artifacts.fingerprint}")
+            raise MismatchError(
+                f"{reader.name} needs artifacts {header.get('artifacts')}, these are {self.artifacts.fingerprint}"
+            )
         try:
             layout = Layout(**_object(reader, "layout"))
         except TypeError:
@@ -202,12 +204,30 @@ class KVTCCacheCodec:
 
     def _check_lengths(self, reader: Reader, layout: Layout) -> None:
         """Every coded section must be there with its exact size before anything of the cache's size is allocated."""
+        unknown = set(reader.sections) - set(_object(reader, "raw"))
         for index, start, stop in layout.blocks():
             for stream in self.streams:
                 section = reader.sections.get(f"{stream.name}.{index}")
                 size = payload_size(self.artifacts.stream(stream.name).plan, layout.batch * (stop - start))
                 if section is None or section.size != size:
                     raise FormatError(f"{reader.name}: section {stream.name}.{index} is missing or not {size} bytes")
+                unknown.discard(section.name)
+        if unknown:
+            raise FormatError(
+                f"{reader.name} has sections that its header does not describe: {', '.join(sorted(unknown)[:5])}"
+            )
+
+    def _read_ends(self, reader: Reader, layout: Layout) -> dict[str, np.ndarray]:
+        """Sinks and windows. Their shapes, too, must fit the layout before anything of the cache's size is allocated."""
+        ends: dict[str, np.ndarray] = {}
+        for name in raw.ENDS:
+            stream = self.artifacts.spec.stream(name[0])
+            tokens = layout.middle.start if name.endswith("sink") else layout.length - layout.middle.stop
+            needed = (stream.layers, layout.batch, stream.heads, tokens, stream.dim)
+            ends[name] = raw.read(reader, name)
+            if ends[name].shape != needed:
+                raise FormatError(f"{reader.name}: {name} has shape {ends[name].shape}, its layout needs {needed}")
+        return ends
 
     def _check_shapes(self, layers: Mapping[str, Layers]) -> tuple[int, int, str]:
         shapes, dtypes = set(), set()
@@ -217,16 +237,22 @@ class KVTCCacheCodec:
                 raise MismatchError(f"{name} has {len(layers[name])} layers; the artifacts are for {stream.layers}")
             for array in layers[name]:
                 if len(array.shape) != 4 or (array.shape[1], array.shape[3]) != (stream.heads, stream.dim):
-                    raise MismatchError(f"{name} has a layer of shape {tuple(array.shape)}; expected [B, {stream.heads}, T, {stream.dim}]")
+                    raise MismatchError(
+                        f"{name} has a layer of shape {tuple(array.shape)}; expected [B, {stream.heads}, T, {stream.dim}]"
+                    )
                 shapes.add((array.shape[0], array.shape[2]))
                 dtypes.add(str(array.dtype).removeprefix("mlx.core."))
         if len(shapes) != 1 or min(min(shapes)) < 1:
-            raise MismatchError(f"all layers need the same batch and length of at least 1, found [B, T] = {sorted(shapes)}")
+            raise MismatchError(
+                f"all layers need the same batch and length of at least 1, found [B, T] = {sorted(shapes)}"
+            )
         if len(dtypes) != 1 or not dtypes <= {"float16", "float32", "bfloat16"}:
             raise MismatchError(f"all layers need one dtype of float16, bfloat16 or float32, found {sorted(dtypes)}")
         return *shapes.pop(), dtypes.pop()
 
-    def _raw_arrays(self, layers: Mapping[str, Layers], layout: Layout, extras: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    def _raw_arrays(
+        self, layers: Mapping[str, Layers], layout: Layout, extras: Mapping[str, np.ndarray]
+    ) -> Iterator[tuple[str, np.ndarray]]:
         for name in raw.ENDS:
             tokens = slice(0, layout.middle.start) if name.endswith("sink") else slice(layout.middle.stop, None)
             yield name, np.stack([raw.widened(layer[:, :, tokens]) for layer in layers[name[0]]])

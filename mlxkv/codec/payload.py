@@ -38,6 +38,8 @@ def decode_block(plan: Plan, data: bytes, tokens: int) -> mx.array:
         values, position = _decode_run(run, data, position, tokens)
         parts.append(values)
         done = run.stop
+    if plan.rank > done:
+        parts.append(mx.zeros((tokens, plan.rank - done)))
     return mx.concatenate(parts, axis=1)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import mlx.core as mx
 import numpy as np
 
 from mlxkv.container import Reader
-from mlxkv.errors import FormatError
+from mlxkv.errors import FormatError, InputError
 
 ENDS = ("k.sink", "v.sink", "k.window", "v.window")
 _TYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "int32": "<i4"}
@@ -26,6 +26,8 @@ def encode(array: np.ndarray) -> tuple[str, bytes]:
     """The stored type and bytes of a float16, float32 or int32 array."""
     if array.dtype == np.int32:
         return "int32", array.astype("<i4").tobytes()
+    if array.dtype not in (np.float16, np.float32):
+        raise InputError(f"only float16, float32 and int32 arrays can be stored, not {array.dtype}")
     with np.errstate(over="ignore"):
         half = array.astype(np.float16)
     if np.array_equal(half, array):
@@ -36,13 +38,25 @@ def encode(array: np.ndarray) -> tuple[str, bytes]:
     return "float32", array.astype("<f4").tobytes()
 
 
-def read(reader: Reader, name: str, kind: Any, shape: Any) -> np.ndarray:
-    """One raw section as an array of the described shape. Raises FormatError when bytes and shape disagree."""
+def described(reader: Reader, name: str) -> tuple[str, list[int]]:
+    """Type and shape of a raw section by the header. Raises FormatError for anything but [type, shape]."""
+    table = reader.header.get("raw")
+    entry = table.get(name) if isinstance(table, dict) else None
+    kind, shape = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
     valid = isinstance(shape, list) and len(shape) <= _MAX_AXES and all(type(n) is int and n >= 0 for n in shape)
-    if kind not in _TYPES or not valid:
-        raise FormatError(f"{reader.name}: {name} is described as {kind!r} of shape {shape!r}")
-    size = int(np.prod(shape, dtype=object)) * np.dtype(_TYPES[kind]).itemsize
+    if not isinstance(kind, str) or kind not in _TYPES or not valid:
+        raise FormatError(f"{reader.name}: {name} is described as {str(entry)[:80]}, not as [type, shape]")
+    return kind, shape  # type: ignore[return-value]
+
+
+def read(reader: Reader, name: str) -> np.ndarray:
+    """One raw section as an array. Raises FormatError when its bytes and its described shape disagree."""
+    kind, shape = described(reader, name)
+    size = math.prod(shape) * np.dtype(_TYPES[kind]).itemsize
     flat = np.frombuffer(reader.read(name, size), dtype=_TYPES[kind])
     if kind == "bfloat16":
         flat = (flat.astype("<u4") << 16).view("<f4")
-    return flat.reshape(shape)
+    try:
+        return flat.reshape(shape)
+    except (ValueError, OverflowError):  # no bytes at all, and one axis beyond NumPy's reach
+        raise FormatError(f"{reader.name}: {name} has an impossible shape") from None

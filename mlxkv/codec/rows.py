@@ -10,14 +10,14 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from mlxkv.cache import Rope, Stream
+from mlxkv.cache import Stream
 
 
 def to_rows(stream: Stream, layers: Sequence[np.ndarray] | Sequence[mx.array], start: int, stop: int) -> mx.array:
     """Tokens start..stop of every layer as float32 rows `[B * (stop - start), p]`, rotation undone."""
     x = mx.stack([mx.array(layer[:, :, start:stop]).astype(mx.float32) for layer in layers])  # [L, B, H, t, D]
     x = _each_rope(stream, x, lambda rope, part: rope.unrotate(part, start))
-    return x.transpose(1, 3, 0, 2, 4).reshape(-1, stream.width)
+    return x.transpose(1, 3, 0, 2, 4).reshape(x.shape[1] * x.shape[3], stream.width)
 
 
 def from_rows(stream: Stream, rows: mx.array, batch: int, start: int) -> mx.array:

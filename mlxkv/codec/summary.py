@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlxkv.codec.kvtc import Layout
-from mlxkv.codec.raw import ENDS
+from mlxkv.codec.layout import Layout
+from mlxkv.codec.raw import ENDS, described
 from mlxkv.container import Reader
 from mlxkv.errors import FormatError
 
@@ -17,17 +17,18 @@ def summary(reader: Reader) -> dict[str, Any]:
     """
     try:
         layout = Layout(**reader.header["layout"])
-        shapes = {name: reader.header["raw"][name][1] for name in ENDS}
+        shapes = {name: described(reader, name)[1] for name in ENDS}
         width = sum(shapes[name][0] * shapes[name][2] * shapes[name][4] for name in ENDS[:2])
-        raw_names = set(reader.header["raw"])
-    except (KeyError, TypeError, IndexError) as error:
+        fp16 = 2 * width * layout.batch * layout.length
+        middle = 2 * width * layout.batch * len(layout.middle)
+        ratio = fp16 / reader.size
+        ends = sum(reader.sections[name].stored for name in ENDS)
+    except (KeyError, TypeError, IndexError, OverflowError) as error:
         raise FormatError(f"{reader.name} is no compressed cache: {error!r}") from None
+    raw_names = set(reader.header["raw"])
     stored = {name: section.stored for name, section in reader.sections.items()}
     coded = sum(size for name, size in stored.items() if name not in raw_names)
-    ends = sum(stored[name] for name in ENDS)
     other = sum(size for name, size in stored.items() if name in raw_names and name not in ENDS)
-    fp16 = 2 * width * layout.batch * layout.length
-    middle = 2 * width * layout.batch * len(layout.middle)
     return {
         "tokens": layout.length,
         "batch": layout.batch,
@@ -39,6 +40,6 @@ def summary(reader: Reader) -> dict[str, Any]:
         "sink_and_window_bytes": ends,
         "other_bytes": other,
         "header_bytes": reader.size - coded - ends - other,
-        "ratio": fp16 / reader.size,
+        "ratio": ratio,
         "ratio_middle": middle / coded if coded else None,
     }

@@ -39,7 +39,9 @@ class Prefix:
     seconds: float
 
 
-def prefix(model: Any, tokens: Sequence[int], length: int, *, predict: int = 200, name: str = "", dtype: str = "auto") -> Prefix:
+def prefix(
+    model: Any, tokens: Sequence[int], length: int, *, predict: int = 200, name: str = "", dtype: str = "auto"
+) -> Prefix:
     """Prefill `length` tokens and predict the next `predict` from the live cache. Raises InputError for short texts."""
     if len(tokens) < length + predict + 1:
         raise InputError(f"the text has {len(tokens)} tokens; {length} + {predict} + 1 are needed")
@@ -47,7 +49,9 @@ def prefix(model: Any, tokens: Sequence[int], length: int, *, predict: int = 200
     start = time.perf_counter()
     lm.prefill(model, tokens[:length], cache)
     seconds = time.perf_counter() - start
-    dump = lm.take(cache, cache_spec(model), [tokens[:length]], model=name, fingerprint=lm.fingerprint(model), dtype=dtype)
+    dump = lm.take(
+        cache, cache_spec(model), [tokens[:length]], model=name, fingerprint=lm.fingerprint(model), dtype=dtype
+    )
     following = list(tokens[length : length + predict + 1])
     return Prefix(cache, dump, following, continue_with(model, cache, following), seconds)
 
@@ -83,7 +87,9 @@ def evaluate(model: Any, codec: KVTCCacheCodec, start: Prefix) -> dict[str, Any]
 def errors(layout: Mapping[str, Any], original: KVDump, decoded: KVDump) -> dict[str, Any]:
     """Error of the coded tokens, between s and length - w: relative over everything, and mean squared by layer."""
     middle = slice(layout["s"], max(layout["s"], layout["tokens"] - layout["w"]))
-    pairs = {name: (getattr(original, name)[..., middle, :], getattr(decoded, name)[..., middle, :]) for name in STREAMS}
+    pairs = {
+        name: (getattr(original, name)[..., middle, :], getattr(decoded, name)[..., middle, :]) for name in STREAMS
+    }
     return {
         **{f"{name}_relative_error": metrics.relative_error(*pair) for name, pair in pairs.items()},
         **{f"{name}_layer_mse": metrics.layer_mse(*pair) for name, pair in pairs.items()},
@@ -92,14 +98,14 @@ def errors(layout: Mapping[str, Any], original: KVDump, decoded: KVDump) -> dict
 
 def compare(reference: mx.array, logits: mx.array, following: Sequence[int]) -> dict[str, Any]:
     """Logits `[n, vocabulary]` after the restored cache against the reference's, over the text that follows."""
-    targets = mx.array(following[1:])
+    targets = mx.array(list(following[1:]))
     before, after = metrics.perplexity(reference, targets), metrics.perplexity(logits, targets)
     kl = metrics.kl_divergence(reference, logits)
     return {
         "predicted_tokens": len(following) - 1,
-        "next_token_cosine": float(metrics.cosine(reference[0], logits[0]).item()),
-        "next_token_kl": float(kl[0].item()),
-        "kl": float(kl.mean().item()),
+        "next_token_cosine": float(metrics.cosine(reference[0], logits[0])),
+        "next_token_kl": float(kl[0]),
+        "kl": float(kl.mean()),
         "top1_agreement": metrics.top1_agreement(reference, logits),
         "perplexity_reference": before,
         "perplexity": after,

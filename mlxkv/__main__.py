@@ -1,0 +1,6 @@
+"""python -m mlxkv"""
+
+from mlxkv.cli import main
+
+if __name__ == "__main__":
+    main()

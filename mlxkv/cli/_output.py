@@ -1,0 +1,89 @@
+"""What the commands share: tables, JSON, progress, and a few option types."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+Artifacts = Annotated[Path, typer.Option("--artifacts", help="Folder written by mlxkv calibrate.", show_default=False)]
+Model = Annotated[
+    str, typer.Option("--model", help="Local mlx-lm directory, hub id, or smollm2-135m.", show_default=False)
+]
+
+
+def show(facts: Mapping[str, Any], as_json: bool, title: str = "") -> None:
+    """One record: JSON as it is, or a table of two columns."""
+    if as_json:
+        print(json.dumps(facts))
+        return
+    table = Table(title=title or None, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for key, value in facts.items():
+        table.add_row(key.replace("_", " "), text(key, value))
+    Console().print(table)
+
+
+def show_rows(rows: list[dict[str, Any]], as_json: bool, title: str = "") -> None:
+    """Several records with the same keys."""
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table(*(key.replace("_", " ") for key in rows[0]), title=title or None, title_justify="left")
+    for row in rows:
+        table.add_row(*(text(key, value) for key, value in row.items()))
+    Console().print(table)
+
+
+def text(key: str, value: Any) -> str:
+    """A value as a person reads it; the key tells the unit."""
+    if value is None:
+        return "-"
+    if key.endswith("bytes"):
+        return f"{value / 1e6:,.2f} MB" if value >= 1e5 else f"{value:,} B"
+    if key.startswith("ratio"):
+        return f"{value:.2f}x"
+    if key.endswith("seconds"):
+        return f"{value:.2f} s"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(text("", item) for item in value)
+    return f"{value:,}" if type(value) is int else str(value)
+
+
+@contextmanager
+def bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error with an estimate; yields a function that takes how much was done."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+@contextmanager
+def steps(count: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar over named steps; yields a function to call as each step starts."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("starting", total=count, completed=-1)
+
+        def start(step: str) -> None:
+            progress.update(task, description=step, advance=1)
+
+        yield start

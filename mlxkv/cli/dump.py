@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlxkv.cli._output import Json, Model, bar, show
+
+
+def command(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The .npz to write.", show_default=False)],
+    prompt: Annotated[str | None, typer.Option(help="Text to run.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A text file to run instead.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=0, help="Tokens to generate after the prompt; 0 is prefill only.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first so many tokens of the prompt.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Check the model against this model preset.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto (float16 when that loses nothing, else float32), float16 or float32.")
+    ] = "auto",
+    json: Json = False,
+) -> None:
+    """Run a prompt and write the model's cache to an .npz file.
+
+    Example: mlxkv dump --model smollm2-135m --prompt-file notes.txt --out notes.npz
+    """
+    from mlxkv import lm
+    from mlxkv.errors import InputError
+    from mlxkv.files import write_dump
+    from mlxkv.models import cache_spec
+    from mlxkv.presets import model_preset
+
+    text = _prompt(prompt, prompt_file)
+    checked = model_preset(preset) if preset else None
+    loaded, tokenizer = lm.load(model)
+    if checked:
+        checked.check(cache_spec(loaded))
+    tokens = tokenizer.encode(text)[:limit]
+    if not tokens:
+        raise InputError("the prompt has no tokens")
+    stop = sorted(tokenizer.eos_token_ids)
+    with bar("running", len(tokens) + max_tokens) as advance:
+        taken = lm.dump(loaded, tokens, max_tokens=max_tokens, stop=stop, name=model, dtype=dtype, progress=advance)
+    write_dump(out, taken)
+    facts = {
+        "file": str(out),
+        "file_bytes": out.stat().st_size,
+        "k": str(taken.k.shape),
+        "v": str(taken.v.shape),
+        "layers": list(taken.spec.attention_layers),
+        "tokens": taken.length,
+        "stored_as": f"{taken.k.dtype}{_why(str(taken.k.dtype), taken.dtype, dtype)}",
+        "other_states": len(taken.states),
+        "fingerprint": taken.fingerprint,
+    }
+    show(facts, json)
+
+
+def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    from mlxkv.errors import InputError
+
+    if (prompt is None) == (prompt_file is None):
+        raise InputError("give either --prompt or --prompt-file")
+    if prompt_file is None:
+        return str(prompt)
+    try:
+        return prompt_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {prompt_file} as UTF-8 text: {error}") from None
+
+
+def _why(stored: str, live: str, asked: str) -> str:
+    if stored == live:
+        return ", exactly as in the model"
+    if stored == "float32":
+        return f", because float16 cannot hold every {live} value" if asked == "auto" else f", widened from {live}"
+    return f", exact for every {live} value here" if asked == "auto" else f", rounded from {live}"

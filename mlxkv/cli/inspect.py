@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlxkv.cli._output import Json, show
+
+if TYPE_CHECKING:
+    from mlxkv.codec.plan import Plan
+
+
+def command(
+    file: Annotated[Path, typer.Argument(help="A dump, an artifacts folder or a container.", show_default=False)],
+    json: Json = False,
+) -> None:
+    """Explain a file or folder that mlxkv wrote, and verify its checksums.
+
+    Example: mlxkv inspect notes.mlxkv
+    """
+    from mlxkv.container import MAGIC
+    from mlxkv.errors import FormatError
+    from mlxkv.files import open_input
+
+    if file.is_dir():
+        show(_artifacts(file), json, f"artifacts {file}")
+        return
+    with open_input(file) as opened:
+        start = opened.read(8)
+    if start == MAGIC:
+        show(_container(file), json, f"compressed cache {file}")
+    elif start[:4] == b"PK\x03\x04":
+        show(_dump(file), json, f"dump {file}")
+    else:
+        raise FormatError(f"{file} is neither a dump (.npz), an artifacts folder nor a compressed cache")
+
+
+def _dump(file: Path) -> dict[str, Any]:
+    from mlxkv.files import read_dump
+
+    dump = read_dump(file)
+    return {
+        "model": dump.model,
+        "fingerprint": dump.fingerprint,
+        "model_type": dump.spec.model_type,
+        "mode": dump.spec.mode,
+        "layers": list(dump.spec.attention_layers),
+        "of_layers": len(dump.spec.layers),
+        "k": f"{dump.k.shape} {dump.k.dtype}",
+        "v": f"{dump.v.shape} {dump.v.dtype}",
+        "live_dtype": dump.dtype,
+        "tokens": dump.length,
+        "other_states": len(dump.states),
+        "fp16_bytes": dump.fp16_bytes,
+        "file_bytes": file.stat().st_size,
+    }
+
+
+def _artifacts(folder: Path) -> dict[str, Any]:
+    from mlxkv.codec.artifacts import CalibrationArtifacts
+
+    artifacts = CalibrationArtifacts.from_dir(folder)
+    keys = ("method", "mlxkv", "model", "model_fingerprint", "mode", "compression_ratio", "calibration_tokens")
+    facts = {key: artifacts.meta.get(key) for key in keys}
+    for name in ("k", "v"):
+        part = artifacts.stream(name)
+        facts[f"{name}_width"] = part.mu.size
+        facts[f"{name}_bits_per_token"] = part.plan.bits
+        facts[f"{name}_plan"] = _describe(part.plan)
+    return {**facts, "artifact_bytes": artifacts.nbytes, "fingerprint": artifacts.fingerprint}
+
+
+def _describe(plan: Plan) -> str:
+    return " | ".join(f"{run.count} x {run.size} {run.kind}" for run in plan.runs()) or "nothing is coded"
+
+
+def _container(file: Path) -> dict[str, Any]:
+    from mlxkv.codec.summary import summary
+    from mlxkv.container import Reader
+
+    with Reader(file) as reader:
+        for name in reader.sections:
+            reader.read(name)
+        header = reader.header
+        facts = {key: header.get(key) for key in ("method", "mlxkv", "dtype", "artifacts")}
+        origin = header.get("meta")
+        return {
+            **facts,
+            "model": origin.get("model") if isinstance(origin, dict) else None,
+            **summary(reader),
+            "sections": len(reader.sections),
+            "checksums": "all match",
+        }

@@ -1,0 +1,199 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+from conftest import save_model, tiny_config, tiny_model
+
+from mlxkv.cli import build, main
+
+TEXT = "The quick brown fox jumps over the lazy dog. Once upon a time in a land far away, nothing happened. "
+
+
+def run(*words):
+    """Exit code of a command line."""
+    with pytest.raises(SystemExit) as exit_info:
+        main([str(word) for word in words])
+    return exit_info.value.code or 0
+
+
+@pytest.fixture
+def says(capsys):
+    """The JSON a successful command prints."""
+
+    def call(*words):
+        assert run(*words, "--json") == 0
+        return json.loads(capsys.readouterr().out)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def work(model_dir, tmp_path_factory):
+    """Two dumps, artifacts and a container of one tiny model."""
+    folder = tmp_path_factory.mktemp("work")
+    for name, prompt in (("a", TEXT * 4), ("b", TEXT[::-1] * 4)):
+        assert run("dump", "--model", model_dir, "--prompt", prompt, "--out", folder / f"{name}.npz") == 0
+    dumps = [folder / "a.npz", folder / "b.npz"]
+    assert run("calibrate", "--npz", *dumps, "--compression-ratio", 4, "--out", folder / "artifacts") == 0
+    common = ["--npz", dumps[0], "--artifacts", folder / "artifacts"]
+    assert run("compress", *common, "--w", 32, "--out", folder / "a.mlxkv") == 0
+    return folder
+
+
+@pytest.mark.parametrize("model_dir", ["llama", "lfm2_moe", "glm4_moe_lite", "gpt2"], indirect=True)
+def test_a_cache_travels_through_every_command(model_dir, tmp_path, says):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(TEXT * 3)
+    dumped = says("dump", "--model", model_dir, "--prompt-file", prompt, "--max-tokens", 5, "--out", tmp_path / "x.npz")
+    assert dumped["tokens"] == len(TEXT) * 3 + 5
+    calibrated = says("calibrate", "--npz", tmp_path / "x.npz", "--method", "kvtc-4", "--out", tmp_path / "arts")
+    assert calibrated["calibration_tokens"] == dumped["tokens"] - 4
+    files = ["--artifacts", tmp_path / "arts", "--out"]
+    compressed = says("compress", "--npz", tmp_path / "x.npz", "--w", 16, *files, tmp_path / "x.mlxkv")
+    assert compressed["file_bytes"] == (tmp_path / "x.mlxkv").stat().st_size < compressed["fp16_bytes"]
+    restored = says("decompress", tmp_path / "x.mlxkv", *files, tmp_path / "y.npz")
+    assert restored["k"] == dumped["k"]
+    with np.load(tmp_path / "x.npz") as x, np.load(tmp_path / "y.npz") as y:
+        assert set(x) == set(y)
+        assert np.array_equal(x["k"][..., :4, :], y["k"][..., :4, :])
+        assert np.array_equal(x["k"][..., -16:, :], y["k"][..., -16:, :])
+        assert 0 < np.square(x["k"] - y["k"]).sum() < 0.2 * np.square(x["k"]).sum()
+
+
+def test_inspect_explains_all_three_kinds(work, says):
+    assert says("inspect", work / "a.npz")["layers"] == [0, 1]
+    assert "int" in says("inspect", work / "artifacts")["k_plan"]
+    container = says("inspect", work / "a.mlxkv")
+    assert container["w"] == 32
+    parts = ("coded_bytes", "sink_and_window_bytes", "other_bytes", "header_bytes")
+    assert sum(container[part] for part in parts) == container["file_bytes"]
+
+
+def test_eval_writes_the_record_it_prints(work, model_dir, tmp_path, says):
+    (tmp_path / "text.txt").write_text(TEXT * 3)
+    where = ["--artifacts", work / "artifacts", "--out", tmp_path / "record.json"]
+    options = ["--model", model_dir, "--text-file", tmp_path / "text.txt", "--at", 200, "--predict", 20]
+    record = says("eval", *options, *where)
+    assert record == json.loads((tmp_path / "record.json").read_text())
+    assert record["predicted_tokens"] == 20
+    assert record["kl"] > 0
+    assert len(record["k_layer_mse"]) == 2
+    assert {"model", "quantization", "machine", "ratio", "ratio_middle", "s", "w", "perplexity_delta"} <= set(record)
+
+
+def test_presets_lists_models_and_methods(says):
+    assert {"model", "method"} == {row["kind"] for row in says("presets")}
+
+
+def test_doctor_reports_device_and_matrix_speed(capsys):
+    run("doctor", "--json")
+    checks = {row["check"]: row for row in json.loads(capsys.readouterr().out)}
+    assert {"mlx", "mlx-lm", "device", "matrix product", "presets"} <= set(checks)
+    assert "GFLOP/s" in checks["matrix product"]["found"]
+
+
+def test_doctor_advises_openblas_when_products_are_slow(monkeypatch, capsys):
+    monkeypatch.setattr("mlxkv.cli.doctor.SLOW_GFLOPS", 1e9)
+    assert run("doctor", "--json") == 1
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["advice"] for row in rows if row["status"] == "problem"] == ["install OpenBLAS: apt-get install libopenblas0-pthread"]
+
+
+def test_tables_are_for_people(work, capsys):
+    assert run("inspect", work / "a.mlxkv") == 0
+    out = capsys.readouterr().out
+    assert "ratio middle" in out
+    assert "kB" not in out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["dump", "--model", "{model}", "--out", "{tmp}/x.npz"], 2, "either --prompt or --prompt-file"),
+        (["dump", "--model", "{model}", "--prompt", "", "--out", "{tmp}/x.npz"], 2, "no tokens"),
+        (["dump", "--model", "{model}", "--prompt-file", "{tmp}/none", "--out", "{tmp}/x.npz"], 2, "cannot read"),
+        (["dump", "--model", "{tmp}/none", "--prompt", "a", "--out", "{tmp}/x.npz"], 2, "no model directory"),
+        (["dump", "--model", "{model}", "--prompt", "a", "--out", "{tmp}/no/x.npz"], 2, "cannot write"),
+        (["dump", "--model", "{model}", "--prompt", "a", "--preset", "glm", "--out", "{tmp}/x.npz"], 4, "preset 'glm' is for"),
+        (["dump", "--model", "{model}", "--prompt", "a", "--preset", "no", "--out", "{tmp}/x.npz"], 2, "no preset 'no'"),
+        (["dump", "--model", "{model}", "--prompt", "a", "--dtype", "int3", "--out", "{tmp}/x.npz"], 2, "not 'int3'"),
+        (["calibrate", "--out", "{tmp}/a", "--compression-ratio", "4"], 2, "at least one dump"),
+        (["calibrate", "--out", "{tmp}/a", "--npz", "{work}/a.npz"], 2, "either --compression-ratio or --method"),
+        (["calibrate", "--out", "{tmp}/a", "--npz", "{work}/a.npz", "--compression-ratio", "-1"], 2, "above 0"),
+        (["calibrate", "--out", "{tmp}/a", "--npz", "{work}/a.npz", "--compression-ratio", "4", "--rank", "0"], 2, "rank must be 1"),
+        (["calibrate", "--out", "{tmp}/a", "--npz", "{work}/a.npz", "--compression-ratio", "9999"], 2, "cannot code a single"),
+        (["calibrate", "--out", "{tmp}/a", "--npz", "{work}/a.mlxkv", "--compression-ratio", "4"], 3, "not a readable .npz"),
+        (["compress", "--npz", "{work}/a.npz", "--artifacts", "{tmp}", "--out", "{tmp}/x"], 2, "no calibration artifacts"),
+        (["compress", "--npz", "{tmp}/none", "--artifacts", "{work}/artifacts", "--out", "{tmp}/x"], 2, "cannot read"),
+        (["decompress", "{work}/a.npz", "--artifacts", "{work}/artifacts", "--out", "{tmp}/x"], 3, "not an mlxkv container"),
+        (["inspect", "{tmp}/none"], 2, "cannot read"),
+        (["inspect", "{model}/config.json"], 3, "neither a dump"),
+        (["eval", "--model", "{model}", "--text-file", "{model}/config.json", "--artifacts", "{work}/artifacts", "--at", "99999"], 2, "are needed"),
+    ],
+)  # fmt: skip
+def test_a_users_mistake_gets_one_line_and_an_exit_code(words, code, message, model_dir, work, tmp_path, capsys):
+    words = [word.format(model=model_dir, work=work, tmp=tmp_path) for word in words]
+    assert run(*words) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_wrong_flag_is_a_usage_error():
+    assert run("dump", "--modle", "x") == 2
+
+
+def test_another_models_artifacts_are_refused(work, tmp_path, capsys):
+    (tmp_path / "qwen3").mkdir()
+    config = tiny_config("qwen3", vocab_size=264)
+    other = save_model(tiny_model("qwen3", vocab_size=264), config, tmp_path / "qwen3")
+    assert run("dump", "--model", other, "--prompt", TEXT * 2, "--out", tmp_path / "q.npz") == 0
+    assert run("compress", "--npz", tmp_path / "q.npz", "--artifacts", work / "artifacts", "--out", tmp_path / "q") == 4
+    assert run("calibrate", "--npz", tmp_path / "q.npz", work / "a.npz", "--compression-ratio", 4, "--out", tmp_path / "c") == 4
+    assert not (tmp_path / "q").exists()
+    assert "was dumped from" in capsys.readouterr().err
+
+
+def test_a_damaged_container_exits_with_3(work, tmp_path, capsys):
+    blob = bytearray((work / "a.mlxkv").read_bytes())
+    blob[-5] ^= 4
+    (tmp_path / "bad").write_bytes(blob)
+    for command in (["inspect", tmp_path / "bad"], ["decompress", tmp_path / "bad", "--artifacts", work / "artifacts", "--out", tmp_path / "x"]):
+        assert run(*command) == 3
+        assert "checksum does not match" in capsys.readouterr().err
+
+
+def test_npz_may_be_one_flag_with_several_files_or_repeated(work, tmp_path, says):
+    files = [work / "a.npz", work / "b.npz"]
+    common = ["--compression-ratio", 4, "--out", tmp_path / "c"]
+    once = says("calibrate", "--npz", *files, *common)
+    assert once == says("calibrate", "--npz", files[0], "--npz", files[1], *common)
+    assert once["calibration_tokens"] == 2 * (4 * len(TEXT) - 4)
+
+
+def test_every_command_has_an_example_in_its_help(capsys):
+    for command in build().registered_commands:
+        assert run(command.name, "--help") == 0
+        assert f"Example: mlxkv {command.name}" in capsys.readouterr().out
+
+
+def test_ctrl_c_exits_with_130_and_leaves_no_file(model_dir, tmp_path):
+    prompt = tmp_path / "long.txt"
+    prompt.write_text(TEXT * 4000)  # hours of prefill
+    command = [sys.executable, "-m", "mlxkv", "dump", "--model", str(model_dir), "--prompt-file", str(prompt)]
+    command += ["--out", str(tmp_path / "x.npz")]
+    # A background job may have inherited an ignored SIGINT.
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=default) as process:
+        time.sleep(6)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == [prompt]

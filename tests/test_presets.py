@@ -1,0 +1,80 @@
+import dataclasses
+import tomllib
+
+import pytest
+
+from mlxkv import presets
+from mlxkv.cache import CacheSpec, Rope
+from mlxkv.errors import InputError, MismatchError, PresetError
+from mlxkv.models import available, keys_and_values
+from mlxkv.resources import resource_dir
+
+
+def spec(model_type="lfm2", **rope):
+    return CacheSpec(model_type, (keys_and_values(8, 64, Rope(**{"dims": 64, "base": 1e6, **rope})),))
+
+
+@pytest.fixture
+def preset_folder(tmp_path, monkeypatch):
+    for kind in ("models", "methods"):
+        (tmp_path / kind).mkdir()
+    monkeypatch.setattr(presets, "resource_dir", lambda name: tmp_path)
+    return tmp_path
+
+
+def test_the_named_families_are_there():
+    assert {"lfm2", "qwen3", "glm", "smollm2", "llama", "gpt2"} <= set(presets.names("models"))
+
+
+@pytest.mark.parametrize("name", presets.names("models"))
+def test_every_model_preset_loads_and_names_existing_adapters(name):
+    assert set(presets.model_preset(name).model_types) <= set(available())
+
+
+@pytest.mark.parametrize("name", presets.names("methods"))
+def test_method_settings_survive_a_round_trip(name):
+    preset = presets.method_preset(name)
+    settings = dataclasses.asdict(preset.settings)
+    raw = tomllib.loads((resource_dir("presets") / "methods" / f"{name}.toml").read_text())
+    assert type(preset.settings)(**settings) == preset.settings
+    assert settings.items() >= raw["settings"].items()
+
+
+def test_an_unknown_preset_lists_the_known_ones():
+    with pytest.raises(PresetError, match=r"no preset 'lfm3'.*gpt2.*qwen3"):
+        presets.model_preset("lfm3")
+
+
+def test_unknown_keys_fail(preset_folder):
+    (preset_folder / "models/a.toml").write_text('description=""\nexample=""\nmodel_types=[]\nmode="dual_stream"\nbits=3')
+    (preset_folder / "methods/b.toml").write_text('description=""\nmethod="kvtc"\n[settings]\ncompression_ratio=4.0\nratio=3')
+    (preset_folder / "models/c.toml").write_text('description=""\nexample=""\nmodel_types=[]\nmode="dual_stream"\n[rope]\nbse=3')
+    for load, name, key in ((presets.model_preset, "a", "bits"), (presets.method_preset, "b", "ratio"), (presets.model_preset, "c", "bse")):
+        with pytest.raises(PresetError, match=key):
+            load(name)
+
+
+def test_bad_values_and_bad_toml_fail(preset_folder):
+    (preset_folder / "methods/a.toml").write_text('description=""\nmethod="kvtc"\n[settings]\ncompression_ratio=-1.0')
+    (preset_folder / "methods/b.toml").write_text("description=")
+    (preset_folder / "methods/c.toml").write_text('description=""\nmethod="nothing"')
+    (preset_folder / "methods/d.toml").write_text('description=""\nmethod="plan"')
+    for name, reason in (("a", "above 0"), ("b", "not valid TOML"), ("c", "no method 'nothing'"), ("d", "no method 'plan'")):
+        with pytest.raises(PresetError, match=reason):
+            presets.method_preset(name)
+
+
+def test_a_model_preset_refuses_another_family():
+    lfm2 = presets.model_preset("lfm2")
+    lfm2.check(spec())
+    with pytest.raises(MismatchError, match="the model is llama"):
+        lfm2.check(spec("llama"))
+    with pytest.raises(MismatchError, match=r"expected \{'base': 1000000.0\}, the cache has \{'base': 10000.0\}"):
+        lfm2.check(spec(base=1e4))
+    with pytest.raises(MismatchError, match="traditional"):
+        lfm2.check(spec(traditional=True))
+
+
+def test_a_missing_resource_folder_names_both_places():
+    with pytest.raises(InputError, match=r"mlxkv/nothing.*nor .*nothing exists"):
+        resource_dir("nothing")
