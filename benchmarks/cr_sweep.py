@@ -120,7 +120,7 @@ def plot(summary: list[dict[str, Any]]) -> Path:
                 f"{row['compression_ratio']}x budget",
                 (row["ratio_middle"], row["kl"]),
                 textcoords="offset points",
-                xytext=(4, -13),
+                xytext=(5, -12),
                 fontsize=8,
             )
     axes.set(
@@ -130,6 +130,7 @@ def plot(summary: list[dict[str, Any]]) -> Path:
         ylabel="KL to the untouched cache (nats a token)",
     )
     axes.set_xticks(ticks := [2, 4, 8, 16, 32], [f"{tick}x" for tick in ticks])
+    axes.set(xlim=(2.4, 52), ylim=(6e-4, 6e-2))
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -19,7 +19,9 @@ FLOORS = [
     {"cli"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem not in ("__init__", "__main__"))
+SOURCES = sorted(
+    path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem not in ("__init__", "__main__")
+)
 
 
 def room(path: Path) -> str:
@@ -57,12 +59,18 @@ def test_only_the_command_line_prints():
 
 def test_importing_the_package_loads_nothing_heavy():
     code = "import sys, mlxkv; print([m for m in ('numpy', 'mlx.core', 'mlx_lm', 'typer') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_help_loads_no_model_library():
     code = "import sys\nfrom mlxkv.cli import main\ntry: main(['dump', '--help'])\nexcept SystemExit: pass\nprint([m for m in ('mlx_lm', 'transformers', 'mlx.core') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip().endswith("[]")
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        .stdout.strip()
+        .endswith("[]")
+    )
 
 
 def test_every_public_name_can_be_imported():

@@ -101,7 +101,9 @@ def test_doctor_advises_openblas_when_products_are_slow(monkeypatch, capsys):
     monkeypatch.setattr("mlxkv.cli.doctor.SLOW_GFLOPS", 1e9)
     assert run("doctor", "--json") == 1
     rows = json.loads(capsys.readouterr().out)
-    assert [row["advice"] for row in rows if row["status"] == "problem"] == ["install OpenBLAS: apt-get install libopenblas0-pthread"]
+    assert [row["advice"] for row in rows if row["status"] == "problem"] == [
+        "install OpenBLAS: apt-get install libopenblas0-pthread"
+    ]
 
 
 def test_tables_are_for_people(work, capsys):
@@ -154,7 +156,10 @@ def test_another_models_artifacts_are_refused(work, tmp_path, capsys):
     other = save_model(tiny_model("qwen3", vocab_size=264), config, tmp_path / "qwen3")
     assert run("dump", "--model", other, "--prompt", TEXT * 2, "--out", tmp_path / "q.npz") == 0
     assert run("compress", "--npz", tmp_path / "q.npz", "--artifacts", work / "artifacts", "--out", tmp_path / "q") == 4
-    assert run("calibrate", "--npz", tmp_path / "q.npz", work / "a.npz", "--compression-ratio", 4, "--out", tmp_path / "c") == 4
+    assert (
+        run("calibrate", "--npz", tmp_path / "q.npz", work / "a.npz", "--compression-ratio", 4, "--out", tmp_path / "c")
+        == 4
+    )
     assert not (tmp_path / "q").exists()
     assert "was dumped from" in capsys.readouterr().err
 
@@ -163,7 +168,10 @@ def test_a_damaged_container_exits_with_3(work, tmp_path, capsys):
     blob = bytearray((work / "a.mlxkv").read_bytes())
     blob[-5] ^= 4
     (tmp_path / "bad").write_bytes(blob)
-    for command in (["inspect", tmp_path / "bad"], ["decompress", tmp_path / "bad", "--artifacts", work / "artifacts", "--out", tmp_path / "x"]):
+    for command in (
+        ["inspect", tmp_path / "bad"],
+        ["decompress", tmp_path / "bad", "--artifacts", work / "artifacts", "--out", tmp_path / "x"],
+    ):
         assert run(*command) == 3
         assert "checksum does not match" in capsys.readouterr().err
 

@@ -10,7 +10,7 @@ from mlxkv.codec.calibrate import calibrate
 from mlxkv.codec.kvtc import Settings
 from mlxkv.lm import dump
 
-SCRIPT = '''
+SCRIPT = """
 import numpy as np
 from mlxkv import KVTCCacheCodec, CalibrationArtifacts, model_preset
 
@@ -43,11 +43,13 @@ for i in range(len(k_orig)):
     print(f"  Layer {i} K mid MSE: {mse:.6f}")
 
 print("LFM2 roundtrip OK")
-'''
+"""
 
 
 @pytest.mark.parametrize(
-    ("tiny", "preset"), [("lfm2", "lfm2"), ("lfm2_moe", "lfm2"), ("gpt2", "gpt2"), ("llama", "llama")], indirect=["tiny"]
+    ("tiny", "preset"),
+    [("lfm2", "lfm2"), ("lfm2_moe", "lfm2"), ("gpt2", "gpt2"), ("llama", "llama")],
+    indirect=["tiny"],
 )
 def test_the_plans_script_runs_as_written(tiny, preset, tmp_path, capsys):
     model, vocabulary = tiny, 90

@@ -46,10 +46,20 @@ def test_an_unknown_preset_lists_the_known_ones():
 
 
 def test_unknown_keys_fail(preset_folder):
-    (preset_folder / "models/a.toml").write_text('description=""\nexample=""\nmodel_types=[]\nmode="dual_stream"\nbits=3')
-    (preset_folder / "methods/b.toml").write_text('description=""\nmethod="kvtc"\n[settings]\ncompression_ratio=4.0\nratio=3')
-    (preset_folder / "models/c.toml").write_text('description=""\nexample=""\nmodel_types=[]\nmode="dual_stream"\n[rope]\nbse=3')
-    for load, name, key in ((presets.model_preset, "a", "bits"), (presets.method_preset, "b", "ratio"), (presets.model_preset, "c", "bse")):
+    (preset_folder / "models/a.toml").write_text(
+        'description=""\nexample=""\nmodel_types=[]\nmode="dual_stream"\nbits=3'
+    )
+    (preset_folder / "methods/b.toml").write_text(
+        'description=""\nmethod="kvtc"\n[settings]\ncompression_ratio=4.0\nratio=3'
+    )
+    (preset_folder / "models/c.toml").write_text(
+        'description=""\nexample=""\nmodel_types=[]\nmode="dual_stream"\n[rope]\nbse=3'
+    )
+    for load, name, key in (
+        (presets.model_preset, "a", "bits"),
+        (presets.method_preset, "b", "ratio"),
+        (presets.model_preset, "c", "bse"),
+    ):
         with pytest.raises(PresetError, match=key):
             load(name)
 
@@ -59,7 +69,12 @@ def test_bad_values_and_bad_toml_fail(preset_folder):
     (preset_folder / "methods/b.toml").write_text("description=")
     (preset_folder / "methods/c.toml").write_text('description=""\nmethod="nothing"')
     (preset_folder / "methods/d.toml").write_text('description=""\nmethod="plan"')
-    for name, reason in (("a", "above 0"), ("b", "not valid TOML"), ("c", "no method 'nothing'"), ("d", "no method 'plan'")):
+    for name, reason in (
+        ("a", "above 0"),
+        ("b", "not valid TOML"),
+        ("c", "no method 'nothing'"),
+        ("d", "no method 'plan'"),
+    ):
         with pytest.raises(PresetError, match=reason):
             presets.method_preset(name)
 

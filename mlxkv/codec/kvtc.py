@@ -130,7 +130,8 @@ class KVTCCacheCodec:
         The dtype is the one compressed, except that bfloat16, which NumPy lacks, comes back as float32.
         """
         with Reader(blob) as reader:
-            return self._decode(reader, progress)
+            arrays = self._decode(reader, progress)
+        return list(arrays["k"]), list(arrays["v"])
 
     def compress_dump(self, dump: KVDump, progress: Progress | None = None) -> bytes:
         """A whole dump: also its tokens, other layers' states and origin."""
@@ -148,16 +149,17 @@ class KVTCCacheCodec:
     def decompress_dump(self, blob: bytes | str | Path, progress: Progress | None = None) -> KVDump:
         """The inverse of `compress_dump`. Raises FormatError for a container without tokens."""
         with Reader(blob) as reader:
-            k, v = self._decode(reader, progress)
+            arrays = self._decode(reader, progress)
             extras = {name: raw.read(reader, name) for name in _object(reader, "raw") if name not in raw.ENDS}
             meta = _object(reader, "meta")
         if "tokens" not in extras or extras["tokens"].dtype != np.int32:
             raise FormatError(f"{reader.name} holds no tokens: it was made by compress(), open it with decompress()")
         states = {name.removeprefix("state."): array for name, array in extras.items() if name.startswith("state.")}
         facts = {key: str(meta.get(key, "")) for key in ("model", "fingerprint", "dtype")}
-        return KVDump(np.stack(k), np.stack(v), self.artifacts.spec, extras["tokens"], states=states, **facts)
+        return KVDump(arrays["k"], arrays["v"], self.artifacts.spec, extras["tokens"], states=states, **facts)
 
-    def _decode(self, reader: Reader, progress: Progress | None) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def _decode(self, reader: Reader, progress: Progress | None) -> dict[str, np.ndarray]:
+        """The k and v streams, `[layers, B, H, T, D]` each."""
         layout, dtype = self._check_header(reader)
         self._check_lengths(reader, layout)
         ends = self._read_ends(reader, layout)
@@ -176,7 +178,7 @@ class KVTCCacheCodec:
                 )
             if progress:
                 progress(stop - start)
-        return list(outputs["k"]), list(outputs["v"])
+        return outputs
 
     def _decode_rows(self, reader: Reader, name: str, index: int, tokens: int) -> mx.array:
         part = self.artifacts.stream(name)

@@ -48,7 +48,8 @@ def _least_squares(x: mx.array, codes: mx.array) -> tuple[mx.array, mx.array]:
     center, mean = codes.mean(axis=-1), x.mean(axis=-1)
     spread = codes - center[..., None]
     scale = (spread * (x - mean[..., None])).sum(axis=-1) / mx.maximum(mx.square(spread).sum(axis=-1), 1e-9)
-    return (mean - scale * center).astype(mx.float16), scale.astype(mx.float16)
+    shift = mx.clip(mean - scale * center, -FLOAT16_MAX, FLOAT16_MAX)  # the line may leave the range of x
+    return shift.astype(mx.float16), scale.astype(mx.float16)
 
 
 def _normalised(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:

@@ -1,0 +1,99 @@
+"""Write the README's result tables from the committed JSON; a test fails when they differ.
+
+python -m benchmarks.readme
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from benchmarks.schema import FOLDER, RESULTS
+
+README = FOLDER.parent / "README.md"
+START, END = "<!-- results -->", "<!-- /results -->"
+
+
+def main() -> None:
+    README.write_text(updated(README.read_text()))
+
+
+def updated(text: str) -> str:
+    """The README with its results section made anew."""
+    before, rest = text.split(START)
+    return f"{before}{START}\n{render()}\n{END}{rest.split(END)[1]}"
+
+
+def render() -> str:
+    """All tables, each naming the JSON it comes from."""
+    return "\n\n".join([fidelity(), whole_files(), speed(), resources()])
+
+
+def fidelity() -> str:
+    rows = {(row["compression_ratio"], row["kind"]): row for row in _load("cr_sweep")["summary"]}
+    lines = [
+        "| budget | middle | KL, same kind | top-1 | perplexity | KL, other kinds | top-1 | perplexity |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for ratio in sorted({ratio for ratio, _ in rows}):
+        same, other = rows[ratio, "same"], rows[ratio, "other"]
+        cells = [f"{ratio}x", f"{same['ratio_middle']:.1f}x", *_fidelity_cells(same), *_fidelity_cells(other)]
+        lines.append(f"| {' | '.join(cells)} |")
+    note = "Four held-out texts of the calibration's kind, eight of others (legal, fiction, essay, three chats, code, API reference)"
+    return "\n".join([*lines, "", f"{note}: [cr_sweep.json](benchmarks/results/cr_sweep.json)."])
+
+
+def whole_files() -> str:
+    result = _load("cr_sweep")
+    rows = [sample for sample in result["samples"] if sample["kind"] == "long"]
+    lines = [
+        "| budget | fp16 cache | file | ratio | middle | K / V error | perplexity | artifacts |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [
+            f"{row['compression_ratio']}x", _mb(row["fp16_bytes"]), _mb(row["file_bytes"]), f"{row['ratio']:.1f}x", f"{row['ratio_middle']:.1f}x",
+            f"{row['k_relative_error']:.4f} / {row['v_relative_error']:.4f}", f"{row['perplexity_reference']:.2f} -> {row['perplexity']:.2f}", _mb(row["artifact_bytes"]),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([f"The same at {rows[0]['tokens']:,} tokens, one held-out text, whole files:", "", *lines])
+
+
+def speed() -> str:
+    result = _load("codec_speed")
+    lines = ["| step | seconds | times faster than prefill |", "|---|---|---|"]
+    lines += [
+        f"| {row['step']} | {row['median_seconds']:.2f} | {row['times_faster_than_prefill']:.1f} |"
+        for row in result["summary"]
+    ]
+    intro = f"Reading a cache back against computing it again, {result['config']['tokens']:,} tokens, median of {result['config']['rounds']} rounds in one run"
+    return "\n".join([f"{intro} ([codec_speed.json](benchmarks/results/codec_speed.json)):", "", *lines])
+
+
+def resources() -> str:
+    memory, dp = _load("memory"), _load("dp_speed")
+    steps = {sample["step"]: sample for sample in memory["samples"]}
+    return (
+        f"At {memory['config']['tokens']:,} tokens of Qwen3-30B-A3B's geometry the peak is {steps['compress']['peak_over_fp16']:.2f} times the fp16 cache"
+        f" to compress and {steps['decompress']['peak_over_fp16']:.2f} times to decompress, the cache itself included"
+        " ([memory.json](benchmarks/results/memory.json)).\n"
+        f"Allocating its bits (p = {dp['config']['width']:,}, rank {dp['config']['rank']:,}, 4x) takes {dp['summary']['errors_seconds']:.1f} s to measure the groups"
+        f" and {dp['summary']['allocate_seconds']:.1f} s for the dynamic programme ([dp_speed.json](benchmarks/results/dp_speed.json))."
+    )
+
+
+def _fidelity_cells(row: dict[str, Any]) -> list[str]:
+    change = f"{row['perplexity_reference']:.1f} {row['perplexity_delta']:+.2f}"
+    return [f"{row['kl']:.4f}", f"{100 * row['top1_agreement']:.1f} %", change]
+
+
+def _load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from benchmarks import readme
+from mlxkv import calibrate, lm, write_dump
+from mlxkv.cli import main
+from mlxkv.codec.kvtc import Settings
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PROSE = "A cache that forgets nothing is a memory; one that forgets the right things is an understanding. "
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_commands_run_as_written(model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        Path(f"{name}.txt").write_text(PROSE * (8 + ord(name) % 3))
+    block = next(block for block in blocks("") if "mlxkv dump" in block)
+    commands = [shlex.split(line)[1:] for line in block.splitlines() if line.startswith("mlxkv ")]
+    assert [command[0] for command in commands] == ["dump", "dump", "calibrate", "compress", "decompress", "eval"]
+    for command in commands:
+        # A tiny model's cache is too narrow for a 16x budget.
+        here = {"mlx-community/Qwen3-4B-4bit": str(model_dir), "kvtc-16": "kvtc-4"}
+        words = [here.get(word, word) for word in command]
+        with pytest.raises(SystemExit) as exit_info:
+            main(words)
+        assert not exit_info.value.code, command
+    assert Path("restored.npz").stat().st_size > Path("a.mlxkv").stat().st_size
+
+
+def test_the_python_example_runs_as_written(smollm2, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = smollm2
+    Path("notes.txt").write_text(PROSE * 10)
+    write_dump("c.npz", lm.dump(model, tokenizer.encode(PROSE[::2] * 4)))
+    calibrate(["c.npz"], Settings(8)).save("artifacts")
+    (example,) = blocks("python")
+    exec(example, {})
+    assert Path("notes.mlxkv").stat().st_size > 0
+    assert len(capsys.readouterr().out.strip()) > 10
+
+
+def test_the_tables_are_the_committed_results():
+    assert readme.updated(README) == README
+
+
+def test_links_lead_somewhere():
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+            assert target.startswith("http") or (ROOT / target).exists(), f"{path.name}: {target}"
