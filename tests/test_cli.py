@@ -5,10 +5,12 @@ import sys
 import time
 from functools import partial
 
+import mlx_lm
 import numpy as np
 import pytest
 from conftest import save_model, tiny_config, tiny_model
 
+from mlxkv import lm
 from mlxkv.cli import build, main
 
 TEXT = "The quick brown fox jumps over the lazy dog. Once upon a time in a land far away, nothing happened. "
@@ -86,6 +88,16 @@ def test_eval_writes_the_record_it_prints(work, model_dir, tmp_path, says):
     assert {"model", "quantization", "machine", "ratio", "ratio_middle", "s", "w", "perplexity_delta"} <= set(record)
 
 
+def test_generate_goes_on_as_if_the_text_had_been_read_just_now(work, model_dir, says):
+    model, tokenizer = lm.load(str(model_dir))
+    options = ["--model", model_dir, "--prompt", "And then", "--max-tokens", 12]
+    fresh = mlx_lm.generate(model, tokenizer, TEXT * 4 + "And then", max_tokens=12)
+    assert says("generate", work / "a.npz", *options)["text"] == fresh
+    coded = says("generate", work / "a.mlxkv", "--artifacts", work / "artifacts", *options)
+    assert coded["cached_tokens"] == 4 * len(TEXT)
+    assert coded["generated_tokens"] <= 12
+
+
 def test_presets_lists_models_and_methods(says):
     assert {"model", "method"} == {row["kind"] for row in says("presets")}
 
@@ -134,6 +146,8 @@ def test_tables_are_for_people(work, capsys):
         (["compress", "--npz", "{tmp}/none", "--artifacts", "{work}/artifacts", "--out", "{tmp}/x"], 2, "cannot read"),
         (["decompress", "{work}/a.npz", "--artifacts", "{work}/artifacts", "--out", "{tmp}/x"], 3, "not an mlxkv container"),
         (["inspect", "{tmp}/none"], 2, "cannot read"),
+        (["generate", "{work}/a.mlxkv", "--model", "{model}", "--prompt", "a"], 2, "with --artifacts"),
+        (["generate", "{work}/a.npz", "--model", "{model}", "--prompt", ""], 2, "no tokens"),
         (["inspect", "{model}/config.json"], 3, "neither a dump"),
         (["eval", "--model", "{model}", "--text-file", "{model}/config.json", "--artifacts", "{work}/artifacts", "--at", "99999"], 2, "are needed"),
     ],

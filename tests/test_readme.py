@@ -24,7 +24,15 @@ def test_the_commands_run_as_written(model_dir, tmp_path, monkeypatch):
         Path(f"{name}.txt").write_text(PROSE * (8 + ord(name) % 3))
     block = next(block for block in blocks("") if "mlxkv dump" in block)
     commands = [shlex.split(line)[1:] for line in block.splitlines() if line.startswith("mlxkv ")]
-    assert [command[0] for command in commands] == ["dump", "dump", "calibrate", "compress", "decompress", "eval"]
+    assert [command[0] for command in commands] == [
+        "dump",
+        "dump",
+        "calibrate",
+        "compress",
+        "generate",
+        "decompress",
+        "eval",
+    ]
     for command in commands:
         # A tiny model's cache is too narrow for a 16x budget.
         here = {"mlx-community/Qwen3-4B-4bit": str(model_dir), "kvtc-16": "kvtc-4"}
