@@ -21,6 +21,7 @@ from benchmarks import texts
 from benchmarks.cr_sweep import MODEL, dump_all
 from benchmarks.schema import write_result
 from mlxkv import lm
+from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.codec.calibrate import calibrate
 from mlxkv.codec.kvtc import KVTCCacheCodec, Settings
 
@@ -37,6 +38,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = dump_all(model, tokenizer, Path(folder), calibration)
         codecs = {ratio: KVTCCacheCodec(calibrate(files, Settings(ratio))) for ratio in RATIOS}
+    saved = tempfile.TemporaryDirectory()
+    codecs[RATIOS[-1]].artifacts.save(saved.name)
     tokens = texts.same_kind(tokenizer, arguments.tokens, 1)[0]
     dump = lm.dump(model, tokens, name=MODEL, dtype="float16")
     samples: list[dict[str, Any]] = []
@@ -49,8 +52,16 @@ def main() -> None:
             blob = codec.compress_dump(dump)
             samples.append({"step": f"compress {ratio}x", "seconds": perf_counter() - start, "bytes": len(blob)})
             start = perf_counter()
-            codec.decompress_dump(blob)
+            back = codec.decompress_dump(blob)
             samples.append({"step": f"decompress {ratio}x", "seconds": perf_counter() - start})
+            lm.restore(model, back)
+            samples.append({"step": f"decompress {ratio}x and restore into mlx-lm", "seconds": perf_counter() - start})
+        start = perf_counter()
+        CalibrationArtifacts.from_dir(saved.name)
+        samples.append(
+            {"step": f"read the artifacts ({RATIOS[-1]}x), once a process", "seconds": perf_counter() - start}
+        )
+    saved.cleanup()
     seconds = {
         step: median(s["seconds"] for s in samples if s["step"] == step)
         for step in dict.fromkeys(s["step"] for s in samples)

@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from time import perf_counter
 
+import mlx.core as mx
 import numpy as np
 
 from benchmarks.schema import write_result
@@ -74,7 +75,8 @@ def _step(step: str, tokens: int, file: Path) -> dict[str, float | str]:
     elif step == "decompress":
         codec.decompress(file)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"step": step, "seconds": round(perf_counter() - start, 1), "peak_bytes": peak}
+    seconds = round(perf_counter() - start, 1)
+    return {"step": step, "seconds": seconds, "peak_bytes": peak, "mlx_peak_bytes": mx.get_peak_memory()}
 
 
 def _artifacts() -> CalibrationArtifacts:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ def write_result(name: str, config: dict[str, Any], samples: list[dict[str, Any]
     result = {
         "benchmark": name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
         "machine": describe(),
         "config": config,
         "summary": summary,
@@ -31,18 +29,3 @@ def write_result(name: str, config: dict[str, Any], samples: list[dict[str, Any]
     with atomic_write(path) as file:
         file.write(json.dumps(result, indent=1).encode() + b"\n")
     return path
-
-
-def commit() -> str:
-    """The checked-out commit, with "+" when files differ from it."""
-    try:
-        out = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=10"],
-            cwd=FOLDER,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return out.stdout.strip()

@@ -17,9 +17,22 @@ _HELD_OUT_SHARE = 4  # every fourth topic is never calibrated on
 
 
 def documentation(held_out: bool) -> list[str]:
-    """Python's documentation topics, sorted by name: every fourth is held out, the rest is for calibration."""
+    """Python's documentation topics, sorted by name: every fourth is held out, the rest is for calibration.
+
+    Topics repeat each other's sections, so calibration leaves out every paragraph with a line that is held out.
+    """
     topics = [text for _, text in sorted(pydoc_data.topics.topics.items())]
-    return [text for i, text in enumerate(topics) if (i % _HELD_OUT_SHARE == 1) == held_out]
+    held = [text for i, text in enumerate(topics) if i % _HELD_OUT_SHARE == 1]
+    if held_out:
+        return held
+    known = {line for text in held for line in long_lines(text)}
+    rest = [text for i, text in enumerate(topics) if i % _HELD_OUT_SHARE != 1]
+    return ["\n\n".join(part for part in text.split("\n\n") if not known & long_lines(part)) for text in rest]
+
+
+def long_lines(text: str) -> set[str]:
+    """The lines that are long enough to be no coincidence, without their indentation."""
+    return {line.strip() for line in text.splitlines() if len(line.strip()) > 30}
 
 
 def code(module: str) -> str:

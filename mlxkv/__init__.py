@@ -1,4 +1,4 @@
-"""mlxkv: the key/value caches of mlx-lm models, many times smaller, with proof that the model does not notice.
+"""mlxkv: the key/value caches of mlx-lm models, many times smaller, with measurements of what the model notices.
 
 Public names are imported on first use, so `import mlxkv` stays light.
 """

@@ -19,6 +19,11 @@ MODES = ("dual_stream", "single_stream")
 STREAMS = ("k", "v")
 
 
+def is_whole(value: Any, least: int = 0) -> bool:
+    """Whether a value read from somewhere is an int (not a bool) of at least `least`."""
+    return type(value) is int and value >= least
+
+
 @dataclass(frozen=True)
 class Rope:
     """A rotary embedding as `mx.fast.rope` applies it (Su et al., arXiv 2104.09864), and its inverse.
@@ -38,8 +43,10 @@ class Rope:
     gain: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (_is_whole(self.dims) and _is_whole(self.offset)) or self.dims == 0 or self.dims % 2:
+        if not (is_whole(self.dims) and is_whole(self.offset)) or self.dims == 0 or self.dims % 2:
             raise FormatError(f"rope needs even dims > 0 and offset >= 0, got {self.dims} and {self.offset}")
+        if type(self.traditional) is not bool:
+            raise FormatError(f"rope's traditional is true or false, not {self.traditional!r}")
         if (self.base is None) == (self.freqs is None):
             raise FormatError("rope needs either a base or a table of freqs, not both and not none")
         if self.freqs is not None and len(self.freqs) != self.dims // 2:
@@ -97,7 +104,7 @@ class Slot:
     rope: Rope | None = None
 
     def __post_init__(self) -> None:
-        if not (_is_whole(self.heads) and _is_whole(self.dim)) or self.heads == 0:
+        if not (is_whole(self.heads) and is_whole(self.dim)) or self.heads == 0:
             raise FormatError(f"slot {self.name!r} needs heads >= 1 and dim >= 0, got {self.heads} and {self.dim}")
         if self.rope is not None and self.rope.offset + self.rope.dims > self.dim:
             raise FormatError(f"slot {self.name!r} rotates past its {self.dim} dims: {self.rope}")
@@ -174,7 +181,7 @@ class CacheSpec:
         """The inverse of `to_json`. Raises FormatError when the data is not such a description."""
         try:
             kinds = [tuple(_slot_from_json(slot) for slot in kind) for kind in data["kinds"]]
-            if not all(i is None or _is_whole(i) for i in data["layers"]):
+            if not all(i is None or is_whole(i) for i in data["layers"]):
                 raise FormatError("every layer is null or the number of a kind")
             layers = tuple(None if i is None else kinds[i] for i in data["layers"])
             if any(layer is not None and len(layer) != 2 for layer in layers):
@@ -202,10 +209,6 @@ def _slot_from_json(data: Mapping[str, Any]) -> Slot:
     return Slot(str(data["name"]), data["heads"], data["dim"], rope)
 
 
-def _is_whole(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
 def _is_positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value <= np.finfo(np.float32).max
 
@@ -231,11 +234,17 @@ class KVDump:
 
     def __post_init__(self) -> None:
         batch, length = self.tokens.shape if self.tokens.ndim == 2 else (0, 0)
+        if not batch or not length:
+            raise MismatchError(f"a cache holds at least one token; tokens have shape {self.tokens.shape}, not [B, T]")
         for name, array in (("k", self.k), ("v", self.v)):
             stream = self.spec.stream(name)
             expected = (stream.layers, batch, stream.heads, length, stream.dim)
             if array.shape != expected:
                 raise MismatchError(f"{name} has shape {array.shape}; its description and tokens say {expected}")
+
+    def stream(self, name: str) -> np.ndarray:
+        """The k or v array."""
+        return self.k if name == "k" else self.v
 
     @property
     def length(self) -> int:

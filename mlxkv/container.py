@@ -15,14 +15,15 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
+from mlxkv.cache import is_whole
 from mlxkv.errors import ChecksumError, FormatError, VersionError
 from mlxkv.files import open_input, parse_json
 
 MAGIC = b"\x89MLXKV\r\n"
 VERSION = 1
 MAX_HEADER = 64 * 2**20
+Source = bytes | bytearray | memoryview | str | Path
 _PREAMBLE = struct.Struct("<8sHHI16s")  # magic, version, reserved, header length, BLAKE2b-128
-_CODINGS = ("raw", "deflate")
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ class Reader:
     VersionError for a newer format. Memory stays bounded by the header's length and the largest section asked for.
     """
 
-    def __init__(self, source: bytes | str | Path) -> None:
-        self.name = "the blob" if isinstance(source, bytes) else str(source)
-        self._file: IO[bytes] = io.BytesIO(source) if isinstance(source, bytes) else open_input(source)
+    def __init__(self, source: Source) -> None:
+        self.name = str(source) if isinstance(source, str | Path) else "the blob"
+        self._file: IO[bytes] = open_input(source) if isinstance(source, str | Path) else io.BytesIO(source)
         try:
             self.size = self._file.seek(0, io.SEEK_END)
             self._file.seek(0)
@@ -94,7 +95,9 @@ class Reader:
         if len(preamble) < _PREAMBLE.size or preamble[:8] != MAGIC:
             raise FormatError(f"{self.name} is not an mlxkv container: it starts with {preamble[:8]!r}, not {MAGIC!r}")
         _, version, reserved, length, expected = _PREAMBLE.unpack(preamble)
-        if version != VERSION or reserved:
+        if reserved:
+            raise FormatError(f"the reserved bytes of {self.name} are {reserved}, not 0: the file is damaged")
+        if version != VERSION:
             raise VersionError(f"{self.name} has format version {version}; this mlxkv reads {VERSION}: upgrade mlxkv")
         if length > min(MAX_HEADER, self.size - _PREAMBLE.size):
             raise FormatError(f"{self.name} is truncated: its header claims {length} bytes, the file has {self.size}")
@@ -125,20 +128,37 @@ class Reader:
 
     def read(self, name: str, size: int | None = None) -> bytes:
         """The decoded bytes of one section, which must be `size` bytes when that is given."""
-        section = self.sections.get(name)
-        if section is None:
-            raise FormatError(f"{self.name} has no section {name!r}; it has {', '.join(list(self.sections)[:20])}")
+        section = self._section(name)
         if size is not None and section.size != size:
             raise FormatError(
                 f"section {name!r} of {self.name} decodes to {section.size} bytes; its geometry needs {size}"
             )
         self._file.seek(self._starts[name])
         stored = self._file.read(section.stored)
-        if digest(stored).hex() != section.digest:
-            raise ChecksumError(
-                f"section {name!r} of {self.name} is damaged: its checksum does not match; restore a copy"
-            )
+        self._compare(section, digest(stored))
         return stored if section.coding == "raw" else self._inflate(section, stored)
+
+    def verify(self) -> None:
+        """Check every section's checksum, piece by piece and without inflating anything."""
+        for section in self.sections.values():
+            self._file.seek(self._starts[section.name])
+            hasher, left = blake2b(digest_size=16), section.stored
+            while left:
+                piece = self._file.read(min(left, 2**20))
+                hasher.update(piece)
+                left -= len(piece) or left
+            self._compare(section, hasher.digest())
+
+    def _section(self, name: str) -> Section:
+        if name not in self.sections:
+            raise FormatError(f"{self.name} has no section {name!r}; it has {', '.join(list(self.sections)[:20])}")
+        return self.sections[name]
+
+    def _compare(self, section: Section, found: bytes) -> None:
+        if found.hex() != section.digest:
+            raise ChecksumError(
+                f"section {section.name!r} of {self.name} is damaged: its checksum does not match; restore a copy"
+            )
 
     def _inflate(self, section: Section, stored: bytes) -> bytes:
         inflater = zlib.decompressobj()
@@ -156,7 +176,7 @@ def _is_row(row: Any) -> bool:
     if not (isinstance(row, list) and len(row) == 5 and all(isinstance(row[i], str) for i in (0, 1, 4))):
         return False
     size, stored = row[2], row[3]
-    if not (type(size) is int and type(stored) is int and size >= 0 and stored >= 0):
+    if not (is_whole(size) and is_whole(stored)):
         return False
     # DEFLATE cannot expand by more than 1032:1.
     return (row[1] == "raw" and size == stored) or (row[1] == "deflate" and size <= 1032 * stored)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
 
     An exception (Ctrl-C too) removes the unfinished file; a killed process leaves only a `.tmp` file behind.
     """
-    path = Path(path)
+    path = _target(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -46,9 +47,19 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
+def _target(path: str | Path) -> Path:
+    """Where a write to `path` goes: through symbolic links, and never in place of a device, pipe or folder."""
+    target = Path(path).resolve()
+    if not str(path) or (target.exists() and not target.is_file()):
+        raise InputError(f"cannot write {str(path)!r}: not a file name, or something else than a file")
+    return target
+
+
 def open_input(path: str | Path) -> IO[bytes]:
-    """Open a file for reading; a missing or unreadable one is an InputError."""
+    """Open a regular file for reading; a missing, unreadable or other one is an InputError."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise InputError(f"cannot read {path}: not a regular file")
         return open(path, "rb")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
@@ -80,14 +91,14 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
         try:
             length = file.seek(0, os.SEEK_END)
             archive = zipfile.ZipFile(file)
+            if sum(info.file_size for info in archive.infolist()) > length:
+                raise FormatError(f"{path}: its members claim more bytes than the file's {length}")
             for info in archive.infolist():
                 key = info.filename.removesuffix(".npy")
                 if info.compress_type != zipfile.ZIP_STORED:
                     raise FormatError(
                         f"{path}: {info.filename} is compressed; save with np.savez, not savez_compressed"
                     )
-                if info.file_size > length:
-                    raise FormatError(f"{path}: {info.filename} claims {info.file_size} bytes, the file has {length}")
                 if key == info.filename or key in arrays:
                     raise FormatError(f"{path}: unexpected or repeated member {info.filename!r}")
                 with archive.open(info) as member:

@@ -114,10 +114,23 @@ def test_a_file_of_another_kind_is_refused():
             Reader(data)
 
 
-@pytest.mark.parametrize(("version", "reserved"), [(VERSION + 1, 0), (0, 0), (65535, 0), (VERSION, 1)])
-def test_another_version_is_refused(version, reserved):
+@pytest.mark.parametrize("version", [VERSION + 1, 0, 65535])
+def test_another_version_is_refused(version):
     with pytest.raises(VersionError, match=str(version)):
-        Reader(forged(b'{"sections":[]}', version=version, reserved=reserved))
+        Reader(forged(b'{"sections":[]}', version=version))
+
+
+def test_reserved_bytes_are_no_version():
+    with pytest.raises(FormatError, match="reserved bytes"):
+        Reader(forged(b'{"sections":[]}', reserved=1))
+
+
+def test_verify_reads_every_checksum_without_inflating():
+    blob = bytearray(toy())
+    Reader(bytes(blob)).verify()
+    blob[-1] ^= 1
+    with pytest.raises(ChecksumError):
+        Reader(memoryview(blob)).verify()
 
 
 def test_a_damaged_header_is_told_from_a_damaged_section():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from conftest import tiny_tokens
 
+from benchmarks import texts
 from mlxkv import KVTCCacheCodec, lm, read_dump, write_dump
 from mlxkv.codec.calibrate import calibrate
 from mlxkv.codec.kvtc import Settings
@@ -46,6 +47,15 @@ def test_sizes_add_up_to_the_whole_file(tiny, codec):
     parts = ("coded_bytes", "sink_and_window_bytes", "other_bytes", "header_bytes")
     assert sum(record[part] for part in parts) == record["file_bytes"] == len(codec.compress_dump(start.dump))
     assert record["ratio"] == start.dump.fp16_bytes / record["file_bytes"]
+
+
+def test_calibration_never_reads_a_line_that_is_held_out():
+    read, held = (
+        {line for text in texts.documentation(held_out=h) for line in texts.long_lines(text)} for h in (False, True)
+    )
+    assert len(read) > 3000
+    assert len(held) > 1000
+    assert not read & held
 
 
 def test_a_short_text_is_refused_with_the_numbers(tiny):

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Artifacts = Annotated[Path, typer.Option("--artifacts", help="Folder written by mlxkv calibrate.", show_default=False)]
@@ -25,11 +26,11 @@ def show(facts: Mapping[str, Any], as_json: bool, title: str = "") -> None:
     if as_json:
         print(json.dumps(facts))
         return
-    table = Table(title=title or None, show_header=False, title_justify="left")
+    table = Table(title=_cell(title) if title else None, show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for key, value in facts.items():
-        table.add_row(key.replace("_", " "), text(key, value))
+        table.add_row(key.replace("_", " "), _cell(text(key, value)))
     Console().print(table)
 
 
@@ -38,9 +39,11 @@ def show_rows(rows: list[dict[str, Any]], as_json: bool, title: str = "") -> Non
     if as_json:
         print(json.dumps(rows))
         return
-    table = Table(*(key.replace("_", " ") for key in rows[0]), title=title or None, title_justify="left")
+    table = Table(
+        *(key.replace("_", " ") for key in rows[0]), title=_cell(title) if title else None, title_justify="left"
+    )
     for row in rows:
-        table.add_row(*(text(key, value) for key, value in row.items()))
+        table.add_row(*(_cell(text(key, value)) for key, value in row.items()))
     Console().print(table)
 
 
@@ -57,8 +60,14 @@ def text(key: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list | tuple):
-        return ", ".join(text("", item) for item in value)
+        return ", ".join(str(item) for item in value)
     return f"{value:,}" if type(value) is int else str(value)
+
+
+def _cell(value: str) -> Text:
+    """Text from a file as it is: no markup, no control characters, no lone surrogates."""
+    printable = value.encode("utf-8", "replace").decode()
+    return Text("".join(char if char.isprintable() else "?" for char in printable), overflow="fold")
 
 
 @contextmanager

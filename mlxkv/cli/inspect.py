@@ -80,8 +80,7 @@ def _container(file: Path) -> dict[str, Any]:
     from mlxkv.container import Reader
 
     with Reader(file) as reader:
-        for name in reader.sections:
-            reader.read(name)
+        reader.verify()
         header = reader.header
         facts = {key: header.get(key) for key in ("method", "mlxkv", "dtype", "artifacts")}
         origin = header.get("meta")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 import mlxkv
-from mlxkv.cache import STREAMS, KVDump, Stream
+from mlxkv.cache import STREAMS, CacheSpec, KVDump, Stream
 from mlxkv.codec.artifacts import CalibrationArtifacts, StreamArtifacts
 from mlxkv.codec.kvtc import Settings
+from mlxkv.codec.layout import BLOCK
 from mlxkv.codec.pca import principal_components
 from mlxkv.codec.plan import CODED, SIZES, Plan, allocate
 from mlxkv.codec.quantize import dequantize, quantize
@@ -25,6 +27,14 @@ MAX_ERROR_TOKENS = 512  # tokens that group errors are measured on
 Progress = Callable[[str], None]
 
 
+class Origin(NamedTuple):
+    """What a dump was made by, without its arrays."""
+
+    model: str
+    fingerprint: str
+    spec: CacheSpec
+
+
 def calibrate(
     files: Sequence[str | Path], settings: Settings, progress: Progress = lambda step: None
 ) -> CalibrationArtifacts:
@@ -34,22 +44,14 @@ def calibrate(
     """
     if not files:
         raise InputError("calibration needs at least one dump; make them with mlxkv dump")
-    samples: dict[str, list[np.ndarray]] = {name: [] for name in STREAMS}
-    first: KVDump | None = None
-    for path in files:
-        progress(f"reading {Path(path).name}")
-        dump = read_dump(path)
-        first = first or dump
-        _check_same_model(first, dump, path)
-        for name in STREAMS:
-            samples[name].append(_sample(dump, name, settings))
-    assert first is not None
-    tokens = sum(map(len, samples["k"]))
-    if tokens < 2:
-        raise InputError(f"{tokens} tokens are left after the first {settings.s} of each file: dump longer texts")
-    parts = []
+    first = _origin(read_dump(files[0]))
+    parts, tokens = [], 0
     for name in STREAMS:
-        rows = np.concatenate(samples.pop(name))
+        # One stream at a time, reading the files twice: memory holds one stream's samples and one dump.
+        rows = np.concatenate([_sample(path, first, name, settings, progress) for path in files])
+        tokens = len(rows)
+        if tokens < 2:
+            raise InputError(f"{tokens} tokens are left after the first {settings.s} of each file: dump longer texts")
         parts.append(_calibrate_stream(first.spec.stream(name), rows, settings, progress))
     meta = {
         "method": "kvtc",
@@ -110,14 +112,29 @@ def _calibrate_stream(stream: Stream, rows: np.ndarray, settings: Settings, prog
     return StreamArtifacts(mean, basis[:, : plan.rank].astype(np.float16), plan)
 
 
-def _sample(dump: KVDump, name: str, settings: Settings) -> np.ndarray:
-    start, limit = min(settings.s, dump.length), settings.samples_per_file
-    rows = np.array(to_rows(dump.spec.stream(name), list(getattr(dump, name)), start, dump.length))
-    return rows if limit is None or len(rows) <= limit else rows[np.linspace(0, len(rows) - 1, limit).astype(int)]
-
-
-def _check_same_model(first: KVDump, dump: KVDump, path: str | Path) -> None:
-    if dump.spec != first.spec or dump.fingerprint != first.fingerprint:
+def _sample(path: str | Path, first: Origin, name: str, settings: Settings, progress: Progress) -> np.ndarray:
+    """Un-rotated rows `[tokens, p]` of one file, made block by block so that only the chosen ones stay."""
+    progress(f"reading {name} of {Path(path).name}")
+    dump = read_dump(path)
+    origin = _origin(dump)
+    if (origin.spec, origin.fingerprint) != (first.spec, first.fingerprint):
         raise MismatchError(
-            f"{path} was dumped from {dump.model} ({dump.fingerprint}), the first file from {first.model} ({first.fingerprint})"
+            f"{path} was dumped from {origin.model} ({origin.fingerprint}),"
+            f" the first file from {first.model} ({first.fingerprint})"
         )
+    stream, batch = dump.spec.stream(name), dump.tokens.shape[0]
+    count = batch * max(0, dump.length - settings.s)
+    limit = min(count, settings.samples_per_file or count)
+    chosen = np.zeros(count, dtype=bool)
+    chosen[np.linspace(0, count - 1, limit).astype(int)] = True
+    chosen = chosen.reshape(batch, -1)
+    kept = [np.zeros((0, stream.width), np.float32)]
+    for start in range(settings.s, dump.length, BLOCK):
+        stop = min(start + BLOCK, dump.length)
+        rows = np.array(to_rows(stream, list(dump.stream(name)), start, stop))
+        kept.append(rows[chosen[:, start - settings.s : stop - settings.s].reshape(-1)])
+    return np.concatenate(kept)
+
+
+def _origin(dump: KVDump) -> Origin:
+    return Origin(dump.model, dump.fingerprint, dump.spec)

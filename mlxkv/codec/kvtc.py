@@ -11,7 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -22,10 +21,10 @@ from mlxkv import container
 from mlxkv.cache import STREAMS, KVDump, Rope
 from mlxkv.codec import raw
 from mlxkv.codec.artifacts import CalibrationArtifacts, check_rope
-from mlxkv.codec.layout import Layout
+from mlxkv.codec.layout import BLOCK, Layout
 from mlxkv.codec.payload import decode_block, encode_block, payload_size
 from mlxkv.codec.rows import from_rows, to_rows
-from mlxkv.container import Reader, Section, encode_section
+from mlxkv.container import Reader, Section, Source, encode_section
 from mlxkv.errors import FormatError, InputError, MismatchError
 
 METHOD = "kvtc"
@@ -89,13 +88,14 @@ class KVTCCacheCodec:
         """
         layers = {"k": k_layers, "v": v_layers}
         batch, length, dtype = self._check_shapes(layers)
-        layout = Layout(batch, length, self.s, self.w)
+        layout = Layout(batch, length, self.s, self.w, block=max(1, BLOCK // batch))
         sections: list[tuple[Section, bytes]] = []
         described = {}
         for name, array in self._raw_arrays(layers, layout, extras or {}):
             kind, data = raw.encode(array)
             described[name] = [kind, list(array.shape)]
-            sections.append(encode_section(name, data))
+            # Extras are not inflated on reading: nothing but the file's own size bounds them.
+            sections.append(encode_section(name, data, "deflate" if name in raw.ENDS else "raw"))
         with ThreadPoolExecutor(2) as pool:
             futures: list[Future[tuple[Section, bytes]]] = []
             for index, start, stop in layout.blocks():
@@ -119,11 +119,14 @@ class KVTCCacheCodec:
             "meta": dict(meta or {}),
         }
         out = BytesIO()
-        container.write(out, header, sections)
+        try:
+            container.write(out, header, sections)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"meta must be plain JSON values: {error}") from None
         return out.getvalue()
 
     def decompress(
-        self, blob: bytes | str | Path, *, progress: Progress | None = None
+        self, blob: Source, *, progress: Progress | None = None
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Keys and values of a container (bytes, or a file's path) as lists of `[B, H, T, D]` NumPy arrays.
 
@@ -146,11 +149,11 @@ class KVTCCacheCodec:
         extras = {"tokens": dump.tokens, **{f"state.{key}": value for key, value in dump.states.items()}}
         return self.compress(list(dump.k), list(dump.v), meta=meta, extras=extras, progress=progress)
 
-    def decompress_dump(self, blob: bytes | str | Path, progress: Progress | None = None) -> KVDump:
+    def decompress_dump(self, blob: Source, progress: Progress | None = None) -> KVDump:
         """The inverse of `compress_dump`. Raises FormatError for a container without tokens."""
         with Reader(blob) as reader:
             arrays = self._decode(reader, progress)
-            extras = {name: raw.read(reader, name) for name in _object(reader, "raw") if name not in raw.ENDS}
+            extras = {name: raw.read_extra(reader, name) for name in _object(reader, "raw") if name not in raw.ENDS}
             meta = _object(reader, "meta")
         if "tokens" not in extras or extras["tokens"].dtype != np.int32:
             raise FormatError(f"{reader.name} holds no tokens: it was made by compress(), open it with decompress()")
@@ -226,9 +229,10 @@ class KVTCCacheCodec:
             stream = self.artifacts.spec.stream(name[0])
             tokens = layout.middle.start if name.endswith("sink") else layout.length - layout.middle.stop
             needed = (stream.layers, layout.batch, stream.heads, tokens, stream.dim)
+            shape = tuple(raw.described(reader, name)[1])
+            if shape != needed:
+                raise FormatError(f"{reader.name}: {name} has shape {shape}, its layout needs {needed}")
             ends[name] = raw.read(reader, name)
-            if ends[name].shape != needed:
-                raise FormatError(f"{reader.name}: {name} has shape {ends[name].shape}, its layout needs {needed}")
         return ends
 
     def _check_shapes(self, layers: Mapping[str, Layers]) -> tuple[int, int, str]:
@@ -258,6 +262,9 @@ class KVTCCacheCodec:
         for name in raw.ENDS:
             tokens = slice(0, layout.middle.start) if name.endswith("sink") else slice(layout.middle.stop, None)
             yield name, np.stack([raw.widened(layer[:, :, tokens]) for layer in layers[name[0]]])
+        clash = [name for name in extras if name.startswith(("k.", "v."))]
+        if clash:
+            raise InputError(f"extras may not be called k.… or v.…, the codec's own names: {', '.join(clash)}")
         yield from extras.items()
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mlxkv.cache import is_whole
 from mlxkv.errors import FormatError
 
-BLOCK = 512
-MAX_BLOCK = 2**16
+BLOCK = 512  # rows, batch times tokens, in a coded block: bounds the memory of both directions
+MAX_ROWS = 2**16  # that a reader accepts
 
 
 @dataclass(frozen=True)
@@ -19,18 +20,12 @@ class Layout:
     length: int
     s: int
     w: int
-    block: int = BLOCK
+    block: int
 
     def __post_init__(self) -> None:
-        whole = all(type(n) is int for n in (self.batch, self.length, self.s, self.w, self.block))
-        if (
-            not whole
-            or self.batch < 1
-            or self.length < 1
-            or self.s < 0
-            or self.w < 0
-            or not 1 <= self.block <= MAX_BLOCK
-        ):
+        counts, positive = (self.s, self.w), (self.batch, self.length, self.block)
+        valid = all(is_whole(n) for n in counts) and all(is_whole(n, least=1) for n in positive)
+        if not valid or self.batch * min(self.block, self.length) > MAX_ROWS:
             raise FormatError(f"not a layout of tokens: {self}")
 
     @property

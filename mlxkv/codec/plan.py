@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxkv.cache import is_whole
 from mlxkv.codec.quantize import BITS, OVERHEAD_BITS
 from mlxkv.errors import FormatError
 
@@ -104,20 +105,22 @@ def allocate(energy: np.ndarray, errors: ErrorTable, budget: int) -> Plan:
     the group that starts at each component, `[r - size + 1]`.
 
     best[i, b] is the least error of components 0..i in b units of two bits; `choice` keeps the last group taken.
+    Only the rows that the largest group can reach back to are kept.
     """
     rank = len(energy)
     options = [(1, "none"), *((size, kind) for size, kind in errors if size <= rank)]
     units = min(budget, rank * max(cost(1, kind) for kind in CODED)) // _UNIT
-    best = np.zeros((rank + 1, units + 1))
+    ring = max(size for size, _ in options) + 1  # no group reaches further back
+    best = np.zeros((ring, units + 1))
     choice = np.zeros((rank + 1, units + 1), dtype=np.uint8)
     for i in range(1, rank + 1):
-        row, chosen = best[i], choice[i]
-        np.add(best[i - 1], energy[i - 1], out=row)
+        row, chosen = best[i % ring], choice[i]
+        np.add(best[(i - 1) % ring], energy[i - 1], out=row)
         for index, (size, kind) in enumerate(options[1:], start=1):
             spent = cost(size, kind) // _UNIT
             if size > i or spent > units:
                 continue
-            candidate = best[i - size, : units + 1 - spent] + errors[size, kind][i - size]
+            candidate = best[(i - size) % ring, : units + 1 - spent] + errors[size, kind][i - size]
             better = candidate < row[spent:]
             np.copyto(row[spent:], candidate, where=better)
             chosen[spent:][better] = index
@@ -146,6 +149,6 @@ def _merged(groups: list[Group]) -> Iterator[Group]:
 
 
 def _whole(value: Any) -> int:
-    if type(value) is not int:
+    if not is_whole(value):
         raise TypeError(f"expected a whole number, got {value!r}")
     return value

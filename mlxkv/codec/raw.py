@@ -7,6 +7,7 @@ import math
 import mlx.core as mx
 import numpy as np
 
+from mlxkv.cache import is_whole
 from mlxkv.container import Reader
 from mlxkv.errors import FormatError, InputError
 
@@ -43,7 +44,7 @@ def described(reader: Reader, name: str) -> tuple[str, list[int]]:
     table = reader.header.get("raw")
     entry = table.get(name) if isinstance(table, dict) else None
     kind, shape = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-    valid = isinstance(shape, list) and len(shape) <= _MAX_AXES and all(type(n) is int and n >= 0 for n in shape)
+    valid = isinstance(shape, list) and len(shape) <= _MAX_AXES and all(map(is_whole, shape))
     if not isinstance(kind, str) or kind not in _TYPES or not valid:
         raise FormatError(f"{reader.name}: {name} is described as {str(entry)[:80]}, not as [type, shape]")
     return kind, shape  # type: ignore[return-value]
@@ -60,3 +61,11 @@ def read(reader: Reader, name: str) -> np.ndarray:
         return flat.reshape(shape)
     except (ValueError, OverflowError):  # no bytes at all, and one axis beyond NumPy's reach
         raise FormatError(f"{reader.name}: {name} has an impossible shape") from None
+
+
+def read_extra(reader: Reader, name: str) -> np.ndarray:
+    """A raw section whose shape nothing else bounds. Raises FormatError when it would have to be inflated."""
+    section = reader.sections.get(name)
+    if section is None or section.coding != "raw":
+        raise FormatError(f"{reader.name}: {name} must be stored plain")
+    return read(reader, name)

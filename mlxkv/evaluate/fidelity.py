@@ -87,9 +87,7 @@ def evaluate(model: Any, codec: KVTCCacheCodec, start: Prefix) -> dict[str, Any]
 def errors(layout: Mapping[str, Any], original: KVDump, decoded: KVDump) -> dict[str, Any]:
     """Error of the coded tokens, between s and length - w: relative over everything, and mean squared by layer."""
     middle = slice(layout["s"], max(layout["s"], layout["tokens"] - layout["w"]))
-    pairs = {
-        name: (getattr(original, name)[..., middle, :], getattr(decoded, name)[..., middle, :]) for name in STREAMS
-    }
+    pairs = {name: (original.stream(name)[..., middle, :], decoded.stream(name)[..., middle, :]) for name in STREAMS}
     return {
         **{f"{name}_relative_error": metrics.relative_error(*pair) for name, pair in pairs.items()},
         **{f"{name}_layer_mse": metrics.layer_mse(*pair) for name, pair in pairs.items()},

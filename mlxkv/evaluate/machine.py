@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -23,5 +25,16 @@ def describe() -> dict[str, Any]:
         "metal": mx.metal.is_available(),
         "python": platform.python_version(),
         "mlxkv": mlxkv.__version__,
+        "commit": commit(),
         **{name: version(name) for name in ("mlx", "mlx-lm", "numpy")},
     }
+
+
+def commit() -> str | None:
+    """The checked-out commit of mlxkv, with "+" when files differ from it; None for an installed release."""
+    package = Path(mlxkv.__file__).parent
+    if not (package.parent / ".git").exists():
+        return None
+    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=10"]
+    out = subprocess.run(command, cwd=package, capture_output=True, text=True, check=False)
+    return out.stdout.strip() or None
