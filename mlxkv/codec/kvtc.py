@@ -6,6 +6,7 @@ block's streams are sections of their own, so memory stays at one block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import numpy as np
 
 import mlxkv
 from mlxkv import container
-from mlxkv.cache import STREAMS, KVDump, Rope
+from mlxkv.cache import STREAMS, KVDump, Rope, is_whole
 from mlxkv.codec import raw
 from mlxkv.codec.artifacts import CalibrationArtifacts, check_rope
 from mlxkv.codec.layout import BLOCK, Layout
@@ -28,6 +29,7 @@ from mlxkv.container import Reader, Section, Source, encode_section
 from mlxkv.errors import FormatError, InputError, MismatchError
 
 METHOD = "kvtc"
+MIN_RATIO = 0.01  # far more bits than any cache has
 Layers = Sequence[np.ndarray] | Sequence[mx.array]
 Progress = Callable[[int], None]
 
@@ -49,14 +51,15 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.compression_ratio > 0:
-            raise InputError(f"the compression ratio must be above 0, not {self.compression_ratio}")
+        ratio = self.compression_ratio
+        if type(ratio) not in (int, float) or not MIN_RATIO <= ratio < math.inf:
+            raise InputError(f"the compression ratio must be a number above 0, not {ratio!r}")
         for name in ("rank", "max_bit_budget", "samples_per_file"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be 1 or more, not {value}")
-        if self.s < 0:
-            raise InputError(f"s must be 0 or more, not {self.s}")
+            if value is not None and not is_whole(value, least=1):
+                raise InputError(f"{name} must be 1 or more, not {value!r}")
+        if not is_whole(self.s) or not is_whole(self.seed):
+            raise InputError(f"s and seed must be 0 or more, not {self.s!r} and {self.seed!r}")
 
 
 class KVTCCacheCodec:
@@ -69,7 +72,7 @@ class KVTCCacheCodec:
 
     def __init__(self, artifacts: CalibrationArtifacts, w: int = 128, s: int = 4,
                  rope_cfg: Rope | Mapping[str, Any] | None = None, mode: str | None = None) -> None:  # fmt: skip
-        if w < 0 or s < 0:
+        if not is_whole(w) or not is_whole(s):
             raise InputError(f"window and sinks must be 0 or more, got w={w} and s={s}")
         if mode not in (None, artifacts.spec.mode):
             raise MismatchError(f"the artifacts are {artifacts.spec.mode}, not {mode}")
