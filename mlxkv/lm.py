@@ -45,6 +45,8 @@ def load(name: str) -> tuple[Any, Any]:
     except Exception as error:  # the hub client and mlx-lm raise dozens of types; their message is the reason
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelNotFoundError(f"cannot load {name!r}: {reason}") from error
+    # An mlx module keeps a string as an ordinary attribute, beside its parameters.
+    model.stored_dtype = _weights_dtype(model)
     if mx.default_device() == mx.cpu:
         model.set_dtype(mx.float32)
         mx.eval(model.parameters())
@@ -194,9 +196,14 @@ def restore(model: Any, dump: KVDump) -> list[Any]:
 
 
 def quantization(model: Any) -> str:
-    """How the weights are stored: "4-bit, group 64", or the floating-point type."""
+    """How the weights are stored: "4-bit, group 64", or the floating-point type, also where `load` has widened it."""
     for module in model.modules():
         if hasattr(module, "group_size") and hasattr(module, "bits"):
             return f"{module.bits}-bit, group {module.group_size}"
+    return getattr(model, "stored_dtype", None) or _weights_dtype(model)
+
+
+def _weights_dtype(model: Any) -> str:
+    """The type of the largest parameter: routers and norms may have another one."""
     parameters = cast(dict[str, mx.array], tree_flatten(model.parameters(), destination={}))
-    return str(next(iter(parameters.values())).dtype).removeprefix("mlx.core.")
+    return str(max(parameters.values(), key=lambda value: value.size).dtype).removeprefix("mlx.core.")

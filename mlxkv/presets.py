@@ -10,6 +10,7 @@ and a preset only checks it.
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,12 +36,17 @@ class ModelPreset:
     rope: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _check_text(self, "description", "example")
+        if not isinstance(self.model_types, list | tuple) or not all(isinstance(t, str) for t in self.model_types):
+            raise PresetError("model_types must be a list of strings")
         object.__setattr__(self, "model_types", tuple(self.model_types))
         if self.mode not in MODES:
-            raise PresetError(f"model preset {self.name!r}: mode must be one of {', '.join(MODES)}, not {self.mode!r}")
+            raise PresetError(f"mode must be one of {', '.join(MODES)}, not {self.mode!r}")
+        if not isinstance(self.rope, Mapping):
+            raise PresetError(f"rope must be a table, not {self.rope!r}")
         unknown = set(self.rope) - {f.name for f in dataclasses.fields(Rope)}
         if unknown:
-            raise PresetError(f"model preset {self.name!r}: unknown rope keys {', '.join(sorted(unknown))}")
+            raise PresetError(f"unknown rope keys {', '.join(sorted(unknown))}")
 
     def check(self, spec: CacheSpec) -> None:
         """Raises MismatchError when a live model is not of this family."""
@@ -62,6 +68,9 @@ class MethodPreset:
     method: str
     settings: Any
 
+    def __post_init__(self) -> None:
+        _check_text(self, "description")
+
 
 def model_preset(name: str) -> ModelPreset:
     """One model preset. Raises PresetError listing the known names."""
@@ -71,13 +80,20 @@ def model_preset(name: str) -> ModelPreset:
 def method_preset(name: str) -> MethodPreset:
     """One method preset, its settings checked by the method. Raises PresetError listing the known names."""
     data = _read("methods", name)
-    method = str(data.get("method"))
-    found = find_spec(f"mlxkv.codec.{method}") is not None
-    settings = getattr(import_module(f"mlxkv.codec.{method}"), "Settings", None) if found else None
-    if settings is None:
-        raise PresetError(f"method preset {name!r}: there is no method {method!r}")
-    data["settings"] = _build(settings, f"{name}.settings", data.get("settings", {}), named=False)
+    data["settings"] = _build(
+        _settings_of(name, data.get("method")), f"{name}.settings", data.get("settings", {}), named=False
+    )
     return _build(MethodPreset, name, data)
+
+
+def _settings_of(name: str, method: Any) -> type[Any]:
+    """The Settings of the method: of the module in mlxkv/codec/ that calls itself by that name."""
+    if isinstance(method, str) and re.fullmatch(r"[A-Za-z0-9_-]+", method) and find_spec(f"mlxkv.codec.{method}"):
+        module = import_module(f"mlxkv.codec.{method}")
+        settings = getattr(module, "Settings", None)
+        if getattr(module, "METHOD", None) == method and getattr(settings, "__module__", None) == module.__name__:
+            return settings  # type: ignore[return-value]
+    raise PresetError(f"method preset {name!r}: there is no method {method!r}")
 
 
 def names(kind: str) -> list[str]:
@@ -89,9 +105,17 @@ def _read(kind: str, name: str) -> dict[str, Any]:
     if name not in names(kind):
         raise PresetError(f"no preset {name!r} in presets/{kind}; there are {', '.join(names(kind))}")
     try:
-        return tomllib.loads((resource_dir("presets") / kind / f"{name}.toml").read_text())
+        return tomllib.loads((resource_dir("presets") / kind / f"{name}.toml").read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise PresetError(f"preset {name!r} is not UTF-8 text: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise PresetError(f"preset {name!r} is not valid TOML: {error}") from None
+
+
+def _check_text(preset: ModelPreset | MethodPreset, *keys: str) -> None:
+    for key in keys:
+        if not isinstance(getattr(preset, key), str):
+            raise PresetError(f"{key} must be text, not {getattr(preset, key)!r}")
 
 
 def _build(kind: type[Any], name: str, data: Mapping[str, Any], named: bool = True) -> Any:

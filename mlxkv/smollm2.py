@@ -54,22 +54,30 @@ def find_gguf() -> Path:
 
 
 def model_path() -> Path:
-    """The converted model directory, converting first if needed (a few seconds, 270 MB on disk)."""
+    """The converted model directory, converting first if needed (a few seconds, 270 MB on disk).
+
+    Raises ModelNotFoundError without the wheel, or when the cache folder cannot be written.
+    """
     target = cache_home() / NAME
     if (target / "config.json").is_file():
         return target
     gguf = find_gguf()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Two processes may convert at once; each fills its own folder and the first rename wins.
-    work = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=target.parent))
+    work = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Two processes may convert at once; each fills its own folder and the first rename wins.
+        work = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=target.parent))
         convert(gguf, work)
         work.rename(target)
-    except OSError:
+    except OSError as error:
         if not (target / "config.json").is_file():
-            raise
+            raise ModelNotFoundError(
+                f"cannot convert {NAME} into {target.parent}: {error.strerror or error};"
+                " it needs a writable folder with 270 MB free, set MLXKV_HOME to one"
+            ) from error
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if work:
+            shutil.rmtree(work, ignore_errors=True)
     return target
 
 

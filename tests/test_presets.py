@@ -79,6 +79,45 @@ def test_bad_values_and_bad_toml_fail(preset_folder):
             presets.method_preset(name)
 
 
+@pytest.mark.parametrize("method", ['"a.b"', '""', '"../x"', '"calibrate"', '"__init__"', '"kvtc.METHOD"', "3", "[]"])
+def test_only_a_module_that_is_the_method_is_one(preset_folder, method):
+    (preset_folder / "methods/a.toml").write_text(f'description=""\nmethod={method}\n[settings]\ncompression_ratio=4.0')
+    with pytest.raises(PresetError, match=r"preset 'a'.*method"):
+        presets.method_preset("a")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("description", "3"),
+        ("example", "[]"),
+        ("model_types", '"llama"'),
+        ("model_types", "[3]"),
+        ("model_types", "3"),
+        ("mode", "[]"),
+        ("rope", '""'),
+    ],
+)
+def test_a_wrong_kind_of_value_in_a_model_preset_is_named(preset_folder, key, value):
+    data = {"description": '""', "example": '""', "model_types": "[]", "mode": '"dual_stream"', key: value}
+    (preset_folder / "models/a.toml").write_text("\n".join(f"{key}={value}" for key, value in data.items()))
+    with pytest.raises(PresetError, match=key):
+        presets.model_preset("a")
+
+
+def test_a_method_presets_description_is_text(preset_folder):
+    (preset_folder / "methods/a.toml").write_text('description=3\nmethod="kvtc"\n[settings]\ncompression_ratio=4.0')
+    with pytest.raises(PresetError, match="description"):
+        presets.method_preset("a")
+
+
+@pytest.mark.parametrize("kind", ["models", "methods"])
+def test_a_preset_that_is_not_utf8_is_refused(preset_folder, kind):
+    (preset_folder / kind / "a.toml").write_bytes('description="é"'.encode("latin-1"))
+    with pytest.raises(PresetError, match="UTF-8"):
+        {"models": presets.model_preset, "methods": presets.method_preset}[kind]("a")
+
+
 def test_a_model_preset_refuses_another_family():
     lfm2 = presets.model_preset("lfm2")
     lfm2.check(spec())

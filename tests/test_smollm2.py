@@ -89,6 +89,21 @@ def test_when_two_processes_convert_at_once_the_first_rename_wins(home, monkeypa
     assert [entry.name for entry in home.path.iterdir()] == [conversion.NAME]
 
 
+def test_a_cache_folder_that_cannot_be_written_is_named_with_the_way_out(home, monkeypatch):
+    home.path.write_text("a file where the folder should be")
+    with pytest.raises(ModelNotFoundError, match=rf"{home.path}.*MLXKV_HOME"):
+        conversion.model_path()
+    home.path.unlink()
+
+    def full(gguf, out):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(conversion, "convert", full)
+    with pytest.raises(ModelNotFoundError, match=rf"{home.path}: No space left.*MLXKV_HOME"):
+        conversion.model_path()
+    assert list(home.path.iterdir()) == []
+
+
 def test_without_the_wheel_the_error_says_how_to_install_it(monkeypatch):
     def absent(_):
         raise conversion.PackageNotFoundError

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from mlxkv.cli._checks import check_out_file
 from mlxkv.cli._output import Artifacts, Json, bar, show
 
 
@@ -27,6 +28,7 @@ def command(
     from mlxkv.container import Reader
     from mlxkv.files import atomic_write, read_dump
 
+    check_out_file(out, source=npz)
     codec = KVTCCacheCodec(CalibrationArtifacts.from_dir(artifacts), w=w, s=s)
     dump = read_dump(npz)
     start = time.perf_counter()

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from mlxkv.cli._checks import check_out_file
 from mlxkv.cli._output import Artifacts, Json, bar, show
 
 
@@ -25,6 +26,7 @@ def command(
     from mlxkv.container import Reader
     from mlxkv.files import write_dump
 
+    check_out_file(out, source=file)
     codec = KVTCCacheCodec(CalibrationArtifacts.from_dir(artifacts))
     with Reader(file) as reader:
         tokens = summary(reader)["tokens"]

@@ -1,12 +1,24 @@
 from __future__ import annotations
 
+import platform
+import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import suppress
+from importlib import import_module
+from importlib.metadata import version
+from json import loads
+from pathlib import Path
 from typing import Any
 
+import typer
+
+import mlxkv
+from mlxkv import blas
 from mlxkv.cli._output import Json, show_rows
+from mlxkv.errors import InputError, ModelNotFoundError
 
 SLOW_GFLOPS = 20.0  # reference BLAS reaches 3, OpenBLAS 100 and more on two cores
+GET_A_MODEL = "hf download mlx-community/Qwen3-4B-4bit, or name a local mlx-lm folder with --model"
 
 
 def command(json: Json = False) -> None:
@@ -14,9 +26,11 @@ def command(json: Json = False) -> None:
 
     Example: mlxkv doctor
     """
-    import typer
-
-    rows = [_versions(), *_packages(), _device(), _blas(), _model(), _resources()]
+    ours = f"{mlxkv.__version__}, Python {platform.python_version()}, {platform.platform()}"
+    rows = [_row("mlxkv", ours), *_packages()]
+    for check in (_device, _blas, _model, _models, _resources):
+        with suppress(ImportError):  # the package's own row tells
+            rows.append(check())
     show_rows(rows, json)
     if any(row["status"] == "problem" for row in rows):
         raise typer.Exit(1)
@@ -26,21 +40,17 @@ def _row(check: str, found: str, advice: str = "") -> dict[str, Any]:
     return {"check": check, "status": "problem" if advice else "ok", "found": found, "advice": advice}
 
 
-def _versions() -> dict[str, Any]:
-    import platform
-
-    import mlxkv
-
-    return _row("mlxkv", f"{mlxkv.__version__}, Python {platform.python_version()}, {platform.platform()}")
-
-
 def _packages() -> list[dict[str, Any]]:
     rows = []
-    for name in ("mlx", "mlx-lm", "numpy"):
+    mlx = "'mlx[cpu]'" if sys.platform == "linux" else "mlx"
+    for name, module, install in (("mlx", "mlx.core", mlx), ("mlx-lm", "mlx_lm", "mlx-lm"), ("numpy",) * 3):
+        found = "not installed"
         try:
-            rows.append(_row(name, version(name)))
-        except PackageNotFoundError:
-            rows.append(_row(name, "not installed", f"pip install {name}"))
+            found = version(name)
+            import_module(module)
+            rows.append(_row(name, found))
+        except ImportError as error:
+            rows.append(_row(name, f"{found}: {error}", f"pip install --force-reinstall {install}"))
     return rows
 
 
@@ -54,21 +64,20 @@ def _device() -> dict[str, Any]:
 def _blas() -> dict[str, Any]:
     import mlx.core as mx
 
-    from mlxkv import blas
-
     a = mx.random.normal((512, 512))
     mx.eval(a, a @ a)
     start = time.perf_counter()
     for _ in range(4):
         mx.eval(a @ a)
     speed = 4 * 2 * 512**3 / (time.perf_counter() - start) / 1e9
-    advice = f"install OpenBLAS: {blas.INSTALL}" if speed < SLOW_GFLOPS else ""
-    return _row("matrix product", f"{speed:.0f} GFLOP/s in float32", advice)
+    advice = "close other programs and try again; on Apple silicon use an arm64 Python, not one under Rosetta"
+    if sys.platform == "linux":
+        advice = f"install OpenBLAS: {blas.INSTALL}"
+    return _row("matrix product", f"{speed:.0f} GFLOP/s in float32", advice if speed < SLOW_GFLOPS else "")
 
 
 def _model() -> dict[str, Any]:
     from mlxkv import smollm2
-    from mlxkv.errors import ModelNotFoundError
 
     try:
         return _row(smollm2.NAME, str(smollm2.find_gguf()))
@@ -76,8 +85,32 @@ def _model() -> dict[str, Any]:
         return {**_row(smollm2.NAME, "not installed (only needed for the demo and tests)"), "advice": smollm2.INSTALL}
 
 
+def _models() -> dict[str, Any]:
+    """Models of the Hugging Face cache that mlxkv has an adapter for."""
+    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    from mlxkv.models import available
+
+    try:
+        repos = [repo for repo in scan_cache_dir(constants.HF_HUB_CACHE).repos if repo.repo_type == "model"]
+    except (CacheNotFound, OSError, ValueError):
+        repos = []
+    paths = {(repo.repo_id, rev.snapshot_path / "config.json") for repo in repos for rev in repo.revisions}
+    found = sorted({name for name, path in paths if _model_type(path) in available()})
+    if found:
+        return _row("models", f"{len(found)}: {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}")
+    return {**_row("models", "none in the Hugging Face cache"), "advice": GET_A_MODEL}
+
+
+def _model_type(config: Path) -> Any:
+    try:
+        return loads(config.read_bytes())["model_type"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
 def _resources() -> dict[str, Any]:
-    from mlxkv.errors import InputError
     from mlxkv.presets import names
 
     try:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from mlxkv.cli._checks import Dtype, check_out_file
 from mlxkv.cli._output import Json, Model, bar, show
 
 
@@ -16,9 +17,7 @@ def command(
     max_tokens: Annotated[int, typer.Option(min=0, help="Tokens to generate after the prompt; 0 is prefill only.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first so many tokens of the prompt.")] = None,
     preset: Annotated[str | None, typer.Option(help="Check the model against this model preset.")] = None,
-    dtype: Annotated[
-        str, typer.Option(help="auto (float16 when that loses nothing, else float32), float16 or float32.")
-    ] = "auto",
+    dtype: Dtype = "auto",
     json: Json = False,
 ) -> None:
     """Run a prompt and write the model's cache to an .npz file.
@@ -33,6 +32,7 @@ def command(
 
     text = _prompt(prompt, prompt_file)
     checked = model_preset(preset) if preset else None
+    check_out_file(out)
     loaded, tokenizer = lm.load(model)
     if checked:
         checked.check(cache_spec(loaded))

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from mlxkv.cli._checks import Dtype, check_out_file
 from mlxkv.cli._output import Artifacts, Json, Model, show
 
 
@@ -16,7 +17,7 @@ def command(
     predict: Annotated[int, typer.Option(min=1, help="Tokens to predict after that.")] = 200,
     w: Annotated[int, typer.Option(min=0, help="Newest tokens to keep exactly.")] = 128,
     s: Annotated[int, typer.Option(min=0, help="First tokens (sinks) to keep exactly.")] = 4,
-    dtype: Annotated[str, typer.Option(help="auto, float16 or float32: how the cache is dumped.")] = "auto",
+    dtype: Dtype = "auto",
     out: Annotated[Path | None, typer.Option(help="Write the JSON record here too.")] = None,
     json: Json = False,
 ) -> None:
@@ -33,6 +34,8 @@ def command(
     from mlxkv.evaluate.machine import describe
     from mlxkv.files import atomic_write, open_input
 
+    if out:
+        check_out_file(out)
     codec = KVTCCacheCodec(CalibrationArtifacts.from_dir(artifacts), w=w, s=s)
     with open_input(text_file) as file:
         text = file.read().decode("utf-8", errors="replace")

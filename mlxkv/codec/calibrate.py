@@ -22,7 +22,6 @@ from mlxkv.codec.rows import to_rows
 from mlxkv.errors import InputError, MismatchError
 from mlxkv.files import read_dump
 
-MAX_DEFAULT_RANK = 4096
 MAX_ERROR_TOKENS = 512  # tokens that group errors are measured on
 Progress = Callable[[str], None]
 
@@ -93,9 +92,7 @@ def _mean_error(windows: mx.array, kind: str) -> np.ndarray:
 def _calibrate_stream(stream: Stream, rows: np.ndarray, settings: Settings, progress: Progress) -> StreamArtifacts:
     if stream.width == 0:
         return StreamArtifacts(np.zeros(0, np.float32), np.zeros((0, 0), np.float16), Plan())
-    budget = int(16 * stream.width / settings.compression_ratio)
-    budget = min(budget, settings.max_bit_budget or budget)
-    rank = settings.rank or max(1, min(budget // 2, MAX_DEFAULT_RANK))
+    budget, rank = settings.budget(stream.width), settings.components(stream.width)
     if not np.isfinite(rows).all():
         raise InputError(f"the dumps hold NaN or infinite values in {stream.name}")
     progress(f"principal components of {stream.name}: {rows.shape[0]} tokens x {rows.shape[1]}")

@@ -29,6 +29,7 @@ from mlxkv.container import Reader, Section, Source, encode_section
 from mlxkv.errors import FormatError, InputError, MismatchError
 
 METHOD = "kvtc"
+MAX_DEFAULT_RANK = 4096
 MIN_RATIO = 0.01  # far more bits than any cache has
 Layers = Sequence[np.ndarray] | Sequence[mx.array]
 Progress = Callable[[int], None]
@@ -39,7 +40,8 @@ class Settings:
     """How the `kvtc` method is calibrated.
 
     compression_ratio: sets the bit budget, 16 * p / ratio bits a token for a stream of width p, and max_bit_budget
-    bounds it. rank: components considered; None stands for one in every two bits of the budget, at most 4096.
+    bounds it. rank: components considered; None stands for one in every two bits of the budget, at most
+    MAX_DEFAULT_RANK.
     s: sink tokens of each file to leave out. samples_per_file: at most so many tokens of a file, spread evenly.
     """
 
@@ -60,6 +62,15 @@ class Settings:
                 raise InputError(f"{name} must be 1 or more, not {value!r}")
         if not is_whole(self.s) or not is_whole(self.seed):
             raise InputError(f"s and seed must be 0 or more, not {self.s!r} and {self.seed!r}")
+
+    def budget(self, width: int) -> int:
+        """Bits a token for a stream of this width."""
+        bits = int(16 * width / self.compression_ratio)
+        return min(bits, self.max_bit_budget or bits)
+
+    def components(self, width: int) -> int:
+        """Principal components to consider for a stream of this width, if there are so many."""
+        return self.rank or max(1, min(self.budget(width) // 2, MAX_DEFAULT_RANK))
 
 
 class KVTCCacheCodec:

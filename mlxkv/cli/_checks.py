@@ -1,0 +1,47 @@
+"""Mistakes that can be found before anything expensive starts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Dtype = Annotated[
+    Literal["auto", "float16", "float32"],
+    typer.Option(help="How the cache is dumped; auto is float16 when that loses nothing, else float32."),
+]
+
+
+def check_out_file(path: Path, source: Path | None = None) -> None:
+    """Raises InputError when a file cannot be written at `path`, or would replace the `source` it is made from."""
+    from mlxkv.errors import InputError
+
+    target = path.resolve()
+    if source is not None and target == source.resolve():
+        raise InputError(f"cannot write {path}: it is the file to read; give another name")
+    if target.exists() and not target.is_file():
+        raise InputError(f"cannot write {str(path)!r}: not a file name, or something else than a file")
+    if not target.parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {target.parent}; make it first")
+    _check_writable(path, target.parent)
+
+
+def check_out_folder(path: Path) -> None:
+    """Raises InputError when `path` is no folder to write into and cannot be made one."""
+    from mlxkv.errors import InputError
+
+    existing = path.resolve()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise InputError(f"cannot write {path}: {existing} is not a folder")
+    _check_writable(path, existing)
+
+
+def _check_writable(path: Path, folder: Path) -> None:
+    from mlxkv.errors import InputError
+
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write {path}: {folder} is not writable")
