@@ -25,9 +25,11 @@ fmt: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.cr_sweep
+	$(BIN)/python -m benchmarks.refits
 	$(BIN)/python -m benchmarks.codec_speed
 	$(BIN)/python -m benchmarks.dp_speed
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.readme
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -37,7 +39,7 @@ bench: .venv/ready
 	@if [ "$$(uname)" = Linux ] && ! ldconfig -p | grep -q libopenblas.so.0; then \
 	  SUDO=$$([ "$$(id -u)" = 0 ] || echo "sudo -n"); \
 	  ($$SUDO apt-get update -qq && $$SUDO apt-get install -y -qq libopenblas0-pthread) >/dev/null 2>&1 \
-	    || echo "note: libopenblas0-pthread could not be installed; MLX will be about 70 times slower here"; \
+	    || echo "note: libopenblas0-pthread could not be installed; MLX will be many times slower here"; \
 	fi
 	touch $@
 

@@ -36,7 +36,7 @@ def main() -> None:
     )
     quick = parser.parse_args().quick
     model, tokenizer = lm.load(MODEL)
-    calibration = {"texts": 2 if quick else 10, "tokens": 1536}
+    calibration = {"texts": 2 if quick else 20, "tokens": 1536}
     ratios = (4, 16) if quick else RATIOS
     with tempfile.TemporaryDirectory() as folder:
         files = dump_all(model, tokenizer, Path(folder), calibration)

@@ -197,9 +197,7 @@ def test_settings_that_make_no_sense_are_refused(settings):
         Settings(**settings)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"compression_ratio": 1e6}, {"compression_ratio": float("inf")}, {"compression_ratio": 4, "s": 299}]
-)
+@pytest.mark.parametrize("settings", [{"compression_ratio": 1e6}, {"compression_ratio": 4, "s": 299}])
 def test_calibration_that_leaves_nothing_is_refused(tmp_path, settings):
     write_dump(tmp_path / "a.npz", toy_dump())
     with pytest.raises(InputError):

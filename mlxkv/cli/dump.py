@@ -14,7 +14,9 @@ def command(
     out: Annotated[Path, typer.Option(help="The .npz to write.", show_default=False)],
     prompt: Annotated[str | None, typer.Option(help="Text to run.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A text file to run instead.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=0, help="Tokens to generate after the prompt; 0 is prefill only.")] = 0,
+    max_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens to generate after the prompt, at most; 0 is prefill only.")
+    ] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first so many tokens of the prompt.")] = None,
     preset: Annotated[str | None, typer.Option(help="Check the model against this model preset.")] = None,
     dtype: Dtype = "auto",
