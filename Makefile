@@ -25,7 +25,6 @@ fmt: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.cr_sweep
-	$(BIN)/python -m benchmarks.refits
 	$(BIN)/python -m benchmarks.codec_speed
 	$(BIN)/python -m benchmarks.dp_speed
 	$(BIN)/python -m benchmarks.memory

@@ -26,7 +26,7 @@ def updated(text: str) -> str:
 
 def render() -> str:
     """All tables, each naming the JSON it comes from."""
-    return "\n\n".join([fidelity(), whole_files(), refits(), speed(), resources()])
+    return "\n\n".join([fidelity(), whole_files(), speed(), resources()])
 
 
 def fidelity() -> str:
@@ -57,18 +57,6 @@ def whole_files() -> str:
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([f"The same at {rows[0]['tokens']:,} tokens, one held-out text, whole files:", "", *lines])
-
-
-def refits() -> str:
-    rows = {(row["refits"], row["kind"]): row for row in _load("refits")["summary"]}
-    last = max(refits for refits, _ in rows)
-    errors = rows[0, "same"]["int2_error_of_normals"], rows[last, "same"]["int2_error_of_normals"]
-    kls = [f"{rows[0, kind]['kl']:.4f} to {rows[last, kind]['kl']:.4f} on {kind} text" for kind in ("same", "other")]
-    return (
-        f"Refitting shift and scale by least squares ({last} times) lowers the squared error of 2-bit groups of 64 normal numbers"
-        f" from {errors[0]:.3f} to {errors[1]:.3f}, and KL at 16x from {' and from '.join(kls)}"
-        " ([refits.json](benchmarks/results/refits.json))."
-    )
 
 
 def speed() -> str:

@@ -1,0 +1,22 @@
+import subprocess
+import sys
+
+import pytest
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS has Accelerate")
+def test_importing_mlx_first_is_warned_about_on_linux():
+    assert "import mlxkv before mlx" in run("import mlx.core, mlxkv").stderr
+
+
+def test_importing_mlxkv_first_says_nothing():
+    assert run("import mlxkv, mlx.core, mlxkv.cache").returncode == 0
+
+
+@pytest.mark.parametrize("benchmark", ["cr_sweep", "codec_speed", "memory", "dp_speed", "demo"])
+def test_benchmarks_load_the_fast_blas_first(benchmark):
+    assert run(f"import benchmarks.{benchmark}").stderr == ""
