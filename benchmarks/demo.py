@@ -41,7 +41,7 @@ def main() -> None:
         model, tokenizer = lm.load(MODEL)
         files = _calibration_dumps(model, tokenizer, folder)
         console.print("[bold]2.[/] Learn a basis and a bit plan from dumps of other texts")
-        _run("calibrate --method kvtc-16 --preset smollm2 --out", folder / "artifacts", "--npz", *files)
+        _run("calibrate --method kvtc-8 --rank 2048 --preset smollm2 --out", folder / "artifacts", "--npz", *files)
         console.print(f"[bold]3.[/] Prefill {LENGTH} held-out tokens, dump the cache, compress it and get it back")
         held_out = texts.same_kind(tokenizer, LENGTH + PREDICT + 1, 1)[0]
         start = fidelity.prefix(model, held_out, LENGTH, predict=PREDICT, name=MODEL, dtype="float16")
