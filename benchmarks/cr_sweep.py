@@ -130,7 +130,7 @@ def plot(summary: list[dict[str, Any]]) -> Path:
         ylabel="KL to the untouched cache (nats a token)",
     )
     axes.set_xticks(ticks := [2, 4, 8, 16, 32], [f"{tick}x" for tick in ticks])
-    axes.set(xlim=(2.4, 52), ylim=(6e-4, 6e-2))
+    axes.set(xlim=(2.4, 52), ylim=(4e-4, 6e-2))
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
