@@ -104,6 +104,7 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
                 with archive.open(info) as member:
                     arrays[key] = read_npy(member, info.file_size, f"{path}: {info.filename}")
         except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
+            # All that zipfile raises on a damaged archive; NotImplementedError stands for an unknown zip version.
             raise FormatError(f"{path} is not a readable .npz file: {error}") from None
     return arrays
 

@@ -134,6 +134,15 @@ def save_model(model, config, path):
     return path
 
 
+def run(*words):
+    """Exit code of an mlxkv command line."""
+    from mlxkv.cli import main
+
+    with pytest.raises(SystemExit) as exit_info:
+        main([str(word) for word in words])
+    return exit_info.value.code or 0
+
+
 @pytest.fixture(params=sorted(TINY))
 def tiny(request):
     """One tiny model of each architecture in turn."""

@@ -9,19 +9,12 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from conftest import save_model, tiny_config, tiny_model
+from conftest import run, save_model, tiny_config, tiny_model
 
 from mlxkv import lm
-from mlxkv.cli import build, main
+from mlxkv.cli import build
 
 TEXT = "The quick brown fox jumps over the lazy dog. Once upon a time in a land far away, nothing happened. "
-
-
-def run(*words):
-    """Exit code of a command line."""
-    with pytest.raises(SystemExit) as exit_info:
-        main([str(word) for word in words])
-    return exit_info.value.code or 0
 
 
 @pytest.fixture

@@ -3,17 +3,9 @@
 import os
 
 import pytest
-from conftest import tiny_model, tiny_tokens
+from conftest import run, tiny_model, tiny_tokens
 
 from mlxkv import lm, write_dump
-from mlxkv.cli import main
-
-
-def run(*words):
-    """Exit code of a command line."""
-    with pytest.raises(SystemExit) as exit_info:
-        main([str(word) for word in words])
-    return exit_info.value.code or 0
 
 
 @pytest.fixture
