@@ -169,3 +169,19 @@ def smollm2():
     except ModelNotFoundError as error:
         pytest.skip(str(error))
     return load("smollm2-135m")
+
+
+@pytest.fixture(params=["host", "metal"])
+def kernel_path(request):
+    """Kernels run on the host runner, then on Metal where there is Metal."""
+    from metal_host import installed
+
+    from mlxkv.kernels import metal
+
+    if request.param == "host":
+        with installed():
+            yield "host"
+    elif metal.available():
+        yield "metal"
+    else:
+        pytest.skip("no Metal here")

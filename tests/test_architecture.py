@@ -11,7 +11,8 @@ PACKAGE = ROOT / "mlxkv"
 FLOORS = [
     {"errors", "blas"},
     {"cache", "metrics", "resources"},
-    {"files", "models"},
+    {"kernels"},
+    {"files", "models", "lossless"},
     {"container"},
     {"codec", "smollm2"},
     {"lm", "presets"},
