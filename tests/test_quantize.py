@@ -2,7 +2,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxkv.codec.quantize import BITS, dequantize, pack, packed_size, quantize, unpack
+from mlxkv.codec import quantize as stage
+from mlxkv.kernels.groups import BITS, from_codes, to_codes
 
 # E4M3: sign, 4 exponent bits with bias 7, 3 mantissa bits; 0x7f and 0xff are NaN, exponent 0 is subnormal.
 SIGN, EXPONENT, MANTISSA = (np.arange(256) >> 7), (np.arange(256) >> 3) & 15, np.arange(256) & 7
@@ -14,8 +15,19 @@ def random_groups(size, tokens=400, seed=0, scale=1.0):
     return (np.random.default_rng(seed).standard_normal((tokens, size)) * scale).astype(np.float32)
 
 
+def columns(x):
+    """Groups `[tokens, size]` as the codec holds them: `[1, size, tokens]`."""
+    return mx.array(np.ascontiguousarray(x.T))[None]
+
+
+def quantize(x, kind):
+    """Shift and scale `[tokens]` and codes `[tokens, size]`."""
+    shift, scale = stage.fit(columns(x), kind)
+    return shift[0], scale[0], to_codes(columns(x), shift, scale, kind)[0].T
+
+
 def coded(x, kind):
-    return np.array(dequantize(*quantize(mx.array(x), kind), kind))
+    return np.array(stage.coded(columns(x), kind)[0].T)
 
 
 def plain_min_max(x, bits):
@@ -25,36 +37,17 @@ def plain_min_max(x, bits):
     return np.clip(np.round((x - shift) / np.where(scale == 0, 1, scale)), 0, levels) * scale + shift
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 7, 8, 9, 255, 1000, 1001])
-def test_unpack_inverts_pack(count, bits):
-    codes = np.random.default_rng(count).integers(0, 2**bits, count).astype(np.uint8)
-    data = pack(codes, bits)
-    assert len(data) == packed_size(count, bits) == -(-count * bits // 8)
-    assert np.array_equal(unpack(data, count, bits), codes)
-
-
-def test_the_first_code_is_in_the_lowest_bits():
-    assert pack(np.array([1, 2, 3, 0, 2], np.uint8), 2) == bytes([0b00_11_10_01, 0b10])
-    assert pack(np.array([1, 2, 15], np.uint8), 4) == bytes([0x21, 0x0F])
-    assert pack(np.array([1, 255], np.uint8), 8) == bytes([1, 255])
-
-
-def test_codes_are_packed_in_reading_order_whatever_their_shape():
-    codes = np.arange(16, dtype=np.uint8).reshape(2, 8)
-    assert pack(codes.T, 4) == pack(codes.T.ravel(), 4) != pack(codes, 4)
-
-
 def test_mlx_decodes_all_fp8_codes_as_e4m3():
     found = np.array(mx.from_fp8(mx.arange(256).astype(mx.uint8), mx.float32))
     assert np.array_equal(found, E4M3.astype(np.float32), equal_nan=True)
     assert np.nanmax(found) == 448.0
 
 
-def test_dequantize_of_fp8_is_the_table_times_scale_plus_shift():
-    codes = mx.arange(256).astype(mx.uint8)
-    found = np.array(dequantize(mx.array(2.5, dtype=mx.float16), mx.array(0.25, dtype=mx.float16), codes, "fp8"))
-    assert np.array_equal(found, (E4M3 * 0.25 + 2.5).astype(np.float32), equal_nan=True)
+def test_decoding_fp8_is_the_table_times_scale_plus_shift():
+    codes = mx.arange(256).astype(mx.uint8)[None, :, None]
+    shift, scale = mx.array([[2.5]], dtype=mx.float16), mx.array([[0.25]], dtype=mx.float16)
+    found = np.array(from_codes(codes, shift, scale, "fp8"))
+    assert np.array_equal(found[0, :, 0], (E4M3 * 0.25 + 2.5).astype(np.float32), equal_nan=True)
 
 
 def test_mlx_encodes_to_the_nearest_fp8_code():
@@ -79,7 +72,7 @@ def test_fp8_saturates():
 
 def test_the_groups_extreme_lands_on_the_largest_fp8_value():
     x = random_groups(64)
-    shift, scale, codes = quantize(mx.array(x), "fp8")
+    shift, scale, codes = quantize(x, "fp8")
     top = np.abs(E4M3[np.array(codes)]).max(axis=-1)
     assert np.array_equal(top, np.full(len(x), 448.0))
     assert np.abs(np.array(shift) - x.mean(axis=-1)).max() < 1e-3
@@ -89,7 +82,7 @@ def test_the_groups_extreme_lands_on_the_largest_fp8_value():
 @pytest.mark.parametrize("kind", ["int2", "int4", "fp8"])
 @pytest.mark.parametrize("size", [1, 16, 64, 256])
 def test_shift_scale_and_codes_have_the_documented_types(size, kind):
-    shift, scale, codes = quantize(mx.array(random_groups(size, tokens=10)), kind)
+    shift, scale, codes = quantize(random_groups(size, tokens=10), kind)
     assert (shift.shape, scale.shape, codes.shape) == ((10,), (10,), (10, size))
     assert (shift.dtype, scale.dtype, codes.dtype) == (mx.float16, mx.float16, mx.uint8)
     assert kind == "fp8" or np.array(codes).max() < 2 ** BITS[kind]
@@ -99,10 +92,10 @@ def test_shift_scale_and_codes_have_the_documented_types(size, kind):
 @pytest.mark.parametrize("size", [16, 64, 256])
 def test_inside_the_range_the_error_is_at_most_half_a_step(size, kind):
     x = random_groups(size)
-    shift, scale, codes = quantize(mx.array(x), kind)
+    shift, scale, _ = quantize(x, kind)
     step, low = np.array(scale, np.float32)[:, None], np.array(shift, np.float32)[:, None]
     inside = (x >= low) & (x <= low + step * (2 ** BITS[kind] - 1))
-    error = np.abs(np.array(dequantize(shift, scale, codes, kind)) - x)
+    error = np.abs(coded(x, kind) - x)
     assert inside.mean() > 0.8
     assert (error <= step * 0.5001 + 1e-6)[inside].all()
 

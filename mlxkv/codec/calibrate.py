@@ -17,7 +17,7 @@ from mlxkv.codec.kvtc import Settings
 from mlxkv.codec.layout import BLOCK
 from mlxkv.codec.pca import principal_components
 from mlxkv.codec.plan import CODED, SIZES, Plan, allocate
-from mlxkv.codec.quantize import dequantize, quantize
+from mlxkv.codec.quantize import coded
 from mlxkv.codec.rows import to_rows
 from mlxkv.errors import InputError, MismatchError
 from mlxkv.files import read_dump
@@ -75,9 +75,9 @@ def group_errors(coefficients: np.ndarray) -> dict[tuple[int, str], np.ndarray]:
     table = {}
     for size in (size for size in SIZES if size <= rank):
         starts = np.unique(np.r_[0 : rank - size + 1 : max(1, size // 16), rank - size])
-        windows = np.lib.stride_tricks.sliding_window_view(coefficients, size, axis=1)
+        windows = np.lib.stride_tricks.sliding_window_view(coefficients, size, axis=1).transpose(1, 2, 0)
         step = max(1, 2**23 // (tokens * size))
-        batches = [mx.array(windows[:, starts[a : a + step]]) for a in range(0, len(starts), step)]
+        batches = [mx.array(windows[starts[a : a + step]]) for a in range(0, len(starts), step)]
         for kind in CODED:
             errors = np.concatenate([_mean_error(batch, kind) for batch in batches])
             table[size, kind] = np.interp(np.arange(rank - size + 1), starts, errors)
@@ -85,8 +85,8 @@ def group_errors(coefficients: np.ndarray) -> dict[tuple[int, str], np.ndarray]:
 
 
 def _mean_error(windows: mx.array, kind: str) -> np.ndarray:
-    difference = dequantize(*quantize(windows, kind), kind) - windows
-    return np.array((difference * difference).sum(axis=-1).mean(axis=0), dtype=np.float64)
+    difference = coded(windows, kind) - windows
+    return np.array(mx.square(difference).sum(axis=1).mean(axis=1), dtype=np.float64)
 
 
 def _calibrate_stream(stream: Stream, rows: np.ndarray, settings: Settings, progress: Progress) -> StreamArtifacts:

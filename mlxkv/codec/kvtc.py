@@ -27,6 +27,7 @@ from mlxkv.codec.payload import decode_block, encode_block, payload_size
 from mlxkv.codec.rows import from_rows, to_rows
 from mlxkv.container import Reader, Section, Source, encode_section
 from mlxkv.errors import FormatError, InputError, MismatchError
+from mlxkv.lossless import CODINGS
 
 METHOD = "kvtc"
 MAX_DEFAULT_RANK = 4096
@@ -76,20 +77,23 @@ class Settings:
 class KVTCCacheCodec:
     """Compress and decompress caches of one model with one calibration.
 
-    artifacts: the calibration. w, s: raw window and raw sinks, for compressing; a blob decodes with the numbers it
-    was written with. rope_cfg, mode: optional statements about the model (a preset's), refused when the artifacts
+    artifacts: the calibration. w, s, lossless: raw window, raw sinks and lossless coding (one of lossless.CODINGS) for
+    compressing; a blob decodes with those it was written with. rope_cfg, mode: optional statements about the model (a preset's), refused when the artifacts
     differ. Raises MismatchError for artifacts, geometry or model that do not belong together.
     """
 
     def __init__(self, artifacts: CalibrationArtifacts, w: int = 128, s: int = 4,
-                 rope_cfg: Rope | Mapping[str, Any] | None = None, mode: str | None = None) -> None:  # fmt: skip
+                 rope_cfg: Rope | Mapping[str, Any] | None = None, mode: str | None = None,
+                 lossless: str = "deflate") -> None:  # fmt: skip
         if not is_whole(w) or not is_whole(s):
             raise InputError(f"window and sinks must be 0 or more, got w={w} and s={s}")
+        if lossless not in CODINGS:
+            raise InputError(f"the lossless coding must be one of {', '.join(CODINGS)}, not {lossless!r}")
         if mode not in (None, artifacts.spec.mode):
             raise MismatchError(f"the artifacts are {artifacts.spec.mode}, not {mode}")
         if rope_cfg is not None:
             check_rope(artifacts.spec, rope_cfg)
-        self.artifacts, self.w, self.s = artifacts, w, s
+        self.artifacts, self.w, self.s, self.lossless = artifacts, w, s, lossless
         self.streams = [artifacts.spec.stream(name) for name in STREAMS if artifacts.spec.stream(name).width]
         # A codec's own cache: the float32 basis is made on first use and dies with the codec.
         self._basis = cache(lambda name: mx.array(artifacts.stream(name).V).astype(mx.float32))
@@ -108,18 +112,20 @@ class KVTCCacheCodec:
         for name, array in self._raw_arrays(layers, layout, extras or {}):
             kind, data = raw.encode(array)
             described[name] = [kind, list(array.shape)]
-            # Extras are not inflated on reading: nothing but the file's own size bounds them.
-            sections.append(encode_section(name, data, "deflate" if name in raw.ENDS else "raw"))
+            # Extras are stored as they are: on reading, nothing but the file's own size bounds them.
+            sections.append(encode_section(name, data, self.lossless if name in raw.ENDS else "raw"))
         with ThreadPoolExecutor(2) as pool:
             futures: list[Future[tuple[Section, bytes]]] = []
             for index, start, stop in layout.blocks():
                 for stream in self.streams:
                     part = self.artifacts.stream(stream.name)
                     rows = to_rows(stream, layers[stream.name], start, stop)
-                    payload = encode_block(part.plan, (rows - mx.array(part.mu)) @ self._basis(stream.name))
-                    if len(futures) >= 8:  # wait for DEFLATE rather than let payloads pile up
+                    payload = encode_block(part.plan, self._basis(stream.name).T @ (rows - mx.array(part.mu)).T)
+                    if len(futures) >= 8:  # wait for the coding rather than let payloads pile up
                         futures[-8].result()
-                    futures.append(pool.submit(encode_section, f"{stream.name}.{index}", payload))
+                    futures.append(pool.submit(encode_section, f"{stream.name}.{index}", payload, self.lossless))
+                    if self.lossless == "rans":  # has kernels of its own: not two threads on the GPU
+                        futures[-1].result()
                 if progress:
                     progress(stop - start)
             sections += [future.result() for future in futures]
@@ -191,7 +197,7 @@ class KVTCCacheCodec:
             for stream in self.streams:
                 rows = self._decode_rows(reader, stream.name, index, layout.batch * (stop - start))
                 outputs[stream.name][..., start:stop, :] = np.array(
-                    from_rows(stream, rows, layout.batch, start).astype(target)
+                    from_rows(stream, rows, layout.batch, start, target)
                 )
             if progress:
                 progress(stop - start)
@@ -200,7 +206,7 @@ class KVTCCacheCodec:
     def _decode_rows(self, reader: Reader, name: str, index: int, tokens: int) -> mx.array:
         part = self.artifacts.stream(name)
         payload = reader.read(f"{name}.{index}", payload_size(part.plan, tokens))
-        return decode_block(part.plan, payload, tokens) @ self._basis(name).T + mx.array(part.mu)
+        return decode_block(part.plan, payload, tokens).T @ self._basis(name).T + mx.array(part.mu)
 
     def _check_header(self, reader: Reader) -> tuple[Layout, np.dtype]:
         header = reader.header

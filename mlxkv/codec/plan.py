@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from mlxkv.cache import is_whole
-from mlxkv.codec.quantize import BITS, OVERHEAD_BITS
 from mlxkv.errors import FormatError
+from mlxkv.kernels.groups import BITS, Run
 
 SIZES = (1, 16, 64, 256, 1024)
 CODED = ("int2", "int4", "fp8")
+OVERHEAD_BITS = 32  # shift and scale
 _UNIT = 2  # every cost is a multiple of two bits
 
 ErrorTable = Mapping[tuple[int, str], np.ndarray]
@@ -40,20 +41,6 @@ class Group:
     def bits(self) -> int:
         """Bits a token, shift and scale included."""
         return cost(self.size, self.kind)
-
-
-@dataclass(frozen=True)
-class Run:
-    """Equal neighbouring groups, coded in one sweep: components start .. start + count * size."""
-
-    start: int
-    count: int
-    size: int
-    kind: str
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.count * self.size
 
 
 @dataclass(frozen=True)
