@@ -8,13 +8,13 @@ from __future__ import annotations
 import io
 import json
 import struct
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
+from mlxkv import lossless
 from mlxkv.cache import is_whole
 from mlxkv.errors import ChecksumError, FormatError, VersionError
 from mlxkv.files import open_input, parse_json
@@ -43,13 +43,13 @@ def digest(data: bytes) -> bytes:
 
 
 def encode_section(name: str, data: bytes, coding: str = "deflate") -> tuple[Section, bytes]:
-    """A section and its stored bytes. Safe to call from threads: zlib and BLAKE2b release the GIL."""
-    if coding == "deflate":
-        stored = zlib.compress(data, 6)
-        if len(stored) >= len(data):
-            coding = "raw"
-    if coding == "raw":
-        stored = data
+    """A section and its stored bytes, as they are when the coding (one of lossless.CODINGS) does not shrink them.
+
+    Raises InputError for another coding. Safe to call from threads: zlib and BLAKE2b release the GIL.
+    """
+    stored = lossless.encode(coding, data)
+    if len(stored) >= len(data):
+        coding, stored = "raw", data
     return Section(name, coding, len(data), len(stored), digest(stored).hex()), stored
 
 
@@ -66,7 +66,7 @@ def write(file: IO[bytes], header: Mapping[str, Any], sections: Iterable[tuple[S
 
 
 class Reader:
-    """A container open for reading. Sections are read, checked and inflated one by one, on request.
+    """A container open for reading. Sections are read, checked and decoded one by one, on request.
 
     Raises FormatError for anything that is not an intact container, ChecksumError where bytes have changed and
     VersionError for a newer format. Memory stays bounded by the header's length and the largest section asked for.
@@ -136,10 +136,13 @@ class Reader:
         self._file.seek(self._starts[name])
         stored = self._file.read(section.stored)
         self._compare(section, digest(stored))
-        return stored if section.coding == "raw" else self._inflate(section, stored)
+        try:
+            return lossless.decode(section.coding, stored, section.size)
+        except FormatError as error:
+            raise FormatError(f"section {section.name!r} of {self.name} is damaged: {error}") from None
 
     def verify(self) -> None:
-        """Check every section's checksum, piece by piece and without inflating anything."""
+        """Check every section's checksum, piece by piece and without decoding anything."""
         for section in self.sections.values():
             self._file.seek(self._starts[section.name])
             hasher, left = blake2b(digest_size=16), section.stored
@@ -160,16 +163,6 @@ class Reader:
                 f"section {section.name!r} of {self.name} is damaged: its checksum does not match; restore a copy"
             )
 
-    def _inflate(self, section: Section, stored: bytes) -> bytes:
-        inflater = zlib.decompressobj()
-        try:
-            data = inflater.decompress(stored, section.size + 1)
-        except zlib.error as error:
-            raise FormatError(f"section {section.name!r} of {self.name} does not inflate: {error}") from None
-        if len(data) != section.size or not inflater.eof or inflater.unused_data:
-            raise FormatError(f"section {section.name!r} of {self.name} does not inflate to {section.size} bytes")
-        return data
-
 
 def _is_row(row: Any) -> bool:
     """Whether a table row is [name, coding, size, stored, digest] with sizes that the coding can reach."""
@@ -178,5 +171,4 @@ def _is_row(row: Any) -> bool:
     size, stored = row[2], row[3]
     if not (is_whole(size) and is_whole(stored)):
         return False
-    # DEFLATE cannot expand by more than 1032:1.
-    return (row[1] == "raw" and size == stored) or (row[1] == "deflate" and size <= 1032 * stored)
+    return lossless.is_plausible(row[1], size, stored)

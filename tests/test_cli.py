@@ -61,6 +61,19 @@ def test_a_cache_travels_through_every_command(model_dir, tmp_path, says):
         assert 0 < np.square(x["k"] - y["k"]).sum() < 0.2 * np.square(x["k"]).sum()
 
 
+def test_the_lossless_coding_is_chosen_by_name_and_read_from_the_file(work, says, tmp_path):
+    common = ["--npz", work / "a.npz", "--artifacts", work / "artifacts", "--out", tmp_path / "x.mlxkv"]
+    says("compress", *common, "--w", 32, "--lossless", "rans")
+    assert says("inspect", tmp_path / "x.mlxkv")["codings"] == "rans, raw"
+    assert says("inspect", work / "a.mlxkv")["codings"] == "deflate, raw"
+    for name in ("a.mlxkv", "x.mlxkv"):
+        source = tmp_path / name if name[0] == "x" else work / name
+        says("decompress", source, "--artifacts", work / "artifacts", "--out", tmp_path / f"{name}.npz")
+    with np.load(tmp_path / "a.mlxkv.npz") as plain, np.load(tmp_path / "x.mlxkv.npz") as other:
+        assert np.array_equal(plain["k"], other["k"])
+    assert run("compress", *common, "--lossless", "zip") == 2
+
+
 def test_inspect_explains_all_three_kinds(work, says):
     assert says("inspect", work / "a.npz")["layers"] == [0, 1]
     assert "int" in says("inspect", work / "artifacts")["k_plan"]

@@ -173,6 +173,8 @@ def test_a_header_that_is_no_json_object_is_refused(text):
         [row(b"", size=0.0)],
         [row(b"", size="0")],
         [row(b"", size=1)],
+        [row(b"", coding="rans", size=1)],
+        [row(NOISE, coding="rans", size=1032 * 500 + 1)],
         [row(b"", size=10**30, stored=10**30)],
         [[*row(b"")[:4], None]],
         [row(b""), row(b"")],

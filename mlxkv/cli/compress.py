@@ -16,6 +16,9 @@ def command(
     out: Annotated[Path, typer.Option(help="The container to write.", show_default=False)],
     w: Annotated[int, typer.Option(min=0, help="Newest tokens to keep exactly.")] = 128,
     s: Annotated[int, typer.Option(min=0, help="First tokens (sinks) to keep exactly.")] = 4,
+    lossless: Annotated[
+        str, typer.Option(help="Last stage: deflate, rans (smaller, slower on a CPU) or raw.")
+    ] = "deflate",
     json: Json = False,
 ) -> None:
     """Compress a dump into one file.
@@ -29,7 +32,7 @@ def command(
     from mlxkv.files import atomic_write, read_dump
 
     check_out_file(out, source=npz)
-    codec = KVTCCacheCodec(CalibrationArtifacts.from_dir(artifacts), w=w, s=s)
+    codec = KVTCCacheCodec(CalibrationArtifacts.from_dir(artifacts), w=w, s=s, lossless=lossless)
     dump = read_dump(npz)
     start = time.perf_counter()
     with bar("compressing", dump.length) as advance:

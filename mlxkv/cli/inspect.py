@@ -89,5 +89,6 @@ def _container(file: Path) -> dict[str, Any]:
             "model": origin.get("model") if isinstance(origin, dict) else None,
             **summary(reader),
             "sections": len(reader.sections),
+            "codings": ", ".join(sorted({section.coding for section in reader.sections.values()})),
             "checksums": "all match",
         }
