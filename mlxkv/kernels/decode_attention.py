@@ -1,0 +1,192 @@
+"""Attention of one new token over packed keys and values, in buckets of any precision, without unpacking them in memory.
+
+The kernel is one pass over each bucket: the running maximum and sum of the online softmax
+(https://arxiv.org/abs/1805.02867) for splits of the tokens, as in flash-decoding
+(https://crfm.stanford.edu/2023/10/12/flashdecoding.html); a few MLX operations merge the splits of all buckets.
+Unlike there, it also writes the scores, since importance-driven caches need each token's attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from mlxkv.errors import InputError, MismatchError
+from mlxkv.kernels import metal
+from mlxkv.kernels.bits import UNPACKED, Packed, reference_pack, reference_unpack
+from mlxkv.kernels.examples import Example
+from mlxkv.kernels.metal import Kernel
+
+Bucket = tuple[Packed, Packed]
+
+SPLIT_TOKENS = 128
+SIMD_GROUPS = 8
+# Floats of queries and sums that a SIMD-group's registers may hold for its heads: more would spill.
+REGISTER_FLOATS = 2304
+MAX_HEADS = 8
+LOWEST = -3.4e38  # where running maxima start: finite, so that a fully masked row has weights 0 and not NaN
+
+_ATTEND = Kernel(
+    "decode_attention",
+    inputs=("queries", "k", "k_shift", "k_scale", "v", "v_shift", "v_scale", "bias"),
+    outputs=("scores", "partials", "tops", "totals"),
+)
+
+
+def decode_attention(
+    queries: mx.array, buckets: Sequence[Bucket], scale: float, bias: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    """softmax(scale * queries . keys + bias) . values, accumulated in float32.
+
+    queries `[B, Hq, 1, D]`; buckets of (keys `[B, Hkv, Tb, D]`, values `[B, Hkv, Tb, Dv]`) with Hq a multiple of Hkv
+    (query head h reads kv head h // (Hq // Hkv)), both packed from one dtype, dims up to 576, each with its own bits
+    and tiles; Tb may be 0. bias `[B, 1 or Hkv or Hq, T]` is for all T tokens in the order of the buckets; -inf masks.
+
+    Returns the output `[B, Hq, 1, Dv]` of queries' dtype and the mass `[B, Hkv, T]` float32: each token's attention
+    probability summed over the query heads that share its kv head, so a row sums to Hq / Hkv. That is what
+    importance per token and kv head accumulates (H2O, https://arxiv.org/abs/2306.14048). Where every token is masked,
+    or there is none, output and mass are 0; NaN and infinite keys or queries give NaN, as plain softmax does.
+
+    Raises InputError without buckets, MismatchError for shapes that do not fit together.
+    """
+    return (metal_decode_attention if metal.available() else reference_decode_attention)(queries, buckets, scale, bias)
+
+
+def reference_decode_attention(
+    queries: mx.array, buckets: Sequence[Bucket], scale: float, bias: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    bias = _checked_bias(queries, buckets, bias)
+    (B, Hkv, _, Dv), T = buckets[0][1].shape, bias.shape[-1]
+    G = queries.shape[1] // Hkv
+    if T == 0:
+        return _nothing(queries, Hkv, Dv)
+    grouped = (queries.astype(mx.float32) * scale).reshape(B, Hkv, G, -1)
+    scores = mx.concatenate([grouped @ reference_unpack(k, mx.float32).swapaxes(-1, -2) for k, _ in buckets], axis=-1)
+    scores += mx.repeat(bias, G * Hkv // bias.shape[1], axis=1).reshape(B, Hkv, G, T)
+    top = mx.maximum(scores.max(axis=-1, keepdims=True), LOWEST)
+    weights = mx.exp(scores - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    weights /= mx.where(total == 0, 1, total)
+    output, start = mx.zeros((B, Hkv, G, Dv)), 0
+    for _, v in buckets:
+        stop = start + v.shape[-2]
+        output += weights[..., start:stop] @ reference_unpack(v, mx.float32)
+        start = stop
+    return output.reshape(B, Hkv * G, 1, Dv).astype(queries.dtype), weights.sum(axis=2)
+
+
+def metal_decode_attention(
+    queries: mx.array, buckets: Sequence[Bucket], scale: float, bias: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    bias = _checked_bias(queries, buckets, bias)
+    B, Hkv, _, Dv = buckets[0][1].shape
+    Hq, T = queries.shape[1], bias.shape[-1]
+    if T == 0:
+        return _nothing(queries, Hkv, Dv)
+    flat = (queries.astype(mx.float32) * scale).reshape(B, Hq, -1)
+    parts, start = [], 0
+    for k, v in buckets:
+        stop = start + k.shape[-2]
+        if stop > start:
+            parts.append(_attend(flat, k, v, bias[..., start:stop]))
+        start = stop
+    scores, partials, tops, totals = (mx.concatenate(list(same), axis=2) for same in zip(*parts))
+    top = tops.max(axis=-1, keepdims=True)
+    shares = mx.exp(tops - top)
+    total = (shares * totals).sum(axis=-1, keepdims=True)
+    total = mx.where(total == 0, 1, total)
+    output = (shares[..., None, :] @ partials)[..., 0, :] / total
+    mass = (mx.exp(scores - top) / total).reshape(B, Hkv, Hq // Hkv, T).sum(axis=2)
+    return output[..., None, :].astype(queries.dtype), mass
+
+
+def _attend(queries: mx.array, k: Packed, v: Packed, bias: mx.array) -> list[mx.array]:
+    """One bucket: scores `[B, Hq, T]`, and of each split outputs `[B, Hq, S, Dv]`, maxima and sums `[B, Hq, S]`."""
+    B, Hkv, T, Dv = v.shape
+    Hq, D = queries.shape[1:]
+    passes = -(-Hq // Hkv // min(MAX_HEADS, max(1, REGISTER_FLOATS // (D + Dv))))
+    splits = -(-T // SPLIT_TOKENS)
+    template: dict[str, int | bool] = {
+        "D": D,
+        "DV": Dv,
+        "K_BITS": k.bits,
+        "V_BITS": v.bits,
+        **_tile("K", k),
+        **_tile("V", v),
+        "HEADS": -(-Hq // Hkv // passes),
+        "BFLOAT": k.dtype == mx.bfloat16,
+        "SPLIT_TOKENS": SPLIT_TOKENS,
+        "SIMD_GROUPS": SIMD_GROUPS,
+    }
+    return _ATTEND(
+        inputs=[queries, *_buffers(k), *_buffers(v), bias],
+        template=list(template.items()),
+        grid=(32 * SIMD_GROUPS, splits, B * Hkv * passes),
+        threadgroup=(32 * SIMD_GROUPS, 1, 1),
+        output_shapes=[(B, Hq, T), (B, Hq, splits, Dv), (B, Hq, splits), (B, Hq, splits)],
+        output_dtypes=[mx.float32] * 4,
+    )
+
+
+def _tile(name: str, packed: Packed) -> dict[str, int]:
+    """Compiled in, as dividing by a constant is cheap; a single kernel for all unpacked values."""
+    tokens, dims = (1, 1) if packed.raw else (packed.tokens, packed.dims)
+    return {f"{name}_TOKENS": tokens, f"{name}_DIMS": dims}
+
+
+def _buffers(packed: Packed) -> tuple[mx.array, mx.array, mx.array]:
+    """Words, shift, scale; an unread element for the scales that unpacked values lack, as buffers cannot be empty."""
+    if packed.raw:
+        unread = mx.zeros((1, 1, 1, 1))
+        return packed.words, unread, unread
+    return packed.words, packed.shift, packed.scale
+
+
+def _nothing(queries: mx.array, kv_heads: int, dims: int) -> tuple[mx.array, mx.array]:
+    """Output and mass of attention over no tokens."""
+    B, Hq = queries.shape[:2]
+    return mx.zeros((B, Hq, 1, dims), queries.dtype), mx.zeros((B, kv_heads, 0))
+
+
+def _checked_bias(queries: mx.array, buckets: Sequence[Bucket], bias: mx.array | None) -> mx.array:
+    """The bias in float32, zeros `[B, 1, T]` for None, once all shapes are found to fit together."""
+    if not buckets:
+        raise InputError("attention needs at least one bucket; it may hold 0 tokens")
+    B, Hq, L, D = queries.shape
+    _, Hkv, _, Dv = buckets[0][1].shape
+    if L != 1 or Hq % Hkv:
+        raise MismatchError(f"queries {queries.shape}: expected one token and a multiple of {Hkv} heads")
+    for k, v in buckets:
+        if k.shape != (B, Hkv, k.shape[-2], D) or v.shape != (B, Hkv, k.shape[-2], Dv) or k.dtype != v.dtype:
+            raise MismatchError(
+                f"keys {k.shape} {k.dtype} and values {v.shape} {v.dtype} do not fit queries {queries.shape}, "
+                f"{Hkv} kv heads and {Dv} value dims"
+            )
+    T = sum(k.shape[-2] for k, _ in buckets)
+    if bias is None:
+        return mx.zeros((B, 1, T))
+    if bias.shape not in ((B, 1, T), (B, Hkv, T), (B, Hq, T)):
+        raise MismatchError(f"bias {bias.shape} is not [{B}, 1 or {Hkv} or {Hq}, {T}]")
+    return bias.astype(mx.float32)
+
+
+def _example(key_tokens: int, key_dims: int) -> Callable[[int], tuple]:
+    """32 query heads over 8 kv heads: all tokens with 4-bit keys and 2-bit values, and 32 more as they are."""
+
+    def arguments(tokens: int) -> tuple:
+        queries, old, new = (
+            mx.random.normal(shape, key=mx.random.key(0)).astype(mx.bfloat16)
+            for shape in ((1, 32, 1, 128), (1, 8, tokens, 128), (1, 8, 32, 128))
+        )
+        packed = (reference_pack(old, 4, key_tokens, key_dims), reference_pack(old, 2, 1, 32))
+        return queries, [packed, (reference_pack(new, UNPACKED, 1, 32),) * 2], 128**-0.5
+
+    return arguments
+
+
+EXAMPLES = (
+    Example("decode_attention", "32/8 heads x 128 dims, 4-bit keys by token", _example(1, 32)),
+    Example("decode_attention", "32/8 heads x 128 dims, 4-bit keys by dim", _example(32, 1)),
+    Example("decode_attention", "32/8 heads x 128 dims, 4-bit keys by dim", _example(32, 1), 32768),
+)
