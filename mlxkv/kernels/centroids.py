@@ -1,0 +1,159 @@
+"""Online clustering of token vectors: the nearest centroid of each token, and what each centroid's tokens add up to.
+
+N independent clusterings (batch x heads) of T tokens against C centroids in D dims, all float types in, float32 out.
+A centroid of count 0 is empty: never chosen, whatever it holds. `update` is the running mean of mini-batch k-means
+(Sculley, WWW 2010) with all tokens of a call assigned to the old centroids. Other rules, such as an exponential mean,
+are plain array operations on `sums`: `mean + rate * (total / weight - mean)`; a value's centroids are `sums` of the
+values by the keys' index, mean positions `sums` of positions `[N, T, 1]`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import mlx.core as mx
+
+from mlxkv.kernels import metal
+from mlxkv.kernels.examples import Example
+from mlxkv.kernels.metal import Kernel
+
+Metric = Literal["cosine", "euclidean"]
+_ASSIGN = Kernel("centroids_assign", inputs=("x", "directions", "offsets"), outputs=("nearest",))
+_SUMS = Kernel("centroids_sums", inputs=("x", "owner", "weights", "clusters"), outputs=("totals", "numbers"))
+_TILE = 32  # tokens of a threadgroup, in centroids_assign.metal
+_ROWS = 8  # SIMD-groups of a threadgroup
+
+
+def assign(x: mx.array, centroids: mx.array, counts: mx.array, metric: Metric = "cosine") -> tuple[mx.array, mx.array]:
+    """Index `[N, T]` int32 of each token's nearest centroid and their similarity `[N, T]` float32.
+
+    x: `[N, T, D]` float32, float16 or bfloat16. centroids: `[N, C, D]`. counts: `[N, C]`. Similarity is the cosine (0
+    where a vector is zero) or minus the squared euclidean distance. Ties go to the lowest index; without any centroid
+    that is not empty the index is -1 and the similarity -inf. Distances are compared by products, |c|^2 / 2 - x . c: of
+    two that differ by less than float32's rounding of the squared norms either is the nearest.
+    """
+    return (metal_assign if metal.available() else reference_assign)(x, centroids, counts, metric)
+
+
+def sums(x: mx.array, owner: mx.array, clusters: int, weights: mx.array | None = None) -> tuple[mx.array, mx.array]:
+    """The weighted sum of each cluster's tokens `[N, C, D]` and the sum of their weights `[N, C]`, both float32.
+
+    x: `[N, T, D]` float32, float16 or bfloat16. owner: int32 `[N, T]`, a token's cluster below C = clusters, or -1 for
+    a token that belongs to none. weights: `[N, T]`, 1 where None. Added token by token, so the same bits every time.
+    """
+    return (metal_sums if metal.available() else reference_sums)(x, owner, clusters, weights)
+
+
+def update(
+    x: mx.array, owner: mx.array, centroids: mx.array, counts: mx.array, weights: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    """Centroids `[N, C, D]` and counts `[N, C]` float32 after taking in x `[N, T, D]`, each token by its owner `[N, T]`.
+
+    mean' = (count * mean + sum of weight * x) / count', count' = count + sum of weights. A centroid that owns no token
+    keeps its bits, and an empty one becomes the mean of its tokens.
+    """
+    total, number = sums(x, owner, counts.shape[1], weights)
+    held = mx.where(counts[..., None] > 0, counts[..., None] * centroids, 0)
+    grown = counts + number
+    return mx.where(number[..., None] > 0, (held + total) / grown[..., None], centroids), grown
+
+
+def reference_assign(
+    x: mx.array, centroids: mx.array, counts: mx.array, metric: Metric = "cosine"
+) -> tuple[mx.array, mx.array]:
+    if 0 in x.shape:
+        return mx.zeros(x.shape[:2], mx.int32), mx.zeros(x.shape[:2])
+    directions, offsets = _terms(centroids, counts, metric)
+    scores = mx.addmm(offsets[:, None], x.astype(mx.float32), directions.swapaxes(1, 2))
+    some = (counts > 0).any(axis=-1, keepdims=True)
+    nearest = mx.where(some, scores.argmax(axis=-1).astype(mx.int32), -1)
+    return nearest, _similarity(x, centroids, nearest, metric)
+
+
+def reference_sums(
+    x: mx.array, owner: mx.array, clusters: int, weights: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    N, _, D = x.shape
+    weights = _weights(owner, weights)
+    row, slot = mx.arange(N)[:, None], mx.where(owner < 0, clusters, owner)  # one more cluster for those of none
+    totals = mx.zeros((N, clusters + 1, D)).at[row, slot].add(weights[..., None] * x.astype(mx.float32))
+    numbers = mx.zeros((N, clusters + 1)).at[row, slot].add(weights)
+    return totals[:, :clusters], numbers[:, :clusters]
+
+
+def metal_assign(
+    x: mx.array, centroids: mx.array, counts: mx.array, metric: Metric = "cosine"
+) -> tuple[mx.array, mx.array]:
+    if 0 in x.shape:
+        return reference_assign(x, centroids, counts, metric)
+    N, T, _ = x.shape
+    nearest = _ASSIGN(
+        inputs=[x, *_terms(centroids, counts, metric)],
+        grid=(-(-T // _TILE) * 32 * _ROWS, N, 1),
+        threadgroup=(32 * _ROWS, 1, 1),
+        output_shapes=[(N, T)],
+        output_dtypes=[mx.int32],
+    )[0]
+    return nearest, _similarity(x, centroids, nearest, metric)
+
+
+def metal_sums(
+    x: mx.array, owner: mx.array, clusters: int, weights: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    N, _, D = x.shape
+    if 0 in x.shape:
+        return mx.zeros((N, clusters, D)), mx.zeros((N, clusters))
+    totals, numbers = _SUMS(
+        inputs=[x, owner, _weights(owner, weights), mx.array(clusters, mx.uint32)],
+        grid=(-(-D // 32) * 32, -(-clusters // _ROWS) * _ROWS, N),
+        threadgroup=(32, _ROWS, 1),
+        output_shapes=[(N, clusters, D), (N, clusters)],
+        output_dtypes=[mx.float32, mx.float32],
+    )
+    return totals, numbers
+
+
+def _terms(centroids: mx.array, counts: mx.array, metric: Metric) -> tuple[mx.array, mx.array]:
+    """Directions `[N, C, D]` and offsets `[N, C]`, float32: `x . direction + offset` orders centroids, -inf is empty."""
+    held = counts > 0
+    directions = mx.where(held[..., None], centroids, 0)
+    squares = mx.square(directions).sum(axis=-1)
+    if metric == "cosine":
+        return directions * _inverse(mx.sqrt(squares))[..., None], mx.where(held, 0.0, -mx.inf)
+    return directions, mx.where(held, -squares / 2, -mx.inf)
+
+
+def _similarity(x: mx.array, centroids: mx.array, nearest: mx.array, metric: Metric) -> mx.array:
+    """The similarity of each token and its nearest centroid, `[N, T]`, from the vectors themselves: no cancellation."""
+    x, chosen = x.astype(mx.float32), mx.take_along_axis(centroids, mx.maximum(nearest, 0)[..., None], axis=1)
+    if metric == "cosine":
+        value = (x * chosen).sum(axis=-1) * _inverse(mx.linalg.norm(x, axis=-1) * mx.linalg.norm(chosen, axis=-1))
+    else:
+        value = -mx.square(x - chosen).sum(axis=-1)
+    return mx.where(nearest >= 0, value, -mx.inf)
+
+
+def _inverse(norm: mx.array) -> mx.array:
+    return mx.where(norm > 0, 1 / norm, 0)
+
+
+def _weights(owner: mx.array, weights: mx.array | None) -> mx.array:
+    return mx.ones(owner.shape) if weights is None else weights.astype(mx.float32)
+
+
+def _example(tokens: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Tokens close to a centroid each, so that no rounding can change which is the nearest."""
+    means = mx.random.normal((8, 256, 128), key=mx.random.key(0))
+    noise = mx.random.normal((8, tokens, 128), key=mx.random.key(1))
+    return (means[:, mx.arange(tokens) % 256] + 0.1 * noise).astype(mx.bfloat16), means, mx.ones((8, 256))
+
+
+def _example_sums(tokens: int) -> tuple[mx.array, mx.array, int]:
+    x, means, _ = _example(tokens)
+    return x, mx.broadcast_to((mx.arange(tokens) * 7 % 256).astype(mx.int32), x.shape[:2]), means.shape[1]
+
+
+EXAMPLES = (
+    Example("assign", "8 heads x 256 centroids x 128 dims", _example),
+    Example("sums", "8 heads x 256 centroids x 128 dims", _example_sums),
+)
