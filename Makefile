@@ -26,6 +26,7 @@ fmt: .venv/ready
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.cr_sweep
 	$(BIN)/python -m benchmarks.codec_speed
+	$(BIN)/python -m benchmarks.lossless
 	$(BIN)/python -m benchmarks.dp_speed
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.readme

@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import version
 from json import loads
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -16,6 +16,9 @@ import mlxkv
 from mlxkv import blas
 from mlxkv.cli._output import Json, show_rows
 from mlxkv.errors import InputError, ModelNotFoundError
+
+if TYPE_CHECKING:
+    from mlxkv.kernels.examples import Example
 
 SLOW_GFLOPS = 20.0  # reference BLAS reaches 3, OpenBLAS 100 and more on two cores
 GET_A_MODEL = "hf download mlx-community/Qwen3-4B-4bit, or name a local mlx-lm folder with --model"
@@ -28,7 +31,7 @@ def command(json: Json = False) -> None:
     """
     ours = f"{mlxkv.__version__}, Python {platform.python_version()}, {platform.platform()}"
     rows = [_row("mlxkv", ours), *_packages()]
-    for check in (_device, _blas, _model, _models, _resources):
+    for check in (_device, _blas, _kernels, _model, _models, _resources):
         with suppress(ImportError):  # the package's own row tells
             rows.append(check())
     show_rows(rows, json)
@@ -74,6 +77,27 @@ def _blas() -> dict[str, Any]:
     if sys.platform == "linux":
         advice = f"install OpenBLAS: {blas.INSTALL}"
     return _row("matrix product", f"{speed:.0f} GFLOP/s in float32", advice if speed < SLOW_GFLOPS else "")
+
+
+def _kernels() -> dict[str, Any]:
+    """Each Metal kernel against the plain operations that define it."""
+    from mlxkv.kernels import metal
+    from mlxkv.kernels.examples import all_examples
+
+    examples = list(all_examples())
+    if not metal.available():
+        return _row("kernels", f"{len(examples)} checks need Metal; plain operations run instead")
+    wrong = [f"{example.module}.{example.op}" for example in examples if not _agrees(example)]
+    if not wrong:
+        return _row("kernels", f"{len(examples)} checks: each agrees with the plain operations that define it")
+    return _row("kernels", f"wrong on this Mac: {', '.join(wrong)}", "please report it, with this table")
+
+
+def _agrees(example: Example) -> bool:
+    try:
+        return example.agrees(example.arguments(65))
+    except (RuntimeError, ValueError):  # it does not compile, or does not fit this GPU
+        return False
 
 
 def _model() -> dict[str, Any]:
