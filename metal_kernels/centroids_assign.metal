@@ -23,8 +23,8 @@ for (uint start = 0; start < clusters; start += 32) {
     uint d = from + lane;
     for (uint row = mine; row < mine + 4; row++) {
       uint t = first + row, c = start + row;
-      token_tile[row * 32 + lane] = t < tokens && d < dims ? float(x[(n * tokens + t) * dims + d]) : 0.0f;
-      centroid_tile[row * 33 + lane] = c < clusters && d < dims ? directions[(n * clusters + c) * dims + d] : 0.0f;
+      token_tile[row * 32 + lane] = t < tokens && d < dims ? float(x[(size_t(n) * tokens + t) * dims + d]) : 0.0f;
+      centroid_tile[row * 33 + lane] = c < clusters && d < dims ? directions[(size_t(n) * clusters + c) * dims + d] : 0.0f;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (first + mine < tokens) {  // with a single token, seven SIMD-groups only load

@@ -20,13 +20,13 @@ for (uint start = 0; start < tokens; start += 32) {
     float weight = weights[token];
     number += weight;
     if (d < dims) {
-      total += weight * float(x[token * dims + d]);
+      total += weight * float(x[size_t(token) * dims + d]);
     }
   }
 }
 
 if (d < dims) {
-  totals[(n * clusters + cluster) * dims + d] = total;
+  totals[(size_t(n) * clusters + cluster) * dims + d] = total;
 }
 if (d == 0) {
   numbers[n * clusters + cluster] = number;

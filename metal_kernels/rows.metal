@@ -6,10 +6,10 @@ uint line = thread_position_in_grid.z;  // (layer * batches + batch) * heads + h
 uint layers = sizes[0], batches = sizes[1], heads = sizes[2], tokens = sizes[3], dim = sizes[4];
 uint head = line % heads, batch = line / heads % batches, layer = line / (heads * batches);
 
-uint in_layers = (line * tokens + t) * dim;
-uint in_rows = (((batch * tokens + t) * layers + layer) * heads + head) * dim;
-uint from = TO_ROWS ? in_layers : in_rows;
-uint to = TO_ROWS ? in_rows : in_layers;
+size_t in_layers = (size_t(line) * tokens + t) * dim;
+size_t in_rows = (((size_t(batch) * tokens + t) * layers + layer) * heads + head) * dim;
+size_t from = TO_ROWS ? in_layers : in_rows;
+size_t to = TO_ROWS ? in_rows : in_layers;
 
 uint kind = table[layer];
 uint angle = (kind * tokens + t) * dim + d;

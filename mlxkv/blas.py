@@ -1,7 +1,8 @@
-"""A fast BLAS for MLX on Linux.
+"""Matrix products as the project needs them: fast on Linux, with all of float32's digits on Apple GPUs.
 
 The Linux `mlx[cpu]` wheel links reference BLAS, many times slower than OpenBLAS. Loading a system OpenBLAS before
-`mlx.core` is imported makes its symbols win. macOS has Accelerate and needs nothing.
+`mlx.core` is imported makes its symbols win. On macOS, MLX multiplies float32 matrices on M5 GPUs with 10-bit
+mantissas (TF32) unless told not to; the codec's coefficients and the kernels' references need the digits.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ INSTALL = "apt-get install libopenblas0-pthread"
 
 
 def preload() -> None:
-    """Load OpenBLAS, where it is installed, for all later imports; warn when MLX was imported before."""
+    """Load OpenBLAS, where it is installed, for all later imports; warn when MLX was imported before.
+
+    Turns TF32 off unless the environment says otherwise. Other types' products are not affected.
+    """
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")
     if sys.platform != "linux":
         return
     late = "mlx.core" in sys.modules

@@ -60,6 +60,23 @@ def check_sums(x, owner, clusters, weights=None):
         assert_same(one, other)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_token_with_nan_is_near_to_nothing(kernel_path, metric):
+    x, centers, counts = scene(2, 5, 40, 33)
+    x = mx.where((mx.arange(5) == 3)[:, None], mx.nan, x)
+    check_assign(x, centers, counts, metric)
+    index, similarity = kernel.assign(x, centers, counts, metric)
+    assert (np.array(index)[:, 3] == -1).all()
+    assert np.isneginf(np.array(similarity)[:, 3]).all()
+    assert (np.array(index)[:, :3] >= 0).all()
+
+
+def test_centroids_may_be_bfloat16_and_clusters_may_be_none(kernel_path):
+    x, centers, counts = scene(2, 33, 5, 33)
+    check_assign(x, centers.astype(mx.bfloat16), counts, "cosine")
+    check_sums(x, mx.full((2, 33), -1, mx.int32), 0)
+
+
 def owners(N, T, C, seed=0):
     """Some centroid or none (-1) for each token."""
     return mx.array(np.random.default_rng(seed).integers(-1, C, (N, T)), dtype=mx.int32)
@@ -216,7 +233,7 @@ FAULTS = {
     "assign: read past the centroids": (ASSIGN, "c < clusters && d < dims ?", "d < dims ?"),
     "assign: dims beyond the first tile": (ASSIGN, "uint d = from + lane", "uint d = lane"),
     "assign: 31 dims of a tile": (ASSIGN, "i < 32", "i < 31"),
-    "assign: the first clustering's tokens": (ASSIGN, "x[(n * tokens + t) * dims + d]", "x[t * dims + d]"),
+    "assign: the first clustering's tokens": (ASSIGN, "x[(size_t(n) * tokens + t) * dims + d]", "x[t * dims + d]"),
     "assign: the next token": (ASSIGN, "token_tile[(mine + k) * 32 + i]", "token_tile[mine * 32 + i]"),
     "assign: busy tokens skipped": (ASSIGN, "first + mine < tokens", "first + mine + 4 < tokens"),
     "assign: written past the tokens": (ASSIGN, "lane == 0 && t < tokens", "lane == 0"),

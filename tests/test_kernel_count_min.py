@@ -205,7 +205,11 @@ FAULTS = {
     "added: stored, not added": (UPDATE, "atomic_fetch_add_explicit", "atomic_store_explicit"),
     "read: the first sketch's keys": (QUERY, "(keys_shape[0] == 1 ? 0 : sketch * tokens)", "0"),
     "read: another table": (QUERY, "sketch * DEPTH + row", "row"),
-    "read: a row is left out": (QUERY, "row < DEPTH", "row < DEPTH - 1"),
+    "read: a row is left out": (
+        QUERY,
+        "rows[row] = minus ? -value : value",
+        "rows[row] = row == 0 ? INFINITY : minus ? -value : value",
+    ),
     "read: sorted but for the smallest": (QUERY, "at > 0", "at > 1"),
     "read: upper median": (QUERY, "(DEPTH - 1) / 2", "DEPTH / 2"),
     "read: the largest row": (QUERY, ": rows[0]", ": rows[DEPTH - 1]"),

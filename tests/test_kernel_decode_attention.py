@@ -227,6 +227,9 @@ def test_shapes_that_do_not_fit_together_are_refused(attend):
     queries, good = queries_of(GQA), bucket(GQA, 3)
     with pytest.raises(InputError, match="at least one bucket"):
         attend(queries, [], 0.125)
+    wide = pack(mx.zeros((1, 1, 3, 577)), 4, 1, 577)
+    with pytest.raises(InputError, match="ends at 576"):
+        attend(mx.zeros((1, 1, 1, 577)), [(wide, wide)], 0.125)
     for wrong in (queries[:, :7], queries[:1], queries[..., :63], mx.repeat(queries, 2, axis=2)):
         with pytest.raises(MismatchError):
             attend(wrong, [good], 0.125)

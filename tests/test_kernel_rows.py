@@ -106,7 +106,7 @@ FAULTS = {
     "heads and layers swapped": ("* layers + layer) * heads + head)", "* heads + head) * layers + layer)"),
     "the wrong head": ("line / heads % batches", "line / batches % heads"),
     "another layer's kind": ("table[layer]", "table[0]"),
-    "the partner's own index": ("x[from + partners[kind * dim + d]]", "x[from + d]"),
+    "the partner's own index": ("x[from + partners[kind * dim + d]]", "x[from + d + 0 * partners[d]]"),
     "first kind's partners": ("partners[kind * dim + d]", "partners[d]"),
     "turned the wrong way": ("own + other", "own - other"),
     "written past the row": ("turned[to + d]", "turned[to + d + 1]"),

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the host runner
 
 @pytest.fixture(autouse=True)
 def _only_the_runner(monkeypatch):
-    monkeypatch.setattr(runner, "_check_statically", lambda specialisation: None)
+    monkeypatch.setattr(runner.static_checks, "check", lambda specialisation: None)
 
 
 def call(kernel, inputs, shape, dtype=mx.float32, *, grid=(1, 1, 1), threadgroup=(1, 1, 1), **more):

@@ -65,6 +65,12 @@ def test_fp8_keeps_its_own_values():
     assert np.array_equal(np.array(mx.from_fp8(mx.to_fp8(mx.array(finite)), mx.float32)), finite)
 
 
+def test_the_two_nan_codes_of_fp8_decode_to_nan_and_no_others_do():
+    codes = mx.arange(256).astype(mx.uint8)[None, :, None]
+    found = np.array(from_codes(codes, mx.zeros((1, 1), mx.float16), mx.ones((1, 1), mx.float16), "fp8")).ravel()
+    assert np.flatnonzero(np.isnan(found)).tolist() == [127, 255]
+
+
 def test_fp8_saturates():
     found = np.array(mx.from_fp8(mx.to_fp8(mx.array([448.0, 449.0, 463.9, 500.0, 1e9, -1e9])), mx.float32))
     assert np.array_equal(found, [448, 448, 448, 448, 448, -448])

@@ -115,6 +115,7 @@ class KVTCCacheCodec:
             # Extras are stored as they are: on reading, nothing but the file's own size bounds them.
             sections.append(encode_section(name, data, self.lossless if name in raw.ENDS else "raw"))
         with ThreadPoolExecutor(2) as pool:
+            submit = _at_once if self.lossless == "rans" else pool.submit
             futures: list[Future[tuple[Section, bytes]]] = []
             for index, start, stop in layout.blocks():
                 for stream in self.streams:
@@ -123,9 +124,7 @@ class KVTCCacheCodec:
                     payload = encode_block(part.plan, self._basis(stream.name).T @ (rows - mx.array(part.mu)).T)
                     if len(futures) >= 8:  # wait for the coding rather than let payloads pile up
                         futures[-8].result()
-                    futures.append(pool.submit(encode_section, f"{stream.name}.{index}", payload, self.lossless))
-                    if self.lossless == "rans":  # has kernels of its own: not two threads on the GPU
-                        futures[-1].result()
+                    futures.append(submit(encode_section, f"{stream.name}.{index}", payload, self.lossless))
                 if progress:
                     progress(stop - start)
             sections += [future.result() for future in futures]
@@ -196,9 +195,8 @@ class KVTCCacheCodec:
         for index, start, stop in layout.blocks():
             for stream in self.streams:
                 rows = self._decode_rows(reader, stream.name, index, layout.batch * (stop - start))
-                outputs[stream.name][..., start:stop, :] = np.array(
-                    from_rows(stream, rows, layout.batch, start, target)
-                )
+                restored = from_rows(stream, rows, layout.batch, start, target)
+                outputs[stream.name][..., start:stop, :] = np.array(restored)
             if progress:
                 progress(stop - start)
         return outputs
@@ -286,6 +284,13 @@ class KVTCCacheCodec:
         if clash:
             raise InputError(f"extras may not be called k.… or v.…, the codec's own names: {', '.join(clash)}")
         yield from extras.items()
+
+
+def _at_once(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """An executor's `submit` in this thread: rANS may launch kernels, which belong where the others are launched."""
+    future: Future[Any] = Future()
+    future.set_result(function(*arguments))
+    return future
 
 
 def _object(reader: Reader, key: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def assign(x: mx.array, centroids: mx.array, counts: mx.array, metric: Metric = 
 
     x: `[N, T, D]` float32, float16 or bfloat16. centroids: `[N, C, D]`. counts: `[N, C]`. Similarity is the cosine (0
     where a vector is zero) or minus the squared euclidean distance. Ties go to the lowest index; without any centroid
-    that is not empty the index is -1 and the similarity -inf. Distances are compared by products, |c|^2 / 2 - x . c: of
+    that is not empty, and for a token that holds NaN, the index is -1 and the similarity -inf. Distances are compared by products, |c|^2 / 2 - x . c: of
     two that differ by less than float32's rounding of the squared norms either is the nearest.
     """
     return (metal_assign if metal.available() else reference_assign)(x, centroids, counts, metric)
@@ -65,8 +65,8 @@ def reference_assign(
         return mx.zeros(x.shape[:2], mx.int32), mx.zeros(x.shape[:2])
     directions, offsets = _terms(centroids, counts, metric)
     scores = mx.addmm(offsets[:, None], x.astype(mx.float32), directions.swapaxes(1, 2))
-    some = (counts > 0).any(axis=-1, keepdims=True)
-    nearest = mx.where(some, scores.argmax(axis=-1).astype(mx.int32), -1)
+    scores = mx.where(scores > -mx.inf, scores, -mx.inf)  # NaN is near to nothing
+    nearest = mx.where(scores.max(axis=-1) > -mx.inf, scores.argmax(axis=-1).astype(mx.int32), -1)
     return nearest, _similarity(x, centroids, nearest, metric)
 
 
@@ -101,7 +101,7 @@ def metal_sums(
     x: mx.array, owner: mx.array, clusters: int, weights: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
     N, _, D = x.shape
-    if 0 in x.shape:
+    if 0 in (*x.shape, clusters):
         return mx.zeros((N, clusters, D)), mx.zeros((N, clusters))
     totals, numbers = _SUMS(
         inputs=[x, owner, _weights(owner, weights), mx.array(clusters, mx.uint32)],
@@ -116,7 +116,7 @@ def metal_sums(
 def _terms(centroids: mx.array, counts: mx.array, metric: Metric) -> tuple[mx.array, mx.array]:
     """Directions `[N, C, D]` and offsets `[N, C]`, float32: `x . direction + offset` orders centroids, -inf is empty."""
     held = counts > 0
-    directions = mx.where(held[..., None], centroids, 0)
+    directions = mx.where(held[..., None], centroids.astype(mx.float32), 0)
     squares = mx.square(directions).sum(axis=-1)
     if metric == "cosine":
         return directions * _inverse(mx.sqrt(squares))[..., None], mx.where(held, 0.0, -mx.inf)
@@ -125,7 +125,8 @@ def _terms(centroids: mx.array, counts: mx.array, metric: Metric) -> tuple[mx.ar
 
 def _similarity(x: mx.array, centroids: mx.array, nearest: mx.array, metric: Metric) -> mx.array:
     """The similarity of each token and its nearest centroid, `[N, T]`, from the vectors themselves: no cancellation."""
-    x, chosen = x.astype(mx.float32), mx.take_along_axis(centroids, mx.maximum(nearest, 0)[..., None], axis=1)
+    chosen = mx.take_along_axis(centroids, mx.maximum(nearest, 0)[..., None], axis=1).astype(mx.float32)
+    x = x.astype(mx.float32)
     if metric == "cosine":
         value = (x * chosen).sum(axis=-1) * _inverse(mx.linalg.norm(x, axis=-1) * mx.linalg.norm(chosen, axis=-1))
     else:

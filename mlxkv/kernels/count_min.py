@@ -41,7 +41,7 @@ def update(counters: mx.array, keys: mx.array, amounts: mx.array, hashes: mx.arr
 def query(counters: mx.array, keys: mx.array, hashes: mx.array, signed: bool = False) -> mx.array:
     """What each key has collected, as far as the sketch knows: float32 `[N, T]`.
 
-    counters: float32 `[N, depth, width]`. keys: `[T]` or `[N, T]`. hashes, signed: as they were in `update`.
+    counters: float32 `[N, depth, width]`, finite. keys: `[T]` or `[N, T]`. hashes, signed: as they were in `update`.
     """
     return (metal_query if metal.available() else reference_query)(counters, keys, hashes, signed)
 

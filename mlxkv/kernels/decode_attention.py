@@ -8,7 +8,9 @@ Unlike there, it also writes the scores, since importance-driven caches need eac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 
@@ -20,12 +22,16 @@ from mlxkv.kernels.metal import Kernel
 
 Bucket = tuple[Packed, Packed]
 
+TILE_FLOATS = 2**18  # unpacked at a time by the reference: a megabyte, which also stays in a CPU's cache
 SPLIT_TOKENS = 128
 SIMD_GROUPS = 8
 # Floats of queries and sums that a SIMD-group's registers may hold for its heads: more would spill.
 REGISTER_FLOATS = 2304
 MAX_HEADS = 8
-LOWEST = -3.4e38  # where running maxima start: finite, so that a fully masked row has weights 0 and not NaN
+MAX_DIMS = 576
+LOWEST = (
+    -3.4e38
+)  # as in the body: where running maxima start: finite, so that a fully masked row has weights 0 and not NaN
 
 _ATTEND = Kernel(
     "decode_attention",
@@ -48,7 +54,7 @@ def decode_attention(
     importance per token and kv head accumulates (H2O, https://arxiv.org/abs/2306.14048). Where every token is masked,
     or there is none, output and mass are 0; NaN and infinite keys or queries give NaN, as plain softmax does.
 
-    Raises InputError without buckets, MismatchError for shapes that do not fit together.
+    Raises InputError without buckets or for larger dims, MismatchError for shapes that do not fit together.
     """
     return (metal_decode_attention if metal.available() else reference_decode_attention)(queries, buckets, scale, bias)
 
@@ -62,18 +68,37 @@ def reference_decode_attention(
     if T == 0:
         return _nothing(queries, Hkv, Dv)
     grouped = (queries.astype(mx.float32) * scale).reshape(B, Hkv, G, -1)
-    scores = mx.concatenate([grouped @ reference_unpack(k, mx.float32).swapaxes(-1, -2) for k, _ in buckets], axis=-1)
+    tiles = [tile for bucket in buckets for tile in _tiles(bucket)]
+    scores = mx.concatenate([grouped @ reference_unpack(k, mx.float32).swapaxes(-1, -2) for k, _ in tiles], axis=-1)
     scores += mx.repeat(bias, G * Hkv // bias.shape[1], axis=1).reshape(B, Hkv, G, T)
     top = mx.maximum(scores.max(axis=-1, keepdims=True), LOWEST)
     weights = mx.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)
     weights /= mx.where(total == 0, 1, total)
     output, start = mx.zeros((B, Hkv, G, Dv)), 0
-    for _, v in buckets:
+    for _, v in tiles:
         stop = start + v.shape[-2]
         output += weights[..., start:stop] @ reference_unpack(v, mx.float32)
         start = stop
     return output.reshape(B, Hkv * G, 1, Dv).astype(queries.dtype), weights.sum(axis=2)
+
+
+def _tiles(bucket: Bucket) -> Iterator[Bucket]:
+    """A bucket's tokens in pieces of TILE_FLOATS unpacked floats, but whole tiles of keys and of values."""
+    keys, values = bucket
+    tokens = math.lcm(keys.tokens, values.tokens)
+    step = max(1, TILE_FLOATS // (math.prod(keys.shape[:-2]) * max(keys.dim, values.dim) * tokens)) * tokens
+    for start in range(0, keys.shape[-2], step):
+        yield _piece(keys, start, start + step), _piece(values, start, start + step)
+
+
+def _piece(packed: Packed, start: int, stop: int) -> Packed:
+    """Tokens start..stop, start at the beginning of a tile."""
+    if start == 0 and stop >= packed.shape[-2]:
+        return packed
+    tiles = slice(start // packed.tokens, -(-stop // packed.tokens))
+    words, shift, scale = packed.words[..., start:stop, :], packed.shift[..., tiles, :], packed.scale[..., tiles, :]
+    return dataclasses.replace(packed, words=words, shift=shift, scale=scale)
 
 
 def metal_decode_attention(
@@ -155,6 +180,8 @@ def _checked_bias(queries: mx.array, buckets: Sequence[Bucket], bias: mx.array |
         raise InputError("attention needs at least one bucket; it may hold 0 tokens")
     B, Hq, L, D = queries.shape
     _, Hkv, _, Dv = buckets[0][1].shape
+    if max(D, Dv) > MAX_DIMS:
+        raise InputError(f"heads of {D} and {Dv} dims: the kernel's threadgroup memory ends at {MAX_DIMS}")
     if L != 1 or Hq % Hkv:
         raise MismatchError(f"queries {queries.shape}: expected one token and a multiple of {Hkv} heads")
     for k, v in buckets:

@@ -32,7 +32,6 @@ _KERNEL_FLAGS = [
     "-fno-rtti",
     "-fno-tree-vectorize",  # hooks know accesses of up to 16 bytes
     "-fno-tree-slp-vectorize",
-    "-ftrivial-auto-var-init=pattern",
     "-fsanitize=thread",
     f"-fsanitize={_UNDEFINED}",
     "-fno-sanitize-recover=all",
@@ -71,23 +70,24 @@ def _fingerprint() -> str:
     return "\n".join([version, platform.machine(), *_RUNTIME_FLAGS, *_KERNEL_FLAGS, headers])
 
 
-def executable(source: str) -> Path:
-    """The program for one translated kernel.
+def executable(source: str, fill: str = "pattern") -> Path:
+    """The program for one translated kernel, with "pattern" or "zero" in locals that nobody has written.
 
     Raises HostError with the compiler's first error, at the body's line.
     """
-    key = hashlib.sha256(f"{_fingerprint()}\n{source}".encode()).hexdigest()[:32]
+    flags = [*_KERNEL_FLAGS, f"-ftrivial-auto-var-init={fill}"]
+    key = hashlib.sha256(f"{_fingerprint()}\n{fill}\n{source}".encode()).hexdigest()[:32]
     path = cache_dir() / key
     if not path.exists():
-        _build(source, path)
+        _build(source, path, flags)
     return path
 
 
-def _build(source: str, path: Path) -> None:
+def _build(source: str, path: Path, flags: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
         text, built = Path(folder) / "kernel.cpp", Path(folder) / "kernel"
         text.write_text(source)
-        compiled = _run([compiler(), *_KERNEL_FLAGS, f"-I{_CPP}", "-c", str(text), "-o", f"{built}.o"])
+        compiled = _run([compiler(), *flags, f"-I{_CPP}", "-c", str(text), "-o", f"{built}.o"])
         if compiled.returncode != 0:
             raise HostError(first_error(compiled.stderr))
         linked = _run([compiler(), "-pie", f"{built}.o", str(_runtime()), "-lm", "-o", str(built)])

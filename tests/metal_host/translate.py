@@ -37,6 +37,7 @@ _TYPE = r"(?:(?:const|unsigned|volatile)\s+)*(?:\w+::)*\w+(?:\s*<[^;<>]*>)?"
 # A pointer, a reference, a reference to an array; otherwise the word has to start a variable.
 _POINTER = re.compile(rf"threadgroup\s*(?:[*&]|{_TYPE}\s*(?:const\s*)?[*&(])")
 _VARIABLE = re.compile(rf"threadgroup\s+({_TYPE})\s+(\w+\s*(?:[\[,][^;]*)?);")
+_LOCAL_ARRAY = re.compile(rf"^(?!\s*(?:threadgroup|typedef|return)\b)\s*{_TYPE}\s+\w+\s*\[", re.MULTILINE)
 _DECLARATOR = re.compile(r"(\w+)\s*((?:\[.*\])?)\s*$", re.DOTALL)
 
 
@@ -66,6 +67,12 @@ def cpp(specialisation: Specialisation) -> str:
         "}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def declares_array(specialisation: Specialisation) -> bool:
+    """Whether a thread may have arrays of its own, whose elements no compiler warning can follow."""
+    code = "\n".join(_without_comments(text) for text in (specialisation.header, specialisation.body))
+    return _LOCAL_ARRAY.search(code) is not None
 
 
 def _require_ascii(name: str, text: str) -> None:
