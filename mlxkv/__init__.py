@@ -21,10 +21,15 @@ _HOME = {
     "CalibrationArtifacts": "codec.artifacts",
     "KVTCCacheCodec": "codec.kvtc",
     "MlxkvError": "errors",
+    "attach": "live",
     "calibrate": "codec.calibrate",
+    "detach": "live",
+    "load_cache": "live_files",
+    "make_cache": "live",
     "model_preset": "presets",
     "method_preset": "presets",
     "read_dump": "files",
+    "save_cache": "live_files",
     "write_dump": "files",
 }
 __all__ = sorted([*_HOME, "__version__"])
@@ -41,6 +46,11 @@ if TYPE_CHECKING:
     from mlxkv.errors import MlxkvError as MlxkvError
     from mlxkv.files import read_dump as read_dump
     from mlxkv.files import write_dump as write_dump
+    from mlxkv.live import attach as attach
+    from mlxkv.live import detach as detach
+    from mlxkv.live import make_cache as make_cache
+    from mlxkv.live_files import load_cache as load_cache
+    from mlxkv.live_files import save_cache as save_cache
     from mlxkv.presets import method_preset as method_preset
     from mlxkv.presets import model_preset as model_preset
 

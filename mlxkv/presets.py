@@ -1,7 +1,7 @@
 """Presets: what is known of a model family, and named settings of a method. One TOML file each; the file name is the name.
 
     presets/models/qwen3.toml     description, example, model_types, mode, [rope]
-    presets/methods/kvtc-16.toml  description, method, [settings]
+    presets/methods/kvtc-16.toml  description, method, [settings]; the method is a codec's or a live one
 
 An unknown key is an error. Model presets never configure anything: a model's geometry is read from the live model,
 and a preset only checks it.
@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from mlxkv.cache import MODES, CacheSpec, Rope
@@ -86,14 +87,40 @@ def method_preset(name: str) -> MethodPreset:
     return _build(MethodPreset, name, data)
 
 
+def live_settings(name: str, **overrides: Any) -> Any:
+    """Settings of the live method that a preset names, or else of the method of that name; overrides replace single ones.
+
+    Raises PresetError listing presets and methods for another name, for a codec's preset and for unknown settings.
+    """
+    if name in names("methods"):
+        settings = method_preset(name).settings
+    elif name in live_methods():
+        settings = _settings_of(name, name)()
+    else:
+        known = ", ".join(sorted({*names("methods"), *live_methods()}))
+        raise PresetError(f"no preset or live method {name!r}; there are {known}")
+    if not type(settings).__module__.startswith("mlxkv.methods."):
+        raise PresetError(
+            f"{name!r} compresses whole caches and is not a live method: those are {', '.join(live_methods())}"
+        )
+    return _build(type(settings), name, {**dataclasses.asdict(settings), **overrides}, named=False)
+
+
 def _settings_of(name: str, method: Any) -> type[Any]:
-    """The Settings of the method: of the module in mlxkv/codec/ that calls itself by that name."""
-    if isinstance(method, str) and re.fullmatch(r"[A-Za-z0-9_-]+", method) and find_spec(f"mlxkv.codec.{method}"):
-        module = import_module(f"mlxkv.codec.{method}")
-        settings = getattr(module, "Settings", None)
-        if getattr(module, "METHOD", None) == method and getattr(settings, "__module__", None) == module.__name__:
-            return settings  # type: ignore[return-value]
+    """The Settings of the method: of the module in mlxkv/codec/ or mlxkv/methods/ that calls itself by that name."""
+    if isinstance(method, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", method):
+        for module_name in (f"mlxkv.codec.{method}", f"mlxkv.methods.{method.replace('-', '_')}"):
+            module = import_module(module_name) if find_spec(module_name) else None
+            settings = getattr(module, "Settings", None)
+            if getattr(module, "METHOD", None) == method and getattr(settings, "__module__", None) == module_name:
+                return settings  # type: ignore[return-value]
     raise PresetError(f"method preset {name!r}: there is no method {method!r}")
+
+
+def live_methods() -> list[str]:
+    """Names of all live methods: the files of mlxkv/methods/ but for those that start with an underscore."""
+    files = (Path(__file__).parent / "methods").glob("[!_]*.py")
+    return sorted(file.stem.replace("_", "-") for file in files)
 
 
 def names(kind: str) -> list[str]:

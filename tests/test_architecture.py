@@ -14,8 +14,10 @@ FLOORS = [
     {"kernels"},
     {"files", "models", "lossless"},
     {"container"},
-    {"codec", "smollm2"},
+    {"codec", "miniatures", "smollm2"},
     {"lm", "presets"},
+    {"live"},
+    {"live_files", "methods"},
     {"evaluate"},
     {"cli"},
 ]

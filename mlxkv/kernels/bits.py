@@ -218,8 +218,11 @@ def _to_words(codes: mx.array, bits: int) -> mx.array:
 
 
 def _from_words(words: mx.array, bits: int, dim: int) -> mx.array:
-    """The inverse, uint64 `[..., dim]`."""
+    """The inverse, `[..., dim]` of an unsigned type. Codes that divide a byte need none of the wide arithmetic."""
     *lead, count = words.shape
+    if 8 % bits == 0:
+        codes = words.view(mx.uint8)[..., None] >> mx.arange(0, 8, bits, dtype=mx.uint8)
+        return (codes & (2**bits - 1)).reshape(*lead, count * 32 // bits)[..., :dim]
     eights = -(-dim // 8)
     data = mx.pad(words.view(mx.uint8), [(0, 0)] * len(lead) + [(0, max(0, eights * bits - 4 * count))])
     rows = data[..., : eights * bits].reshape(*lead, eights, bits)

@@ -69,7 +69,10 @@ def reference_decode_attention(
         return _nothing(queries, Hkv, Dv)
     grouped = (queries.astype(mx.float32) * scale).reshape(B, Hkv, G, -1)
     tiles = [tile for bucket in buckets for tile in _tiles(bucket)]
-    scores = mx.concatenate([grouped @ reference_unpack(k, mx.float32).swapaxes(-1, -2) for k, _ in tiles], axis=-1)
+    parts: list[mx.array] = []
+    for k, _ in tiles:
+        parts.append(grouped @ _unpacked_after(k, parts[-1:]).swapaxes(-1, -2))
+    scores = mx.concatenate(parts, axis=-1)
     scores += mx.repeat(bias, G * Hkv // bias.shape[1], axis=1).reshape(B, Hkv, G, T)
     top = mx.maximum(scores.max(axis=-1, keepdims=True), LOWEST)
     weights = mx.exp(scores - top)
@@ -78,7 +81,7 @@ def reference_decode_attention(
     output, start = mx.zeros((B, Hkv, G, Dv)), 0
     for _, v in tiles:
         stop = start + v.shape[-2]
-        output += weights[..., start:stop] @ reference_unpack(v, mx.float32)
+        output += weights[..., start:stop] @ _unpacked_after(v, [output])
         start = stop
     return output.reshape(B, Hkv * G, 1, Dv).astype(queries.dtype), weights.sum(axis=2)
 
@@ -89,11 +92,17 @@ def _tiles(bucket: Bucket) -> Iterator[Bucket]:
     tokens = math.lcm(keys.tokens, values.tokens)
     step = max(1, TILE_FLOATS // (math.prod(keys.shape[:-2]) * max(keys.dim, values.dim) * tokens)) * tokens
     for start in range(0, keys.shape[-2], step):
-        yield _piece(keys, start, start + step), _piece(values, start, start + step)
+        yield piece(keys, start, start + step), piece(values, start, start + step)
 
 
-def _piece(packed: Packed, start: int, stop: int) -> Packed:
-    """Tokens start..stop, start at the beginning of a tile."""
+def _unpacked_after(packed: Packed, before: list[mx.array]) -> mx.array:
+    """One tile in float32, once the work on the tile before is done: MLX would else unpack many before it uses one."""
+    words = mx.depends(packed.words, before) if before else packed.words
+    return reference_unpack(dataclasses.replace(packed, words=words), mx.float32)
+
+
+def piece(packed: Packed, start: int, stop: int) -> Packed:
+    """Rows start..stop of packed rows, start at the beginning of a tile."""
     if start == 0 and stop >= packed.shape[-2]:
         return packed
     tiles = slice(start // packed.tokens, -(-stop // packed.tokens))

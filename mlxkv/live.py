@@ -1,0 +1,276 @@
+"""Live caches: small while the model runs. The seam into mlx-lm's attention, and what every method's cache is.
+
+Knows nothing about single methods; each is one file of mlxkv/methods/, found by its name.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlxkv.cache import CacheSpec
+from mlxkv.errors import UnsupportedError
+from mlxkv.kernels.bits import UNPACKED, Packed, pack, unpack
+from mlxkv.kernels.decode_attention import Bucket, decode_attention
+from mlxkv.models import cache_spec
+from mlxkv.presets import live_settings
+
+_ATTENTION = "scaled_dot_product_attention"
+_QUERY_BLOCK = 64  # queries whose attention weights exist at a time, where a method asks for mass
+
+
+def make_cache(model: Any, method: str, **overrides: Any) -> list[Any]:
+    """A prompt cache for mlx-lm's `generate(..., prompt_cache=...)`, one entry a layer.
+
+    method: the name of a preset, or of a method for its default settings; overrides replace single settings.
+    Layers whose state is not keys and values (convolutions) keep mlx-lm's own cache. Installs `attach(model)`.
+    Raises PresetError for unknown names and settings, UnsupportedError for a model or method that cannot be live.
+    """
+    settings, spec = live_settings(method, **overrides), cache_spec(model)
+    caches = make_prompt_cache(model)
+    for layer in spec.attention_layers:
+        caches[layer] = cache_of(settings)(settings, spec, layer)
+    attach(model)
+    return caches
+
+
+def cache_of(settings: Any) -> type[LayerCache]:
+    """The cache class of the method that these settings are of."""
+    return import_module(type(settings).__module__).Cache
+
+
+def attach(model: Any) -> None:
+    """Let live caches compute the attention of this model, and of all others that mlx-lm implements by its modules.
+
+    Other caches get mlx-lm's own attention, as before. Attaching twice is attaching once; `detach` undoes it.
+    """
+    for module in _attention_modules(model):
+        original = getattr(module, _ATTENTION)
+        if not hasattr(original, "__wrapped__"):
+            setattr(module, _ATTENTION, _with_live_caches(original))
+
+
+def detach(model: Any) -> None:
+    """Put mlx-lm's own attention back. Live caches of the model then raise UnsupportedError on their second use."""
+    for module in _attention_modules(model):
+        setattr(module, _ATTENTION, getattr(getattr(module, _ATTENTION), "__wrapped__", getattr(module, _ATTENTION)))
+
+
+def _attention_modules(model: Any) -> Iterator[ModuleType]:
+    """The Python modules that define the model's parts and call attention by a name of their own."""
+    names = {kind.__module__ for part in model.modules() for kind in type(part).__mro__}
+    return (sys.modules[name] for name in sorted(names) if hasattr(sys.modules[name], _ATTENTION))
+
+
+def _with_live_caches(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    @functools.wraps(original)
+    def attention(
+        queries: mx.array, keys: mx.array, values: mx.array, cache: Any, *args: Any, **kwargs: Any
+    ) -> mx.array:
+        if hasattr(cache, "attend"):
+            return cache.attend(queries, keys, values, *args, **kwargs)
+        return original(queries, keys, values, cache, *args, **kwargs)
+
+    return attention
+
+
+class LayerCache:
+    """One layer's cache, by one rule for every method: a query sees what the chunks before its own left in the cache
+    (packed, evicted, ...) and its own chunk exactly, causally; then the method absorbs the chunk. Decoding is chunks
+    of one token. Nothing here waits for a value, as mlx-lm builds its graph one token ahead; counts are Python's.
+
+    A method's `Cache` names in HELD the attributes that are its state: arrays, Packed, numbers, None, or lists, tuples
+    and dicts of such. From them follow `nbytes`, `state` and saving. It implements `buckets` and `absorb`, and `cut`
+    where tokens can be taken back. With mass_queries = n, `absorb` is told the attention mass of a chunk's last n
+    queries. `slots` and `layer` say what is cached and where; with `latent` (MLA) "keys" are latents, "values" k_pe.
+
+    settings: the method's Settings. spec: what the model caches. layer: the layer's index in the model.
+    """
+
+    HELD: tuple[str, ...] = ()
+    mass_queries = 0
+
+    def __init__(self, settings: Any, spec: CacheSpec, layer: int) -> None:
+        slots = spec.layers[layer]
+        if slots is None:
+            raise UnsupportedError(f"layer {layer} of this {spec.model_type} model keeps no keys and values")
+        self.settings, self.spec, self.layer, self.slots = settings, spec, layer, slots
+        self.latent = spec.mode == "single_stream"
+        self.offset = 0
+        self._chunk: tuple[mx.array, mx.array] | None = None
+
+    # What a method implements
+
+    def buckets(self) -> list[Bucket]:
+        """What is stored, in storage order: keys and values `[B, Hkv, Tb, D]`, those kept as they are from `raw`."""
+        raise NotImplementedError
+
+    def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
+        """Take a chunk `[B, Hkv, L, D]`, exact. mass `[B, Hkv, kept + L]` float32: the attention probability of each
+        stored and new token, summed over the query heads of its kv head and the last `mass_queries` queries."""
+        raise NotImplementedError
+
+    def cut(self, count: int) -> None:
+        """Forget the last count >= 1 tokens; called only while no token has been evicted."""
+        raise UnsupportedError(f"{type(self).__module__.rpartition('.')[2]} cannot take tokens back")
+
+    # What mlx-lm calls
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Remember a chunk `[B, Hkv, L, D]` for `attend`, and give the model back what it computes with itself: for
+        MLA k_pe `[B, 1, kept + L, D]`, and several queries' latents too; for others nothing but the chunk.
+
+        Raises UnsupportedError when the chunk before has never been attended.
+        """
+        if self._chunk is not None:
+            raise UnsupportedError(
+                "a live cache got a chunk before the last one was attended: call mlxkv.attach(model) before running "
+                "the model; after an interrupted call start again with a new cache"
+            )
+        self._chunk = keys, values
+        self.offset += keys.shape[2]
+        if self.latent:
+            return keys if keys.shape[2] == 1 else self._after_stored(0, keys), self._after_stored(1, values)
+        return keys, values
+
+    def attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None = None
+    ) -> mx.array:
+        """Attention of queries `[B, Hq, L, D]` over what is stored and the chunk, `[B, Hq, L, Dv]`; then absorbs it.
+
+        keys and values: what `update_and_fetch` returned, or for MLA what the model made of it. mask: None, "causal",
+        bool or, for MLA, scores to add, `[B, Hq, L, kept + L]`.
+        """
+        if self._chunk is None:
+            raise UnsupportedError("a live cache attends once for each update_and_fetch")
+        chunk, self._chunk = self._chunk, None
+        stored = self.buckets()
+        if queries.shape[2] == 1 and (self.mass_queries or not all(k.raw and v.raw for k, v in stored)):
+            tokens = [*stored, (raw(chunk[0]), raw(chunk[1]))]
+            if self.latent:
+                tokens = [(k, k) for k, _ in tokens]
+            output, mass = decode_attention(queries, tokens, scale, _bias(mask))
+            self.absorb(*chunk, mass if self.mass_queries else None)
+            return output
+        if not self.latent:
+            keys, values = self._after_stored(0, keys), self._after_stored(1, values)
+        elif queries.shape[2] == 1:
+            keys = values = self._after_stored(0, keys)
+        output = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+        last = min(self.mass_queries, queries.shape[2])
+        self.absorb(*chunk, attention_mass(queries, keys, scale, mask, last, chunk[0].shape[1]) if last else None)
+        return output
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
+        """None for one token, else "causal" or bool `[N, kept + N]`: a stored token is always visible.
+
+        Raises UnsupportedError for a window: sliding-window layers keep mlx-lm's own cache.
+        """
+        if window_size is not None:
+            raise UnsupportedError("a live cache is not for sliding-window layers: keep mlx-lm's own there")
+        if N == 1:
+            return None
+        return causal(N, self.kept + N) if return_array else "causal"
+
+    @property
+    def kept(self) -> int:
+        """Tokens stored, of the `offset` tokens seen."""
+        return sum(keys.shape[-2] for keys, _ in self.buckets())
+
+    def size(self) -> int:
+        return self.kept
+
+    def empty(self) -> bool:
+        return self.offset == 0
+
+    @property
+    def state(self) -> list[mx.array]:
+        """All arrays held, for `mx.eval`. `mlxkv.save_cache` saves caches, mlx-lm's save_prompt_cache cannot."""
+        return list(_arrays([getattr(self, name) for name in self.HELD]))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays held."""
+        return sum(array.nbytes for array in self.state)
+
+    def is_trimmable(self) -> bool:
+        """Whether the last tokens can be taken back: where the method can, as long as it has evicted none."""
+        return type(self).cut is not LayerCache.cut and self.kept == self.offset
+
+    def trim(self, n: int) -> int:
+        """Take back the last n tokens, or all there are; returns how many. Raises UnsupportedError after eviction."""
+        if not self.is_trimmable():
+            raise UnsupportedError("this cache has given up tokens and cannot be trimmed: ask is_trimmable() first")
+        count = min(n, self.offset)
+        if count:
+            self.cut(count)
+            self.offset -= count
+        return count
+
+    def _after_stored(self, slot: int, chunk: mx.array) -> mx.array:
+        """Everything stored in slot 0 or 1, unpacked for as long as it takes, and the chunk."""
+        return mx.concatenate([*(unpack(pair[slot], chunk.dtype) for pair in self.buckets()), chunk], axis=-2)
+
+
+def raw(x: mx.array) -> Packed:
+    """x `[..., T, D]` kept as it is, in the form of a bucket."""
+    return pack(x, UNPACKED, 1, x.shape[-1])
+
+
+def narrowed(x: mx.array) -> mx.array:
+    """float32 as float16, other types as they are: what is stored has at most the 2 bytes an element of the yardstick."""
+    return x.astype(mx.float16) if x.dtype == mx.float32 else x
+
+
+def own(x: mx.array) -> mx.array:
+    """A copy of x `[..., T, D]`, since a slice or view keeps alive all of the array that it is of."""
+    return mx.concatenate([x[..., :0, :], x], axis=-2)
+
+
+def causal(queries: int, tokens: int) -> mx.array:
+    """Bool `[queries, tokens]`: the last query sees all tokens, the one before it all but the last, and so on."""
+    return mx.arange(tokens - queries, tokens)[:, None] >= mx.arange(tokens)[None]
+
+
+def attention_mass(
+    queries: mx.array, keys: mx.array, scale: float, mask: mx.array | str | None, last: int, kv_heads: int
+) -> mx.array:
+    """How much attention each token gets from the last queries: `[B, kv_heads, T]` float32, of queries `[B, Hq, L, D]`
+    and keys `[B, H, T, D]`, summed over those queries and over the query heads of a kv head."""
+    B, Hq, L, _ = queries.shape
+    H, T = keys.shape[1:3]
+    mass = mx.zeros((B, kv_heads, T))
+    for start in range(L - last, L, _QUERY_BLOCK):
+        rows = slice(start, min(start + _QUERY_BLOCK, L))
+        block = (queries[:, :, rows].astype(mx.float32) * scale).reshape(B, H, Hq // H, -1, queries.shape[-1])
+        scores = (block @ keys.astype(mx.float32)[:, :, None].swapaxes(-1, -2)).reshape(B, Hq, -1, T)
+        part = causal(L, T)[rows] if isinstance(mask, str) else mask if mask is None else mask[..., rows, :]
+        if part is not None:
+            scores = mx.where(part, scores, -mx.inf) if part.dtype == mx.bool_ else scores + part
+        mass += mx.softmax(scores, axis=-1).reshape(B, kv_heads, -1, T).sum(axis=2)
+    return mass
+
+
+def _bias(mask: mx.array | str | None) -> mx.array | None:
+    """MLA's scores for one query, `[B, Hq, 1, T]`, without the axis of queries."""
+    return mask[:, :, 0] if isinstance(mask, mx.array) else None
+
+
+def _arrays(tree: Any) -> Iterator[mx.array]:
+    """All arrays in nested lists, tuples, dicts and Packed."""
+    if isinstance(tree, mx.array):
+        yield tree
+    elif isinstance(tree, Packed):
+        yield from (tree.words, tree.shift, tree.scale)
+    elif isinstance(tree, Sequence) and not isinstance(tree, str):
+        for item in tree:
+            yield from _arrays(item)
+    elif isinstance(tree, dict):
+        yield from _arrays(list(tree.values()))

@@ -1,0 +1,42 @@
+"""What methods share that keep some tokens as they are and give up the others, the same ones for all heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxkv.cache import CacheSpec
+from mlxkv.kernels.decode_attention import Bucket
+from mlxkv.live import LayerCache, narrowed, own, raw
+
+
+class SelectingCache(LayerCache):
+    """Keeps tokens in the order they came, at the rotation they came with. A method adds `survivors`."""
+
+    HELD = ("tokens",)
+
+    def __init__(self, settings: Any, spec: CacheSpec, layer: int) -> None:
+        super().__init__(settings, spec, layer)
+        self.tokens: tuple[mx.array, mx.array] | None = None
+
+    def survivors(self, count: int) -> np.ndarray:
+        """Which of count tokens, the stored and then the new ones, are kept: their indices in rising order."""
+        raise NotImplementedError
+
+    def buckets(self) -> list[Bucket]:
+        return [] if self.tokens is None else [(raw(self.tokens[0]), raw(self.tokens[1]))]
+
+    def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
+        keys, values = narrowed(keys), narrowed(values)
+        old = (keys[..., :0, :], values[..., :0, :]) if self.tokens is None else self.tokens
+        keys, values = mx.concatenate([old[0], keys], axis=-2), mx.concatenate([old[1], values], axis=-2)
+        kept = self.survivors(keys.shape[-2])
+        if len(kept) < keys.shape[-2]:
+            keys, values = keys[:, :, mx.array(kept)], values[:, :, mx.array(kept)]  # on a CPU far faster than mx.take
+        self.tokens = keys, values
+
+    def cut(self, count: int) -> None:
+        if self.tokens is not None:
+            self.tokens = own(self.tokens[0][..., :-count, :]), own(self.tokens[1][..., :-count, :])

@@ -1,0 +1,79 @@
+"""Bytes are real: `nbytes` is what the allocator holds, and a decoding step needs little more, however long the text."""
+
+import gc
+
+import mlx.core as mx
+import pytest
+from live_checks import METHODS, feed, lone_cache
+
+from mlxkv.cache import CacheSpec, Slot
+from mlxkv.kernels import metal
+from mlxkv.kernels.decode_attention import TILE_FLOATS
+from mlxkv.live import cache_of
+from mlxkv.methods._packing import PackingCache
+from mlxkv.presets import live_settings
+
+TOY = CacheSpec("toy", ((Slot("keys", 4, 64), Slot("values", 4, 64)),))
+SLACK = 32 * 1024  # a recycled buffer may be two pages larger than what is put into it
+PACKING = [method for method in METHODS if issubclass(cache_of(live_settings(method)), PackingCache)]
+
+
+def step(cache, length, dtype=mx.float32):
+    """One chunk, cut from one projection as GPT-2 does it: keys and values are views of something larger."""
+    both = mx.random.normal((1, length, 12, 64), key=mx.random.key(cache.offset)).astype(dtype).swapaxes(1, 2)
+    mx.eval(feed(cache, both[:, 4:8], both[:, 8:], both[:, :4]), cache.state)
+
+
+def default_cache(method):
+    return cache_of(live_settings(method))(live_settings(method), TOY, 0)
+
+
+def active():
+    gc.collect()
+    mx.clear_cache()
+    return mx.get_active_memory()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bytes_at_4096_tokens_are_those_the_allocator_holds(method):
+    before = active()
+    cache = default_cache(method)
+    for _ in range(8):
+        step(cache, 512)
+    mx.clear_cache()  # as mlx-lm does after a prompt: a recycled buffer may be larger than what is put into it
+    for _ in range(70):
+        step(cache, 1)
+    assert cache.offset == 4166
+    assert active() - before == pytest.approx(cache.nbytes, rel=0.02)
+    if cache.is_trimmable():
+        cache.trim(1100)
+        mx.eval(cache.state)
+        assert active() - before == pytest.approx(cache.nbytes, rel=0.02)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_view_keeps_a_larger_array_alive(method):
+    before = active()
+    cache = lone_cache(method, TOY)
+    for length in (64, 1, 1, 63, 1, 130, 5):
+        step(cache, length, mx.bfloat16)
+        assert active() - before < cache.nbytes + SLACK, length
+
+
+@pytest.mark.skipif(metal.available(), reason="the kernel unpacks nothing; these are the tiles of the reference")
+@pytest.mark.parametrize("method", PACKING)
+def test_a_decoding_step_needs_a_few_tiles_however_long_the_text(method):
+    extra = []
+    for tokens in (8192, 32768):
+        cache = default_cache(method)
+        cache.offset = tokens
+        cache.absorb(*mx.random.normal((2, 1, 4, tokens, 64), key=mx.random.key(0)), None)
+        mx.eval(cache.state)
+        before = active()
+        mx.reset_peak_memory()
+        step(cache, 1)
+        extra.append(mx.get_peak_memory() - before)
+    scores = 4 * 4 * 32768 * 4  # of 4 query heads: scores, weights and what their softmax makes on the way
+    unpacked = 32768 * 4 * 128 * 4
+    assert extra[1] < extra[0] + scores
+    assert extra[1] < 12 * 4 * TILE_FLOATS + scores < unpacked / 4
