@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import load as mlx_lm_load
 from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 
-from mlxkv import smollm2
+from mlxkv import miniatures, smollm2
 from mlxkv.cache import CacheSpec, KVDump
 from mlxkv.errors import InputError, MismatchError, MlxkvError, ModelNotFoundError, UnsupportedError
 from mlxkv.models import cache_spec
@@ -27,12 +27,14 @@ Progress = Callable[[int], None]
 
 
 def load(name: str) -> tuple[Any, Any]:
-    """The model and tokenizer of a local mlx-lm directory, a hub id, or "smollm2-135m".
+    """The model and tokenizer of a local mlx-lm directory, a hub id, "smollm2-135m" or "miniature/<name>".
 
     On a device without a GPU floating-point weights become float32, the fast type there. Raises ModelNotFoundError
     with the loader's reason when nothing can be loaded.
     """
     path = smollm2.model_path() if name == smollm2.NAME else Path(name)
+    if name.startswith(miniatures.PREFIX):
+        path = miniatures.model_path(name)
     looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if not path.exists() and not looks_like_hub_id:
         raise ModelNotFoundError(

@@ -18,12 +18,18 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+def block(language, word):
+    """The only block with this word in it."""
+    (found,) = [block for block in blocks(language) if word in block]
+    return found
+
+
 def test_the_commands_run_as_written(model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in "abc":
         Path(f"{name}.txt").write_text(PROSE * (8 + ord(name) % 3))
-    block = next(block for block in blocks("") if "mlxkv dump" in block)
-    commands = [shlex.split(line)[1:] for line in block.splitlines() if line.startswith("mlxkv ")]
+    lines = block("", "mlxkv dump").splitlines()
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("mlxkv ")]
     assert [command[0] for command in commands] == [
         "dump",
         "dump",
@@ -32,6 +38,7 @@ def test_the_commands_run_as_written(model_dir, tmp_path, monkeypatch):
         "generate",
         "decompress",
         "eval",
+        "generate",
     ]
     for command in commands:
         # A tiny model's cache is too narrow for a 16x budget.
@@ -49,10 +56,21 @@ def test_the_python_example_runs_as_written(smollm2, tmp_path, monkeypatch, caps
     Path("notes.txt").write_text(PROSE * 10)
     write_dump("c.npz", lm.dump(model, tokenizer.encode(PROSE[::2] * 4)))
     calibrate(["c.npz"], Settings(8)).save("artifacts")
-    (example,) = blocks("python")
-    exec(example, {})
+    exec(block("python", "KVTCCacheCodec"), {})
     assert Path("notes.mlxkv").stat().st_size > 0
     assert len(capsys.readouterr().out.strip()) > 10
+
+
+def test_the_live_example_runs_as_written(smollm2, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    script = block("python", "make_cache")
+    assert len([line for line in script.splitlines() if line]) == 10
+    exec(script, {})
+    first, size, second = re.split(r"^(\d+) bytes$", capsys.readouterr().out, flags=re.MULTILINE)
+    assert min(len(first), len(second)) > 60
+    tokens = 4 + 40 + 5  # the prompt, what is generated, and some room
+    assert 0 < int(size) <= tokens * 30 * 2 * 3 * 64 * 2
+    assert Path("story.cache").stat().st_size > int(size)
 
 
 def test_the_tables_are_the_committed_results():

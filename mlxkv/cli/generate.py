@@ -5,49 +5,75 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlxkv.cli._output import Json, Model, show
+from mlxkv.cli._output import Json, Model, show, text
 
 if TYPE_CHECKING:
     from mlxkv.cache import KVDump
 
 
 def command(
-    file: Annotated[Path, typer.Argument(help="The cache to go on from: compressed, or a dump.", show_default=False)],
     model: Model,
-    prompt: Annotated[str, typer.Option(help="Text that follows what the cache has read.", show_default=False)],
-    artifacts: Annotated[Path | None, typer.Option(help="Artifacts of a compressed cache.")] = None,
+    prompt: Annotated[str, typer.Option(help="Text to go on from, after what a FILE has read.", show_default=False)],
+    file: Annotated[Path | None, typer.Argument(help="A cache to go on from: compressed, or a dump.")] = None,
+    artifacts: Annotated[Path | None, typer.Option(help="Artifacts of a compressed FILE.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Or start in this live cache: a preset or method.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate, at most.")] = 128,
     json: Json = False,
 ) -> None:
-    """Restore a cache into mlx-lm and go on generating from it.
+    """Generate: from a cache in a file, restored into mlx-lm, or in a live cache that stays small.
 
     Example: mlxkv generate notes.mlxkv --artifacts artifacts --model smollm2-135m --prompt "In short:"
+
+    Example: mlxkv generate --model smollm2-135m --cache int8 --prompt "Once upon a time"
     """
     from mlx_lm import stream_generate
 
     from mlxkv import lm
     from mlxkv.errors import InputError
+    from mlxkv.evaluate.live import sizes
+    from mlxkv.live import make_cache
 
-    dump = _read(file, artifacts)
+    _check(file, artifacts, cache)
+    dump = None if file is None else _read(file, artifacts)
     loaded, tokenizer = lm.load(model)
-    # The cache already holds the start of the text, so no start token here.
-    tokens = tokenizer.encode(prompt, add_special_tokens=False)
+    # A restored cache already holds the start of the text, so no start token then.
+    tokens = tokenizer.encode(prompt, add_special_tokens=dump is None)
     if not tokens:
         raise InputError("the prompt has no tokens")
-    text = ""
-    for response in stream_generate(loaded, tokenizer, tokens, max_tokens, prompt_cache=lm.restore(loaded, dump)):
-        text += response.text
+    caches = make_cache(loaded, str(cache)) if dump is None else lm.restore(loaded, dump)
+    written = ""
+    for response in stream_generate(loaded, tokenizer, tokens, max_tokens, prompt_cache=caches):
+        written += response.text
         if not json:
             print(response.text, end="", flush=True)
-    if not json:
-        print("\n")
     facts = {
-        "cached_tokens": dump.length,
         "prompt_tokens": response.prompt_tokens,
+        "prompt_tokens_per_second": response.prompt_tps,
         "generated_tokens": response.generation_tokens,
         "tokens_per_second": response.generation_tps,
     }
-    show({"text": text, **facts} if json else facts, json)
+    if dump is not None:
+        facts["cached_tokens"] = dump.length
+    else:
+        held = sizes(caches)
+        facts |= {key: held[key] for key in ("cache_bytes", "fp16_bytes", "ratio")}
+    if json:
+        show({"text": written, **facts}, as_json=True)
+    else:
+        print("\n\n" + ", ".join(f"{key.replace('_', ' ')} {text(key, value)}" for key, value in facts.items()))
+
+
+def _check(file: Path | None, artifacts: Path | None, cache: str | None) -> None:
+    """Raises InputError for options that do not go together, PresetError for a cache that is not there."""
+    from mlxkv.errors import InputError
+    from mlxkv.presets import live_settings
+
+    if (file is None) == (cache is None):
+        raise InputError("give either the FILE of a cache to go on from, or --cache with a live preset to start in")
+    if cache is not None:
+        if artifacts is not None:
+            raise InputError("--artifacts belongs to a compressed FILE: a live --cache takes none")
+        live_settings(cache)
 
 
 def _read(file: Path, artifacts: Path | None) -> KVDump:

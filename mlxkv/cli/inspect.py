@@ -9,6 +9,7 @@ from mlxkv.cli._output import Json, show
 
 if TYPE_CHECKING:
     from mlxkv.codec.plan import Plan
+    from mlxkv.container import Reader
 
 
 def command(
@@ -75,6 +76,20 @@ def _describe(plan: Plan) -> str:
     return " | ".join(f"{run.count} x {run.size} {run.kind}" for run in plan.runs()) or "nothing is coded"
 
 
+def _live_cache(reader: Reader) -> dict[str, Any]:
+    layers, spec = reader.header.get("layers"), reader.header.get("spec")
+    offsets = [row[0] for row in layers if isinstance(row, list) and row and row[0]] if isinstance(layers, list) else []
+    return {
+        "kind": "live cache",
+        **{key: reader.header.get(key) for key in ("method", "settings", "writer", "fingerprint")},
+        "model_type": spec.get("model_type") if isinstance(spec, dict) else None,
+        "live_layers": len(offsets),
+        "tokens": max(offsets, default=0),
+        "file_bytes": reader.size,
+        "checksums": "all match",
+    }
+
+
 def _container(file: Path) -> dict[str, Any]:
     from mlxkv.codec.summary import summary
     from mlxkv.container import Reader
@@ -82,6 +97,8 @@ def _container(file: Path) -> dict[str, Any]:
     with Reader(file) as reader:
         reader.verify()
         header = reader.header
+        if header.get("kind") == "live cache":
+            return _live_cache(reader)
         facts = {key: header.get(key) for key in ("method", "mlxkv", "dtype", "artifacts")}
         origin = header.get("meta")
         return {

@@ -1,22 +1,31 @@
 from __future__ import annotations
 
+from typing import Any
+
 from mlxkv.cli._output import Json, show_rows
 
 
 def command(json: Json = False) -> None:
-    """List the model and method presets.
+    """List the model and method presets, with the option that takes them. --cache is for live methods.
 
     Example: mlxkv presets
     """
-    from mlxkv.presets import method_preset, model_preset, names
+    from dataclasses import asdict
 
-    rows = []
+    from mlxkv.presets import live_methods, method_preset, model_preset, names
+
+    rows: list[dict[str, Any]] = []
     for name in names("models"):
         model = model_preset(name)
-        rows.append(
-            {"preset": name, "kind": "model", "for": ", ".join(model.model_types), "description": model.description}
-        )
+        use = {"kind": "model", "option": "--preset", "for": ", ".join(model.model_types), "settings": {}}
+        rows.append({"preset": name, **use, "description": model.description})
     for name in names("methods"):
         method = method_preset(name)
-        rows.append({"preset": name, "kind": "method", "for": method.method, "description": method.description})
+        option = "--cache" if method.method in live_methods() else "--method"
+        use = {"kind": "method", "option": option, "for": method.method, "settings": asdict(method.settings)}
+        rows.append({"preset": name, **use, "description": method.description})
+    if not json:
+        for row in rows:
+            del row["kind"]
+            row["settings"] = ", ".join(f"{key} {value}" for key, value in row["settings"].items() if value is not None)
     show_rows(rows, json)
