@@ -34,6 +34,7 @@ def attention_of(model):
 
 
 def test_attach_replaces_attention_once_and_detach_puts_it_back(tiny):
+    detach(tiny)  # other tests leave it attached
     before = attention_of(tiny)
     attach(tiny)
     attached = attention_of(tiny)
