@@ -143,6 +143,17 @@ def run(*words):
     return exit_info.value.code or 0
 
 
+@pytest.fixture
+def says(capsys):
+    """The JSON a successful command prints."""
+
+    def call(*words):
+        assert run(*words, "--json") == 0
+        return json.loads(capsys.readouterr().out)
+
+    return call
+
+
 @pytest.fixture(params=sorted(TINY))
 def tiny(request):
     """One tiny model of each architecture in turn."""

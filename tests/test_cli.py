@@ -17,17 +17,6 @@ from mlxkv.cli import build
 TEXT = "The quick brown fox jumps over the lazy dog. Once upon a time in a land far away, nothing happened. "
 
 
-@pytest.fixture
-def says(capsys):
-    """The JSON a successful command prints."""
-
-    def call(*words):
-        assert run(*words, "--json") == 0
-        return json.loads(capsys.readouterr().out)
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def work(model_dir, tmp_path_factory):
     """Two dumps, artifacts and a container of one tiny model."""

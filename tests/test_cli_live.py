@@ -10,17 +10,6 @@ TEXT = "The quick brown fox jumps over the lazy dog. Once upon a time in a land 
 
 
 @pytest.fixture
-def says(capsys):
-    """The JSON a successful command prints."""
-
-    def call(*words):
-        assert run(*words, "--json") == 0
-        return json.loads(capsys.readouterr().out)
-
-    return call
-
-
-@pytest.fixture
 def text_file(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT * 3)
     return tmp_path / "text.txt"
