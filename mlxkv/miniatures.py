@@ -1,7 +1,7 @@
-"""The trained miniatures: byte-level models of a few million parameters that a checkout holds in `miniatures/<name>/`.
+"""The trained miniatures: byte-level models of a few million parameters that a checkout holds.
 
-They are ordinary mlx-lm model directories, named "miniature/<name>". `benchmarks/miniatures.py` trains them; an
-installed wheel has none.
+They are ordinary mlx-lm model directories, `benchmarks/checkpoints/<name>/`, named "miniature/<name>".
+`benchmarks/miniatures.py` trains them; an installed wheel has none.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from mlxkv.errors import ModelNotFoundError
 
 PREFIX = "miniature/"
-FOLDER = Path(__file__).parent.parent / "miniatures"
+FOLDER = Path(__file__).parent.parent / "benchmarks" / "checkpoints"
 
 
 def names() -> list[str]:
