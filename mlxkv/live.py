@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from types import ModuleType
@@ -81,7 +82,7 @@ def _with_live_caches(original: Callable[..., mx.array]) -> Callable[..., mx.arr
     return attention
 
 
-class LayerCache:
+class LayerCache(ABC):
     """One layer's cache, by one rule for every method: a query sees what the chunks before its own left in the cache
     (packed, evicted, ...) and its own chunk exactly, causally; then the method absorbs the chunk. Decoding is chunks
     of one token. Nothing here waits for a value, as mlx-lm builds its graph one token ahead; counts are Python's.
@@ -108,14 +109,14 @@ class LayerCache:
 
     # What a method implements
 
+    @abstractmethod
     def buckets(self) -> list[Bucket]:
         """What is stored, in storage order: keys and values `[B, Hkv, Tb, D]`, those kept as they are from `raw`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
         """Take a chunk `[B, Hkv, L, D]`, exact. mass `[B, Hkv, kept + L]` float32: the attention probability of each
         stored and new token, summed over the query heads of its kv head and the last `mass_queries` queries."""
-        raise NotImplementedError
 
     def cut(self, count: int) -> None:
         """Forget the last count >= 1 tokens; called only while no token has been evicted."""

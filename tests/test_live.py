@@ -14,6 +14,7 @@ from mlxkv.cache import CacheSpec, Rope
 from mlxkv.errors import PresetError, UnsupportedError
 from mlxkv.kernels.decode_attention import decode_attention
 from mlxkv.live import LayerCache, attach, attention_mass, causal, detach, make_cache, raw
+from mlxkv.methods import full
 from mlxkv.models import cache_spec, keys_and_values
 
 SPEC = CacheSpec("toy", (None, keys_and_values(2, 8, Rope(8, base=1e4))))
@@ -119,7 +120,7 @@ def test_wrong_names_and_settings_are_refused(name, overrides, message):
 
 def test_a_layer_without_keys_has_no_live_cache():
     with pytest.raises(UnsupportedError, match="layer 0"):
-        LayerCache(None, SPEC, 0)
+        full.Cache(full.Settings(), SPEC, 0)
 
 
 # mlx-lm's contract
@@ -210,3 +211,10 @@ def test_the_mass_of_one_query_is_what_decode_attention_says():
     queries, keys = mx.random.normal((1, 4, 1, 8)), mx.random.normal((1, 2, 30, 8))
     _, mass = decode_attention(queries, [(raw(keys), raw(keys))], 0.3)
     assert mx.allclose(attention_mass(queries, keys, 0.3, None, 1, 2), mass, atol=1e-6)
+
+
+@pytest.mark.parametrize("missing", ["buckets", "absorb"])
+def test_a_method_that_lacks_a_part_cannot_be_built(missing):
+    parts = {name: lambda self, *_: [] for name in ("buckets", "absorb") if name != missing}
+    with pytest.raises(TypeError, match=missing):
+        type("Cache", (LayerCache,), parts)(None, cache_spec(tiny_model("llama")), 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from typing import Any
 
 import mlx.core as mx
@@ -30,9 +31,9 @@ class PackingCache(LayerCache):
         self.packed: Bucket | None = None
         self.tail: tuple[mx.array, mx.array] | None = None
 
+    @abstractmethod
     def pack(self, keys: mx.array, values: mx.array) -> Bucket:
         """Keys and values `[B, Hkv, n * BLOCK, D]`, packed in tiles that divide BLOCK."""
-        raise NotImplementedError
 
     def buckets(self) -> list[Bucket]:
         packed = [] if self.packed is None else [self.packed]

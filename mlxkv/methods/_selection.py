@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import mlx.core as mx
@@ -21,9 +22,9 @@ class SelectingCache(LayerCache):
         super().__init__(settings, spec, layer)
         self.tokens: tuple[mx.array, mx.array] | None = None
 
+    @abstractmethod
     def survivors(self, count: int) -> np.ndarray:
         """Which of count tokens, the stored and then the new ones, are kept: their indices in rising order."""
-        raise NotImplementedError
 
     def buckets(self) -> list[Bucket]:
         return [] if self.tokens is None else [(raw(self.tokens[0]), raw(self.tokens[1]))]

@@ -46,6 +46,9 @@ class Cache(LayerCache):
         self.keys, self.values, _ = store.state
         return everything
 
+    def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
+        """The chunk is stored already."""
+
     def attend(
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None = None
     ) -> mx.array:

@@ -1,4 +1,4 @@
-"""SmartKV: more bits for the tokens that get more attention, within a budget of bytes that is never exceeded.
+"""SmartKV: more bits for the tokens that get more attention, within a budget of bytes.
 
 The newest tokens wait as they are. Every few tokens the oldest of them join the first bucket, in 8 bits; where the
 budget asks for it, the tokens of this bucket that each kv head attends to least go on, 32 at a time, to a bucket of
