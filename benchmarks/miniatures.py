@@ -99,10 +99,14 @@ def config_of(name: str) -> dict[str, Any]:
 
 
 def build(config: dict[str, Any], seed: int) -> Any:
-    """A float32 model with mlx-lm's initial weights, except routers: GLM's start at zero and would all choose alike."""
+    """A float32 model with mlx-lm's initial weights, except routers: GLM's start at zero and would all choose alike; and
+    learned positions, which start as sinusoids: from noise a model this small never learns to find the byte before."""
     mx.random.seed(seed)
     module = import_module(f"mlx_lm.models.{config['model_type']}")
     model = module.Model(module.ModelArgs.from_dict(config))
+    for part in model.modules():
+        if "wpe" in part:
+            part.wpe.weight = sinusoids(*part.wpe.weight.shape)
     for block in expert_blocks(model):
         block.gate.weight = 0.02 * mx.random.normal(block.gate.weight.shape)
         owner, bias = router_bias(block)
@@ -110,6 +114,12 @@ def build(config: dict[str, Any], seed: int) -> Any:
         # Same weights and outputs; it also counts, which balancing needs.
         block.switch_mlp.__class__ = CountingExperts
     return model
+
+
+def sinusoids(length: int, dims: int) -> mx.array:
+    """Positions `[length, dims]` as sines and cosines (https://arxiv.org/abs/1706.03762), as large as the embeddings."""
+    angles = mx.arange(length)[:, None] * 10000 ** (-mx.arange(0, dims, 2) / dims)
+    return mx.concatenate([mx.sin(angles), mx.cos(angles)], axis=-1) * (2 / dims) ** 0.5
 
 
 class CountingExperts(SwitchGLU):

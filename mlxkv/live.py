@@ -88,8 +88,8 @@ class LayerCache(ABC):
     of one token. Nothing here waits for a value, as mlx-lm builds its graph one token ahead; counts are Python's.
 
     A method's `Cache` names in HELD the attributes that are its state: arrays, Packed, numbers, None, or lists, tuples
-    and dicts of such. From them follow `nbytes`, `state` and saving. It implements `buckets` and `absorb`, and `cut`
-    where tokens can be taken back. With mass_queries = n, `absorb` is told the attention mass of a chunk's last n
+    and dicts of such. From them follow `nbytes`, `state` and saving. It implements `buckets` and `absorb`, `bias` where
+    entries stand for several tokens, and `cut` where tokens can be taken back. With mass_queries = n, `absorb` is told the attention mass of a chunk's last n
     queries. `slots` and `layer` say what is cached and where; with `latent` (MLA) "keys" are latents, "values" k_pe.
 
     settings: the method's Settings. spec: what the model caches. layer: the layer's index in the model.
@@ -117,6 +117,11 @@ class LayerCache(ABC):
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
         """Take a chunk `[B, Hkv, L, D]`, exact. mass `[B, Hkv, kept + L]` float32: the attention probability of each
         stored and new token, summed over the query heads of its kv head and the last `mass_queries` queries."""
+
+    def bias(self) -> mx.array | None:
+        """What is added to the scores of what is stored, `[B, 1 or Hkv, kept]` float32, in the order of `buckets`: the
+        logarithm of how many tokens an entry stands for, -inf for none."""
+        return None
 
     def cut(self, count: int) -> None:
         """Forget the last count >= 1 tokens; called only while no token has been evicted."""
@@ -153,11 +158,13 @@ class LayerCache(ABC):
             raise UnsupportedError("a live cache attends once for each update_and_fetch")
         chunk, self._chunk = self._chunk, None
         stored = self.buckets()
+        mask = _biased(mask, self.bias(), queries)
         if queries.shape[2] == 1 and (self.mass_queries or not all(k.raw and v.raw for k, v in stored)):
             tokens = [*stored, (raw(chunk[0]), raw(chunk[1]))]
             if self.latent:
                 tokens = [(k, k) for k, _ in tokens]
-            output, mass = decode_attention(queries, tokens, scale, _bias(mask))
+            bias = mask[:, :, 0] if isinstance(mask, mx.array) else None
+            output, mass = decode_attention(queries, tokens, scale, bias)
             self.absorb(*chunk, mass if self.mass_queries else None)
             return output
         if not self.latent:
@@ -259,9 +266,16 @@ def attention_mass(
     return mass
 
 
-def _bias(mask: mx.array | str | None) -> mx.array | None:
-    """MLA's scores for one query, `[B, Hq, 1, T]`, without the axis of queries."""
-    return mask[:, :, 0] if isinstance(mask, mx.array) else None
+def _biased(mask: mx.array | str | None, bias: mx.array | None, queries: mx.array) -> mx.array | str | None:
+    """The mask of `attend` with a bias `[B, H, kept]` of what is stored: scores to add, `[B, Hq, L, kept + L]`."""
+    if bias is None:
+        return mask
+    B, Hq, L, _ = queries.shape
+    bias = mx.pad(mx.repeat(bias, Hq // bias.shape[1], axis=1), [(0, 0), (0, 0), (0, L)])[:, :, None]
+    if mask is None:
+        return bias.astype(queries.dtype)
+    seen = causal(L, bias.shape[-1]) if isinstance(mask, str) else mask
+    return (mx.where(seen, bias, -mx.inf) if seen.dtype == mx.bool_ else seen + bias).astype(queries.dtype)
 
 
 def _arrays(tree: Any) -> Iterator[mx.array]:

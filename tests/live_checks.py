@@ -58,7 +58,8 @@ class Checked:
 
     def update_and_fetch(self, keys, values):
         chunk = [np.array(x.astype(mx.float32)) for x in (keys, values)]
-        before = [stored(self.cache, slot) for slot in (0, 1)]
+        before, bias = [stored(self.cache, slot) for slot in (0, 1)], self.cache.bias()
+        self.bias = None if bias is None else np.array(bias)
         self.seen = [x if old is None else np.concatenate([old, x], axis=2) for old, x in zip(before, chunk)]
         fetched = self.cache.update_and_fetch(keys, values)
         if self.cache.latent:
@@ -74,17 +75,19 @@ class Checked:
             keys_seen = values_seen = self.seen[0]
         else:
             keys_seen, values_seen = np.array(keys), np.array(values)
-        expected = plain_attention(np.array(queries), keys_seen, values_seen, scale, mask)
+        expected = plain_attention(np.array(queries), keys_seen, values_seen, scale, mask, self.bias)
         output = self.cache.attend(queries, keys, values, scale, mask)
         np.testing.assert_allclose(output, expected, atol=2e-4, rtol=2e-4)
         self.attended += 1
         return output
 
 
-def plain_attention(queries, keys, values, scale, mask):
-    """softmax(scale * q . k + mask) . v in NumPy."""
+def plain_attention(queries, keys, values, scale, mask, bias=None):
+    """softmax(scale * q . k + mask + bias) . v in NumPy, bias `[B, H, kept]` of the first tokens."""
     repeat, (L, T) = queries.shape[1] // keys.shape[1], (queries.shape[2], keys.shape[2])
     scores = scale * queries @ keys.repeat(repeat, axis=1).swapaxes(-1, -2)
+    if bias is not None:
+        scores[..., : bias.shape[-1]] += bias.repeat(scores.shape[1] // bias.shape[1], axis=1)[:, :, None]
     if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
         scores = scores + np.array(mask)
     elif mask is not None:
