@@ -101,6 +101,7 @@ def dump(model: Any, tokens: Sequence[int], *, max_tokens: int = 0, stop: Sequen
     """Prefill `tokens`, generate up to `max_tokens` more, and take the cache out of the model."""
     spec = cache_spec(model)
     cache = make_prompt_cache(model)
+    _check_whole(cache, spec)
     taken = list(tokens)
     logits = prefill(model, taken, cache, progress)
     generated = continue_greedily(model, cache, logits, stop)
@@ -119,10 +120,9 @@ def take(cache: list[Any], spec: CacheSpec, tokens: Sequence[Sequence[int]], *, 
     Raises MismatchError when tokens and offsets differ, UnsupportedError for caches that drop tokens.
     """
     token_array = np.array(tokens, dtype=np.int32)
+    _check_whole(cache, spec)
     live = [cache[i] for i in spec.attention_layers]
     for index, entry in zip(spec.attention_layers, live):
-        if type(entry) is not KVCache:
-            raise UnsupportedError(f"layer {index} keeps a {type(entry).__name__}; only a whole KVCache can be dumped")
         if entry.offset != token_array.shape[1]:
             raise MismatchError(f"layer {index} holds {entry.offset} tokens, but {token_array.shape[1]} were given")
     pairs = [entry.keys_and_values() for entry in live]
@@ -139,6 +139,13 @@ def take(cache: list[Any], spec: CacheSpec, tokens: Sequence[Sequence[int]], *, 
         if state is not None
     }
     return KVDump(k, v, spec, token_array, model, fingerprint, source, states)
+
+
+def _check_whole(cache: list[Any], spec: CacheSpec) -> None:
+    """Raises UnsupportedError where a layer keeps anything but all its keys and values, or states that are no tokens."""
+    for index, entry in enumerate(cache):
+        if type(entry) is not KVCache and (index in spec.attention_layers or not isinstance(entry, ArraysCache)):
+            raise UnsupportedError(f"layer {index} keeps a {type(entry).__name__}; only a whole KVCache can be dumped")
 
 
 def _stack(layers: list[mx.array], kind: mx.Dtype) -> np.ndarray:

@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 from conftest import TINY, tiny_model, tiny_tokens
 from live_checks import METHODS, small
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
 from mlxkv.container import MAGIC, digest
 from mlxkv.errors import ChecksumError, FormatError, InputError, MismatchError
@@ -48,6 +48,19 @@ def test_bfloat16_and_batches_are_kept(method, tmp_path):
     for old, new in zip(caches[0].state, loaded[0].state, strict=True):
         assert old.dtype == new.dtype
         assert mx.array_equal(old, new)
+
+
+def test_sliding_window_layers_keep_mlx_lms_cache_which_is_saved_with_the_others(tmp_path):
+    model = tiny_model("llama", layer_types=["full_attention", "sliding_attention"], sliding_window=8)
+    caches, stock = make_cache(model, "full"), make_prompt_cache(model)
+    assert type(caches[1]) is RotatingKVCache
+    assert mx.array_equal(model(START, cache=caches), model(START, cache=stock))
+    save_cache(tmp_path / "cache", model, caches)
+    loaded = load_cache(tmp_path / "cache", model)
+    for tokens in NEXT:
+        expected = model(tokens, cache=stock)
+        assert mx.array_equal(model(tokens, cache=caches), expected)
+        assert mx.array_equal(model(tokens, cache=loaded), expected)
 
 
 def test_an_empty_cache_can_be_saved(tmp_path):

@@ -174,10 +174,11 @@ def test_lfm2_8b_a1b_caches_6_of_its_24_layers():
     assert {(rope.dims, rope.base, rope.traditional) for rope in taken.spec.stream("k").ropes} == {(64, 1e6, False)}
 
 
-def test_sliding_window_layers_are_refused():
+def test_sliding_window_layers_are_not_described_and_such_caches_not_dumped():
     model = tiny_model("llama", layer_types=["full_attention", "sliding_attention"], sliding_window=8)
-    with pytest.raises(UnsupportedError, match="sliding-window"):
-        cache_spec(model)
+    assert cache_spec(model).attention_layers == (0,)
+    with pytest.raises(UnsupportedError, match="layer 1 keeps a RotatingKVCache"):
+        dump(model, [1, 2, 3])
 
 
 def test_an_unknown_model_type_is_told_which_file_to_add():
