@@ -117,8 +117,9 @@ def build(config: dict[str, Any], seed: int) -> Any:
 
 
 def sinusoids(length: int, dims: int) -> mx.array:
-    """Positions `[length, dims]` as sines and cosines (https://arxiv.org/abs/1706.03762), as large as the embeddings."""
-    angles = mx.arange(length)[:, None] * 10000 ** (-mx.arange(0, dims, 2) / dims)
+    """Positions `[length, dims]` as sines and cosines (https://arxiv.org/abs/1706.03762), as large as the embeddings. The
+    longest wave is 628 positions, not 62,832: neighbours differ more, and the byte before is found in half the steps."""
+    angles = mx.arange(length)[:, None] * 100 ** (-mx.arange(0, dims, 2) / dims)
     return mx.concatenate([mx.sin(angles), mx.cos(angles)], axis=-1) * (2 / dims) ** 0.5
 
 

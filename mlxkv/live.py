@@ -270,7 +270,7 @@ def _biased(mask: mx.array | str | None, bias: mx.array | None, queries: mx.arra
     """The mask of `attend` with a bias `[B, H, kept]` of what is stored: scores to add, `[B, Hq, L, kept + L]`."""
     if bias is None:
         return mask
-    B, Hq, L, _ = queries.shape
+    Hq, L = queries.shape[1:3]
     bias = mx.pad(mx.repeat(bias, Hq // bias.shape[1], axis=1), [(0, 0), (0, 0), (0, L)])[:, :, None]
     if mask is None:
         return bias.astype(queries.dtype)

@@ -113,8 +113,8 @@ def reference_pack(x: mx.array, bits: int, tokens: int, dims: int) -> Packed:
     shift, scale = scales(x, bits, tokens, dims)
     step = mx.where(scale == 0, 1, scale).astype(mx.float32)[..., :, None, :, None]
     steps = (_tiled(x.astype(mx.float32), tokens, dims) - shift.astype(mx.float32)[..., :, None, :, None]) / step
-    codes = mx.where(steps > 0, mx.minimum(mx.round(steps), 2**bits - 1), 0)  # NaN becomes 0
-    return Packed(_to_words(_untiled(codes, x.shape), bits), shift, scale, bits, x.shape[-1], tokens, dims)
+    rounded = mx.where(steps > 0, mx.minimum(mx.round(steps), 2**bits - 1), 0)  # NaN becomes 0
+    return Packed(_to_words(_untiled(rounded, x.shape), bits), shift, scale, bits, x.shape[-1], tokens, dims)
 
 
 def metal_pack(x: mx.array, bits: int, tokens: int, dims: int) -> Packed:
@@ -136,9 +136,13 @@ def unpack(packed: Packed, dtype: mx.Dtype) -> mx.array:
 def reference_unpack(packed: Packed, dtype: mx.Dtype) -> mx.array:
     if packed.raw:
         return _kept(packed).astype(dtype)
-    codes = _tiled(_from_words(packed.words, packed.bits, packed.dim), packed.tokens, packed.dims)
     shift, scale = (part.astype(mx.float32)[..., :, None, :, None] for part in (packed.shift, packed.scale))
-    return _untiled(scale * codes.astype(mx.float32) + shift, packed.shape).astype(dtype)
+    return _untiled(scale * _tiled(codes(packed), packed.tokens, packed.dims) + shift, packed.shape).astype(dtype)
+
+
+def codes(packed: Packed) -> mx.array:
+    """The codes of what is packed, float32 `[..., T, D]`."""
+    return _from_words(packed.words, packed.bits, packed.dim).astype(mx.float32)
 
 
 def metal_unpack(packed: Packed, dtype: mx.Dtype) -> mx.array:
@@ -218,16 +222,24 @@ def _to_words(codes: mx.array, bits: int) -> mx.array:
 
 
 def _from_words(words: mx.array, bits: int, dim: int) -> mx.array:
-    """The inverse, `[..., dim]` of an unsigned type. Codes that divide a byte need none of the wide arithmetic."""
+    """The inverse, uint8 `[..., dim]`: codes that lie together are moved apart by halves, until each has a byte."""
     *lead, count = words.shape
+    data = words.view(mx.uint8)
     if 8 % bits == 0:
-        codes = words.view(mx.uint8)[..., None] >> mx.arange(0, 8, bits, dtype=mx.uint8)
-        return (codes & (2**bits - 1)).reshape(*lead, count * 32 // bits)[..., :dim]
-    eights = -(-dim // 8)
-    data = mx.pad(words.view(mx.uint8), [(0, 0)] * len(lead) + [(0, max(0, eights * bits - 4 * count))])
-    rows = data[..., : eights * bits].reshape(*lead, eights, bits)
-    joined = mx.pad(rows, [(0, 0)] * (len(lead) + 1) + [(0, 8 - bits)]).view(mx.uint64)
-    return ((joined >> _places(bits)) & (2**bits - 1)).reshape(*lead, eights * 8)[..., :dim]
+        together, total = 8 // bits, count * 32 // bits
+        wide = data.astype({1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[together])
+    else:
+        together, total = 8, -(-dim // 8) * 8
+        size = total // 8 * bits
+        data = mx.pad(data, [(0, 0)] * len(lead) + [(0, max(0, size - 4 * count))])[..., :size]
+        eights = data.reshape(*lead, total // 8, bits)
+        wide = mx.pad(eights, [(0, 0)] * (len(lead) + 1) + [(0, 8 - bits)]).view(mx.uint64)
+    half = together // 2
+    while half:
+        mask = sum((2 ** (half * bits) - 1) << place for place in range(0, 8 * together, 8 * half))
+        wide = (wide | (wide << (half * (8 - bits)))) & mask
+        half //= 2
+    return wide.view(mx.uint8).reshape(*lead, total)[..., :dim]
 
 
 def _places(bits: int) -> mx.array:

@@ -13,10 +13,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from mlxkv.errors import InputError, MismatchError
 from mlxkv.kernels import metal
-from mlxkv.kernels.bits import UNPACKED, Packed, reference_pack, reference_unpack
+from mlxkv.kernels.bits import UNPACKED, Packed, codes, reference_pack, reference_unpack
 from mlxkv.kernels.examples import Example
 from mlxkv.kernels.metal import Kernel
 
@@ -62,26 +63,29 @@ def decode_attention(
 def reference_decode_attention(
     queries: mx.array, buckets: Sequence[Bucket], scale: float, bias: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
-    bias = _checked_bias(queries, buckets, bias)
-    (B, Hkv, _, Dv), T = buckets[0][1].shape, bias.shape[-1]
+    T = _checked_tokens(queries, buckets, bias)
+    B, Hkv, _, Dv = buckets[0][1].shape
     G = queries.shape[1] // Hkv
     if T == 0:
         return _nothing(queries, Hkv, Dv)
     grouped = (queries.astype(mx.float32) * scale).reshape(B, Hkv, G, -1)
     tiles = [tile for bucket in buckets for tile in _tiles(bucket)]
+    in_turn = B * Hkv * T * max(queries.shape[-1], Dv) > TILE_FLOATS
     parts: list[mx.array] = []
     for k, _ in tiles:
-        parts.append(grouped @ _unpacked_after(k, parts[-1:]).swapaxes(-1, -2))
+        parts.append(_with_rows(grouped, _after(k, parts[-1:]) if in_turn else k))
     scores = mx.concatenate(parts, axis=-1)
-    scores += mx.repeat(bias, G * Hkv // bias.shape[1], axis=1).reshape(B, Hkv, G, T)
-    top = mx.maximum(scores.max(axis=-1, keepdims=True), LOWEST)
-    weights = mx.exp(scores - top)
-    total = weights.sum(axis=-1, keepdims=True)
-    weights /= mx.where(total == 0, 1, total)
+    if bias is None:
+        weights = mx.softmax(scores, axis=-1)
+    else:
+        scores += mx.repeat(bias.astype(mx.float32), G * Hkv // bias.shape[1], axis=1).reshape(B, Hkv, G, T)
+        weights = mx.exp(scores - mx.maximum(scores.max(axis=-1, keepdims=True), LOWEST))
+        total = weights.sum(axis=-1, keepdims=True)
+        weights /= mx.where(total == 0, 1, total)
     output, start = mx.zeros((B, Hkv, G, Dv)), 0
     for _, v in tiles:
         stop = start + v.shape[-2]
-        output += weights[..., start:stop] @ _unpacked_after(v, [output])
+        output += _of_rows(weights[..., start:stop], _after(v, [output]) if in_turn else v)
         start = stop
     return output.reshape(B, Hkv * G, 1, Dv).astype(queries.dtype), weights.sum(axis=2)
 
@@ -95,10 +99,68 @@ def _tiles(bucket: Bucket) -> Iterator[Bucket]:
         yield piece(keys, start, start + step), piece(values, start, start + step)
 
 
-def _unpacked_after(packed: Packed, before: list[mx.array]) -> mx.array:
-    """One tile in float32, once the work on the tile before is done: MLX would else unpack many before it uses one."""
-    words = mx.depends(packed.words, before) if before else packed.words
-    return reference_unpack(dataclasses.replace(packed, words=words), mx.float32)
+def _after(packed: Packed, before: list[mx.array]) -> Packed:
+    """A tile that waits for the work on the tile before: MLX would else unpack many before it uses one."""
+    return dataclasses.replace(packed, words=mx.depends(packed.words, before)) if before else packed
+
+
+def _with_rows(x: mx.array, packed: Packed) -> mx.array:
+    """x `[B, H, G, D]` float32 times the transpose of rows `[B, H, T, D]`: `[B, H, G, T]`.
+
+    A row is scale * code + shift. Scales that a whole token or a whole dim shares are taken out of the sum, so that the
+    large array is never scaled. Other tiles are unpacked.
+    """
+    *lead, G, D = x.shape
+    T = packed.shape[-2]
+    if _by_token(packed):
+        scale, shift = _scales(packed.scale), _scales(packed.shift)  # [B, H, groups, T]
+        split = x[..., None, :] * _groups(packed)  # [B, H, G, groups, D], each row zero outside its group
+        products = split.reshape(*lead, -1, D) @ codes(packed).swapaxes(-1, -2)
+        scaled = products.reshape(*split.shape[:-1], T) * scale[..., None, :, :]
+        return scaled.sum(axis=-2) + split.sum(axis=-1) @ shift
+    if _by_dim(packed):
+        scale, shift = packed.scale.astype(mx.float32), packed.shift.astype(mx.float32)  # [B, H, tiles, D]
+        tiles = codes(packed).reshape(*lead, -1, packed.tokens, D)
+        products = (x[..., None, :, :] * scale[..., None, :]) @ tiles.swapaxes(-1, -2)  # [B, H, tiles, G, tokens]
+        products += (x @ shift.swapaxes(-1, -2)).swapaxes(-1, -2)[..., None]
+        return products.swapaxes(-2, -3).reshape(*lead, G, T)
+    return x @ reference_unpack(packed, mx.float32).swapaxes(-1, -2)
+
+
+def _of_rows(weights: mx.array, packed: Packed) -> mx.array:
+    """weights `[B, H, G, T]` float32 times rows `[B, H, T, D]`: `[B, H, G, D]`."""
+    *lead, G, T = weights.shape
+    D = packed.dim
+    if _by_token(packed):
+        groups, scale = _groups(packed), _scales(packed.scale)
+        split = weights[..., None, :] * scale[..., None, :, :]  # [B, H, G, groups, T]
+        products = (split.reshape(*lead, -1, T) @ codes(packed)).reshape(*split.shape[:-1], D)
+        return (products * groups).sum(axis=-2) + weights @ packed.shift.astype(mx.float32) @ groups
+    if _by_dim(packed):
+        scale, shift = packed.scale.astype(mx.float32), packed.shift.astype(mx.float32)
+        tiles = codes(packed).reshape(*lead, -1, packed.tokens, D)
+        split = weights.reshape(*lead, G, -1, packed.tokens).swapaxes(-2, -3)  # [B, H, tiles, G, tokens]
+        products = (split @ tiles) * scale[..., None, :] + split.sum(axis=-1, keepdims=True) * shift[..., None, :]
+        return products.sum(axis=-3)
+    return weights @ reference_unpack(packed, mx.float32)
+
+
+def _by_token(packed: Packed) -> bool:
+    return not packed.raw and packed.tokens == 1 and packed.dim % packed.dims == 0
+
+
+def _by_dim(packed: Packed) -> bool:
+    return not packed.raw and packed.dims == 1 and packed.shape[-2] > 0 and packed.shape[-2] % packed.tokens == 0
+
+
+def _groups(packed: Packed) -> mx.array:
+    """Which dims belong to which group of a token, float32 `[groups, D]`."""
+    return mx.array(np.eye(packed.dim // packed.dims, dtype=np.float32).repeat(packed.dims, axis=1))
+
+
+def _scales(part: mx.array) -> mx.array:
+    """Shift or scale `[B, H, T, groups]` as `[B, H, groups, T]` float32."""
+    return part.astype(mx.float32).swapaxes(-1, -2)
 
 
 def piece(packed: Packed, start: int, stop: int) -> Packed:
@@ -113,11 +175,12 @@ def piece(packed: Packed, start: int, stop: int) -> Packed:
 def metal_decode_attention(
     queries: mx.array, buckets: Sequence[Bucket], scale: float, bias: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
-    bias = _checked_bias(queries, buckets, bias)
+    T = _checked_tokens(queries, buckets, bias)
     B, Hkv, _, Dv = buckets[0][1].shape
-    Hq, T = queries.shape[1], bias.shape[-1]
+    Hq = queries.shape[1]
     if T == 0:
         return _nothing(queries, Hkv, Dv)
+    bias = mx.zeros((B, 1, T)) if bias is None else bias.astype(mx.float32)
     flat = (queries.astype(mx.float32) * scale).reshape(B, Hq, -1)
     parts, start = [], 0
     for k, v in buckets:
@@ -183,8 +246,8 @@ def _nothing(queries: mx.array, kv_heads: int, dims: int) -> tuple[mx.array, mx.
     return mx.zeros((B, Hq, 1, dims), queries.dtype), mx.zeros((B, kv_heads, 0))
 
 
-def _checked_bias(queries: mx.array, buckets: Sequence[Bucket], bias: mx.array | None) -> mx.array:
-    """The bias in float32, zeros `[B, 1, T]` for None, once all shapes are found to fit together."""
+def _checked_tokens(queries: mx.array, buckets: Sequence[Bucket], bias: mx.array | None) -> int:
+    """How many tokens there are in all, once all shapes are found to fit together."""
     if not buckets:
         raise InputError("attention needs at least one bucket; it may hold 0 tokens")
     B, Hq, L, D = queries.shape
@@ -200,11 +263,9 @@ def _checked_bias(queries: mx.array, buckets: Sequence[Bucket], bias: mx.array |
                 f"{Hkv} kv heads and {Dv} value dims"
             )
     T = sum(k.shape[-2] for k, _ in buckets)
-    if bias is None:
-        return mx.zeros((B, 1, T))
-    if bias.shape not in ((B, 1, T), (B, Hkv, T), (B, Hq, T)):
+    if bias is not None and bias.shape not in ((B, 1, T), (B, Hkv, T), (B, Hq, T)):
         raise MismatchError(f"bias {bias.shape} is not [{B}, 1 or {Hkv} or {Hq}, {T}]")
-    return bias.astype(mx.float32)
+    return T
 
 
 def _example(key_tokens: int, key_dims: int) -> Callable[[int], tuple]:

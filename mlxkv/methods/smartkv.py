@@ -46,7 +46,7 @@ SPLITS = ("equal", "linear", "exponential")
 class Settings:
     """budget: bytes held, scales, importance and waiting tokens included, as a share of 2 bytes an element; it is held
     from 100 to 400 tokens on (`Sizes.short`). sinks: first tokens, the last ones to leave 8 bits. recent: newest tokens
-    that stay as they are. interval: tokens, at most, that wait to be packed together. decay: of importance, by query; 1
+    that stay as they are, at least; more where the budget has room for all others in 8 bits. interval: tokens, at most, that wait to be packed together. decay: of importance, by query; 1
     sums. queries: of a prefill chunk that are asked what they attend to, the last ones. hysteresis: by how much more
     important a newcomer must be than a token that has been in 8 bits for longer. allocator decides how many tokens get
     which precision; order, which; layers, how the budget is split over layers. seed: of the random order. Raises
@@ -121,9 +121,10 @@ class Cache(LayerCache):
             values = mx.concatenate([self.tail[1], values], axis=-2)
         self.tail = keys, values
         held = self.sizes.held(self._lower_counts(), _length(self.top), keys.shape[-2])
-        most = self.settings.recent + self.sizes.interval(self.settings.interval, self.offset)
+        recent = self.sizes.recent(self.settings.recent, self.settings.interval, self.offset)
+        most = recent + self.sizes.interval(self.settings.interval, self.offset)
         if keys.shape[-2] >= most or held > self.sizes.limit(self.offset):
-            self._settle(max(0, keys.shape[-2] - self.settings.recent))
+            self._settle(max(0, keys.shape[-2] - recent))
 
     def _weigh(self, mass: mx.array, count: int) -> None:
         """Bring importance up to date, count new tokens included; sinks are infinitely important."""
@@ -230,6 +231,11 @@ class Sizes:
         """Bytes of so many tokens in each part."""
         tiles = sum(count // TILE * size for count, size in zip(lower, self.tiles))
         return tiles + top * self.top + waiting * self.waiting
+
+    def recent(self, least: int, interval: int, tokens: int) -> int:
+        """Newest tokens that stay as they are: as many as there is room for with all others in the top."""
+        room = self.limit(tokens) - tokens * self.top - math.ceil(self.growth * interval)
+        return max(least, int(room // (self.waiting - self.top)))
 
     def interval(self, most: int, tokens: int) -> int:
         """Tokens that may wait: few for a short text, since a waiting token takes several times its share."""
