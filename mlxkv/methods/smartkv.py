@@ -2,7 +2,7 @@
 
 The newest tokens wait as they are. Every few tokens the oldest of them join the first bucket, in 8 bits; where the
 budget asks for it, the tokens of this bucket that each kv head attends to least go on, 32 at a time, to a bucket of
-4, 3 or 2 bits, and stay there. Keys of those are packed by channel as in KIVI (https://arxiv.org/abs/2402.02750),
+fewer bits, and stay there. Keys of 4 bits or fewer are packed by channel as in KIVI (https://arxiv.org/abs/2402.02750),
 which a token can enter but not leave without packing its neighbours again; 8-bit keys and all values are packed by token.
 Importance is the moving average of attention probabilities: H2O (https://arxiv.org/abs/2306.14048) sums them instead.
 """
@@ -33,9 +33,9 @@ TILE = 32  # tokens whose keys share a scale in each channel
 SHORT = 3  # times the tokens at which the budget first has room for all in the lowest bucket: from there on it is held
 # Bits of keys and values, and about the KL in nats that SmolLM2 shows with all tokens there (of keys and of values,
 # added): errors of keys do most harm.
-PRECISIONS = ((2, 2), (3, 3), (4, 3), (4, 4), (8, 8))
+PRECISIONS = ((2, 2), (3, 3), (4, 3), (4, 4), (8, 4), (8, 8))
 TOP = len(PRECISIONS) - 1
-ERRORS = (0.22, 0.028, 0.0097, 0.0054, 0.00002)
+ERRORS = (0.22, 0.028, 0.0097, 0.0054, 0.0019, 0.00002)
 SKEW = 0.9  # the weight of the token of rank r is taken for r ** -SKEW, so that nothing waits for real weights
 ALLOCATORS: dict[str, Allocator] = {"greedy": greedy, "exact": exact, "uniform": uniform}
 ORDERS = ("importance", "random", "early", "late")
@@ -185,7 +185,7 @@ class Cache(LayerCache):
 
     def _packed(self, level: int, keys: mx.array, values: mx.array) -> Bucket:
         key_bits, value_bits = _bits(level, self.latent)
-        packed_keys = per_token(keys, key_bits) if level == TOP else pack(keys, key_bits, TILE, 1)
+        packed_keys = pack(keys, key_bits, TILE, 1) if key_bits < 8 else per_token(keys, key_bits)
         return packed_keys, per_token(values, value_bits)
 
     def _lower_counts(self) -> list[int]:
@@ -206,7 +206,7 @@ class Sizes:
         self.rate = 2 * elements * share
         self.waiting = 2 * elements + state
         self.growth = max(0.0, self.waiting - self.rate)
-        costs = [_tile_bytes(slots, level, _bits(level, latent)) for level in range(len(PRECISIONS))]
+        costs = [_tile_bytes(slots, _bits(level, latent)) for level in range(len(PRECISIONS))]
         self.tiles, self.top = tuple(costs[:TOP]), costs[TOP] // TILE + state
         lowest = costs[0] / TILE
         self.least = lowest / (2 * elements)
@@ -270,10 +270,10 @@ def _bits(level: int, latent: bool) -> tuple[int, int]:
     return key_bits, key_bits if latent else value_bits
 
 
-def _tile_bytes(slots: tuple[Slot, Slot], level: int, bits: tuple[int, int]) -> int:
+def _tile_bytes(slots: tuple[Slot, Slot], bits: tuple[int, int]) -> int:
     """Bytes of TILE tokens of all heads, as `Cache._packed` packs them, scales included."""
     total = 0
-    for slot, width, by_channel in zip(slots, bits, (level != TOP, False)):
+    for slot, width, by_channel in zip(slots, bits, (bits[0] < 8, False)):
         groups = slot.dim if by_channel else TILE * (slot.dim // 64 if slot.dim % 64 == 0 else 1)
         total += slot.heads * (TILE * 4 * math.ceil(slot.dim * width / 32) + 4 * groups)
     return total
