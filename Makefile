@@ -29,6 +29,7 @@ bench: .venv/ready
 	$(BIN)/python -m benchmarks.lossless
 	$(BIN)/python -m benchmarks.dp_speed
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.live_methods
 	$(BIN)/python -m benchmarks.readme
 
 .venv/ready: pyproject.toml

@@ -2,8 +2,8 @@
 
 SmolLM2 and the trained miniatures read 1,024 tokens in one chunk, then the next 64 in chunks of 16 through each
 method's cache: KL, top-1 agreement and perplexity against `full`, and measured bytes against 2 an element. On SmolLM2 also a
-hidden pass key, seconds and peak bytes, timed in turn. Uniform quantization and KIVI at all their bits give curves that
-other methods are compared with at equal bytes, text by text.
+hidden pass key, seconds and peak bytes, timed in turn. Uniform quantization and KIVI at all their bits, and methods that
+give up tokens at all their sizes, are curves that others are compared with at equal bytes, text by text.
 
     python -m benchmarks.live_methods [--quick]
 """
@@ -28,11 +28,11 @@ from mlxkv.presets import live_methods, live_settings, method_preset, names
 MODEL = "smollm2-135m"
 CONTEXT, PREDICT = 1024, 64  # 64 are one round of a tail that is packed 64 tokens at a time
 SPEED_ROUNDS, SPEED_TOKENS = 3, 16
-OTHER_BUDGET = "-256"  # of methods that are timed with 512 tokens
+OTHER_BUDGETS = ("-96", "-256")  # of methods that are timed with 512 tokens
 KEEPS_ALL = f"-{CONTEXT}"  # of presets with nothing to give up in this context
-FLOAT16 = "uniform-16"  # the end of both curves
+FLOAT16 = "uniform-16"  # the end of all curves
 PASSKEY_CONTEXT = 900
-CURVES = ("uniform", "kivi")
+CURVES = ("uniform", "kivi", "h2o", "streaming-llm", "random")
 READINGS = {"between points": paired.at_bytes, "largest that fits": paired.within_bytes}
 ABLATED = "smartkv-0.3"  # the budget at which most has to go
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -108,7 +108,7 @@ def measure(name: str, model: Any, tokenizer: Any, quick: bool) -> list[dict[str
     found = passkey.retrieved(model, tokenizer, PASSKEY_CONTEXT, presets())
     rounds, tokens = (1, 8) if quick else (SPEED_ROUNDS, SPEED_TOKENS)
     text = held_out(name, tokenizer, CONTEXT + rounds * tokens)[1][0].tolist()
-    one_of_each = {name: settings for name, settings in presets().items() if not name.endswith(OTHER_BUDGET)}
+    one_of_each = {name: settings for name, settings in presets().items() if not name.endswith(OTHER_BUDGETS)}
     seconds = timed(model, text, CONTEXT, one_of_each, rounds)
     return [*samples, *({"measure": "passkey", **row} for row in found), *({"measure": "speed", **row} for row in seconds)]  # fmt: skip
 
@@ -164,7 +164,7 @@ def fidelity(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def comparisons(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every preset that is not on a curve itself against the curve at the preset's bytes, paired over texts."""
+    """Every preset against every curve that it is not on, at the preset's bytes, paired over texts."""
     rows = []
     for model in dict.fromkeys(sample["model"] for sample in samples):
         alike = [sample for sample in samples if sample["model"] == model]
@@ -247,10 +247,21 @@ def plot(rows: Sequence[dict[str, Any]]) -> Path:
     figure, panes = plt.subplots(
         1, len(models), figsize=(1 + 3.6 * len(models), 4.4), layout="constrained", squeeze=False
     )
-    colors = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C")
+    colors = (
+        "#000000",
+        "#E69F00",
+        "#56B4E9",
+        "#009E73",
+        "#0072B2",
+        "#D55E00",
+        "#CC79A7",
+        "#8C8C8C",
+        "#332288",
+        "#999933",
+    )
     methods = [method for method in dict.fromkeys(row["method"] for row in rows) if method != "full"]
     for axes, model in zip(panes[0], models):
-        for method, color, marker in zip(methods, colors, "os^Dv<>P"):
+        for method, color, marker in zip(methods, colors, "os^Dv<>PX*"):
             points = [
                 row for row in rows if (row["model"], row["method"]) == (model, method) and row["share_of_fp16"] < 0.97
             ]
@@ -258,7 +269,7 @@ def plot(rows: Sequence[dict[str, Any]]) -> Path:
             x, y = [row["share_of_fp16"] for row in points], [row["kl_geometric"] for row in points]
             axes.plot(x, y, color=color, marker=marker, ms=5, label=method)
         axes.set(xscale="log", yscale="log", xlabel="bytes, of fp16's")
-        axes.set_xticks(ticks := [0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0], [f"{tick:g}" for tick in ticks])
+        axes.set_xticks(ticks := [0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0], [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.set_title(model, loc="left", fontsize=10)

@@ -40,7 +40,6 @@ from mlxkv import lm, miniatures
 from mlxkv.errors import InputError
 
 BALANCE = 0.002  # an expert's bias moves by this much a step
-PEAK = 2.5  # how sharply GPT-2's first heads look back before training
 LONG = 2048  # bytes of a measured window
 STRETCH = slice(256, 320)  # bytes of a measured window ...
 AGAIN = slice(1536, 1600)  # ... that are put here as well, to see whether the model looks that far back
@@ -101,13 +100,13 @@ def config_of(name: str) -> dict[str, Any]:
 
 def build(config: dict[str, Any], seed: int) -> Any:
     """A float32 model with mlx-lm's initial weights, except routers: GLM's start at zero and would all choose alike; and
-    learned positions and the heads that read them first: see `look_back`."""
+    learned positions, which start as sinusoids: from noise a model this small never learns to find the byte before."""
     mx.random.seed(seed)
     module = import_module(f"mlx_lm.models.{config['model_type']}")
     model = module.Model(module.ModelArgs.from_dict(config))
     for part in model.modules():
         if "wpe" in part:
-            look_back(part)
+            part.wpe.weight = sinusoids(*part.wpe.weight.shape)
     for block in expert_blocks(model):
         block.gate.weight = 0.02 * mx.random.normal(block.gate.weight.shape)
         owner, bias = router_bias(block)
@@ -117,27 +116,11 @@ def build(config: dict[str, Any], seed: int) -> Any:
     return model
 
 
-def look_back(model: Any) -> None:
-    """Start GPT-2's positions as sines and cosines, and the heads of its first layer looking 1, 2, 3 ... bytes back.
-
-    From noise a model this small spends all of its training on finding the byte before. Waves are 6 to 628 positions
-    long and three times as large as what bytes mean; a head multiplies the shorter half of them, shifted, so that its
-    scores peak at the byte it is to see.
-    """
-    attention, (length, dims) = model.h[0].attn, model.wpe.weight.shape
-    frequencies = 100 ** (-np.arange(0, dims, 2) / dims)
-    angles = np.arange(length)[:, None] * frequencies
-    positions = np.concatenate([np.sin(angles), np.cos(angles)], axis=1) * 3 * (2 / dims) ** 0.5
-    model.wpe.weight = mx.array(positions, mx.float32)
-    weight = np.array(attention.c_attn.weight)
-    for head in range(attention.n_head):
-        waves = np.arange(head, dims // 4, attention.n_head)
-        shift = frequencies[waves] * (head + 1)
-        sines = head * attention.head_dim + 2 * np.arange(len(waves))
-        weight[sines, waves] = weight[sines + 1, dims // 2 + waves] = PEAK
-        weight[[dims + sines, dims + sines + 1], waves] = PEAK * np.array([np.cos(shift), -np.sin(shift)])
-        weight[[dims + sines, dims + sines + 1], dims // 2 + waves] = PEAK * np.array([np.sin(shift), np.cos(shift)])
-    attention.c_attn.weight = mx.array(weight)
+def sinusoids(length: int, dims: int) -> mx.array:
+    """Positions `[length, dims]` as sines and cosines (https://arxiv.org/abs/1706.03762), as large as the embeddings. The
+    longest wave is 628 positions, not 62,832: neighbours differ more, and the byte before is found sooner."""
+    angles = mx.arange(length)[:, None] * 100 ** (-mx.arange(0, dims, 2) / dims)
+    return mx.concatenate([mx.sin(angles), mx.cos(angles)], axis=-1) * (2 / dims) ** 0.5
 
 
 class CountingExperts(SwitchGLU):

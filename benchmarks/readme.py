@@ -11,7 +11,6 @@ from typing import Any
 from benchmarks.schema import FOLDER, RESULTS
 
 README = FOLDER.parent / "README.md"
-START, END = "<!-- results -->", "<!-- /results -->"
 
 
 def main() -> None:
@@ -19,14 +18,16 @@ def main() -> None:
 
 
 def updated(text: str) -> str:
-    """The README with its results section made anew."""
-    before, rest = text.split(START)
-    return f"{before}{START}\n{render()}\n{END}{rest.split(END)[1]}"
-
-
-def render() -> str:
-    """All tables, each naming the JSON it comes from."""
-    return "\n\n".join([fidelity(), whole_files(), speed(), lossless(), resources()])
+    """The README with its two generated sections made anew."""
+    for name, tables in (
+        ("results", (fidelity, whole_files, speed, lossless, resources)),
+        ("live", (live_methods, equal_bytes)),
+    ):
+        before, rest = text.split(f"<!-- {name} -->")
+        after = rest.split(f"<!-- /{name} -->")[1]
+        made = "\n\n".join(table() for table in tables)
+        text = f"{before}<!-- {name} -->\n{made}\n<!-- /{name} -->{after}"
+    return text
 
 
 def fidelity() -> str:
@@ -97,6 +98,51 @@ def resources() -> str:
         f"Allocating its bits (p = {dp['config']['width']:,}, rank {dp['config']['rank']:,}, 4x) takes {dp['summary']['errors_seconds']:.1f} s to measure the groups"
         f" and {dp['summary']['allocate_seconds']:.1f} s for the dynamic programme ([dp_speed.json](benchmarks/results/dp_speed.json))."
     )
+
+
+def live_methods() -> str:
+    result = _load("live_methods")
+    summary, config = result["summary"], result["config"]
+    speed, keys = ({row["variant"]: row for row in summary[part]} for part in ("speed", "passkey"))
+    lines = [
+        "| preset | bytes | KL | top-1 | perplexity | pass key | decode |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = [row for row in summary["fidelity"] if row["model"] == "smollm2-135m" and row["variant"] in keys]
+    for row in sorted(rows, key=lambda row: -row["share_of_fp16"]):
+        name = row["variant"]
+        decode = f"{speed[name]['decode_relative']:.2f}x" if name in speed else ""
+        cells = [
+            f"`{name}`",
+            f"{row['share_of_fp16']:.2f}",
+            *_fidelity_cells(row),
+            f"{100 * keys[name]['digits_first']:.0f} %",
+            decode,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    intro = (
+        f"SmolLM2 after {config['context']:,} tokens of {rows[0]['texts']} held-out texts, the next {config['predict']} read through each cache"
+        " ([live_methods.json](benchmarks/results/live_methods.json), which has the miniatures too):"
+    )
+    note = (
+        "Bytes are shares of float16's (on a CPU `full` holds float32, so more than 1). Pass key: digits put first, of five keys in"
+        f" {config['passkey_context']} tokens. Decode: tokens a second relative to `full`, on two CPU cores."
+    )
+    return "\n".join([intro, "", *lines, "", note])
+
+
+def equal_bytes() -> str:
+    rows = [row for row in _load("live_methods")["summary"]["paired"] if row["model"] == "smollm2-135m"]
+    lines = ["| | KL, times that of uniform quantization | of KIVI |", "|---|---|---|"]
+    for variant in dict.fromkeys(row["variant"] for row in rows if row["variant"].startswith("smartkv")):
+        cells = []
+        for curve in ("uniform", "kivi"):
+            row = next(r for r in rows if (r["variant"], r["against"], r["read"]) == (variant, curve, "between points"))
+            low, high = row["kl_ratio_interval"]
+            cells.append(f"{row['kl_ratio']:.2f} ({low:.2f} to {high:.2f}), p = {row['p']:.3f}")
+        lines.append(f"| `{variant}` | {' | '.join(cells)} |")
+    note = "At equal bytes, text by text: between their settings a straight line in the logarithms of bytes and KL; 95 % intervals over texts."
+    return "\n".join([note, "", *lines])
 
 
 def _fidelity_cells(row: dict[str, Any]) -> list[str]:

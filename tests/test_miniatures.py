@@ -13,7 +13,7 @@ from mlxkv.cache import Rope, Slot
 from mlxkv.errors import InputError, ModelNotFoundError
 from mlxkv.models import cache_spec
 
-TRAINED = ["miniature/lfm2", "miniature/qwen3"]
+TRAINED = ["miniature/glm", "miniature/gpt2", "miniature/lfm2", "miniature/qwen3"]
 ROPE = Rope(64, base=1e6, traditional=False)
 PAIR = (Slot("keys", 2, 64, ROPE), Slot("values", 2, 64))
 LATENT = (Slot("latent", 1, 128), Slot("k_pe", 1, 32, Rope(32, base=1e6, traditional=True)))
