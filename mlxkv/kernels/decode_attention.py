@@ -146,7 +146,7 @@ def _of_rows(weights: mx.array, packed: Packed) -> mx.array:
 
 
 def _by_token(packed: Packed) -> bool:
-    return not packed.raw and packed.tokens == 1 and packed.dim % packed.dims == 0
+    return not packed.raw and packed.tokens == 1 and packed.shape[-2] > 0 and packed.dim % packed.dims == 0
 
 
 def _by_dim(packed: Packed) -> bool:
