@@ -30,6 +30,10 @@ bench: .venv/ready
 	$(BIN)/python -m benchmarks.dp_speed
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.live_methods
+	$(BIN)/python -m benchmarks.mp_kvm_ablation
+	$(BIN)/python -m benchmarks.clustering
+	$(BIN)/python -m benchmarks.aggregator_speed
+	$(BIN)/python -m benchmarks.sketch_grid
 	$(BIN)/python -m benchmarks.readme
 
 .venv/ready: pyproject.toml

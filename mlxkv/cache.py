@@ -56,15 +56,15 @@ class Rope:
         if not all(_is_positive(n) for n in (self.scale, self.gain, 1.0 if self.base is None else self.base)):
             raise FormatError(f"rope needs scale, gain and base > 0, got {self.scale}, {self.gain} and {self.base}")
 
-    def rotate(self, x: mx.array, start: int = 0) -> mx.array:
-        """Rotate x `[B, H, T, D]` as the model does for positions start..start+T."""
+    def rotate(self, x: mx.array, start: int | mx.array = 0) -> mx.array:
+        """Rotate x `[B, H, T, D]` as the model does for positions start..start+T; start may be int32 `[B]`."""
         return self._apply(x, start, self.scale, self.gain, gain_first=True)
 
-    def unrotate(self, x: mx.array, start: int = 0) -> mx.array:
+    def unrotate(self, x: mx.array, start: int | mx.array = 0) -> mx.array:
         """The inverse of `rotate`; call it on float32, where the round trip errs by about 5e-7."""
         return self._apply(x, start, -self.scale, 1.0 / self.gain, gain_first=False)
 
-    def _apply(self, x: mx.array, start: int, scale: float, gain: float, gain_first: bool) -> mx.array:
+    def _apply(self, x: mx.array, start: int | mx.array, scale: float, gain: float, gain_first: bool) -> mx.array:
         end = self.offset + self.dims
         part = x[..., self.offset : end]
         if gain_first and gain != 1.0:

@@ -166,7 +166,7 @@ class LayerCache(ABC):
             bias = mask[:, :, 0] if isinstance(mask, mx.array) else None
             output, mass = decode_attention(queries, tokens, scale, bias)
             self.absorb(*chunk, mass if self.mass_queries else None)
-            return output
+            return mx.depends(output, self.state)
         if not self.latent:
             keys, values = self._after_stored(0, keys), self._after_stored(1, values)
         elif queries.shape[2] == 1:
@@ -174,7 +174,8 @@ class LayerCache(ABC):
         output = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
         last = min(self.mass_queries, queries.shape[2])
         self.absorb(*chunk, attention_mass(queries, keys, scale, mask, last, chunk[0].shape[1]) if last else None)
-        return output
+        # Generation evaluates outputs alone: state that no output needs yet would hold on to every step before.
+        return mx.depends(output, self.state)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
         """None for one token, else "causal" or bool `[N, kept + N]`: a stored token is always visible.

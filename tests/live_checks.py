@@ -12,7 +12,7 @@ from mlxkv.presets import live_methods, live_settings
 
 METHODS = live_methods()
 # So that texts of a hundred tokens are more than a method keeps exactly; each method has some of these.
-SMALL = {"sinks": 2, "window": 20, "tokens": 24, "recent": 8, "heavy": 12, "residual": 8}
+SMALL = {"sinks": 2, "window": 20, "tokens": 24, "recent": 8, "heavy": 12, "residual": 8, "centroids": 12, "flush": 8}
 
 
 def small(method):

@@ -12,7 +12,7 @@ FLOORS = [
     {"errors", "blas"},
     {"cache", "metrics", "resources"},
     {"kernels"},
-    {"files", "models", "lossless"},
+    {"files", "models", "lossless", "sketches", "clustering"},
     {"container"},
     {"codec", "miniatures", "smollm2"},
     {"lm", "presets"},

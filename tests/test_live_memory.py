@@ -4,12 +4,14 @@ import gc
 
 import mlx.core as mx
 import pytest
+from conftest import tiny_model
 from live_checks import METHODS, feed, lone_cache
+from mlx_lm.generate import generate_step
 
 from mlxkv.cache import CacheSpec, Slot
 from mlxkv.kernels import metal
 from mlxkv.kernels.decode_attention import TILE_FLOATS
-from mlxkv.live import cache_of
+from mlxkv.live import cache_of, make_cache
 from mlxkv.methods._packing import PackingCache
 from mlxkv.presets import live_settings
 
@@ -49,6 +51,17 @@ def test_bytes_at_4096_tokens_are_those_the_allocator_holds(method):
         cache.trim(1100)
         mx.eval(cache.state)
         assert active() - before == pytest.approx(cache.nbytes, rel=0.02)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_generation_holds_no_attention_that_has_been_counted(method):
+    """mlx-lm evaluates nothing but outputs, which do not need what a method counts until it acts on it."""
+    model, held = tiny_model("llama", num_hidden_layers=1), []
+    cache = make_cache(model, method)
+    for i, _ in enumerate(generate_step(mx.array([1, 2, 3]), model, prompt_cache=cache, max_tokens=121)):
+        if i in (60, 120):
+            held.append(active() - cache[0].nbytes)
+    assert held[1] - held[0] < 20_000  # 60 steps' attention of 4 heads and 60 to 120 tokens would be 86,400
 
 
 @pytest.mark.parametrize("method", METHODS)

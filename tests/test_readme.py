@@ -63,7 +63,7 @@ def test_the_python_example_runs_as_written(smollm2, tmp_path, monkeypatch, caps
 
 def test_the_live_example_runs_as_written(smollm2, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    script = block("python", "make_cache")
+    script = block("python", "save_cache")
     assert len([line for line in script.splitlines() if line]) == 10
     exec(script, {})
     first, size, second = re.split(r"^(\d+) bytes$", capsys.readouterr().out, flags=re.MULTILINE)
