@@ -230,6 +230,8 @@ def plot(summary: dict[str, list[dict[str, Any]]]) -> Path:
         right.plot([r["bytes"] / r["exact_bytes"] for r in points], [r["recall"] for r in points], style, color=color, marker=marker, label=f"{kind}, per {per}")  # fmt: skip
     right.axvline(1, color="#000000", lw=0.8)
     right.set(xscale="log", ylim=(0, 1.02), xlabel="bytes, of exact counters' (line: as many)", ylabel=f"of the {HEAVIEST} heaviest positions, found")  # fmt: skip
+    right.set_xticks(ticks := [0.25, 0.5, 1, 2, 4], [f"{tick:g}" for tick in ticks])
+    right.minorticks_off()
     right.set_title(f"attention of {CONTEXT:,} tokens, sketches of 4 rows", loc="left", fontsize=10)
     for axes in (left, right):
         axes.grid(alpha=0.3)
