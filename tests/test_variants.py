@@ -13,14 +13,11 @@ from mlxkv.evaluate import variants
 CONTEXT, QUESTION = tiny_tokens(90), tiny_tokens(5, seed=1)
 
 
-class Numbers:
-    """A tokenizer whose text is the tokens' numbers."""
+class Ends:
+    """As much of a tokenizer as answering needs."""
 
     def __init__(self, *ends):
         self.eos_token_ids = set(ends)
-
-    def decode(self, tokens):
-        return " ".join(map(str, tokens))
 
 
 def greedy(model, tokens, count):
@@ -35,15 +32,14 @@ def test_whole_and_full_caches_say_what_the_model_says_without_any(architecture)
     model = tiny_model(architecture)
     expected = greedy(model, CONTEXT + QUESTION, 6)
     for variant in (variants.whole(), variants.live("full")):
-        assert variants.answer(model, Numbers(), variant, CONTEXT, QUESTION, 6) == Numbers().decode(expected)
+        assert variants.answer(model, Ends(), variant, CONTEXT, QUESTION, 6) == expected
 
 
 def test_an_end_of_text_token_ends_the_answer_and_is_not_in_it():
     model = tiny_model("llama")
     said = greedy(model, CONTEXT + QUESTION, 6)
     end = said[3]
-    expected = Numbers().decode(said[: said.index(end)])
-    assert variants.answer(model, Numbers(end), variants.whole(), CONTEXT, QUESTION, 6) == expected
+    assert variants.answer(model, Ends(end), variants.whole(), CONTEXT, QUESTION, 6) == said[: said.index(end)]
 
 
 def test_the_question_is_asked_after_the_context_was_made_small():
@@ -66,6 +62,11 @@ def test_a_codec_holds_what_compressing_and_restoring_gives(tmp_path):
     assert not mx.allclose(keys, exact, atol=1e-4)
 
 
+def test_the_untouched_cache_comes_first_and_once():
+    names = [v.name for v in variants.beside_whole([variants.live("int8"), variants.whole()])]
+    assert names == ["whole", "int8"]
+
+
 def test_names_say_what_was_changed():
     assert variants.live("h2o", heavy=3).name == "h2o (heavy=3)"
     assert variants.live("int8").name == "int8"
@@ -73,4 +74,4 @@ def test_names_say_what_was_changed():
 
 def test_nothing_to_ask_is_refused():
     with pytest.raises(InputError, match="90 and 0"):
-        variants.answer(tiny_model("llama"), Numbers(), variants.whole(), CONTEXT, [], 4)
+        variants.answer(tiny_model("llama"), Ends(), variants.whole(), CONTEXT, [], 4)

@@ -62,9 +62,19 @@ def coded(codec: KVTCCacheCodec, name: str) -> Variant:
     return Variant(name, hold)
 
 
+def beside_whole(variants: Sequence[Variant]) -> list[Variant]:
+    """The untouched cache first, then the others."""
+    return [whole(), *(variant for variant in variants if variant.name != whole().name)]
+
+
+def encode(tokenizer: Any, context: str, question: str) -> tuple[list[int], list[int]]:
+    """Tokens of both, apart. Only the context begins with the tokenizer's own first token, if it has one."""
+    return tokenizer.encode(context), tokenizer.encode(question, add_special_tokens=False)
+
+
 def answer(
     model: Any, tokenizer: Any, variant: Variant, context: Sequence[int], question: Sequence[int], max_tokens: int
-) -> str:
+) -> list[int]:
     """What the model says, greedily, to a question asked after the context; ends before an end-of-text token.
 
     Raises InputError for an empty context or question.
@@ -76,4 +86,4 @@ def answer(
     cache = variant.hold(model, context)
     logits = lm.prefill(model, question, cache)
     said = lm.continue_greedily(model, cache, logits, tuple(tokenizer.eos_token_ids))
-    return tokenizer.decode(list(itertools.islice(said, max_tokens)))
+    return list(itertools.islice(said, max_tokens))

@@ -1,0 +1,74 @@
+"""Needles: the key is where it should be, and a cache that lost it is told from one that has it."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import tiny_model
+
+from mlxkv.errors import InputError
+from mlxkv.evaluate import needle
+from mlxkv.evaluate.ruler.sources import Sources
+from mlxkv.evaluate.variants import live, whole
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2):
+    return smollm2[1]
+
+
+@pytest.mark.parametrize("depth", [0, 0.3, 1])
+def test_a_haystack_has_its_length_and_the_needle_at_its_depth(tokenizer, depth):
+    tokens = needle.haystack(tokenizer, Sources(), 300, depth, "48213")
+    hidden = needle.NEEDLE.format("48213")
+    text = tokenizer.decode(tokens)
+    assert len(tokens) == 300
+    assert text.count(hidden) == 1
+    before = tokenizer.encode(text[: text.index(hidden)])
+    room = 300 - len(tokenizer.encode(hidden))
+    assert len(before) == pytest.approx(depth * room, abs=2)
+
+
+def test_a_text_longer_than_the_essays_begins_again(tokenizer):
+    assert len(needle.haystack(tokenizer, Sources(), 5000, 0.5, "48213")) == 5000
+
+
+def test_digits_are_scored_as_one_pass_over_all_of_the_text_scores_them(smollm2):
+    model, tokenizer = smollm2
+    context = needle.haystack(tokenizer, Sources(), 80, 0.5, "48213")
+    found = needle.digits(model, tokenizer, whole().hold(model, context), "48213")
+    asked = tokenizer.encode(needle.QUESTION + "48213")
+    logits = np.array(model(mx.array([[*context, *asked]]))[0, -6:-1].astype(mx.float32))
+    right = np.array(asked[-5:])
+    chances = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    assert found["digits_first"] == pytest.approx((logits.argmax(axis=-1) == right).mean())
+    assert found["log_probability"] == pytest.approx(chances[range(5), right].mean(), abs=1e-3)
+
+
+def test_a_cache_without_the_needle_scores_worse_and_the_full_one_as_the_whole(smollm2):
+    model, tokenizer = smollm2
+    variants = [live("full"), live("sliding-window", window=40)]
+    rows = needle.evaluate(model, tokenizer, variants, [160], [0.2])
+    scores = {row["variant"]: row for row in rows}
+    assert list(scores) == ["whole", "full", "sliding-window (window=40)"]
+    assert scores["full"]["log_probability"] == pytest.approx(scores["whole"]["log_probability"], abs=1e-3)
+    assert scores["whole"]["found"]
+    lost = scores["sliding-window (window=40)"]
+    assert not lost["found"]
+    assert lost["log_probability"] < scores["whole"]["log_probability"] - 1
+    assert len({row["key"] for row in rows}) == 1
+
+
+def test_keys_follow_from_seed_length_and_depth(smollm2):
+    model, tokenizer = tiny_model("llama", vocab_size=49152), smollm2[1]
+
+    def keys(seed):
+        return [row["key"] for row in needle.evaluate(model, tokenizer, [], [60, 70], [0, 1], seed=seed)]
+
+    assert keys(0) == keys(0) != keys(1)
+    assert len(set(keys(0))) == 4
+
+
+@pytest.mark.parametrize(("lengths", "depths"), [([60], [1.1]), ([60], [-0.1]), ([10], [0.5])])
+def test_impossible_places_are_refused(smollm2, lengths, depths):
+    with pytest.raises(InputError):
+        needle.evaluate(None, smollm2[1], [], lengths, depths)
