@@ -156,7 +156,7 @@ def equal_bytes() -> str:
         " off a straight line in the logarithms of bytes and KL, up to float16, which loses nothing."
     )
     other = (
-        "The same on the miniatures, whose attention reaches back a few bytes and so hardly tells older tokens apart. There neither"
+        "The same on the miniatures, none of which was shown to look far back. There neither"
         " attention-guided bits at half the bytes nor centroids can be counted on:"
     )
     return "\n\n".join([note, *tables, other, _table("KL, times that of", heads, cells)])
