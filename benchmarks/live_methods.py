@@ -169,7 +169,7 @@ def comparisons(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for model in dict.fromkeys(sample["model"] for sample in samples):
         alike = [sample for sample in samples if sample["model"] == model]
         there = {sample["variant"] for sample in alike}
-        for curve in CURVES:
+        for curve in [curve for curve in CURVES if curve in map(method_of, there)]:
             for variant in [name for name in presets() if name in there and method_of(name) not in (curve, "full")]:
                 ours = [sample for sample in alike if sample["variant"] == variant]
                 for read, at in READINGS.items():

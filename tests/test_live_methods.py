@@ -138,11 +138,11 @@ def test_a_preset_is_compared_at_its_own_bytes_of_each_text():
     ]
     kivi = [sample("kivi-2", text, 200, 2e-3) for text in "ab"]
     between = (2e-3 * 1e-4) ** 0.5  # at the geometric mean of KIVI's and float16's bytes
-    ours = [sample("h2o-512", text, 200 * 2**0.5, 2 * between) for text in "ab"]
+    ours = [sample("smartkv-0.5", text, 200 * 2**0.5, 2 * between) for text in "ab"]
     rows = live_methods.comparisons([*curve, *kivi, *ours])
     result = {(row["variant"], row["against"]): row for row in rows if row["read"] == "between points"}
-    assert list(result) == [("h2o-512", "uniform"), ("kivi-2", "uniform"), ("h2o-512", "kivi")]
-    assert result["h2o-512", "kivi"]["kl_ratio"] == pytest.approx(2)
+    assert list(result) == [("kivi-2", "uniform"), ("smartkv-0.5", "uniform"), ("smartkv-0.5", "kivi")]
+    assert result["smartkv-0.5", "kivi"]["kl_ratio"] == pytest.approx(2)
     assert result["kivi-2", "uniform"]["kl_ratio"] == pytest.approx(2)
     assert [row["texts"] for row in rows] == [2] * 6
     (fitting,) = [row for row in rows if (row["against"], row["read"]) == ("kivi", "largest that fits")]
