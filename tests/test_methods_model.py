@@ -16,7 +16,7 @@ from mlxkv.live import make_cache
 from mlxkv.live_files import load_cache, save_cache
 from mlxkv.methods._packing import BLOCK
 
-STEPS = int(os.environ.get("MLXKV_STEPS", "10000")) // len(METHODS)
+STEPS = int(os.environ.get("MLXKV_STEPS", "5000")) // len(METHODS)
 TOY = CacheSpec("toy", ((Slot("keys", 2, 16), Slot("values", 2, 16)),))
 
 
