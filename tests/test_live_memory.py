@@ -65,6 +65,17 @@ def test_generation_holds_no_attention_that_has_been_counted(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_chunks_of_two_hold_no_attention_either(method):
+    model, held = tiny_model("llama", num_hidden_layers=1), []
+    cache = make_cache(model, method)
+    for i in range(61):
+        mx.eval(model(mx.array([[1, 2]]), cache=cache))
+        if i in (30, 60):
+            held.append(active() - cache[0].nbytes)
+    assert held[1] - held[0] < 20_000
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_no_view_keeps_a_larger_array_alive(method):
     before = active()
     cache = lone_cache(method, TOY)

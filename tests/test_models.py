@@ -177,8 +177,10 @@ def test_lfm2_8b_a1b_caches_6_of_its_24_layers():
 def test_sliding_window_layers_are_not_described_and_such_caches_not_dumped():
     model = tiny_model("llama", layer_types=["full_attention", "sliding_attention"], sliding_window=8)
     assert cache_spec(model).attention_layers == (0,)
+    done = []
     with pytest.raises(UnsupportedError, match="layer 1 keeps a RotatingKVCache"):
-        dump(model, [1, 2, 3])
+        dump(model, [1, 2, 3], progress=done.append)
+    assert not done, "refused after the model had worked"
 
 
 def test_an_unknown_model_type_is_told_which_file_to_add():

@@ -139,6 +139,17 @@ def test_squad_is_read_as_published_and_unanswerable_questions_are_left_out(tmp_
     assert questions == [Question("Who?", ("Bo", "old Bo"), (2,), (1,))]
 
 
+def test_blank_answers_are_none_since_they_would_be_found_in_anything(tmp_path):
+    def asked(*texts):
+        answers = [{"text": text} for text in texts]
+        return {"question": " ".join(texts), "answers": answers, "is_impossible": False}
+
+    paragraph = {"context": "c", "qas": [asked("a", " "), asked("", "\n")]}
+    path = written(tmp_path / "s.json", {"data": [{"paragraphs": [paragraph]}]})
+    questions, _ = Sources(squad=path).questions("squad")
+    assert [question.answers for question in questions] == [("a",)]
+
+
 def test_hotpotqa_is_read_as_published(tmp_path):
     item = {"_id": "1", "question": "Who?", "answer": "Bo", "context": [["t", ["a.", " b."]], ["s", ["c."]]]}
     questions, documents = Sources(hotpotqa=written(tmp_path / "h.json", [item])).questions("hotpotqa")

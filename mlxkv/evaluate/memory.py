@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from mlxkv.errors import InputError
 from mlxkv.evaluate.variants import Variant
@@ -32,7 +33,8 @@ def evaluate(
             before = _active()
             cache = variant.hold(model, tokens[:length])
             resident = _active() - before
-            held = sum(array.nbytes for entry in cache for array in _arrays(entry.state))
+            state = cast(dict[str, Any], tree_flatten([entry.state for entry in cache], destination={}))
+            held = sum(part.nbytes for part in state.values() if isinstance(part, mx.array))
             mx.reset_peak_memory()
             mx.eval(model(mx.array([[tokens[length]]]), cache=cache), [entry.state for entry in cache])
             records.append(
@@ -53,10 +55,3 @@ def _active() -> int:
     gc.collect()
     mx.clear_cache()
     return mx.get_active_memory()
-
-
-def _arrays(state: Any) -> list[mx.array]:
-    """All arrays in a cache's state."""
-    if isinstance(state, mx.array):
-        return [state]
-    return [array for part in state for array in _arrays(part)] if isinstance(state, list | tuple) else []
