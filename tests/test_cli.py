@@ -75,13 +75,19 @@ def test_inspect_explains_all_three_kinds(work, says):
 def test_eval_writes_the_record_it_prints(work, model_dir, tmp_path, says):
     (tmp_path / "text.txt").write_text(TEXT * 3)
     where = ["--artifacts", work / "artifacts", "--out", tmp_path / "record.json"]
-    options = ["--model", model_dir, "--text-file", tmp_path / "text.txt", "--at", 200, "--predict", 20]
-    record = says("eval", *options, *where)
-    assert record == json.loads((tmp_path / "record.json").read_text())
+    options = ["--model", model_dir, "--text-file", tmp_path / "text.txt", "--at", 200, "--predict", 20, "--w", 64]
+    result = says("eval", "fidelity", *options, *where)
+    assert result == json.loads((tmp_path / "record.json").read_text())
+    assert {"model", "fingerprint", "quantization", "options", "variants", "summary", "samples", "machine"} <= set(
+        result
+    )
+    whole, record, *_ = result["samples"]
+    assert (whole["variant"], record["variant"]) == ("whole", str(work / "artifacts"))
     assert record["predicted_tokens"] == 20
-    assert record["kl"] > 0
+    assert record["kl"] > 0 == whole["kl"]
     assert len(record["k_layer_mse"]) == 2
-    assert {"model", "quantization", "machine", "ratio", "ratio_middle", "s", "w", "perplexity_delta"} <= set(record)
+    assert (record["w"], record["s"]) == (64, 4)
+    assert {"ratio", "ratio_middle", "artifact_bytes", "perplexity_delta"} <= set(record)
 
 
 def test_generate_goes_on_as_if_the_text_had_been_read_just_now(work, model_dir, says):
@@ -206,7 +212,7 @@ def test_tables_are_for_people(work, capsys):
         (["generate", "{work}/a.mlxkv", "--model", "{model}", "--prompt", "a"], 2, "with --artifacts"),
         (["generate", "{work}/a.npz", "--model", "{model}", "--prompt", ""], 2, "no tokens"),
         (["inspect", "{model}/config.json"], 3, "neither a dump"),
-        (["eval", "--model", "{model}", "--text-file", "{model}/config.json", "--artifacts", "{work}/artifacts", "--at", "99999"], 2, "are needed"),
+        (["eval", "fidelity", "--model", "{model}", "--text-file", "{model}/config.json", "--artifacts", "{work}/artifacts", "--at", "99999"], 2, "are needed"),
     ],
 )  # fmt: skip
 def test_a_users_mistake_gets_one_line_and_an_exit_code(words, code, message, model_dir, work, tmp_path, capsys):

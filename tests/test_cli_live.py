@@ -45,14 +45,16 @@ def test_generate_streams_the_text_and_ends_in_one_line(model_dir, capsys):
 
 def test_eval_writes_the_record_of_a_live_cache_that_it_prints(model_dir, text_file, tmp_path, says):
     options = ["--model", model_dir, "--text-file", text_file, "--at", 200, "--predict", 20]
-    record = says("eval", *options, "--cache", "int4", "--out", tmp_path / "record.json")
-    assert record == json.loads((tmp_path / "record.json").read_text())
-    assert record["predicted_tokens"] == 20
-    assert record["kl"] > 0
-    assert {"model", "quantization", "machine", "ratio", "cache_bytes", "top1_agreement", "perplexity_delta"} <= set(
-        record
-    )
-    assert says("eval", *options, "--cache", "full")["kl"] == pytest.approx(0, abs=1e-5)
+    ways = ["--cache", "full", "--cache", "int4", "--cache", "sliding-window-256"]
+    result = says("eval", "fidelity", *options, *ways, "--out", tmp_path / "record.json")
+    assert result == json.loads((tmp_path / "record.json").read_text())
+    whole, full, int4, window = result["summary"]
+    assert [row["variant"] for row in result["summary"]] == ["whole", "full", "int4", "sliding-window-256"]
+    assert full["kl"] == pytest.approx(whole["kl"], abs=1e-5)
+    assert int4["kl"] > 1e-4
+    assert window["samples"] == 3
+    assert result["variants"]["sliding-window-256"] == {"cache": "sliding-window-256", "window": 256}
+    assert {"ratio", "cache_bytes", "top1_agreement", "perplexity_delta"} <= set(result["samples"][2])
 
 
 def test_presets_lists_what_cache_takes_with_methods_and_settings(says, capsys):
@@ -74,11 +76,17 @@ def test_presets_lists_what_cache_takes_with_methods_and_settings(says, capsys):
         (["generate", "--cache", "int8", "--artifacts", "{tmp}", "--prompt", "a"], "--artifacts belongs to"),
         (["generate", "--cache", "int9", "--prompt", "a"], "no preset or live method 'int9'"),
         (["generate", "--cache", "kvtc-16", "--prompt", "a"], "not a live method"),
-        (["eval", "--text-file", "{text}"], "either --artifacts"),
-        (["eval", "--text-file", "{text}", "--artifacts", "{tmp}", "--cache", "int8"], "either --artifacts"),
-        (["eval", "--text-file", "{text}", "--cache", "int9"], "no preset or live method 'int9'"),
-        (["eval", "--text-file", "{text}", "--cache", "int8", "--w", "128"], "--w, --s and --dtype"),
-        (["eval", "--text-file", "{text}", "--cache", "int8", "--dtype", "float16"], "--w, --s and --dtype"),
+        (["eval", "fidelity", "--artifacts", "{tmp}/none", "--cache", "int8"], "no calibration artifacts"),
+        (["eval", "fidelity", "--cache", "int9"], "no preset or live method 'int9'"),
+        (["eval", "fidelity", "--cache", "kvtc-16"], "not a live method"),
+        (["eval", "fidelity", "--cache", "int8", "--w", "128"], "--w, --s and --dtype"),
+        (["eval", "fidelity", "--cache", "int8", "--dtype", "float16"], "--w, --s and --dtype"),
+        (["eval", "fidelity", "--text-file", "{tmp}/none"], "cannot read"),
+        (["eval", "fidelity", "--predict", "0"], "predict must be 1 or more"),
+        (["eval", "needle", "--depths", "2"], "depths must lie in 0..1"),
+        (["eval", "ruler", "--tasks", "niah"], "unknown RULER tasks niah"),
+        (["eval", "longbench", "--folder", "{tmp}/none"], "cannot read"),
+        (["eval", "fidelity", "--cache", "int8", "--out", "{tmp}"], "not a file name"),
     ],
 )
 def test_options_that_do_not_go_together_are_found_before_a_model_is_loaded(

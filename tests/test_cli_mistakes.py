@@ -27,7 +27,7 @@ def commands(tmp_path, npz, out):
     """A right command line of each kind, but for `out`."""
     return {
         "dump": ["dump", "--model", "any", "--prompt", "a", "--out", out],
-        "eval": ["eval", "--model", "any", "--text-file", npz, "--artifacts", tmp_path, "--out", out],
+        "eval": ["eval", "fidelity", "--model", "any", "--text-file", npz, "--artifacts", tmp_path, "--out", out],
         "calibrate": ["calibrate", "--npz", npz, "--compression-ratio", 4, "--out", out],
     }
 

@@ -1,15 +1,35 @@
+"""Fidelity and perplexity: nothing changed is nothing noticed, and what is damaged more is noticed more."""
+
 import dataclasses
 
+import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import tiny_tokens
+from conftest import tiny_model, tiny_tokens
+from damage import shuffled, zeroed
 
 from benchmarks import texts
-from mlxkv import KVTCCacheCodec, lm, read_dump, write_dump
+from mlxkv import KVTCCacheCodec, lm, make_cache, read_dump, write_dump
 from mlxkv.codec.calibrate import calibrate
 from mlxkv.codec.kvtc import Settings
 from mlxkv.errors import InputError
-from mlxkv.evaluate import fidelity
+from mlxkv.evaluate import _texts, fidelity, perplexity
+from mlxkv.evaluate._run import run
+from mlxkv.evaluate._variants import coded, errors, live, whole
+
+
+class Numbers:
+    """A tokenizer of numbers."""
+
+    def encode(self, text):
+        return [int(word) for word in text.split()]
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "numbers.txt"
+    path.write_text(" ".join(map(str, tiny_tokens(400))))
+    return path
 
 
 @pytest.fixture
@@ -18,35 +38,85 @@ def codec(tiny, tmp_path):
     return KVTCCacheCodec(calibrate([tmp_path / "c.npz"], Settings(4)), w=16)
 
 
-def test_a_cache_kept_raw_changes_nothing(tiny, codec):
+def test_a_cache_that_keeps_everything_changes_nothing(tiny, codec):
     everything = KVTCCacheCodec(codec.artifacts, w=1000)
-    record = fidelity.evaluate(tiny, everything, fidelity.prefix(tiny, tiny_tokens(140), 100, predict=30))
-    assert record["kl"] == pytest.approx(0, abs=1e-6)
-    assert record["top1_agreement"] == 1
-    assert record["perplexity_delta"] == pytest.approx(0, abs=1e-4)
+    ways = [whole(), live("full"), coded(everything, "raw")]
+    for record in fidelity.evaluate(tiny, ways, tiny_tokens(140), 100):
+        assert record["kl"] == pytest.approx(0, abs=1e-5)
+        assert record["top1_agreement"] == 1
+        assert record["perplexity_delta"] == pytest.approx(0, abs=1e-2)
     assert record["ratio_middle"] is None
 
 
 def test_a_coded_cache_is_noticed_a_little_and_a_damaged_one_a_lot(tiny, codec):
-    start = fidelity.prefix(tiny, tiny_tokens(140), 100, predict=30)
-    record = fidelity.evaluate(tiny, codec, start)
-    shrunk = dataclasses.replace(start.dump, k=start.dump.k * np.float32(0.3))
-    logits = fidelity.continue_with(tiny, lm.restore(tiny, shrunk), start.following)
-    assert 0 < record["kl"] < fidelity.compare(start.logits, logits, start.following)["kl"]
-
-
-def test_the_live_cache_is_not_used_up(tiny):
-    start = fidelity.prefix(tiny, tiny_tokens(60), 40, predict=10)
-    again = fidelity.continue_with(tiny, start.cache, start.following)
-    assert np.array_equal(np.array(again), np.array(start.logits))
+    ways = [whole(), coded(codec, "kvtc"), zeroed(), shuffled()]
+    _, ours, *damaged = fidelity.evaluate(tiny, ways, tiny_tokens(140), 100)
+    assert all(0 < ours["kl"] < record["kl"] for record in damaged)
 
 
 def test_sizes_add_up_to_the_whole_file(tiny, codec):
-    start = fidelity.prefix(tiny, tiny_tokens(140), 100, predict=30)
-    record = fidelity.evaluate(tiny, codec, start)
+    _, record = fidelity.evaluate(tiny, [whole(), coded(codec, "kvtc")], tiny_tokens(140), 100)
     parts = ("coded_bytes", "sink_and_window_bytes", "other_bytes", "header_bytes")
-    assert sum(record[part] for part in parts) == record["file_bytes"] == len(codec.compress_dump(start.dump))
-    assert record["ratio"] == start.dump.fp16_bytes / record["file_bytes"]
+    assert sum(record[part] for part in parts) == record["file_bytes"] == record["cache_bytes"]
+    assert record["ratio"] == record["fp16_bytes"] / record["file_bytes"]
+
+
+def test_fewer_bits_and_fewer_tokens_are_noticed_more():
+    names = ["int8", "int4", "kivi-2"]
+    windows = [live("sliding-window", window=window) for window in (250, 20)]
+    ways = [whole(), *map(live, names), *windows]
+    records = fidelity.evaluate(tiny_model("llama"), ways, tiny_tokens(330), 300, chunk=1)
+    _, int8, int4, kivi, wide, narrow = (record["kl"] for record in records)
+    assert 0 < int8 < int4 < kivi
+    assert 0 < wide < narrow
+
+
+def test_what_follows_goes_in_by_chunks():
+    model, tokens = tiny_model("llama"), tiny_tokens(130)
+    cache = make_cache(model, "sliding-window", window=5)
+    lm.prefill(model, tokens[:100], cache)
+    # In one chunk they would see each other as they are, whatever the method does to them.
+    apart = mx.concatenate([model(mx.array([[token]]), cache=cache)[0] for token in tokens[100:-1]])
+    exact = model(mx.array([tokens]))[0, 100:-1]
+    ways = [whole(), live("sliding-window", window=5)]
+    single, many = (fidelity.evaluate(model, ways, tokens, 100, chunk)[1]["kl"] for chunk in (1, 16))
+    assert single == pytest.approx(fidelity.compare(exact, apart, tokens[100:])["kl"], rel=1e-4)
+    assert single != pytest.approx(many, rel=0.01)
+
+
+def test_perplexity_is_that_of_one_pass_over_the_text(text_file):
+    model = tiny_model("llama")
+    options = perplexity.Options(text_file, at=60, predict=40, samples=1, chunk=7)
+    ways = [live("full"), live("int4"), zeroed(), shuffled()]
+    exact, full, int4, *damaged = run("perplexity", model, Numbers(), ways, options)["samples"]
+    tokens = Numbers().encode(text_file.read_text())[exact["start"] :][:101]
+    logits = np.array(model(mx.array([tokens]))[0, 60:-1], np.float64)
+    losses = np.logaddexp.reduce(logits, axis=-1) - logits[range(40), tokens[61:]]
+    assert exact["perplexity"] == pytest.approx(np.exp(losses.mean()), rel=1e-4)
+    assert exact["bits_per_token"] == pytest.approx(losses.mean() / np.log(2), rel=1e-4)
+    assert full["perplexity_delta"] == pytest.approx(0, abs=1e-2 * exact["perplexity"])
+    assert exact["verdict"] == "excellent"
+    for broken in damaged:
+        assert abs(int4["perplexity_delta"]) < abs(broken["perplexity_delta"])
+
+
+def test_stretches_are_drawn_by_seed_and_spread_over_the_text(text_file):
+    tokens = Numbers().encode(text_file.read_text())
+    drawn = _texts.windows(Numbers(), text_file, 50, 4, 0)
+    assert drawn == _texts.windows(Numbers(), text_file, 50, 4, 0) != _texts.windows(Numbers(), text_file, 50, 4, 1)
+    assert [start * 4 // 350 for start in drawn] == [0, 1, 2, 3]
+    assert all(tokens[start : start + 50] == part for start, part in drawn.items())
+    assert list(_texts.windows(Numbers(), text_file, 400, 3, 0)) == [0]
+
+
+def test_a_short_text_is_refused_with_the_numbers(text_file):
+    with pytest.raises(InputError, match=r"numbers\.txt has 400 tokens and 411 are needed"):
+        fidelity.units(Numbers(), fidelity.Options(text_file, at=390, predict=20), 0)
+    with pytest.raises(InputError, match="10 tokens are too few to hold 9"):
+        fidelity.evaluate(None, [], tiny_tokens(10), 9)
+    for module in (fidelity, perplexity):
+        with pytest.raises(InputError, match="predict must be 1 or more, not 0"):
+            module.Options(predict=0)
 
 
 def test_calibration_never_reads_a_line_that_is_held_out():
@@ -58,11 +128,6 @@ def test_calibration_never_reads_a_line_that_is_held_out():
     assert not read & held
 
 
-def test_a_short_text_is_refused_with_the_numbers(tiny):
-    with pytest.raises(InputError, match=r"50 tokens; 40 \+ 10 \+ 1"):
-        fidelity.prefix(tiny, tiny_tokens(50), 40, predict=10)
-
-
 def test_smollm2_hardly_notices_and_would_notice_a_wrong_rotation(smollm2, tmp_path):
     import pydoc_data.topics
 
@@ -71,19 +136,21 @@ def test_smollm2_hardly_notices_and_would_notice_a_wrong_rotation(smollm2, tmp_p
     for index in range(2):
         write_dump(tmp_path / f"{index}.npz", lm.dump(model, tokens[9000 * index :][:512], dtype="float16"))
     files = [tmp_path / "0.npz", tmp_path / "1.npz"]
-    start = fidelity.prefix(model, tokens[40_000:40_600], 400, predict=100, dtype="float16")
-    record = fidelity.evaluate(model, KVTCCacheCodec(calibrate(files, Settings(8, rank=256))), start)
+    held_out = tokens[40_000:40_501]
+    ours = coded(KVTCCacheCodec(calibrate(files, Settings(8, rank=256))), "kvtc-8", "float16")
+    record = fidelity.evaluate(model, [whole(), ours], held_out, 400)[1]
     assert record["kl"] < 0.15
     assert record["ratio_middle"] > 8
     # The reference implementation pairs neighbouring dimensions: the error of keys shows it.
-    wrong = dataclasses.replace(start.dump.spec, layers=tuple(swapped(layer) for layer in start.dump.spec.layers))
+    dump = lm.dump(model, held_out[:400], dtype="float16")
+    wrong = dataclasses.replace(dump.spec, layers=tuple(swapped(layer) for layer in dump.spec.layers))
     for file in files:
         write_dump(file, dataclasses.replace(read_dump(file), spec=wrong))
-    start.dump.spec = wrong
+    dump.spec = wrong
     codec = KVTCCacheCodec(calibrate(files, Settings(8, rank=256)))
-    decoded = codec.decompress_dump(codec.compress_dump(start.dump))
+    decoded = codec.decompress_dump(codec.compress_dump(dump))
     sizes = {"s": 4, "w": 128, "tokens": 400}
-    assert fidelity.errors(sizes, start.dump, decoded)["k_relative_error"] > 1.5 * record["k_relative_error"]
+    assert errors(sizes, dump, decoded)["k_relative_error"] > 1.5 * record["k_relative_error"]
 
 
 def swapped(layer):

@@ -8,9 +8,13 @@ import tempfile
 
 import pytest
 from conftest import tiny_model
+from damage import shuffled, zeroed
 
 from mlxkv.errors import FormatError, InputError, MlxkvError
-from mlxkv.evaluate import longbench, scores, variants
+from mlxkv.evaluate import _scores as scores
+from mlxkv.evaluate import _variants as variants
+from mlxkv.evaluate import longbench
+from mlxkv.evaluate._run import run, units
 from mlxkv.evaluate.longbench import TASKS, Sample
 
 RIGHT = {
@@ -155,7 +159,7 @@ def test_a_missing_library_is_found_out_before_the_model_runs(monkeypatch, folde
     scores._segmenter.cache_clear()
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MlxkvError, match=rf"{name}.*mlxkv\[eval\]"):
-        longbench.evaluate(None, Letters(), [], folder(task, row(task)), [task], length=100)
+        longbench.units(Letters(), longbench.Options(folder(task, row(task)), 100, (task,)), 0)
 
 
 def test_no_dictionary_is_read_from_or_left_in_the_shared_temporary_folder(monkeypatch, tmp_path):
@@ -192,13 +196,17 @@ def test_the_question_is_what_follows_the_context_and_the_input_is_in_it(folder)
     assert longbench.read(where, "qasper") == [expected]
 
 
-def test_a_limit_draws_samples_by_seed_in_the_order_of_the_file(folder):
+def test_samples_do_not_depend_on_the_seed_and_are_limited_in_each_task(folder):
     where = folder("qasper", *(row("qasper", _id=f"i{i:02}") for i in range(30)))
-    drawn = [[s.id for s in longbench.read(where, "qasper", limit=5, seed=seed)] for seed in (0, 0, 1)]
-    assert drawn[0] == drawn[1] == sorted(drawn[0])
-    assert len(set(drawn[0])) == 5
-    assert drawn[0] != drawn[2]
-    assert len(longbench.read(where, "qasper")) == len(longbench.read(where, "qasper", limit=99)) == 30
+    options = longbench.Options(folder("lcc", row("lcc")), 100, ("qasper", "lcc"))
+    assert [unit.key for unit in longbench.units(Letters(), options, 0)] == [
+        *({"task": "qasper", "id": f"i{i:02}"} for i in range(30)),
+        {"task": "lcc", "id": "i0"},
+    ]
+    drawn = [unit.group for unit in units("longbench", Letters(), options, limit=5)]
+    assert drawn == ["qasper"] * 5 + ["lcc"]
+    assert len(units("longbench", Letters(), options, seeds=3)) == 31
+    assert where == options.folder
 
 
 @pytest.mark.parametrize(
@@ -259,33 +267,31 @@ def test_tokens_to_generate_are_a_number_within_bounds(folder, tokens):
 
 def test_what_cannot_be_asked_is_refused(folder):
     where = folder("qasper", row("qasper"))
-    with pytest.raises(InputError, match="'nq'; known: narrativeqa"):
-        longbench.read(where, "nq")
+    for tasks in (("nq",), ()):
+        with pytest.raises(InputError, match=r"tasks (nq|\(none\)); known: narrativeqa"):
+            longbench.Options(where, tasks=tasks)
     with pytest.raises(InputError, match=r"trec\.jsonl"):
         longbench.read(where, "trec")
-    with pytest.raises(InputError, match="limit must be 1"):
-        longbench.read(where, "qasper", limit=0)
     with pytest.raises(InputError, match="qasper generates 8 tokens; a length of 9"):
-        longbench.evaluate(None, Letters(), [], where, ["qasper"], length=9)
+        longbench.units(Letters(), longbench.Options(where, 9, ("qasper",)), 0)
 
 
 def test_a_damaged_cache_scores_worse_and_the_untouched_one_as_the_whole(folder):
     model, text = tiny_model("llama"), "The quick brown fox jumps over the lazy dog. " * 4
     where = folder("lcc", *(row("lcc", _id=f"i{i}", context=text[i:]) for i in range(3)))
-    asked = longbench.read(where, "lcc")
-    prompts = [longbench.prompt(Letters(), one, 100) for one in asked]
-    said = [Letters().decode(variants.answer(model, Letters(), variants.whole(), *both, 8)) for both in prompts]
+    prompts = [longbench.prompt(Letters(), one, 100) for one in longbench.read(where, "lcc")]
+    held = [(variants.whole().hold(model, context), question) for context, question in prompts]
+    said = [Letters().decode(variants.answer(model, Letters(), *both, 8)) for both in held]
     where = folder("lcc", *(row("lcc", _id=f"i{i}", context=text[i:], answers=["~", a]) for i, a in enumerate(said)))
-    ways = [variants.live("full"), variants.live("sliding-window", window=4)]
-    ticks = []
-    records = longbench.evaluate(model, Letters(), ways, where, ["lcc"], length=100, progress=ticks.append)
-    whole, full, window = (
-        [r for r in records if r["variant"] == name] for name in ("whole", "full", "sliding-window (window=4)")
-    )
+    ways = [variants.live("full"), shuffled(), zeroed()]
+    records = run("longbench", model, Letters(), ways, longbench.Options(where, 100, ("lcc",)))["samples"]
+    names = ("whole", "full", "shuffled keys", "half zeroed")
+    whole, full, *damaged = ([r for r in records if r["variant"] == name] for name in names)
     assert records[0]["variant"] == "whole"
-    assert len(records) == sum(ticks) == 9
+    assert len(records) == 12
     assert [r["answer"] for r in full] == [r["answer"] for r in whole] == said
     assert [r["score"] for r in full] == [r["score"] for r in whole]
-    assert sum(r["score"] for r in window) < sum(r["score"] for r in whole) - 0.5
-    assert {r["tokens"] for r in records} == {92}
+    for rows in damaged:
+        assert sum(r["score"] for r in rows) < sum(r["score"] for r in whole) - 0.5
+    assert {r["prompt_tokens"] for r in records} == {92}
     assert json.loads(json.dumps(records)) == records

@@ -3,12 +3,13 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import tiny_model
+from damage import shuffled, zeroed
 
 from mlxkv.errors import InputError
 from mlxkv.evaluate import needle
+from mlxkv.evaluate._run import run
+from mlxkv.evaluate._variants import live, whole
 from mlxkv.evaluate.ruler.sources import Sources
-from mlxkv.evaluate.variants import live, whole
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def test_a_text_longer_than_the_essays_begins_again(tokenizer):
 def test_digits_are_scored_as_one_pass_over_all_of_the_text_scores_them(smollm2):
     model, tokenizer = smollm2
     context = needle.haystack(tokenizer, Sources(), 80, 0.5, "48213")
-    found = needle.digits(model, tokenizer, whole().hold(model, context), "48213")
+    found = needle.digits(model, tokenizer, whole().hold(model, context).cache, "48213")
     asked = tokenizer.encode(needle.QUESTION + "48213")
     logits = np.array(model(mx.array([[*context, *asked]]))[0, -6:-1].astype(mx.float32))
     right = np.array(asked[-5:])
@@ -46,29 +47,33 @@ def test_digits_are_scored_as_one_pass_over_all_of_the_text_scores_them(smollm2)
 
 def test_a_cache_without_the_needle_scores_worse_and_the_full_one_as_the_whole(smollm2):
     model, tokenizer = smollm2
-    variants = [live("full"), live("sliding-window", window=40)]
-    rows = needle.evaluate(model, tokenizer, variants, [160], [0.2])
+    variants = [live("full"), live("int8"), live("sliding-window", window=40), shuffled(), zeroed()]
+    rows = run("needle", model, tokenizer, variants, needle.Options((160,), (0.2,)))["samples"]
     scores = {row["variant"]: row for row in rows}
-    assert list(scores) == ["whole", "full", "sliding-window (window=40)"]
     assert scores["full"]["log_probability"] == pytest.approx(scores["whole"]["log_probability"], abs=1e-3)
     assert scores["whole"]["found"]
-    lost = scores["sliding-window (window=40)"]
-    assert not lost["found"]
-    assert lost["log_probability"] < scores["whole"]["log_probability"] - 1
+    for name in ("sliding-window (window=40)", "shuffled keys", "half zeroed"):
+        assert not scores[name]["found"]
+        assert scores[name]["log_probability"] < scores["int8"]["log_probability"] - 1
     assert len({row["key"] for row in rows}) == 1
 
 
 def test_keys_follow_from_seed_length_and_depth(smollm2):
-    model, tokenizer = tiny_model("llama", vocab_size=49152), smollm2[1]
-
     def keys(seed):
-        return [row["key"] for row in needle.evaluate(model, tokenizer, [], [60, 70], [0, 1], seed=seed)]
+        return [unit.key["key"] for unit in needle.units(smollm2[1], needle.Options((60, 70), (0, 1)), seed)]
 
     assert keys(0) == keys(0) != keys(1)
     assert len(set(keys(0))) == 4
 
 
-@pytest.mark.parametrize(("lengths", "depths"), [([60], [1.1]), ([60], [-0.1]), ([10], [0.5])])
-def test_impossible_places_are_refused(smollm2, lengths, depths):
-    with pytest.raises(InputError):
-        needle.evaluate(None, smollm2[1], [], lengths, depths)
+@pytest.mark.parametrize(
+    ("lengths", "depths"), [((60,), (1.1,)), ((60,), (-0.1,)), ((), (0.5,)), ((0,), (0.5,)), ((60,), ())]
+)
+def test_impossible_places_are_refused(lengths, depths):
+    with pytest.raises(InputError, match=r"lengths must be|depths must lie"):
+        needle.Options(lengths, depths)
+
+
+def test_a_length_has_room_for_the_needle(smollm2):
+    with pytest.raises(InputError, match="no room for a needle"):
+        needle.units(smollm2[1], needle.Options((10,), (0.5,)), 0)

@@ -5,9 +5,12 @@ import sys
 
 import pytest
 from conftest import tiny_model, tiny_tokens
+from damage import shuffled, zeroed
 
 from mlxkv.errors import InputError, MlxkvError
-from mlxkv.evaluate import text, variants
+from mlxkv.evaluate import _variants as variants
+from mlxkv.evaluate import text
+from mlxkv.evaluate._run import run
 
 
 class Words:
@@ -22,14 +25,22 @@ class Words:
         return " ".join(f"w{token}" for token in tokens)
 
 
-PROMPTS = [Words().decode(tiny_tokens(60, seed=seed)) for seed in range(4)]
+TEXT = Words().decode(tiny_tokens(240))
 MEASURES = ("bleu", "rouge_l", "equal_leading_tokens", "exact")
 
 
 @pytest.fixture(scope="module")
-def records():
-    ways = [variants.live("full"), variants.live("sliding-window", window=6)]
-    return text.evaluate(tiny_model("llama"), Words(), ways, PROMPTS, max_tokens=12)
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def records(text_file):
+    ways = [variants.live("full"), variants.live("sliding-window", window=6), shuffled(), zeroed()]
+    options = text.Options(text_file, at=60, max_tokens=12, samples=4)
+    return run("text", tiny_model("llama"), Words(), ways, options)["samples"]
 
 
 def of(records, variant):
@@ -38,27 +49,30 @@ def of(records, variant):
 
 def test_the_untouched_cache_comes_first_and_a_full_one_writes_the_same(records):
     assert [record["variant"] for record in records[:3]] == ["whole", "full", "sliding-window (window=6)"]
+    assert all(record["exact"] for record in of(records, "full"))
     for record in of(records, "whole") + of(records, "full"):
         assert [record[measure] for measure in MEASURES] == [1, 1, 1, True]
-    assert [r["text"] for r in of(records, "full")] == [r["text"] for r in of(records, "whole")]
+    assert [r["continuation"] for r in of(records, "full")] == [r["continuation"] for r in of(records, "whole")]
 
 
 def test_a_damaged_cache_is_told_by_every_measure(records):
     for measure in MEASURES:
-        assert sum(record[measure] for record in of(records, "sliding-window (window=6)")) < 3, measure
+        for name in ("sliding-window (window=6)", "shuffled keys", "half zeroed"):
+            assert sum(record[measure] for record in of(records, name)) < 3, (name, measure)
 
 
 def test_the_whole_cache_writes_what_the_model_does_without_any(records):
-    prompt = Words().encode(PROMPTS[2])
-    expected = variants.answer(tiny_model("llama"), Words(), variants.whole(), prompt[:20], prompt[20:], 12)
-    assert of(records, "whole")[2]["text"] == Words().decode(expected)
+    model, record = tiny_model("llama"), of(records, "whole")[2]
+    prompt = Words().encode(TEXT)[record["start"] :][:60]
+    expected = variants.answer(model, Words(), variants.whole().hold(model, prompt[:20]), prompt[20:], 12)
+    assert record["continuation"] == Words().decode(expected)
 
 
-def test_records_are_json_and_say_which_prompt_and_how_long(records):
+def test_records_are_json_and_say_of_what_and_how_long(records):
     assert json.loads(json.dumps(records)) == records
-    assert [(r["prompt"], r["prompt_tokens"], r["tokens"]) for r in of(records, "full")] == [
-        (i, 60, 12) for i in range(4)
-    ]
+    assert len({r["start"] for r in records}) == 4
+    for record in of(records, "full"):
+        assert (record["text"], record["tokens"], record["generated_tokens"]) == ("words.txt", 59, 12)
 
 
 @pytest.mark.parametrize(
@@ -91,31 +105,17 @@ def test_equal_texts_score_1_even_without_words():
     assert text.bleu("", "one") == text.rouge_l("", "one") == 0
 
 
-def test_a_limit_draws_prompts_by_seed():
-    model, ticks = tiny_model("llama"), []
-
-    def drawn(seed):
-        found = text.evaluate(model, Words(), [], PROMPTS, max_tokens=1, limit=2, seed=seed, progress=ticks.append)
-        return [record["prompt"] for record in found]
-
-    assert len(drawn(0)) == 2
-    assert drawn(0) == drawn(0) == sorted(drawn(0))
-    assert len({tuple(drawn(seed)) for seed in range(5)}) > 1
-    assert ticks[:2] == [1, 1]
-
-
 @pytest.mark.parametrize("name", ["sacrebleu", "rouge_score"])
 def test_a_missing_library_is_found_out_before_the_model_runs(monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, f"{name}.rouge_scorer", raising=False)
     with pytest.raises(MlxkvError, match=rf"{name}.*mlxkv\[eval\]"):
-        text.evaluate(None, Words(), [], PROMPTS)
+        text.units(Words(), text.Options(), 0)
 
 
-def test_what_cannot_be_continued_is_refused():
-    with pytest.raises(InputError, match=r"too short: \[1\]"):
-        text.evaluate(None, Words(), [], ["w1 w2", "w1"])
-    with pytest.raises(InputError, match="not 0 and None"):
-        text.evaluate(None, Words(), [], PROMPTS, max_tokens=0)
-    with pytest.raises(InputError, match="not 128 and 0"):
-        text.evaluate(None, Words(), [], PROMPTS, limit=0)
+def test_what_cannot_be_continued_is_refused(text_file):
+    with pytest.raises(InputError, match=r"words\.txt has 240 tokens and 241 are needed"):
+        text.units(Words(), text.Options(text_file, at=241), 0)
+    for wrong in ({"at": 1}, {"max_tokens": 0}, {"samples": 0}):
+        with pytest.raises(InputError, match="or more, not"):
+            text.Options(**wrong)

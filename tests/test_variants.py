@@ -8,7 +8,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlxkv import KVTCCacheCodec, calibrate, lm, write_dump
 from mlxkv.codec.kvtc import Settings
 from mlxkv.errors import InputError
-from mlxkv.evaluate import variants
+from mlxkv.evaluate import _variants as variants
 
 CONTEXT, QUESTION = tiny_tokens(90), tiny_tokens(5, seed=1)
 
@@ -32,19 +32,20 @@ def test_whole_and_full_caches_say_what_the_model_says_without_any(architecture)
     model = tiny_model(architecture)
     expected = greedy(model, CONTEXT + QUESTION, 6)
     for variant in (variants.whole(), variants.live("full")):
-        assert variants.answer(model, Ends(), variant, CONTEXT, QUESTION, 6) == expected
+        assert variants.answer(model, Ends(), variant.hold(model, CONTEXT), QUESTION, 6) == expected
 
 
 def test_an_end_of_text_token_ends_the_answer_and_is_not_in_it():
     model = tiny_model("llama")
     said = greedy(model, CONTEXT + QUESTION, 6)
     end = said[3]
-    assert variants.answer(model, Ends(end), variants.whole(), CONTEXT, QUESTION, 6) == said[: said.index(end)]
+    held = variants.whole().hold(model, CONTEXT)
+    assert variants.answer(model, Ends(end), held, QUESTION, 6) == said[: said.index(end)]
 
 
 def test_the_question_is_asked_after_the_context_was_made_small():
     model = tiny_model("llama")
-    cache = variants.live("sliding-window", window=10).hold(model, CONTEXT)
+    cache = variants.live("sliding-window", window=10).hold(model, CONTEXT).cache
     assert [(entry.offset, entry.kept) for entry in cache] == [(90, 10)] * len(cache)
 
 
@@ -53,25 +54,64 @@ def test_a_codec_holds_what_compressing_and_restoring_gives(tmp_path):
     dump = lm.dump(model, tiny_tokens(400, seed=2))
     write_dump(tmp_path / "c.npz", dump)
     codec = KVTCCacheCodec(calibrate([tmp_path / "c.npz"], Settings(4)), w=16)
-    held = variants.coded(codec, "kvtc-4").hold(model, CONTEXT)
     stock = make_prompt_cache(model)
     lm.prefill(model, CONTEXT, stock)
+    coded = variants.coded(codec, "kvtc-4").hold(model, CONTEXT)
+    begun = variants.coded(codec, "kvtc-4").hold(model, CONTEXT, variants.Held(stock, {}))
+    held = coded.cache
+    assert mx.array_equal(begun.cache[0].keys_and_values()[0], held[0].keys_and_values()[0])
+    assert stock[0].offset == 90
+    assert coded.sizes["tokens"] == 90
+    assert coded.sizes["fp16_bytes"] / coded.sizes["cache_bytes"] == coded.sizes["ratio"]
+    assert coded.details["file_bytes"] == coded.sizes["cache_bytes"]
     keys, exact = held[0].keys_and_values()[0], stock[0].keys_and_values()[0]
     assert held[0].offset == 90
     assert mx.array_equal(keys[..., -16:, :], exact[..., -16:, :])
     assert not mx.allclose(keys, exact, atol=1e-4)
 
 
-def test_the_untouched_cache_comes_first_and_once():
-    names = [v.name for v in variants.beside_whole([variants.live("int8"), variants.whole()])]
-    assert names == ["whole", "int8"]
+@pytest.mark.parametrize("begins_whole", [False, True])
+def test_one_prefill_serves_the_whole_cache_and_what_begins_with_it(begins_whole):
+    model, given = tiny_model("lfm2"), []
+
+    def hold(model, tokens, exact=None):
+        given.append(exact)
+        return variants.whole().hold(model, tokens)
+
+    other = variants.Variant("other", {}, hold, begins_whole)
+    for _, held in variants.each(model, [variants.whole(), other], CONTEXT):
+        variants.answer(model, Ends(), held, QUESTION, 3)
+    if begins_whole:
+        cache = given[0].cache
+        assert [entry.offset for entry in cache if hasattr(entry, "offset")] == [90, 90]
+        said = variants.answer(model, Ends(), given[0], QUESTION, 6)
+        assert said == greedy(model, CONTEXT + QUESTION, 6)
+    else:
+        assert given == [None]
 
 
 def test_names_say_what_was_changed():
     assert variants.live("h2o", heavy=3).name == "h2o (heavy=3)"
     assert variants.live("int8").name == "int8"
+    assert variants.live("h2o", heavy=3).settings == {"cache": "h2o", "heavy": 3, "recent": 256}
 
 
-def test_nothing_to_ask_is_refused():
-    with pytest.raises(InputError, match="90 and 0"):
-        variants.answer(tiny_model("llama"), Ends(), variants.whole(), CONTEXT, [], 4)
+def test_nothing_to_hold_or_to_ask_is_refused():
+    model = tiny_model("llama")
+    with pytest.raises(InputError, match="a question of 1 token"):
+        variants.answer(model, Ends(), variants.whole().hold(model, CONTEXT), [], 4)
+    with pytest.raises(InputError, match="a context of 1 token"):
+        next(variants.each(model, [variants.whole()], []))
+
+
+def test_sizes_are_those_of_the_arrays_held_against_two_bytes_an_element():
+    held = variants.live("sliding-window", window=30).hold(tiny_model("llama"), CONTEXT).sizes
+    a_token = 2 * 2 * 2 * 8 * 2  # layers, slots, heads, dims, bytes
+    assert held == {"tokens": 90, "fp16_bytes": 90 * a_token, "cache_bytes": 30 * a_token, "ratio": 3}
+
+
+@pytest.mark.parametrize("name", ["lfm2", "glm4_moe_lite"])
+def test_sizes_count_attention_layers_and_both_slots_alone(name):
+    sizes = variants.live("streaming-llm", sinks=4, window=26).hold(tiny_model(name), CONTEXT).sizes
+    assert sizes["fp16_bytes"] == 2 * 90 * {"lfm2": 2 * 2 * 2 * 16, "glm4_moe_lite": 3 * (16 + 8)}[name]
+    assert sizes["ratio"] == 3

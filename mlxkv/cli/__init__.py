@@ -1,4 +1,4 @@
-"""The command line. Every file here is a command: its name is the command's name, its `command` function the command.
+"""The command line. Every file here is a command: its name is the command's name, its `command` function, or application, the command.
 
 Files whose name starts with an underscore are shared pieces. Only this package prints, and only here do errors turn
 into messages and exit codes: 2 wrong use or missing file, 3 damaged file, 4 things that do not belong together,
@@ -31,7 +31,11 @@ def build() -> typer.Typer:
     )
     for module in pkgutil.iter_modules(__path__):
         if not module.name.startswith("_"):
-            app.command(module.name)(import_module(f"{__name__}.{module.name}").command)
+            command = import_module(f"{__name__}.{module.name}").command
+            if isinstance(command, typer.Typer):
+                app.add_typer(command, name=module.name)
+            else:
+                app.command(module.name)(command)
     app.callback()(lambda: None)
     return app
 

@@ -10,7 +10,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -73,6 +81,13 @@ def _cell(value: str) -> Text:
 @contextmanager
 def bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on standard error with an estimate; yields a function that takes how much was done."""
+    with counter(description, total) as (progress, task):
+        yield lambda done: progress.advance(task, done)
+
+
+@contextmanager
+def counter(description: str, total: int | None = None) -> Iterator[tuple[Progress, TaskID]]:
+    """A progress bar that the caller moves, for a total that comes to be known later."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -81,8 +96,7 @@ def bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda done: progress.advance(task, done)
+        yield progress, progress.add_task(description, total=total)
 
 
 @contextmanager

@@ -1,85 +1,206 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
+from rich.console import Console
+from typer.core import TyperGroup
 
 from mlxkv.cli._checks import Dtype, check_out_file
-from mlxkv.cli._output import Json, Model, show
+from mlxkv.cli._output import Json, Model, counter, show, show_rows
+from mlxkv.evaluate import evaluation, names
 
 if TYPE_CHECKING:
-    from mlxkv.evaluate.fidelity import Prefix
+    from mlxkv.evaluate._journal import Journal
+    from mlxkv.evaluate._variants import Variant
+
+PARTIAL = ".partial"  # beside the result, until it is complete
 
 
-def command(
+class Evaluations(TyperGroup):
+    """Every file of mlxkv/evaluate/ as a command; imported when it is asked for. Typer's own types differ by version."""
+
+    def list_commands(self, context: Any) -> list[str]:
+        return names()
+
+    def get_command(self, context: Any, name: str) -> Any:
+        if name not in names():
+            return None
+        single = typer.Typer(
+            add_completion=False, rich_markup_mode="rich", context_settings=context.command.context_settings
+        )
+        single.command(name)(_command(name))
+        made = typer.main.get_command(single)
+        made.name = name
+        return made
+
+
+command = typer.Typer(
+    cls=Evaluations,
+    no_args_is_help=True,
+    help="""What does a method do to a model? Measure it beside the untouched cache, in the same run.
+
+    Example: mlxkv eval fidelity --model smollm2-135m --cache int8
+
+    Example: mlxkv eval needle --model smollm2-135m --cache h2o-96 --cache mp-kvm-96 --seeds 3 --out needle.json
+    """,
+)
+
+
+@command.callback()
+def _keep_group() -> None:
+    """Without a callback typer would leave out a group that lists its own commands."""
+
+
+def _command(name: str) -> Callable[..., None]:
+    """The command of an evaluation: the options that all have, and the fields of its own."""
+    module = evaluation(name)
+    own = [_parameter(field, get_type_hints(module.Options)[field.name]) for field in fields(module.Options)]
+
+    def command(**given: Any) -> None:
+        options = module.Options(**{field.name: given.pop(field.name) for field in fields(module.Options)})
+        _evaluate(name, options, **given)
+
+    needed = "".join(f" --{f.name} {f.name.upper()}" for f in fields(module.Options) if f.default is MISSING)
+    command.__doc__ = (
+        f"{_paragraphs(module.__doc__ or '')}\n\nExample: mlxkv eval {name}{needed} --model smollm2-135m --cache int8 --out {name}.json\n\n"
+        f"Stopped before its end, the same command goes on from what {name}.json{PARTIAL} has of it."
+    )
+    shared = Signature.from_callable(_shared, eval_str=True).parameters.values()
+    first = [parameter for parameter in shared if parameter.name in ("model", "cache", "artifacts")]
+    parameters = [*first, *own, *(parameter for parameter in shared if parameter not in first)]
+    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _paragraphs(text: str) -> str:
+    """Text with the lines of each paragraph as one; those of a list stay apart."""
+    return re.sub(r"(?<!\n)\n(?!\n|- )", " ", text)
+
+
+def _shared(
+    *,
     model: Model,
-    text_file: Annotated[Path, typer.Option(help="UTF-8 text that calibration has not seen.", show_default=False)],
-    artifacts: Annotated[Path | None, typer.Option(help="Compress with this folder of mlxkv calibrate.")] = None,
-    cache: Annotated[str | None, typer.Option(help="Or run in this live cache: a preset or method.")] = None,
-    at: Annotated[int, typer.Option(min=1, help="Tokens in the cache before any is predicted.")] = 512,
-    predict: Annotated[int, typer.Option(min=1, help="Tokens to predict after that.")] = 200,
-    w: Annotated[
-        int | None, typer.Option(min=0, help="Newest tokens to keep exactly, 128 if not given: with --artifacts.")
+    cache: Annotated[list[str] | None, typer.Option(help="A live preset or method; may be repeated.")] = None,
+    artifacts: Annotated[
+        list[Path] | None, typer.Option(help="A folder of mlxkv calibrate: its codec; may be repeated.")
     ] = None,
+    w: Annotated[int | None, typer.Option(min=0, help="Newest tokens a codec keeps exactly, 128 if not given.")] = None,
     s: Annotated[int | None, typer.Option(min=0, help="First tokens (sinks) likewise, 4 if not given.")] = None,
     dtype: Dtype = "auto",
-    out: Annotated[Path | None, typer.Option(help="Write the JSON record here too.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Samples of each kind for each seed, at most; drawn by the seed.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds samples are drawn with: 0, 1, ...")] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the JSON result here: every sample, settings, machine.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Does the model notice? Compress a cache in the middle of a text, or use a live one, and compare what follows.
+    """Options of every evaluation."""
 
-    Example: mlxkv eval --model smollm2-135m --text-file notes.txt --artifacts artifacts --out record.json
 
-    Example: mlxkv eval --model smollm2-135m --text-file notes.txt --cache int8
-    """
+def _parameter(field: Any, kind: Any) -> Parameter:
+    """A command-line option for a field of Options; a tuple is given with commas."""
+    default = Parameter.empty if field.default is MISSING else field.default
+    extra: dict[str, Any] = {"help": f"{field.metadata['help'][:1].upper()}{field.metadata['help'][1:]}."}
+    if get_origin(kind) is tuple:
+        item = get_args(kind)[0]
+        kind, extra["parser"], extra["metavar"] = Any, _list_of(item), f"{item.__name__.upper()},..."
+        default = ",".join(map(str, field.default))
+    return Parameter(
+        field.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typer.Option(**extra)]
+    )
+
+
+def _list_of(item: type) -> Callable[[str], tuple[Any, ...]]:
+    def parse(text: str) -> tuple[Any, ...]:
+        return tuple(item(part.strip()) for part in text.split(",") if part.strip())
+
+    return parse
+
+
+def _evaluate(
+    name: str, options: Any, *, model: str, cache: list[str] | None, artifacts: list[Path] | None, w: int | None, s: int | None,
+    dtype: str, limit: int | None, seeds: int, out: Path | None, json: bool,
+) -> None:  # fmt: skip
     from json import dumps
 
     from mlxkv import lm
-    from mlxkv.evaluate import fidelity
-    from mlxkv.evaluate.machine import describe
-    from mlxkv.files import atomic_write, open_input
+    from mlxkv.errors import InputError
+    from mlxkv.evaluate._machine import describe
+    from mlxkv.evaluate._run import run
+    from mlxkv.files import atomic_write
 
     if out:
         check_out_file(out)
-    given = {name: value for name, value in (("w", w), ("s", s)) if value is not None}
-    measure = _measure(artifacts, cache, given, dtype)
-    with open_input(text_file) as file:
-        text = file.read().decode("utf-8", errors="replace")
+    for path in (value for value in vars(options).values() if isinstance(value, Path)):
+        if not path.exists():
+            raise InputError(f"cannot read {path}: there is no such file or folder")
+    variants = _variants(cache or [], artifacts or [], {"w": w, "s": s}, dtype)
     loaded, tokenizer = lm.load(model)
-    start = fidelity.prefix(loaded, tokenizer.encode(text), at, predict=predict, name=model, dtype=dtype)
-    record = {
-        "model": model,
-        "quantization": lm.quantization(loaded),
-        "text": text_file.name,
-        **measure(loaded, start),
-        "machine": describe(),
-    }
-    if out:
-        with atomic_write(out) as target:
-            target.write(dumps(record, indent=1).encode())
-    table = {key: value for key, value in record.items() if not key.endswith("layer_mse") and key != "machine"}
-    show(record if json else table, json)
+    facts = {"model": model, "fingerprint": lm.fingerprint(loaded), "quantization": lm.quantization(loaded)}
+    with _journal(out, facts) as journal, counter(name) as (progress, task):
+        result = run(
+            name, loaded, tokenizer, variants, options, seeds=seeds, limit=limit, journal=journal,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )  # fmt: skip
+        record = {**facts, **result, "machine": describe()}
+        if out and journal:
+            with atomic_write(out) as file:
+                file.write(dumps(record, indent=1).encode())
+            journal.finish()
+    if json:
+        show(record, as_json=True)
+    else:
+        show_rows(
+            [_row(row, evaluation(name).SCORES) for row in result["summary"]], as_json=False, title=f"{name} of {model}"
+        )
 
 
-def _measure(
-    artifacts: Path | None, cache: str | None, codec_options: dict[str, Any], dtype: str
-) -> Callable[[Any, Prefix], dict[str, Any]]:
-    """What to do with the model and the prefix. Raises InputError for options that do not go together."""
+def _variants(
+    caches: list[str], folders: list[Path], codec_options: dict[str, int | None], dtype: str
+) -> list[Variant]:
+    """What is evaluated beside the untouched cache. Raises InputError for options that do not go together."""
     from mlxkv.codec.artifacts import CalibrationArtifacts
     from mlxkv.codec.kvtc import KVTCCacheCodec
     from mlxkv.errors import InputError
-    from mlxkv.evaluate import fidelity, live
-    from mlxkv.presets import live_settings
+    from mlxkv.evaluate._variants import coded, live
 
-    if (artifacts is None) == (cache is None):
-        raise InputError("give either --artifacts, to compress a cache, or --cache, to run in a live one")
-    if artifacts is not None:
-        codec = KVTCCacheCodec(CalibrationArtifacts.from_dir(artifacts), **codec_options)
-        return lambda model, start: fidelity.evaluate(model, codec, start)
-    if codec_options or dtype != "auto":
+    given: dict[str, Any] = {key: value for key, value in codec_options.items() if value is not None}
+    if not folders and (given or dtype != "auto"):
         raise InputError("--w, --s and --dtype say how to compress, with --artifacts; --cache takes none of them")
-    name = str(cache)
-    live_settings(name)  # an unknown name is found before the model is loaded
-    return lambda model, start: live.evaluate(model, name, start)
+    codecs = {str(folder): KVTCCacheCodec(CalibrationArtifacts.from_dir(folder), **given) for folder in folders}
+    return [*map(live, caches), *(coded(codec, folder, dtype) for folder, codec in codecs.items())]
+
+
+@contextmanager
+def _journal(out: Path | None, facts: dict[str, Any]) -> Iterator[Journal | None]:
+    """Where finished samples are kept until the result is complete; says so when it is interrupted."""
+    from mlxkv.evaluate._journal import Journal
+
+    if out is None:
+        yield None
+        return
+    with Journal(out.with_name(out.name + PARTIAL), facts) as journal:
+        try:
+            yield journal
+        except KeyboardInterrupt:
+            Console(stderr=True).print(f"finished samples are in {journal.path}; the same command goes on from there")
+            raise
+
+
+def _row(row: dict[str, Any], scores: tuple[str, ...]) -> dict[str, Any]:
+    """Of a summary's row what fits into a terminal: means with their deviation over seeds, and the first score's p."""
+    cells: dict[str, Any] = {key: row[key] for key in ("variant", "group", "samples", "ratio") if key in row}
+    for score in scores:
+        deviation = row.get(f"{score}_deviation")
+        cells[score] = row[score] if deviation is None else f"{row[score]:.4g} ± {deviation:.2g}"
+    return {**cells, f"p of {scores[0]}": row.get(f"{scores[0]}_p")}

@@ -30,7 +30,7 @@ def command(
 
     from mlxkv import lm
     from mlxkv.errors import InputError
-    from mlxkv.evaluate.live import sizes
+    from mlxkv.evaluate._variants import sizes
     from mlxkv.live import make_cache
 
     _check(file, artifacts, cache)
@@ -55,7 +55,7 @@ def command(
     if dump is not None:
         facts["cached_tokens"] = dump.length
     else:
-        held = sizes(caches)
+        held = sizes(loaded, caches)
         facts |= {key: held[key] for key in ("cache_bytes", "fp16_bytes", "ratio")}
     if json:
         show({"text": written, **facts}, as_json=True)

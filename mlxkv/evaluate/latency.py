@@ -8,62 +8,82 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlxkv import lm
-from mlxkv.errors import InputError
-from mlxkv.evaluate.variants import Variant
+from mlxkv.evaluate import _texts, memory
+from mlxkv.evaluate._run import Unit, option, positive
+from mlxkv.evaluate._variants import Variant
 
+SCORES = ("prefill_seconds", "token_seconds", "slowest_token_seconds", "prefill_relative", "decode_relative")
 SLOWEST = 0.95  # the quantile that stands for tokens with extra work
 
 
-def evaluate(
-    model: Any, variants: Sequence[Variant], tokens: Sequence[int], context: int, *, rounds: int = 3,
-    progress: lm.Progress | None = None,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """A record for each variant, the first being what the others are compared with.
+@dataclass(frozen=True)
+class Options:
+    text_file: Path | None = option(None, "UTF-8 text to hold; if not given, an essay written for this project")
+    context: int = option(512, "tokens that are held before any is decoded")
+    tokens: int = option(32, "tokens that are decoded in each round")
+    rounds: int = option(3, "rounds, in each of which every variant decodes the same tokens")
 
-    Each holds `context` tokens; the rest of `tokens` is decoded in `rounds` equal parts, one token at a time. progress is
-    told of each variant's prefill and rounds. Raises InputError for too few tokens.
-    """
-    each = (len(tokens) - context) // rounds
-    if context < 1 or each < 1:
-        raise InputError(f"{len(tokens)} tokens are too few for a context of {context} and {rounds} rounds")
-    caches, prefill = {}, {}
+    def __post_init__(self) -> None:
+        positive(self, "context", "tokens", "rounds")
+
+
+def units(tokenizer: Any, options: Options, seed: int) -> list[Unit]:
+    """One; each seed has another part of the text."""
+    tokens = memory.words(tokenizer, options.text_file, options.context + options.rounds * options.tokens, seed)
+    return [Unit({"text": _texts.name(options.text_file), "seed": seed}, partial(_measure, tokens, options))]
+
+
+def _measure(
+    tokens: Sequence[int], options: Options, model: Any, tokenizer: Any, variants: Sequence[Variant]
+) -> list[dict[str, Any]]:
+    """prefill_seconds: to hold the context, once. seconds: of each round's tokens. decode_peak_bytes: the most that
+    decoding needs above what all variants hold, of all rounds. The relative ones are speeds: 2 is twice as fast as the first."""
+    context = tokens[: options.context]
+    lm.prefill(model, context[: lm.PREFILL_CHUNK], make_prompt_cache(model))  # else the first would wait for weights
+    held, prefill = {}, {}
     for variant in variants:
         start = time.perf_counter()
-        caches[variant.name] = variant.hold(model, tokens[:context])
+        held[variant.name] = variant.hold(model, context)
         prefill[variant.name] = time.perf_counter() - start
-        if progress:
-            progress(1)
-    seconds: dict[str, list[list[float]]] = {variant.name: [] for variant in variants}
-    for i in range(rounds):
-        part = tokens[context + i * each : context + (i + 1) * each]
-        for name, cache in caches.items():
-            seconds[name].append([_decode(model, cache, token) for token in part])
-            if progress:
-                progress(1)
+    seconds: dict[str, list[list[float]]] = {name: [] for name in held}
+    peaks = dict.fromkeys(held, 0)
+    for begin in range(options.context, len(tokens), options.tokens):
+        for name in held:
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
+            seconds[name].append(
+                [decode(model, held[name].cache, token) for token in tokens[begin : begin + options.tokens]]
+            )
+            peaks[name] = max(peaks[name], mx.get_peak_memory() - before)
     first = variants[0].name
     return [
         {
             "variant": name,
-            "context": context,
+            **held[name].sizes,
             "prefill_seconds": prefill[name],
             "prefill_relative": prefill[first] / prefill[name],
             "token_seconds": float(np.median(times)),
             "slowest_token_seconds": float(np.quantile(times, SLOWEST)),
             "decode_relative": median(sum(a) / sum(b) for a, b in zip(seconds[first], times)),
+            "decode_peak_bytes": peaks[name],
             "seconds": times,
         }
         for name, times in seconds.items()
     ]
 
 
-def _decode(model: Any, cache: list[Any], token: int) -> float:
+def decode(model: Any, cache: list[Any], token: int) -> float:
     """Seconds of one token through the model and its cache."""
     start = time.perf_counter()
     mx.eval(model(mx.array([[token]]), cache=cache), [entry.state for entry in cache])

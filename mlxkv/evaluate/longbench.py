@@ -14,16 +14,16 @@ published ones. Departures:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, dataclass
 from functools import partial
 from pathlib import Path
-from random import Random
 from typing import Any
 
 from mlxkv.errors import FormatError, InputError
-from mlxkv.evaluate import scores
-from mlxkv.evaluate.variants import Variant, answer, beside_whole, encode
+from mlxkv.evaluate import _scores as scores
+from mlxkv.evaluate._run import Unit, option, positive
+from mlxkv.evaluate._variants import Variant, answer, each, encode
 from mlxkv.files import open_input, parse_json
 
 TASKS: dict[str, Callable[..., float]] = {
@@ -71,42 +71,58 @@ class Sample:
     tokens: int
 
 
-def evaluate(model: Any, tokenizer: Any, variants: Sequence[Variant], folder: str | Path, tasks: Iterable[str] = TASKS,
-             *, length: int, limit: int | None = None, seed: int = 0,
-             progress: Callable[[int], None] | None = None) -> list[dict[str, Any]]:  # fmt: skip
-    """Every sample asked of every variant: one JSON-ready record a sample and variant.
+SCORES = ("score",)
 
-    The untouched cache, `variants.whole()`, comes first. length: most tokens of prompt and answer together. limit: most
-    samples of a task, drawn by seed. progress is called with 1 after each answer.
-    Raises InputError for an unknown task, a missing file or a length too short for a task's answers, FormatError for
-    files that are damaged, and MlxkvError where a library for the scores is missing.
+
+@dataclass(frozen=True)
+class Options:
+    folder: Path = option(MISSING, "LongBench's own, with config/ and data/ in it")
+    length: int = option(4096, "most tokens of prompt and answer together; a longer prompt loses its middle")
+    tasks: tuple[str, ...] = option(tuple(TASKS), f"of {', '.join(TASKS)}")
+
+    def __post_init__(self) -> None:
+        positive(self, "length")
+        unknown = [name for name in self.tasks if name not in TASKS]
+        if unknown or not self.tasks:
+            raise InputError(f"unknown LongBench tasks {', '.join(unknown) or '(none)'}; known: {', '.join(TASKS)}")
+
+
+def units(tokenizer: Any, options: Options, seed: int) -> list[Unit]:
+    """Every sample of every task; groups are tasks. The seed changes nothing but which ones a limit leaves.
+
+    Raises InputError for a missing file or a length too short for a task's answers, FormatError for files that are
+    damaged, and MlxkvError where a library for the scores is missing.
     """
-    asked = beside_whole(variants)
-    samples = [sample for task in tasks for sample in read(folder, task, limit=limit, seed=seed)]
-    for sample in {sample.task: sample for sample in samples}.values():
+    drawn = [sample for task in options.tasks for sample in read(options.folder, task)]
+    for sample in {sample.task: sample for sample in drawn}.values():
         score(sample, "")  # a missing library should not be found out hours into the run
-        if length < sample.tokens + 2:
-            raise InputError(f"{sample.task} generates {sample.tokens} tokens; a length of {length} leaves no prompt")
-    records = []
-    for sample in samples:
-        context, question = prompt(tokenizer, sample, length)
-        for variant in asked:
-            said = tokenizer.decode(answer(model, tokenizer, variant, context, question, sample.tokens))
-            records.append(
-                {
-                    "task": sample.task,
-                    "id": sample.id,
-                    "variant": variant.name,
-                    "score": score(sample, said),
-                    "answer": said,
-                    "answers": list(sample.answers),
-                    "length": sample.length,
-                    "tokens": len(context) + len(question),
-                    "seed": seed,
-                }
+        if options.length < sample.tokens + 2:
+            raise InputError(
+                f"{sample.task} generates {sample.tokens} tokens; a length of {options.length} leaves no prompt"
             )
-            if progress:
-                progress(1)
+    return [
+        Unit({"task": sample.task, "id": sample.id}, partial(ask, sample, options.length), group=sample.task)
+        for sample in drawn
+    ]
+
+
+def ask(sample: Sample, length: int, model: Any, tokenizer: Any, variants: Sequence[Variant]) -> list[dict[str, Any]]:
+    """A sample asked of every variant: a record each. words: the row's own length. prompt_tokens: of what was asked."""
+    context, question = prompt(tokenizer, sample, length)
+    records = []
+    for variant, held in each(model, variants, context):
+        said = tokenizer.decode(answer(model, tokenizer, held, question, sample.tokens))
+        records.append(
+            {
+                "variant": variant.name,
+                **held.sizes,
+                "score": score(sample, said),
+                "answer": said,
+                "answers": list(sample.answers),
+                "words": sample.length,
+                "prompt_tokens": len(context) + len(question),
+            }
+        )
     return records
 
 
@@ -138,23 +154,17 @@ def cut(context: Sequence[int], question: Sequence[int], length: int) -> tuple[l
     return tokens[:boundary], tokens[boundary:]
 
 
-def read(folder: str | Path, task: str, *, limit: int | None = None, seed: int = 0) -> list[Sample]:
-    """A task's samples in the file's order: all, or `limit` of them, drawn by seed.
+def read(folder: str | Path, task: str) -> list[Sample]:
+    """A task's samples in the file's order.
 
-    Raises InputError for an unknown task, a limit below 1 or a missing file, FormatError with file and line for
-    anything that is not as LongBench publishes it.
+    Raises InputError for a missing file, FormatError with file and line for anything that is not as LongBench publishes it.
     """
-    if task not in TASKS:
-        raise InputError(f"unknown LongBench task {task!r}; known: {', '.join(TASKS)}")
-    if limit is not None and limit < 1:
-        raise InputError(f"limit must be 1 or more samples of a task, not {limit}")
     template, tokens = _config(Path(folder) / "config", task)
     path = Path(folder) / "data" / f"{task}.jsonl"
     rows = [_sample(row, name, task, template, tokens) for name, row in _rows(path)]
     if not rows:
         raise FormatError(f"{path} has no samples")
-    count = len(rows) if limit is None else min(limit, len(rows))
-    return [rows[i] for i in sorted(Random(f"{seed} {task}").sample(range(len(rows)), count))]
+    return rows
 
 
 def _config(folder: Path, task: str) -> tuple[tuple[str, str], int]:

@@ -1,53 +1,77 @@
-"""How much memory? What a held context really takes, and what a decoded token takes on top, against theory."""
+"""How much memory? What a held context really takes, and what reading it and decoding a token take on top.
+
+Bytes do not depend on what a text says, so a text that is too short for a length is begun again.
+"""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from typing import Any, cast
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
-from mlxkv.errors import InputError
-from mlxkv.evaluate.variants import Variant
-from mlxkv.models import cache_spec
+from mlxkv.evaluate import _texts
+from mlxkv.evaluate._run import Unit, option, positive
+from mlxkv.evaluate._variants import Variant
+from mlxkv.evaluate.ruler.sources import Sources
+
+SCORES = ("cache_bytes", "resident_bytes", "prefill_peak_bytes", "decode_peak_bytes")
 
 
-def evaluate(
-    model: Any, variants: Sequence[Variant], tokens: Sequence[int], lengths: Sequence[int]
-) -> list[dict[str, Any]]:
-    """A record for each variant and length, one held at a time.
+@dataclass(frozen=True)
+class Options:
+    text_file: Path | None = option(None, "UTF-8 text to hold; if not given, an essay written for this project")
+    lengths: tuple[int, ...] = option((512, 1024), "tokens of it that are held")
 
-    fp16_bytes: of all keys and values at 2 bytes an element. cache_bytes: of all arrays that the caches hold, other
-    layers' states included. resident_bytes: by how much MLX's allocator holds more than before. decode_peak_bytes: most
-    that one decoded token needs above that, the model's own activations included.
-    Raises InputError where `tokens` has no token after the longest length.
-    """
-    if max(lengths) >= len(tokens) or min(lengths) < 1:
-        raise InputError(f"lengths must be 1 to {len(tokens) - 1} for {len(tokens)} tokens, not {list(lengths)}")
-    slots = [slot for layer in cache_spec(model).layers if layer for slot in layer]
+    def __post_init__(self) -> None:
+        positive(self, "lengths")
+
+
+def units(tokenizer: Any, options: Options, seed: int) -> list[Unit]:
+    """One for each length, whatever the seed."""
+    return [
+        Unit(
+            {"text": _texts.name(options.text_file), "length": length},
+            partial(_measure, words(tokenizer, options.text_file, length + 1)),
+        )
+        for length in dict.fromkeys(options.lengths)
+    ]
+
+
+def words(tokenizer: Any, text_file: Path | None, count: int, seed: int = 0) -> list[int]:
+    """`count` tokens of a text, begun again where it ends; each seed's from another place."""
+    read = Sources(essays=text_file).essay_words((seed + 1) * count)
+    tokens: list[int] = tokenizer.encode(" ".join(read[-count:]))
+    return tokens[:count]  # a word has one token or more
+
+
+def _measure(tokens: Sequence[int], model: Any, tokenizer: Any, variants: Sequence[Variant]) -> list[dict[str, Any]]:
+    """One held at a time. resident_bytes: by how much MLX's allocator holds more than before, so copies that a method
+    keeps show, and other layers' states. prefill_peak_bytes: the most while the context is read, above before.
+    decode_peak_bytes: the most that one decoded token needs above what is held. Both have the model's activations."""
     records = []
     for variant in variants:
-        for length in lengths:
-            before = _active()
-            cache = variant.hold(model, tokens[:length])
-            resident = _active() - before
-            state = cast(dict[str, Any], tree_flatten([entry.state for entry in cache], destination={}))
-            held = sum(part.nbytes for part in state.values() if isinstance(part, mx.array))
-            mx.reset_peak_memory()
-            mx.eval(model(mx.array([[tokens[length]]]), cache=cache), [entry.state for entry in cache])
-            records.append(
-                {
-                    "variant": variant.name,
-                    "tokens": length,
-                    "fp16_bytes": 2 * length * sum(slot.heads * slot.dim for slot in slots),
-                    "cache_bytes": held,
-                    "resident_bytes": resident,
-                    "decode_peak_bytes": mx.get_peak_memory() - before - resident,
-                }
-            )
-            del cache
+        before = _active()
+        mx.reset_peak_memory()
+        held = variant.hold(model, tokens[:-1])
+        prefill_peak = mx.get_peak_memory() - before
+        resident = _active() - before
+        mx.reset_peak_memory()
+        mx.eval(model(mx.array([[tokens[-1]]]), cache=held.cache), [entry.state for entry in held.cache])
+        records.append(
+            {
+                "variant": variant.name,
+                **held.sizes,
+                "resident_bytes": resident,
+                "prefill_peak_bytes": prefill_peak,
+                "decode_peak_bytes": mx.get_peak_memory() - before - resident,
+            }
+        )
+        del held
     return records
 
 

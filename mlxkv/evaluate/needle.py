@@ -7,7 +7,10 @@ methods apart even on models too small to answer freely.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -15,48 +18,52 @@ import mlx.core as mx
 
 from mlxkv import lm
 from mlxkv.errors import InputError
+from mlxkv.evaluate._run import Unit, option, positive
+from mlxkv.evaluate._variants import Variant, each
 from mlxkv.evaluate.ruler.sources import Sources
-from mlxkv.evaluate.variants import Variant, beside_whole
 
+SCORES = ("found", "digits_first", "log_probability")
 DIGITS = 5
 NEEDLE = "\n\nThe pass key is {}. Remember it.\n\n"
 QUESTION = "\n\nWhat is the pass key? The pass key is "
 
 
-def evaluate(
-    model: Any, tokenizer: Any, variants: Sequence[Variant], lengths: Sequence[int], depths: Sequence[float], *,
-    seed: int = 0, sources: Sources | None = None, progress: Callable[[int], None] | None = None,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """A record for each length, depth and variant, the untouched cache `variants.whole()` first.
+@dataclass(frozen=True)
+class Options:
+    lengths: tuple[int, ...] = option((256, 512, 1024), "tokens of essay and needle together")
+    depths: tuple[float, ...] = option((0.1, 0.3, 0.5, 0.7, 0.9), "where the needle is, from 0, the start, to 1")
+    essays: Path | None = option(
+        None, "text file, folder of .txt files or RULER's JSON; if not given, a built-in essay"
+    )
 
-    lengths: tokens of essay and needle together. depths: from 0, where the needle comes first, to 1. The key follows from
-    seed, length and depth. found: whether every digit came first. progress is called with 1 after each answer.
-    Raises InputError for a depth outside 0 to 1, or a length without room for the needle.
+    def __post_init__(self) -> None:
+        positive(self, "lengths")
+        if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
+            raise InputError(f"depths must lie in 0..1: {list(self.depths)}")
+
+
+def units(tokenizer: Any, options: Options, seed: int) -> list[Unit]:
+    """One for each length and depth; the key follows from them and the seed.
+
+    Raises InputError for a length without room for the needle.
     """
-    if not all(0 <= depth <= 1 for depth in depths):
-        raise InputError(f"depths must lie in 0..1: {list(depths)}")
-    sources = sources or Sources()
-    records = []
-    for length in lengths:
-        for depth in depths:
+    sources = Sources(essays=options.essays)
+    drawn = []
+    for length in options.lengths:
+        for depth in options.depths:
             key = "".join(Random(f"{seed} {length} {depth}").choices("123456789", k=DIGITS))
-            context = haystack(tokenizer, sources, length, depth, key)
-            for variant in beside_whole(variants):
-                ranked = digits(model, tokenizer, variant.hold(model, context), key)
-                records.append(
-                    {
-                        "length": length,
-                        "depth": depth,
-                        "variant": variant.name,
-                        "key": key,
-                        "found": ranked["digits_first"] == 1,
-                        **ranked,
-                        "text": sources.name("essays"),
-                        "seed": seed,
-                    }
-                )
-                if progress:
-                    progress(1)
+            facts = {"length": length, "depth": depth, "key": key, "text": sources.name("essays"), "seed": seed}
+            drawn.append(Unit(facts, partial(_measure, haystack(tokenizer, sources, length, depth, key), key)))
+    return drawn
+
+
+def _measure(
+    context: Sequence[int], key: str, model: Any, tokenizer: Any, variants: Sequence[Variant]
+) -> list[dict[str, Any]]:
+    records = []
+    for variant, held in each(model, variants, context):
+        ranked = digits(model, tokenizer, held.cache, key)
+        records.append({"variant": variant.name, **held.sizes, "found": ranked["digits_first"] == 1, **ranked})
     return records
 
 

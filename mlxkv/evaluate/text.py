@@ -6,52 +6,63 @@ reference, and both by words of alphabets that put spaces between them. The othe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
-from random import Random
+from pathlib import Path
 from typing import Any
 
-from mlxkv.errors import InputError
-from mlxkv.evaluate.scores import library
-from mlxkv.evaluate.variants import Variant, answer, beside_whole
+from mlxkv.evaluate import _texts
+from mlxkv.evaluate._run import Unit, option, positive
+from mlxkv.evaluate._scores import library
+from mlxkv.evaluate._variants import Variant, answer, each
+
+SCORES = ("bleu", "rouge_l", "equal_leading_tokens", "exact")
 
 
-def evaluate(model: Any, tokenizer: Any, variants: Sequence[Variant], prompts: Sequence[str], *, max_tokens: int = 128,
-             limit: int | None = None, seed: int = 0,
-             progress: Callable[[int], None] | None = None) -> list[dict[str, Any]]:  # fmt: skip
-    """Every prompt continued by every variant: one JSON-ready record a prompt and variant, the untouched cache first.
+@dataclass(frozen=True)
+class Options:
+    text_file: Path | None = option(None, _texts.TEXT_FILE)
+    at: int = option(256, "tokens of the text that a continuation begins after")
+    max_tokens: int = option(128, "tokens to generate, at most")
+    samples: int = option(5, "stretches of the text for each seed")
 
-    limit: most prompts, drawn by seed. progress is called with 1 after each continuation. Raises InputError for a prompt
-    of fewer than 2 tokens or a number below 1, MlxkvError where a library for the scores is missing.
-    """
-    if max_tokens < 1 or (limit is not None and limit < 1):
-        raise InputError(f"max_tokens and limit must be 1 or more, not {max_tokens} and {limit}")
-    count = len(prompts) if limit is None else min(limit, len(prompts))
-    chosen = sorted(Random(seed).sample(range(len(prompts)), count))
-    encoded = {index: tokenizer.encode(prompts[index]) for index in chosen}
-    short = [index for index, tokens in encoded.items() if len(tokens) < 2]
-    if short:
-        raise InputError(f"prompts need 2 tokens or more; too short: {short}, counted from 0")
+    def __post_init__(self) -> None:
+        positive(self, "max_tokens", "samples")
+        positive(self, "at", least=2)
+
+
+def units(tokenizer: Any, options: Options, seed: int) -> list[Unit]:
+    """One for each stretch of the text. Raises InputError for a text that is too short, MlxkvError where a library for the
+    scores is missing."""
     compare(tokenizer, [], [])  # a missing library should not be found out after the model has worked
-    records = []
-    for index, tokens in encoded.items():
-        continuations: list[list[int]] = []
-        for variant in beside_whole(variants):
-            continuations.append(answer(model, tokenizer, variant, tokens[:-1], tokens[-1:], max_tokens))
-            reference, said = continuations[0], continuations[-1]
-            records.append(
-                {
-                    "prompt": index,
-                    "variant": variant.name,
-                    "text": tokenizer.decode(said),
-                    "prompt_tokens": len(tokens),
-                    "tokens": len(said),
-                    **compare(tokenizer, reference, said),
-                    "seed": seed,
-                }
-            )
-            if progress:
-                progress(1)
+    text = _texts.name(options.text_file)
+    return [
+        Unit({"text": text, "start": start, "seed": seed}, partial(go_on, tokens, options.max_tokens))
+        for start, tokens in _texts.windows(tokenizer, options.text_file, options.at, options.samples, seed).items()
+    ]
+
+
+def go_on(
+    tokens: Sequence[int], max_tokens: int, model: Any, tokenizer: Any, variants: Sequence[Variant]
+) -> list[dict[str, Any]]:
+    """Every variant's continuation of tokens, of which all but the last are held: a record each, against the first's."""
+    records: list[dict[str, Any]] = []
+    reference: list[int] | None = None
+    for variant, held in each(model, variants, tokens[:-1]):
+        said = answer(model, tokenizer, held, tokens[-1:], max_tokens)
+        reference = said if reference is None else reference
+        scores = compare(tokenizer, reference, said)
+        records.append(
+            {
+                "variant": variant.name,
+                **held.sizes,
+                "continuation": tokenizer.decode(said),
+                "generated_tokens": len(said),
+                **scores,
+            }
+        )
     return records
 
 

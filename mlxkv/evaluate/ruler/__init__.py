@@ -7,10 +7,15 @@ asked, so a method cannot prepare for the question.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from mlxkv.errors import InputError
+from mlxkv.evaluate._run import Unit, option, positive
+from mlxkv.evaluate._variants import Variant, answer, each, encode
 from mlxkv.evaluate.ruler.niah import Needles
 from mlxkv.evaluate.ruler.qa import Answering
 from mlxkv.evaluate.ruler.samples import Sample, samples
@@ -18,7 +23,6 @@ from mlxkv.evaluate.ruler.sources import Sources
 from mlxkv.evaluate.ruler.task import Task
 from mlxkv.evaluate.ruler.tracing import Tracing
 from mlxkv.evaluate.ruler.words import Common, Frequent
-from mlxkv.evaluate.variants import Variant, answer, beside_whole, encode
 
 TASKS: dict[str, Task] = {
     "niah_single_1": Needles(haystack="noise"),
@@ -37,44 +41,59 @@ TASKS: dict[str, Task] = {
 }
 
 
-def evaluate(model: Any, tokenizer: Any, variants: Sequence[Variant], tasks: Iterable[str] = tuple(TASKS), *,
-             length: int, count: int, seed: int = 0, sources: Sources | None = None,
-             progress: Callable[[int], None] | None = None) -> list[dict[str, Any]]:  # fmt: skip
-    """`count` samples of each task, asked of every variant: one JSON-ready record a sample and variant.
+SCORES = ("score",)
 
-    The untouched cache, `variants.whole()`, comes first. progress is called with 1 after each answer.
-    Raises InputError for an unknown task or a length that is too short for one.
-    """
-    sources, names = sources or Sources(), list(tasks)
-    unknown = [name for name in names if name not in TASKS]
-    if unknown:
-        raise InputError(f"unknown RULER tasks {', '.join(unknown)}; known: {', '.join(TASKS)}")
-    # All samples come first: a length that is too short for one task is not found out hours into the run.
-    drawn = {name: list(samples(TASKS[name], tokenizer, length, count, seed, sources)) for name in names}
-    records = []
-    for name, rows in drawn.items():
+
+@dataclass(frozen=True)
+class Options:
+    tasks: tuple[str, ...] = option(tuple(TASKS), f"of {', '.join(TASKS)}")
+    lengths: tuple[int, ...] = option((1024,), "tokens of context, question and answer together")
+    samples: int = option(5, "samples of each task and length, for each seed")
+    essays: Path | None = option(
+        None, "text file, folder of .txt files or RULER's JSON; if not given, a built-in essay"
+    )
+    squad: Path | None = option(None, "SQuAD's JSON, for qa_1; if not given, a few built-in questions")
+    hotpotqa: Path | None = option(None, "HotpotQA's JSON, for qa_2; if not given, a few built-in questions")
+
+    def __post_init__(self) -> None:
+        positive(self, "lengths", "samples")
+        unknown = [name for name in self.tasks if name not in TASKS]
+        if unknown or not self.tasks:
+            raise InputError(f"unknown RULER tasks {', '.join(unknown) or '(none)'}; known: {', '.join(TASKS)}")
+
+
+def units(tokenizer: Any, options: Options, seed: int) -> list[Unit]:
+    """`samples` of each task and length; groups are tasks. Raises InputError for a length that is too short for a task."""
+    sources = Sources(options.essays, options.squad, options.hotpotqa)
+    drawn = []
+    for name in options.tasks:
         task = TASKS[name]
-        facts = {"task": name, "length": length, "seed": seed, "text": sources.name(task.reads) if task.reads else None}
-        for record in ask(model, tokenizer, variants, task, rows):
-            records.append({**facts, **record})
-            if progress:
-                progress(1)
-    return records
+        text = sources.name(task.reads) if task.reads else None
+        for length in options.lengths:
+            try:
+                rows = list(samples(task, tokenizer, length, options.samples, seed, sources))
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
+            for row in rows:
+                key = {"task": name, "length": length, "index": row.index, "text": text, "seed": seed}
+                drawn.append(Unit(key, partial(ask, task, row), group=name))
+    return drawn
 
 
-def ask(
-    model: Any, tokenizer: Any, variants: Sequence[Variant], task: Task, rows: Iterable[Sample]
-) -> Iterator[dict[str, Any]]:
-    """Each sample asked of every variant and of the untouched cache. tokens: of context and question together."""
-    for row in rows:
-        context, question = encode(tokenizer, row.context, row.question)
-        for variant in beside_whole(variants):
-            said = tokenizer.decode(answer(model, tokenizer, variant, context, question, task.tokens))
-            yield {
-                "index": row.index,
+def ask(task: Task, sample: Sample, model: Any, tokenizer: Any, variants: Sequence[Variant]) -> list[dict[str, Any]]:
+    """A sample asked of every variant: a record each. prompt_tokens: of context and question."""
+    context, question = encode(tokenizer, sample.context, sample.question)
+    records = []
+    for variant, held in each(model, variants, context):
+        said = tokenizer.decode(answer(model, tokenizer, held, question, task.tokens))
+        records.append(
+            {
                 "variant": variant.name,
-                "score": task.score(said, row.answers),
+                **held.sizes,
+                "score": task.score(said, sample.answers),
                 "answer": said,
-                "outputs": list(row.answers),
-                "tokens": len(context) + len(question),
+                "outputs": list(sample.answers),
+                "prompt_tokens": len(context) + len(question),
             }
+        )
+    return records

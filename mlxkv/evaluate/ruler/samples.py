@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mlxkv.errors import FormatError, InputError
+from mlxkv.evaluate._variants import encode
 from mlxkv.evaluate.ruler.sources import Sources, read_text
 from mlxkv.evaluate.ruler.task import Request, Task
-from mlxkv.evaluate.variants import encode
 from mlxkv.files import atomic_write, parse_json
 
 LIMIT = 512 << 20  # bytes of a JSONL file; 500 rows of 128K tokens have about 300 million

@@ -1,0 +1,84 @@
+"""`mlxkv eval` as its users run it: tables, help, and a run that is killed and goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+from conftest import run
+
+from mlxkv import evaluate
+
+NEEDLE = [
+    "eval",
+    "needle",
+    "--lengths",
+    "100,120",
+    "--depths",
+    "0.1,0.3,0.5,0.7,0.9",
+    "--seeds",
+    "3",
+    "--cache",
+    "int8",
+]
+
+
+def test_every_evaluation_has_help_with_an_example_and_its_own_options(capsys):
+    assert run("eval", "--help") == 0
+    out = capsys.readouterr().out
+    for name in evaluate.names():
+        assert f" {name} " in out
+        assert run("eval", name, "--help") == 0
+        own = " ".join(capsys.readouterr().out.split())
+        assert f"Example: mlxkv eval {name} " in own
+        assert "--limit" in own
+        for field in evaluate.evaluation(name).Options.__dataclass_fields__:
+            assert f"--{field.replace('_', '-')}" in own, (name, field)
+    assert run("eval", "nonsense", "--model", "any") == 2
+
+
+def test_a_table_has_a_row_for_each_variant_with_its_deviation_over_seeds(model_dir, capsys):
+    assert run(*NEEDLE, "--model", model_dir) == 0
+    out = capsys.readouterr().out
+    assert "whole" in out
+    assert "int8" in out
+    assert "±" in out
+
+
+@pytest.mark.parametrize("words", [["--lengths", "a"], ["--depths", "0.5,x"]])
+def test_a_list_that_is_none_is_a_usage_error(words, capsys):
+    assert run("eval", "needle", "--model", "any", *words) == 2
+    assert "Invalid value" in capsys.readouterr().err
+
+
+def started(model_dir, out):
+    command = [sys.executable, "-m", "mlxkv", *NEEDLE, "--model", str(model_dir), "--out", str(out)]
+    # A background job may have inherited an ignored SIGINT.
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=default)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_was_stopped_goes_on_and_ends_as_one_that_was_not(stop, model_dir, tmp_path, says):
+    out, partial_file = tmp_path / "needle.json", tmp_path / "needle.json.partial"
+    with started(model_dir, out) as process:
+        while process.poll() is None and not (partial_file.exists() and partial_file.read_bytes().count(b"\n") > 3):
+            time.sleep(0.002)
+        process.send_signal(stop)
+        _, error = process.communicate(timeout=30)
+    assert not out.exists()
+    assert "Traceback" not in error
+    if stop == signal.SIGINT:
+        assert process.returncode == 130
+        assert "the same command goes on" in " ".join(error.split())
+    finished = partial_file.read_bytes().count(b"\n") - 1
+    assert 3 <= finished < 30
+    assert run(*NEEDLE, "--model", model_dir, "--out", tmp_path / "needle.json", "--limit", 3) == 4
+    resumed = says(*NEEDLE, "--model", model_dir, "--out", out)
+    assert os.listdir(tmp_path) == ["needle.json"]
+    assert resumed == json.loads(out.read_text())
+    assert resumed["samples"] == says(*NEEDLE, "--model", model_dir)["samples"]
