@@ -24,17 +24,8 @@ fmt: .venv/ready
 	$(BIN)/ruff format .
 
 bench: .venv/ready
-	$(BIN)/python -m benchmarks.cr_sweep
-	$(BIN)/python -m benchmarks.codec_speed
-	$(BIN)/python -m benchmarks.lossless
-	$(BIN)/python -m benchmarks.dp_speed
-	$(BIN)/python -m benchmarks.memory
-	$(BIN)/python -m benchmarks.live_methods
-	$(BIN)/python -m benchmarks.mp_kvm_ablation
-	$(BIN)/python -m benchmarks.clustering
-	$(BIN)/python -m benchmarks.aggregator_speed
-	$(BIN)/python -m benchmarks.sketch_grid
-	$(BIN)/python -m benchmarks.readme
+	$(BIN)/python -m benchmarks.run --all
+	$(BIN)/python -m benchmarks.report
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv

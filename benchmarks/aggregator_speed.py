@@ -4,13 +4,10 @@ The loop is what a first version of such an aggregator does: for each token the 
 token that is similar enough joins it, another one founds a centroid while there is room, and joins the nearest after
 that. Ours takes blocks of 64 tokens for all heads at once. Batches, dims and numbers of centroids vary. The stream is
 as a model decodes: one token at a time into a buffer that is flushed now and then. No model is needed.
-
-    python -m benchmarks.aggregator_speed [--quick]
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from itertools import product
 from statistics import fmean, median
@@ -20,9 +17,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from benchmarks.schema import write_result
+from benchmarks.schema import Outcome, Result
+from benchmarks.tables import megabytes, table
 from mlxkv.clustering import OnlineClustering, Rules
 
+PHASE = 8
 HEADS = 8  # of a layer; a batch has as many clusterings for each of its rows
 BATCHES, DIMS, CENTROIDS = (1, 4), (64, 128), (64, 256, 512)
 TOKENS, LOOP_TOKENS = 512, 256  # the loop is timed on fewer, once it is full
@@ -32,23 +31,16 @@ ROUNDS = 3
 SIMILARITY = 0.8  # the plan's
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one small shape, one round; writes nothing")
-    quick = parser.parse_args().quick
+def run(quick: bool) -> Outcome:
     shapes = [(1, 64, 64)] if quick else list(product(BATCHES, DIMS, CENTROIDS))
     rounds, tokens = (1, 256) if quick else (ROUNDS, TOKENS)
     samples = [sample for _ in range(rounds) for shape in shapes for sample in inserting(*shape, tokens)]
     samples += [streaming(flush, 2 * tokens) for _ in range(rounds) for flush in FLUSHES]
-    summary = summarise(samples)
-    for row in summary:
-        print(row)
-    if not quick:
-        config = {
-            "heads": HEADS, "tokens": TOKENS, "loop_tokens": LOOP_TOKENS, "rounds": ROUNDS, "similarity": SIMILARITY,
-            "stream": STREAM,
-        }  # fmt: skip
-        print(write_result("aggregator_speed", config, samples, summary))
+    config = {
+        "heads": HEADS, "tokens": tokens, "loop_tokens": min(tokens, LOOP_TOKENS), "rounds": rounds,
+        "similarity": SIMILARITY, "stream": STREAM,
+    }  # fmt: skip
+    return Outcome(config, samples, summarise(samples))
 
 
 def inserting(batch: int, dim: int, centroids: int, tokens: int) -> list[dict[str, Any]]:
@@ -130,16 +122,20 @@ def streaming(flush: int, tokens: int) -> dict[str, Any]:
 
 
 def summarise(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Tokens a second, for all heads of a layer together, medians of the rounds; and how much faster than the loop."""
+    """Tokens a second, for all heads of a layer together: medians of the rounds and their standard deviation; and how much
+    faster than the loop."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for sample in samples:
         key = tuple((k, sample[k]) for k in ("what", "batch", "dim", "centroids", "flush") if k in sample)
         groups.setdefault(key, []).append(sample)
     rows = []
     for key, group in groups.items():
+        speeds = [s["tokens"] / s["seconds"] for s in group]
+        deviation = float(np.std(speeds, ddof=len(group) > 1))
         row: dict[str, Any] = {
             **dict(key),
-            "tokens_per_second": round(median(s["tokens"] / s["seconds"] for s in group)),
+            "tokens_per_second": round(median(speeds)),
+            "tokens_per_second_deviation": round(deviation, 1),
         }
         row |= {k: max(s[k] for s in group) for k in ("state_bytes", "peak_bytes") if k in group[0]}
         if "longest" in group[0]:
@@ -153,5 +149,35 @@ def summarise(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-if __name__ == "__main__":
-    main()
+def section(result: Result) -> str:
+    rows, config = summarise(result["samples"]), result["config"]
+    blocks, loops, streams = ([row for row in rows if row["what"] == what] for what in ("blocks", "loop", "stream"))
+    times = [row["times_the_loop"] for row in blocks]
+    best = max(streams, key=lambda row: row["tokens_per_second"])
+    batch, dim, centroids = config["stream"]
+    cells = [
+        [
+            f"{row['batch']}, {row['dim']}, {row['centroids']}", _speed(row), _speed(loop), f"{row['times_the_loop']:.2f}",
+            megabytes(row["state_bytes"]), megabytes(row["peak_bytes"]),
+        ]
+        for row, loop in zip(blocks, loops)
+    ]  # fmt: skip
+    return "\n\n".join(
+        [
+            f"Blocks are faster than the loop at {sum(t > 1 for t in times)} of {len(times)} shapes:"
+            f" {min(times):.2f} to {max(times):.2f} times as fast. They compare all pairs, the loop only with the centroids."
+            f" Tokens that come one by one are taken in fastest {best['flush']} at a time.",
+            f"Tokens a second, for {config['heads']} heads together: medians of {config['rounds']} round(s) ± their standard"
+            " deviation. Bytes are what is held, and what blocks take besides at their peak.",
+            table(["batch, dim, centroids", "blocks", "loop", "times the loop", "held", "besides"], cells),
+            f"One token at a time, batch {batch}, dim {dim}, {centroids} centroids:",
+            table(
+                ["flushed together", "tokens a second", "longest wait"],
+                [[str(row["flush"]), _speed(row), f"{row['longest_ms']:.0f} ms"] for row in streams],
+            ),
+        ]
+    )
+
+
+def _speed(row: dict[str, Any]) -> str:
+    return f"{row['tokens_per_second']:,} ± {row['tokens_per_second_deviation']:,.0f}"

@@ -3,17 +3,13 @@
 Eight held-out texts of 1,024 tokens: entropy of the last queries' attention, its mass by position and layer, and how
 well it foretells the attention of the next 64 tokens. Then the same caches with their tokens at mixed precision, more
 bits for the tokens of each head that were attended to most, against equally many bytes spread evenly or at random.
-
-    python -m benchmarks.attention_analysis [--quick]
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -21,7 +17,8 @@ from mlx_lm.models.cache import KVCache
 from rich.progress import track
 
 from benchmarks import paired, texts
-from benchmarks.schema import RESULTS, write_result
+from benchmarks.schema import Outcome, Result
+from benchmarks.tables import interval, percent, table
 from mlxkv import lm, metrics
 from mlxkv.kernels.bits import pack, unpack
 from mlxkv.live import attach, causal
@@ -29,6 +26,10 @@ from mlxkv.methods import full
 from mlxkv.methods._packing import per_token
 from mlxkv.models import cache_spec
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PHASE = 5
 MODEL = "smollm2-135m"
 CONTEXT, QUERIES = 1024, 64
 BINS = 32  # of positions
@@ -65,6 +66,12 @@ CASES = {
     "third at 8, others at 2: by coming attention": Case(4, (8, 8), (2, 2), 1 / 3, "future"),
     "third at 8, others at 2: first 4 and at random": Case(4, (8, 8), (2, 2), 1 / 3, "random"),
 }
+SHARES = {  # of what `statistics` finds, those between 0 and 1
+    "first_4": "mass of the first 4 tokens",
+    "last_64": "of the last 64",
+    "top_tenth": "of the most attended tenth",
+    "foretold": "the next tenth, foretold",
+}
 
 
 class Recorder(full.Cache):
@@ -85,31 +92,22 @@ class Recorder(full.Cache):
         return output
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two texts, the cases of 4 bits; writes nothing")
-    quick = parser.parse_args().quick
+def run(quick: bool) -> Outcome:
     model, tokenizer = lm.load(MODEL)
     length = CONTEXT + QUERIES + 1
     rows = {kind: tokenizer.encode(read())[:length] for kind, read in texts.OTHER_KINDS.items()}
     chosen = dict(list(rows.items())[::4]) if quick else rows
     cases = {name: case for name, case in CASES.items() if case.bits == 4} if quick else CASES
     attention, samples = analyse(model, mx.array(list(chosen.values())), list(chosen), cases)
-    compared = pays(samples)
-    for row in compared:
-        print(row)
-    print(answer(compared))
-    if not quick:
-        config = {"model": MODEL, "context": CONTEXT, "queries": QUERIES, "bins": BINS, "seed": 0}
-        by_layer = {name: values.tolist() for name, values in attention.items()}
-        summary = {"answer": answer(compared), "cases": compared, "attention": by_layer}
-        print(write_result("attention_analysis", config, samples, summary), plot(attention, compared))
+    config = {"model": MODEL, "context": CONTEXT, "queries": QUERIES, "bins": BINS, "seed": 0}
+    by_layer = {name: values.tolist() for name, values in attention.items()}
+    return Outcome(config, samples, {"cases": pays(samples), "attention": by_layer})
 
 
 def analyse(
     model: Any, rows: mx.array, kinds: Sequence[str], cases: Mapping[str, Case]
 ) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
-    """Attention statistics of texts `[B, T]`, and the KL of every case and text over the last QUERIES tokens but one."""
+    """Attention statistics of texts `[B, T]`, and the KL of every case and text over the QUERIES tokens after the context."""
     context = rows.shape[1] - QUERIES - 1
     recorders = recording(model)
     mx.eval(model(rows[:, :context], cache=recorders)[:, -1])
@@ -186,6 +184,52 @@ def pays(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def section(result: Result) -> str:
+    cases, attention, config = result["summary"]["cases"], result["summary"]["attention"], result["config"]
+    mass = {key: float(np.mean(attention[key])) for key in SHARES}
+    effective = np.array(attention["effective_tokens"])
+    tested = [row for row in cases if row["case"] != baseline(row)]
+    corrected = {row["case"]: p for row, p in zip(tested, paired.holm([row["p"] for row in tested]))}
+    return "\n\n".join(
+        [
+            f"Attention looks at {effective.mean():.0f} of {config['context']} tokens (exp of its entropy; by layer"
+            f" {effective.min():.0f} to {effective.max():.0f}). The first 4 get {percent(mass['first_4'])} of it, the last 64"
+            f" {percent(mass['last_64'])}, the most attended tenth {percent(mass['top_tenth'])}; of the tenth that comes to be"
+            f" most attended next, {percent(mass['foretold'])} are known from before.",
+            answer(cases),
+            f"KL to the exact cache over the next {config['queries']} tokens, geometric mean of {cases[0]['texts']} texts, and"
+            " its ratio to all tokens at the bits that come to the same bytes: 95 % interval of the mean over texts, exact p of"
+            f" sign flips, corrected for {len(tested)} comparisons by Holm's method (so few texts"
+            f" give {min(1, len(tested) * 2 ** (1 - cases[0]['texts'])):.2g} at the least).",
+            table(
+                ["tokens", "bytes of", "KL", "ratio", "95 % interval", "p"],
+                [
+                    [
+                        row["case"],
+                        f"{row['bits']} bits",
+                        f"{row['kl']:.3g}",
+                        *(
+                            [
+                                f"{row['kl_ratio']:.2f}",
+                                interval(*row["kl_ratio_interval"]),
+                                f"{corrected[row['case']]:.2g}",
+                            ]
+                            if row["case"] in corrected
+                            else ["1", "", ""]
+                        ),
+                    ]
+                    for row in cases
+                ],
+            ),
+        ]
+    )
+
+
+def baseline(row: Mapping[str, Any]) -> str:
+    """The case that spends a row's bytes evenly."""
+    return f"all at {row['bits']} bits"
+
+
 def answer(rows: Sequence[dict[str, Any]]) -> str:
     """Whether precision on the most attended tokens pays, in a sentence for each number of bytes."""
     sentences = []
@@ -194,36 +238,40 @@ def answer(rows: Sequence[dict[str, Any]]) -> str:
             low, high = row["kl_ratio_interval"]
             verdict = "pays" if high < 1 else "costs" if low > 1 else "changes nothing for sure"
             sentences.append(
-                f"{row['case']} {verdict}: {row['kl_ratio']:.2f} ({low:.2f} to {high:.2f}) times the KL of all at {row['bits']} bits."
+                f"{row['case'].capitalize()} {verdict}: {row['kl_ratio']:.2f} ({low:.2f} to {high:.2f}) times the KL of {baseline(row)}."
             )
     return " ".join(sentences)
 
 
-def plot(attention: dict[str, np.ndarray], rows: Sequence[dict[str, Any]]) -> Path:
+def figure(result: Result) -> Figure:
     """Mass by layer and position; shares of mass by layer; KL of the cases."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
 
-    figure, (heat, lines, bars) = plt.subplots(1, 3, figsize=(16, 4.4), layout="constrained")
+    from benchmarks import figures
+
+    attention, rows = result["summary"]["attention"], result["summary"]["cases"]
+    drawn, panes = figures.panes(3, width=5.3, height=4.4)
+    heat, lines, bars = panes[0]
     image = heat.imshow(attention["mass_by_position"], aspect="auto", norm=LogNorm(), cmap="cividis")
-    figure.colorbar(image, ax=heat, label="attention mass, times an even share")
-    heat.set(xlabel=f"position in the context, {BINS} bins", ylabel="layer")
-    shown = {"first_4": "first 4 tokens", "last_64": "last 64", "top_tenth": "most attended tenth", "foretold": "of it foretold"}  # fmt: skip
-    for (key, label), color, style in zip(shown.items(), ("#0072B2", "#E69F00", "#009E73", "#CC79A7"), ("-", "--", "-.", ":")):  # fmt: skip
+    drawn.colorbar(image, ax=heat, label="attention mass, times an even share")
+    heat.grid(False)
+    heat.set(xlabel=f"position in the context, {result['config']['bins']} bins", ylabel="layer")
+    for (key, label), color, style in zip(SHARES.items(), figures.COLORS, figures.STYLES):
         lines.plot(attention[key], color=color, ls=style, label=label)
-    lines.set(xlabel="layer", ylabel="share of the mass", ylim=(0, 1))
-    lines.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
-    colors = {3: "#0072B2", 4: "#E69F00"}
-    bars.barh([row["case"] for row in rows], [row["kl"] for row in rows], color=[colors[row["bits"]] for row in rows])
+    lines.set(xlabel="layer", ylabel="share", ylim=(0, 1))
+    lines.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
+    for bits, color, hatch in zip((3, 4), figures.COLORS, ("", "///")):
+        own = [row for row in rows if row["bits"] == bits]
+        bars.barh(
+            [row["case"] for row in own],
+            [row["kl"] for row in own],
+            color=color,
+            hatch=hatch,
+            edgecolor="white",
+            label=f"bytes of {bits} bits",
+        )
     bars.invert_yaxis()
+    bars.tick_params(axis="y", labelsize=7)
     bars.set(xscale="log", xlabel="KL to the exact cache (nats a token)")
-    path = RESULTS / "attention_analysis.png"
-    figure.savefig(path, dpi=160, metadata={"Software": None})
-    return path
-
-
-if __name__ == "__main__":
-    main()
+    bars.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
+    return drawn

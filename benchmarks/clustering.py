@@ -4,25 +4,26 @@ Tokens come from 32 Gaussian clusters in 64 dims, some clusters often and some r
 cluster. Purity is the share of tokens whose centroid holds mostly their own cluster; energy is the squared distance to
 the nearest centroid, as a share of the tokens' variance. k-means (scikit-learn) sees all tokens at once; its
 mini-batch kind and ours see each block of tokens once. Chance is as many tokens drawn at random.
-
-    python -m benchmarks.clustering [--quick]
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from itertools import product
-from pathlib import Path
-from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
-from benchmarks.schema import RESULTS, write_result
+from benchmarks.schema import Outcome, Result
+from benchmarks.tables import percent, table
 from mlxkv.clustering import BLOCK, Clusters, Rules, inserted
 from mlxkv.kernels.centroids import assign
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PHASE = 2
 
 CLUSTERS, DIM, TOKENS = 32, 64, 4096
 SPREADS = (0.5, 1.0, 1.5)  # of a cluster, in each dim, where centers spread by 1
@@ -41,20 +42,14 @@ SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed and 512 tokens; writes nothing")
-    quick = parser.parse_args().quick
-    samples = measure(1 if quick else SEEDS, 512 if quick else TOKENS)
-    summary = summarise(samples)
-    for row in summary:
-        print(row)
-    if not quick:
-        config = {
-            "clusters": CLUSTERS, "dim": DIM, "tokens": TOKENS, "seeds": SEEDS, "block": BLOCK,
-            "k_means_starts": KMEANS_STARTS, "base": str(BASE),
-        }  # fmt: skip
-        print(write_result("clustering", config, samples, summary), plot(summary))
+def run(quick: bool) -> Outcome:
+    seeds, tokens = (1, 512) if quick else (SEEDS, TOKENS)
+    samples = measure(seeds, tokens)
+    config = {
+        "clusters": CLUSTERS, "dim": DIM, "tokens": tokens, "seeds": seeds, "block": BLOCK,
+        "k_means_starts": KMEANS_STARTS, "base": str(BASE),
+    }  # fmt: skip
+    return Outcome(config, samples, summarise(samples))
 
 
 def measure(seeds: int, tokens: int) -> list[dict[str, Any]]:
@@ -137,44 +132,95 @@ def scores(x: np.ndarray, truth: np.ndarray, centroids: np.ndarray, counts: np.n
 
 
 def summarise(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over seeds."""
+    """Means over seeds; of energy their standard deviation, too, 0 where there is one."""
     rows: dict[tuple, list[dict[str, Any]]] = {}
     for sample in samples:
         key = tuple((k, v) for k, v in sample.items() if k not in ("seed", "purity", "energy", "used"))
         rows.setdefault(key, []).append(sample)
     return [
-        {**dict(key), **{k: round(fmean(s[k] for s in group), 4) for k in ("purity", "energy", "used")}}
+        {
+            **dict(key),
+            **{k: round(float(np.mean([s[k] for s in group])), 4) for k in ("purity", "energy", "used")},
+            "energy_deviation": round(float(np.std([s["energy"] for s in group], ddof=len(group) > 1)), 4),
+        }
         for key, group in rows.items()
     ]
 
 
-def plot(rows: Sequence[dict[str, Any]]) -> Path:
+def section(result: Result) -> str:
+    rows, config = summarise(result["samples"]), result["config"]
+    found = {(r["spread"], r["centroids"], r["name"]): r for r in rows if r["part"] == "methods"}
+    names = list(dict.fromkeys(name for _, _, name in found))
+    ours, *others = (name for name in names if name != "online, cosine")
+    ratios = {
+        other: [r["energy"] / found[*where, other]["energy"] for (*where, name), r in found.items() if name == ours]
+        for other in others
+    }
+    against = ", ".join(f"{min(r):.2f} to {max(r):.2f} times {other}'s" for other, r in ratios.items())
+    base = [
+        next(
+            r["energy"] for r in rows if r["part"] == "sweep" and _setting(r) == ("block", str(config["block"]), order)
+        )
+        for order in (False, True)
+    ]
+    heads = ["spread, centroids", *names]
+    cells = [
+        [f"{spread:g}, {n}", *(_score(found[spread, n, name]) for name in names)]
+        for spread, n in dict.fromkeys((spread, n) for spread, n, _ in found)
+    ]
+    return "\n\n".join(
+        [
+            f"Over all spreads and numbers of centroids the energy that online clustering (euclidean) loses is {against}."
+            f" Where one cluster comes after the other it loses {base[1] / base[0]:.2f} times what it loses in random order.",
+            f"Energy lost, a share of the variance: means of {config['seeds']} seed(s) ± their standard deviation; and purity.",
+            table(heads, cells),
+            "The same with one rule changed, from the best of its values to the worst:",
+            _sweeps([row for row in rows if row["part"] == "sweep"]),
+        ]
+    )
+
+
+def _setting(row: dict[str, Any]) -> tuple[str, str, bool]:
+    return row["name"], row["value"], row["sorted"]
+
+
+def _score(row: dict[str, Any]) -> str:
+    return f"{row['energy']:.3f} ± {row['energy_deviation']:.3f}, {percent(row['purity'])}"
+
+
+def _sweeps(rows: Sequence[dict[str, Any]]) -> str:
+    """A row for each rule: energies of its best and its worst value, in random order and sorted."""
+    lines = []
+    for sweep in dict.fromkeys(row["name"] for row in rows):
+        cells = []
+        for order in (False, True):
+            of_it = sorted(
+                (r for r in rows if (r["name"], r["sorted"]) == (sweep, order)), key=lambda row: row["energy"]
+            )
+            cells.append(" to ".join(f"{row['energy']:.3f} ({row['value']})" for row in (of_it[0], of_it[-1])))
+        lines.append([f"`{sweep}`", *cells])
+    return table(["rule", "random order", "cluster after cluster"], lines)
+
+
+def figure(result: Result) -> Figure:
     """Energy against the number of centroids, a pane for each spread."""
-    import matplotlib as mpl
+    from benchmarks import figures
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    found = [row for row in rows if row["part"] == "methods"]
-    figure, panes = plt.subplots(1, len(SPREADS), figsize=(11, 3.8), layout="constrained", sharey=True)
-    colors = ("#0072B2", "#56B4E9", "#000000", "#8C8C8C", "#D55E00")
-    for axes, spread in zip(panes, SPREADS):
-        for name, color, marker in zip(dict.fromkeys(row["name"] for row in found), colors, "osDv^"):
+    found = [row for row in result["summary"] if row["part"] == "methods"]
+    spreads, names, budgets = (
+        list(dict.fromkeys(row[key] for row in found)) for key in ("spread", "name", "centroids")
+    )
+    drawn, panes = figures.panes(len(spreads), width=3.7, sharey=True)
+    for axes, spread in zip(panes[0], spreads):
+        for name, color, marker in zip(names, figures.COLORS, figures.MARKERS):
             line = [row for row in found if (row["name"], row["spread"]) == (name, spread)]
             x, y = [row["centroids"] for row in line], [row["energy"] for row in line]
             axes.plot(x, y, color=color, marker=marker, ms=5, label=name)
-        axes.axvline(CLUSTERS, color="#000000", lw=0.6, ls=":")
+        axes.axvline(result["config"]["clusters"], color="#000000", lw=0.6, ls=":")
         axes.set(xscale="log", xlabel="centroids (dotted: clusters)")
-        axes.set_xticks(BUDGETS, [str(n) for n in BUDGETS])
+        axes.set_xticks(budgets, [str(n) for n in budgets])
         axes.minorticks_off()
-        axes.grid(alpha=0.3)
         axes.set_title(f"clusters spread by {spread:g}", loc="left", fontsize=10)
-    panes[0].set(ylabel="energy lost (share of variance)", ylim=(0, None))
-    panes[-1].legend(frameon=False)
-    path = RESULTS / "clustering.png"
-    figure.savefig(path, dpi=160, metadata={"Software": None})
-    return path
-
-
-if __name__ == "__main__":
-    main()
+    panes[0, 0].set(ylabel="energy lost (share of variance)", ylim=(0, None))
+    panes[0, -1].legend()
+    return drawn

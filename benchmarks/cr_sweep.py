@@ -2,81 +2,57 @@
 
 Calibrates on Python's documentation, compresses 768-token caches of other text between sinks and window, and lets
 the model predict the next 200 tokens from the restored cache. One 2,048-token text shows whole-file ratios.
-
-    python -m benchmarks.cr_sweep [--quick]
+Quick: ratios 4 and 16, three texts and a small calibration.
 """
 
 from __future__ import annotations
 
-import argparse
-import tempfile
-from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import track
 
-from benchmarks import texts
-from benchmarks.schema import RESULTS, write_result
+from benchmarks import calibration, texts
+from benchmarks.held_out import MODEL
+from benchmarks.schema import Outcome, Result
+from benchmarks.tables import megabytes, percent, table
 from mlxkv import lm
-from mlxkv.codec.calibrate import calibrate
-from mlxkv.codec.kvtc import KVTCCacheCodec, Settings
+from mlxkv.codec.kvtc import KVTCCacheCodec
 from mlxkv.evaluate import fidelity
-from mlxkv.files import write_dump
+from mlxkv.evaluate._variants import coded, whole
 
-MODEL = "smollm2-135m"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PHASE = 3
 RATIOS = (2, 4, 8, 16, 32)
 LENGTH, LONG, PREDICT = 768, 2048, 200
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="ratios 4 and 16 on a quarter of the texts; writes nothing"
-    )
-    quick = parser.parse_args().quick
+def run(quick: bool) -> Outcome:
     model, tokenizer = lm.load(MODEL)
-    calibration = {"texts": 2 if quick else 20, "tokens": 1536}
+    size = calibration.QUICK if quick else calibration.FULL
     ratios = (4, 16) if quick else RATIOS
-    with tempfile.TemporaryDirectory() as folder:
-        files = dump_all(model, tokenizer, Path(folder), calibration)
-        starts = prefixes(model, tokenizer, quick)
-        samples = []
-        for ratio in track(ratios, "ratios"):
-            codec = KVTCCacheCodec(calibrate(files, Settings(ratio)))
-            for (kind, text), start in starts.items():
-                record = fidelity.evaluate(model, codec, start)
-                samples.append({"compression_ratio": ratio, "kind": kind, "text": text, **record})
-    summary = summarise(samples)
-    for row in summary:
-        print(row)
-    if not quick:
-        config = {"model": MODEL, "dtype": "float16", "calibration": calibration, "predict": PREDICT, "seed": 0}
-        print(write_result("cr_sweep", config, samples, summary), plot(summary))
+    artifacts = calibration.calibrated(model, tokenizer, size, ratios)
+    variants = [coded(KVTCCacheCodec(learnt), f"{ratio}x", "float16") for ratio, learnt in artifacts.items()]
+    chosen = held_out(tokenizer)[:: 6 if quick else 1]
+    samples = []
+    for kind, text, length, tokens in track(chosen, "held-out texts"):
+        records = fidelity.evaluate(model, [whole(), *variants], tokens, length, chunk=PREDICT)[1:]
+        for ratio, record in zip(ratios, records):
+            samples.append({"compression_ratio": ratio, "kind": kind, "text": text, **record})
+    config = {"model": MODEL, "dtype": "float16", "calibration": size, "predict": PREDICT, "seed": 0}
+    return Outcome(config, samples, summarise(samples))
 
 
-def dump_all(model: Any, tokenizer: Any, folder: Path, calibration: dict[str, int]) -> list[Path]:
-    """Dump the calibration texts; the files."""
-    stretches = texts.calibration(tokenizer, calibration["tokens"], calibration["texts"])
-    files = []
-    for index, tokens in enumerate(track(stretches, "calibration dumps")):
-        files.append(folder / f"{index}.npz")
-        write_dump(files[-1], lm.dump(model, tokens, name=MODEL, dtype="float16"))
-    return files
-
-
-def prefixes(model: Any, tokenizer: Any, quick: bool) -> dict[tuple[str, str], fidelity.Prefix]:
-    """Every held-out text, prefilled once: four of the calibration's kind, eight of other kinds, one long."""
+def held_out(tokenizer: Any) -> list[tuple[str, str, int, list[int]]]:
+    """Kind, name, length that is held, and tokens: four texts of the calibration's kind, eight of others, one long."""
     same = texts.same_kind(tokenizer, LENGTH + PREDICT + 1, 4)
-    cut = {("same", f"documentation-{i}"): (LENGTH, tokens) for i, tokens in enumerate(same)}
+    cut = [("same", f"documentation-{i}", LENGTH, tokens) for i, tokens in enumerate(same)]
     for name, text in texts.OTHER_KINDS.items():
-        cut["other", name] = (LENGTH, tokenizer.encode(text()))
-    cut["long", "documentation-long"] = (LONG, texts.same_kind(tokenizer, LONG + PREDICT + 1, 1)[0])
-    chosen = dict(list(cut.items())[::4]) if quick else cut
-    return {
-        key: fidelity.prefix(model, tokens, length, predict=PREDICT, name=MODEL, dtype="float16")
-        for key, (length, tokens) in track(chosen.items(), "held-out texts")
-    }
+        cut.append(("other", name, LENGTH, tokenizer.encode(text())[: LENGTH + PREDICT + 1]))
+    long = texts.same_kind(tokenizer, LONG + PREDICT + 1, 1)[0]
+    return [*cut, ("long", "documentation-long", LONG, long)]
 
 
 def summarise(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -102,27 +78,65 @@ def summarise(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def plot(summary: list[dict[str, Any]]) -> Path:
+def section(result: Result) -> str:
+    rows = {(row["compression_ratio"], row["kind"]): row for row in result["summary"]}
+    ratios = sorted({ratio for ratio, _ in rows})
+    least, most = rows[ratios[0], "same"], rows[ratios[-1], "same"]
+    shift = [rows[ratio, "other"]["kl"] / rows[ratio, "same"]["kl"] for ratio in ratios]
+    found = (
+        f"On text of the calibration's kind KL goes from {least['kl']:.4f} at {least['ratio_middle']:.1f} times fewer bytes (of"
+        f" the coded middle) to {most['kl']:.4f} at {most['ratio_middle']:.1f} times. On other text it is {min(shift):.1f} to"
+        f" {max(shift):.1f} times as much."
+    )
+    note = (
+        f"Held-out texts: {least['texts']} of the calibration's kind, {rows[ratios[0], 'other']['texts']} of others (of legal,"
+        " fiction, essay, three chats, code, API reference). A budget is what the plan may spend; the middle is what its codes"
+        " then take in the file."
+    )
+    heads = ("budget", "middle", "KL, same kind", "top-1", "perplexity", "KL, other kinds", "top-1", "perplexity")
+    cells = [
+        [f"{ratio}x", f"{rows[ratio, 'same']['ratio_middle']:.1f}x"]
+        + [cell for kind in ("same", "other") for cell in fidelity_cells(rows[ratio, kind])]
+        for ratio in ratios
+    ]
+    return "\n\n".join([found, note, table(heads, cells), whole_files(result)])
+
+
+def fidelity_cells(row: dict[str, Any]) -> list[str]:
+    change = f"{row['perplexity_reference']:.1f} {row['perplexity_delta']:+.2f}"
+    return [f"{row['kl']:.4f}", percent(row["top1_agreement"]), change]
+
+
+def whole_files(result: Result) -> str:
+    """The long text alone, with all that is in its files and beside them."""
+    rows = [sample for sample in result["samples"] if sample["kind"] == "long"]
+    heads = ("budget", "fp16 cache", "file", "ratio", "middle", "K / V error", "KL", "perplexity", "artifacts")
+    cells = [
+        [
+            f"{row['compression_ratio']}x", megabytes(row["fp16_bytes"]), megabytes(row["file_bytes"]), f"{row['ratio']:.1f}x",
+            f"{row['ratio_middle']:.1f}x", f"{row['k_relative_error']:.4f} / {row['v_relative_error']:.4f}", f"{row['kl']:.4f}",
+            f"{row['perplexity_reference']:.2f} -> {row['perplexity']:.2f}", megabytes(row["artifact_bytes"]),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return f"The same at {rows[0]['tokens']:,} tokens, one held-out text, whole files:\n\n{table(heads, cells)}"
+
+
+def figure(result: Result) -> Figure:
     """Ratio of the coded middle against KL, one line for each kind of text."""
-    import matplotlib as mpl
+    from benchmarks import figures
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    drawn, ((axes,),) = figures.panes(width=7, height=4.2)
     labels = {"same": "documentation, as in calibration", "other": "legal, fiction, essay, chat, code, API"}
-    for (kind, label), color, marker in zip(labels.items(), ("#0072B2", "#D55E00"), "os"):
-        rows = [row for row in summary if row["kind"] == kind]
+    for (kind, label), color, marker in zip(labels.items(), figures.COLORS, figures.MARKERS):
+        rows = [row for row in result["summary"] if row["kind"] == kind]
         x, y = [row["ratio_middle"] for row in rows], [row["kl"] for row in rows]
         axes.plot(x, y, color=color, marker=marker, label=f"held-out text: {label}")
         for row in rows if kind == "same" else []:
             axes.annotate(
-                f"{row['compression_ratio']}x budget",
-                (row["ratio_middle"], row["kl"]),
-                textcoords="offset points",
-                xytext=(5, -12),
-                fontsize=8,
-            )
+                f"{row['compression_ratio']}x budget", (row["ratio_middle"], row["kl"]),
+                textcoords="offset points", xytext=(5, -12), fontsize=8,
+            )  # fmt: skip
     axes.set(
         xscale="log",
         yscale="log",
@@ -130,15 +144,8 @@ def plot(summary: list[dict[str, Any]]) -> Path:
         ylabel="KL to the untouched cache (nats a token)",
     )
     axes.set_xticks(ticks := [2, 4, 8, 16, 32], [f"{tick}x" for tick in ticks])
-    axes.set(xlim=(2.4, 52), ylim=(4e-4, 6e-2))
+    axes.set_xlim(right=1.4 * max(row["ratio_middle"] for row in result["summary"]))
+    axes.margins(y=0.1)
     axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    axes.set_title("KVTC on SmolLM2-135M: what the model notices", loc="left")
-    path = RESULTS / "cr_sweep.png"
-    figure.savefig(path, dpi=160, metadata={"Software": None})
-    return path
-
-
-if __name__ == "__main__":
-    main()
+    axes.legend()
+    return drawn

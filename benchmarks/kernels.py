@@ -2,32 +2,42 @@
 
 Reference and kernel get the same arguments, must agree first, and are timed in turn, several times over, each until
 its result is there; medians count. Bytes are those of arguments and results, each moved once, so GB/s is what a
-caller gets; beside it stands the fraction of what a big copy reaches on this machine in the same run.
-
-    python -m benchmarks.kernels [--rounds 20]
+caller gets; beside it stands the fraction of what a big copy reaches on this machine in the same run. Quick: fewer rounds.
 """
 
 from __future__ import annotations
 
-import argparse
 import platform
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import mlx.core as mx
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.schema import write_result
+from benchmarks.schema import Outcome, Result
+from benchmarks.tables import table
 from mlxkv.errors import MlxkvError, UnsupportedError
 from mlxkv.kernels import metal
 from mlxkv.kernels.examples import Example, all_examples, arrays
 
+PHASE = 8
 COPY_BYTES = 2**28
 WARM_UP = 3
+
+
+def run(quick: bool) -> Outcome:
+    """Raises UnsupportedError without Metal."""
+    if not metal.available():
+        raise UnsupportedError("the kernels cannot be measured here: that needs a Mac, where MLX runs Metal")
+    rounds = 5 if quick else 20
+    bandwidth = copy_bandwidth(rounds)
+    samples = [measure(example, rounds, bandwidth) for example in all_examples()]
+    config = {
+        "rounds": rounds, "warm_up": WARM_UP, "chip": mx.device_info()["device_name"], "macos": platform.mac_ver()[0],
+        "copy_bytes": COPY_BYTES, "copy_gb_per_second": bandwidth / 1e9,
+    }  # fmt: skip
+    return Outcome(config, samples, [{name: row[name] for name in row if name != "seconds"} for row in samples])
 
 
 def measure(example: Example, rounds: int, bandwidth: float) -> dict[str, Any]:
@@ -86,34 +96,21 @@ def _call(function: Callable[..., Any], arguments: tuple) -> Callable[[], Any]:
     return call
 
 
-def table(found: Sequence[dict[str, Any]], title: str) -> Table:
-    """The rows for reading."""
-    out = Table(title=title)
-    for name in ("kernel", "shape", "reference ms", "metal ms", "ratio", "GB/s", "of copy"):
-        out.add_column(name, justify="left" if name in ("kernel", "shape") else "right")
-    for row in found:
-        times = (f"{row[name]:.3f}" for name in ("reference_ms", "metal_ms"))
-        share = (f"{row['times_faster']:.1f}x", f"{row['gb_per_second']:.1f}", f"{row['of_copy']:.0%}")
-        out.add_row(row["kernel"], row["shape"], *times, *share)
-    return out
-
-
-def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20)
-    rounds = parser.parse_args(words).rounds
-    if not metal.available():
-        print("benchmarks.kernels cannot measure here: it needs a Mac, where MLX runs Metal", file=sys.stderr)
-        sys.exit(UnsupportedError.exit_code)
-    bandwidth = copy_bandwidth(rounds)
-    samples = [measure(example, rounds, bandwidth) for example in all_examples()]
-    chip, system = mx.device_info()["device_name"], platform.mac_ver()[0]
-    config = {"rounds": rounds, "warm_up": WARM_UP, "macos": system, "copy_gb_per_second": bandwidth / 1e9}
-    title = f"{chip}, macOS {system}, a copy of {COPY_BYTES >> 20} MB runs at {bandwidth / 1e9:.0f} GB/s"
-    Console().print(table(samples, title))
-    summary = [{name: value for name, value in row.items() if name != "seconds"} for row in samples]
-    print(write_result("kernels", config, samples, summary))
-
-
-if __name__ == "__main__":
-    main()
+def section(result: Result) -> str:
+    rows, config = result["summary"], result["config"]
+    slow = [row["kernel"] for row in rows if row["times_faster"] < 1]
+    slower = f"; slower: {', '.join(dict.fromkeys(slow))}" if slow else ""
+    found = (
+        f"{len(rows) - len(slow)} of {len(rows)} measurements on {config['chip']}, macOS {config['macos']}, are faster than"
+        f" the plain operations{slower}. A copy of"
+        f" {config['copy_bytes'] >> 20} MB runs at {config['copy_gb_per_second']:.0f} GB/s."
+    )
+    heads = ("kernel, shape", "reference ms", "Metal ms", "times faster", "GB/s", "of copy")
+    cells = [
+        [
+            f"{row['kernel']}, {row['shape']}", f"{row['reference_ms']:.3f}", f"{row['metal_ms']:.3f}",
+            f"{row['times_faster']:.1f}x", f"{row['gb_per_second']:.1f}", f"{row['of_copy']:.0%}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return f"{found}\n\n{table(heads, cells)}"

@@ -1,71 +1,77 @@
-"""Every live method on the same held-out texts: what the model notices, at how many bytes, and how fast.
+"""Every method at how many bytes: what the model notices, live methods and the codec on the same held-out texts.
 
 SmolLM2 and the trained miniatures read 1,024 tokens in one chunk, then the next 64 in chunks of 16 through each
-method's cache: KL, top-1 agreement and perplexity against `full`, and measured bytes against 2 an element. On SmolLM2 also a
-hidden pass key, seconds and peak bytes, timed in turn. Uniform quantization and KIVI at all their bits, and methods that
-give up tokens at all their sizes, are curves that others are compared with at equal bytes, text by text.
-
-    python -m benchmarks.live_methods [--quick]
+method's cache: KL, top-1 agreement and perplexity against `full`, and measured bytes against 2 an element. On SmolLM2
+kvtc is calibrated on other text, files each text's cache after the context, and restores it. Uniform quantization and
+KIVI at all their bits, kvtc at all its ratios, and methods that give up tokens at all their sizes, are curves that
+others are compared with at equal bytes, text by text.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
-from pathlib import Path
-from statistics import fmean, median
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks import miniature_texts, paired, passkey, texts, uniform
-from benchmarks.live_runs import Variants, continued, possible, timed
-from benchmarks.schema import RESULTS, write_result
+from benchmarks import calibration, held_out, paired, tables, uniform
+from benchmarks.held_out import CONTEXT, MODEL, PREDICT
+from benchmarks.live_runs import Variants, continued, possible
+from benchmarks.schema import Outcome, Result
 from mlxkv import lm, miniatures
+from mlxkv.codec.kvtc import KVTCCacheCodec
 from mlxkv.presets import live_methods, live_settings, method_preset, names
 
-MODEL = "smollm2-135m"
-CONTEXT, PREDICT = 1024, 64  # 64 are one round of a tail that is packed 64 tokens at a time
-SPEED_ROUNDS, SPEED_TOKENS = 3, 16
-OTHER_BUDGETS = ("-96", "-256")  # of methods that are timed with 512 tokens
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Found = dict[tuple[str, ...], dict[str, Any]]  # comparisons by model, variant, curve and reading
+Picks = dict[str, list[tuple[str, ...]]]
+
+PHASE = 1
+RATIOS = (2, 4, 8, 16)
 KEEPS_ALL = f"-{CONTEXT}"  # of presets with nothing to give up in this context
 FLOAT16 = "uniform-16"  # the end of all curves
-PASSKEY_CONTEXT = 900
-CURVES = ("uniform", "kivi", "h2o", "streaming-llm", "random")
+CURVES = ("uniform", "kivi", "kvtc", "h2o", "streaming-llm", "random")
 READINGS = {"between points": paired.at_bytes, "largest that fits": paired.within_bytes}
-ABLATED = "smartkv-0.3"  # the budget at which most has to go
-ABLATIONS: dict[str, dict[str, Any]] = {
-    **{f"order random, seed {seed}": {"order": "random", "seed": seed} for seed in range(3)},
-    "order early": {"order": "early"},
-    "order late": {"order": "late"},
-    "allocator greedy": {"allocator": "greedy"},
-    "allocator uniform": {"allocator": "uniform"},
-    "layers linear": {"layers": "linear"},
-    "layers exponential": {"layers": "exponential"},
-}
+LINE, FITS = READINGS
+OURS = ("smartkv", "kvtc", "mp-kvm", "sketch-aggregate", "sketch-topk")
+QUANTIZED = (("uniform", LINE), ("uniform", FITS), ("kivi", LINE), ("kivi", FITS), ("kvtc", LINE))
+EVICTED = (("h2o", LINE), ("streaming-llm", LINE), ("random", LINE), ("kvtc", LINE))
+COLUMNS = dict(zip(OURS, (QUANTIZED, QUANTIZED, EVICTED, EVICTED, EVICTED)))  # of the section's tables, by method
+ON_MINIATURES = (
+    ("smartkv-0.3", "uniform", LINE), ("smartkv-0.5", "uniform", LINE), ("smartkv-0.5", "uniform", FITS),
+    ("smartkv-0.5", "kivi", LINE), ("mp-kvm-96", "h2o", LINE), ("mp-kvm-96", "random", LINE),
+)  # fmt: skip
+SHARES = (0.1, 0.2, 0.3, 0.5)  # of float16's bytes, within which the section names the best
+SURE = 0.05
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two texts, one miniature, one chunk; writes nothing")
-    quick = parser.parse_args().quick
-    samples = []
+def run(quick: bool) -> Outcome:
+    """Quick: two texts, half a chunk after the context, one miniature, a calibration on two short texts."""
+    predict = 8 if quick else PREDICT
+    size = calibration.QUICK if quick else calibration.FULL
+    variants = {**presets(), **references()}
+    samples: list[dict[str, Any]] = []
+    kvtc: dict[str, Any] = {}
     for name in [MODEL, *miniatures.names()[: 1 if quick else None]]:
         model, tokenizer = lm.load(name)
-        for record in measure(name, model, tokenizer, quick):
-            samples.append({"model": name, **record})
-    summary = summarise(samples)
-    for rows in summary.values():
-        for row in rows:
-            print(row)
-    if not quick:
-        config = {
-            "context": CONTEXT, "predict": PREDICT, "passkey_context": PASSKEY_CONTEXT, "keys": passkey.KEYS, "seed": 0,
-            "speed_rounds": SPEED_ROUNDS, "speed_tokens": SPEED_TOKENS,
-            "settings": {name: str(settings) for name, settings in {**presets(), **references(), **ablations()}.items()},
-        }  # fmt: skip
-        print(write_result("live_methods", config, samples, summary), plot(summary["fidelity"]))
+        kinds, rows = held_out.rows(name, tokenizer, CONTEXT + predict + 1)
+        if quick:
+            kinds, rows = kinds[::6], rows[::6]
+        learnt = calibration.calibrated(model, tokenizer, size, RATIOS) if name == MODEL else {}
+        codecs = {f"kvtc-{ratio}": KVTCCacheCodec(artifacts) for ratio, artifacts in learnt.items()}
+        for preset, codec in codecs.items():
+            kvtc[preset] = {**codec.artifacts.meta, "w": codec.w, "artifact_bytes": codec.artifacts.nbytes}
+        records = continued(model, rows, CONTEXT, possible(model, {**variants, **codecs}), name)
+        samples += [{"model": name, **record, "text": kinds[record["text"]]} for record in records]
+    config = {
+        "context": CONTEXT, "predict": predict, "calibration": size, "kvtc": kvtc,
+        "settings": {name: str(settings) for name, settings in variants.items()},
+    }  # fmt: skip
+    return Outcome(config, samples, {"fidelity": fidelity(samples), "paired": comparisons(samples)})
 
 
 @cache
@@ -85,70 +91,14 @@ def references() -> Variants:
     }
 
 
-def ablations() -> Variants:
-    """ABLATED with one thing changed."""
-    return {change: live_settings(ABLATED, **overrides) for change, overrides in ABLATIONS.items()}
-
-
-def measure(name: str, model: Any, tokenizer: Any, quick: bool) -> list[dict[str, Any]]:
-    """All records of one model."""
-    predict = 8 if quick else PREDICT
-    kinds, rows = held_out(name, tokenizer, CONTEXT + predict + 1)
-    if quick:
-        kinds, rows = kinds[::6], rows[::6]
-    changed = ablations() if name == MODEL and not quick else {}
-    variants = possible(model, {**presets(), **references(), **changed})
-    records = continued(model, rows, CONTEXT, variants, name)
-    samples = [
-        {"measure": "ablation" if record["variant"] in changed else "fidelity", **record, "text": kinds[record["text"]]}
-        for record in records
-    ]
-    if name != MODEL:
-        return samples
-    found = passkey.retrieved(model, tokenizer, PASSKEY_CONTEXT, presets())
-    rounds, tokens = (1, 8) if quick else (SPEED_ROUNDS, SPEED_TOKENS)
-    text = held_out(name, tokenizer, CONTEXT + rounds * tokens)[1][0].tolist()
-    one_of_each = {name: settings for name, settings in presets().items() if not name.endswith(OTHER_BUDGETS)}
-    seconds = timed(model, text, CONTEXT, one_of_each, rounds)
-    return [*samples, *({"measure": "passkey", **row} for row in found), *({"measure": "speed", **row} for row in seconds)]  # fmt: skip
-
-
-def held_out(name: str, tokenizer: Any, length: int) -> tuple[list[str], np.ndarray]:
-    """Ten or nine held-out texts `[N, length]` and what each is."""
-    if name == MODEL:
-        rows = {f"documentation-{i}": row for i, row in enumerate(texts.same_kind(tokenizer, length, 2))}
-        rows |= {kind: tokenizer.encode(read())[:length] for kind, read in texts.OTHER_KINDS.items()}
-    else:
-        windows = miniature_texts.windows(length - 1, 3)
-        rows = {
-            f"{kind}-{i}": row for kind in miniature_texts.held_out() for i, row in enumerate(windows[kind].tolist())
-        }
-    return list(rows), np.array(list(rows.values()))
-
-
 def method_of(variant: str) -> str:
     """The line of the picture that a variant is a point of."""
     if variant.startswith(("int", "uniform")):
         return "uniform"
+    if variant.startswith("kvtc"):
+        return "kvtc"
     settings = {**presets(), **references()}[variant]
     return str(type(settings).__module__).rpartition(".")[2].replace("_", "-")
-
-
-def summarise(samples: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Means over texts of every model and variant, comparisons at equal bytes, pass keys and speeds."""
-    by = {
-        measure: [sample for sample in samples if sample["measure"] == measure]
-        for measure in ("fidelity", "ablation", "passkey", "speed")
-    }
-    return {
-        "fidelity": fidelity(by["fidelity"]),
-        "paired": comparisons(by["fidelity"]),
-        "ablation": ablated(
-            by["ablation"], [s for s in by["fidelity"] if (s["model"], s["variant"]) == (MODEL, ABLATED)]
-        ),
-        "passkey": passkeys(by["passkey"]),
-        "speed": speeds(by["speed"]),
-    }
 
 
 def fidelity(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -159,18 +109,19 @@ def fidelity(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         keys = ("cache_bytes", "share_of_fp16", "kl", "top1_agreement", "perplexity_reference", "perplexity_delta")
         means = {key: round(fmean(sample[key] for sample in group), 6) for key in keys}
         typical = float(np.exp(np.mean(np.log([max(s["kl"], paired.LEAST_KL) for s in group]))))
-        rows.append({"model": model, "variant": variant, "method": method_of(variant), "texts": len(group), **means, "kl_geometric": typical})  # fmt: skip
+        row = {"model": model, "variant": variant, "method": method_of(variant), "texts": len(group)}
+        rows.append({**row, **means, "kl_geometric": typical})
     return rows
 
 
 def comparisons(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every preset against every curve that it is not on, at the preset's bytes, paired over texts."""
+    """All but the references against every curve that they are not on, at their bytes, paired over texts."""
     rows = []
     for model in dict.fromkeys(sample["model"] for sample in samples):
         alike = [sample for sample in samples if sample["model"] == model]
-        there = {sample["variant"] for sample in alike}
-        for curve in [curve for curve in CURVES if curve in map(method_of, there)]:
-            for variant in [name for name in presets() if name in there and method_of(name) not in (curve, "full")]:
+        there = {name: method_of(name) for name in dict.fromkeys(sample["variant"] for sample in alike)}
+        for curve in [curve for curve in CURVES if curve in there.values()]:
+            for variant in [name for name in there if name not in references() and there[name] not in (curve, "full")]:
                 ours = [sample for sample in alike if sample["variant"] == variant]
                 for read, at in READINGS.items():
                     theirs = [at(s["cache_bytes"], curve_of(alike, curve, s["text"])) for s in ours]
@@ -188,97 +139,138 @@ def curve_of(samples: Sequence[dict[str, Any]], method: str, text: str) -> list[
     ]
 
 
-def ablated(samples: Sequence[dict[str, Any]], originals: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every change against ABLATED on the same texts; where there are seeds, each text's geometric mean over them."""
-    rows = []
-    for change in dict.fromkeys(sample["variant"].split(", seed")[0] for sample in samples):
-        alike = [sample for sample in samples if sample["variant"].split(", seed")[0] == change]
-        logs = np.log([[max(s["kl"], paired.LEAST_KL) for s in alike if s["text"] == o["text"]] for o in originals])
-        seeds = np.exp(logs.mean(axis=0))
-        row = {
-            "change": change,
-            "share_of_fp16": fmean(s["share_of_fp16"] for s in alike),
-            "kl_of_seeds": seeds.tolist(),
-        }
-        rows.append({**row, **paired.compare(np.exp(logs.mean(axis=1)).tolist(), [o["kl"] for o in originals])})
-    return rows
+def section(result: Result) -> str:
+    rows, config = result["summary"]["fidelity"], result["config"]
+    ours = sorted((row for row in rows if row["model"] == MODEL), key=lambda row: -row["share_of_fp16"])
+    cells = [
+        (f"`{row['variant']}`", f"{row['share_of_fp16']:.2f}", f"{row['kl']:.2g}",
+         tables.percent(row["top1_agreement"]), f"{row['perplexity_reference']:.1f} {row['perplexity_delta']:+.2f}")
+        for row in ours
+    ]  # fmt: skip
+    found = judged(result["summary"])
+    parts = [
+        f"{best_within(ours)} {counted(found, OURS)}",
+        f"SmolLM2 after {config['context']:,} tokens of {ours[0]['texts']} held-out texts,"
+        f" the next {config['predict']} read through each cache:",
+        tables.table(["method", "bytes", "KL", "top-1", "perplexity"], cells),
+        "Bytes are shares of float16's (on a CPU `full` holds float32, so more than 1). `uniform-N`, `kivi-3` and"
+        " `kivi-8` are no presets but points of curves. Live methods compute with what they hold."
+        f"{about_kvtc(config)}",
+        "At equal bytes, text by text: KL in geometric means, 95 % intervals, and on how many texts it is lower."
+        " Between its settings a method's KL is read off a straight line in the logarithms of bytes and KL, up to"
+        " float16, which loses nothing; beyond its ends the nearest setting counts."
+        f" Bold: p < {SURE}, Holm-corrected over the comparisons of a method, or of a miniature.",
+    ]
+    for columns in (QUANTIZED, EVICTED):
+        lines = sorted(row["variant"] for row in ours if COLUMNS.get(row["method"]) == columns)
+        picks: Picks = {name: [(MODEL, name, *column) for column in columns] for name in lines}
+        parts.append(compared([_curve(*column) for column in columns], picks, found))
+    models = [model for model in dict.fromkeys(row["model"] for row in rows) if model != MODEL]
+    heads = [f"`{variant}`: {_curve(*column)}" for variant, *column in ON_MINIATURES]
+    picks = {model: [(model, *pick) for pick in ON_MINIATURES] for model in models}
+    parts.append(f"The same on miniatures, none of which was shown to look far back. {counted(found, models)}")
+    return "\n\n".join([*parts, compared(heads, picks, found)])
 
 
-def passkeys(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each variant the share of keys found whole, of digits put first, and the mean log-probability of digits."""
-    rows = []
-    for variant in dict.fromkeys(sample["variant"] for sample in samples):
-        group = [sample for sample in samples if sample["variant"] == variant]
-        rows.append(
-            {
-                "variant": variant,
-                "found": fmean(s["digits_first"] == len(s["key"]) for s in group),
-                "digits_first": fmean(s["digits_first"] / len(s["key"]) for s in group),
-                "log_probability": fmean(s["log_probability"] for s in group),
-            }
-        )
-    return rows
+def about_kvtc(config: dict[str, Any]) -> str:
+    """What its rows in the table mean; nothing where it was not run."""
+    artifacts = [codec["artifact_bytes"] for codec in config.get("kvtc", {}).values()]
+    if not artifacts:
+        return ""
+    return (
+        " kvtc is a file, counted whole, that is restored to full size to be used; tokens after it count 2 bytes an"
+        f" element. It was calibrated on {config['calibration']['texts']} other texts; not counted are its artifacts,"
+        f" which all caches of the model share: {tables.megabytes(min(artifacts))} to {tables.megabytes(max(artifacts))}."
+    )
 
 
-def speeds(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Tokens a second of each variant and relative to `full` in the same round, medians of the rounds; most peak bytes."""
-    rows = []
-    for variant in dict.fromkeys(sample["variant"] for sample in samples):
-        row: dict[str, Any] = {"variant": variant}
-        for step in ("prefill", "decode"):
-            ours, full = (
-                [s for s in samples if (s["variant"], s["step"]) == (name, step)] for name in (variant, "full")
-            )
-            row[f"{step}_tokens_per_second"] = round(median(s["tokens"] / s["seconds"] for s in ours), 2)
-            row[f"{step}_relative"] = round(median(f["seconds"] / s["seconds"] for s, f in zip(ours, full)), 3)
-        row["decode_peak_bytes"] = max(s["peak_bytes"] for s in ours)
-        rows.append(row)
-    return rows
+def judged(summary: dict[str, Any]) -> Found:
+    """The comparisons that the section shows: each with its group, which is a method or a miniature, and p corrected
+    within it."""
+    methods = {row["variant"]: row["method"] for row in summary["fidelity"]}
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in summary["paired"]:
+        column, method = (row["against"], row["read"]), methods[row["variant"]]
+        if row["model"] == MODEL and column in COLUMNS.get(method, ()):
+            groups.setdefault(method, []).append(row)
+        elif row["model"] != MODEL and (row["variant"], *column) in ON_MINIATURES:
+            groups.setdefault(row["model"], []).append(row)
+    return {
+        (row["model"], row["variant"], row["against"], row["read"]): {**row, "group": group, "p_holm": p}
+        for group, rows in groups.items()
+        for row, p in zip(rows, paired.holm([row["p"] for row in rows]))
+    }
 
 
-def plot(rows: Sequence[dict[str, Any]]) -> Path:
+def best_within(rows: Sequence[dict[str, Any]]) -> str:
+    """Which row has the least KL within each of SHARES."""
+    said = []
+    for share in SHARES:
+        fitting = [row for row in rows if row["share_of_fp16"] <= share]
+        if fitting:
+            best = min(fitting, key=lambda row: row["kl_geometric"])
+            said.append(f"`{best['variant']}` within {share:g}")
+    return f"Least KL by share of float16's bytes: {', '.join(said)}."
+
+
+def counted(found: Found, groups: Iterable[str]) -> str:
+    """How many comparisons of each group are beyond chance, in which direction."""
+    said = []
+    for group in groups:
+        rows = [row for row in found.values() if row["group"] == group]
+        sure = [row["kl_ratio"] < 1 for row in rows if row["p_holm"] < SURE]
+        if rows:
+            said.append(f"lower in {sum(sure)} and higher in {len(sure) - sum(sure)} of {len(rows)} for `{group}`")
+    return f"Comparisons at equal bytes in which KL differs beyond chance: {', '.join(said)}."
+
+
+def compared(
+    heads: list[str], picks: dict[str, list[tuple[str, ...]]], found: dict[tuple[str, ...], dict[str, Any]]
+) -> str:
+    """A table of comparisons, with a column only where there are any."""
+    there = [i for i in range(len(heads)) if any(keys[i] in found for keys in picks.values())]
+    rows = [
+        [f"`{name}`", *(_ratio(found[keys[i]]) if keys[i] in found else "" for i in there)]
+        for name, keys in picks.items()
+    ]
+    return tables.table(["KL, times that of", *(heads[i] for i in there)], rows)
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    low, high = row["kl_ratio_interval"]
+    ratio = f"{row['kl_ratio']:.2g} ({tables.interval(low, high)})"
+    return f"{f'**{ratio}**' if row['p_holm'] < SURE else ratio}, {row['better_on']} of {row['texts']}"
+
+
+def _curve(against: str, read: str) -> str:
+    return f"{against}, {'on a line' if read == LINE else read}"
+
+
+def figure(result: Result) -> Figure:
     """Bytes against KL on each model, one line a method."""
-    import matplotlib as mpl
+    from benchmarks import figures
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
+    rows = result["summary"]["fidelity"]
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, panes = plt.subplots(
-        1, len(models), figsize=(1 + 3.6 * len(models), 4.4), layout="constrained", squeeze=False
-    )
-    colors = (
-        "#000000",
-        "#E69F00",
-        "#56B4E9",
-        "#009E73",
-        "#0072B2",
-        "#D55E00",
-        "#CC79A7",
-        "#8C8C8C",
-        "#332288",
-        "#999933",
-    )
     methods = [method for method in dict.fromkeys(row["method"] for row in rows) if method != "full"]
-    for axes, model in zip(panes[0], models):
-        for method, color, marker in zip(methods, colors, "os^Dv<>PX*"):
-            points = [
-                row for row in rows if (row["model"], row["method"]) == (model, method) and row["share_of_fp16"] < 0.97
-            ]
-            points.sort(key=lambda row: row["share_of_fp16"])
-            x, y = [row["share_of_fp16"] for row in points], [row["kl_geometric"] for row in points]
-            axes.plot(x, y, color=color, marker=marker, ms=5, label=method)
+    columns = min(3, len(models) + 1)
+    drawn, panes = figures.panes(columns, len(models) // columns + 1, width=3.6)
+    for axes, model in zip(panes.flat, models):
+        for i, method in enumerate(methods):
+            alike = [row for row in rows if (row["model"], row["method"]) == (model, method)]
+            points = sorted((row["share_of_fp16"], row["kl_geometric"]) for row in alike if row["share_of_fp16"] < 0.97)
+            again, color = divmod(i, len(figures.COLORS))
+            axes.plot(
+                *zip(*points), figures.STYLES[again], color=figures.COLORS[color],
+                marker=figures.MARKERS[(color + again) % len(figures.MARKERS)], ms=5, label=method,
+            )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="bytes, of fp16's")
         axes.set_xticks(ticks := [0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0], [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
-        axes.grid(alpha=0.3)
         axes.set_title(model, loc="left", fontsize=10)
-    panes[0, 0].set(ylabel="KL to the full cache (nats a token)")
-    figure.legend(*panes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    path = RESULTS / "live_methods.png"
-    figure.savefig(path, dpi=160, metadata={"Software": None})
-    return path
-
-
-if __name__ == "__main__":
-    main()
+    for axes in panes[:, 0]:
+        axes.set(ylabel="KL to the full cache (nats a token)")
+    for axes in panes.flat[len(models) :]:
+        axes.axis("off")
+    panes.flat[len(models)].legend(*panes[0, 0].get_legend_handles_labels(), loc="upper left")
+    return drawn

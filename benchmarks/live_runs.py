@@ -1,23 +1,26 @@
 """Running live caches side by side: one prefill for all, then the same tokens through each, scored against `full`.
 
-A variant is a method's settings; variants are dicts of them by name, and the first is the yardstick.
+A variant is a method's settings, or a codec that files what the prefill left and restores it. Variants are dicts of them
+by name, and the first is the yardstick.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
-from time import perf_counter
 from typing import Any
 from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 from rich.progress import track
 
-from mlxkv import live, metrics
+from mlxkv import live, lm, metrics
+from mlxkv.cache import STREAMS, KVDump
+from mlxkv.codec.kvtc import KVTCCacheCodec
 from mlxkv.errors import UnsupportedError
 from mlxkv.models import cache_spec
 
@@ -38,6 +41,8 @@ def possible(model: Any, variants: Variants) -> Variants:
     """Those that this model can have; says which it cannot and why."""
     left = dict(variants)
     for name, settings in variants.items():
+        if isinstance(settings, KVTCCacheCodec):
+            continue
         try:
             caches_of(model, settings)
         except UnsupportedError as error:
@@ -46,14 +51,34 @@ def possible(model: Any, variants: Variants) -> Variants:
     return left
 
 
-class SharedPrefill:
-    """One layer's caches of all variants during their first chunk, in which all see the same keys and values."""
+class Restored(KVCache):
+    """mlx-lm's cache of a layer that was restored from files. `nbytes` is its part of them and, of tokens that came
+    since, 2 bytes an element; in memory it has its full size."""
 
-    def __init__(self, caches: Sequence[live.LayerCache]) -> None:
-        self.caches = caches
+    def __init__(self, keys: mx.array, values: mx.array, file_bytes: float) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.update_and_fetch(keys, values)  # type: ignore[no-untyped-call]
+        self.filed, self.file_bytes = self.offset, file_bytes
+
+    @property
+    def nbytes(self) -> float:  # type: ignore[override]
+        keys, values = self.keys_and_values()  # type: ignore[no-untyped-call]
+        return self.file_bytes + 2 * (keys[..., self.filed :, :].size + values[..., self.filed :, :].size)
+
+
+class SharedPrefill:
+    """One layer's caches of all variants during their first chunk, in which all see the same keys and values.
+
+    exact: an mlx-lm cache that keeps them for the codecs, or None.
+    """
+
+    def __init__(self, caches: Sequence[live.LayerCache], exact: Any = None) -> None:
+        self.caches, self.exact = caches, exact
         self.offset = 0
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        if self.exact is not None:
+            self.exact.update_and_fetch(keys, values)
         chunks = [cache.update_and_fetch(keys, values) for cache in self.caches]
         return chunks[0]
 
@@ -78,21 +103,49 @@ class SharedPrefill:
 
 def prefilled(model: Any, rows: mx.array, variants: Variants) -> dict[str, list[Any]]:
     """Each variant's caches after `rows` `[B, T]` in one chunk, from a single run of the model."""
-    caches = {name: caches_of(model, settings) for name, settings in variants.items()}
-    shared = make_prompt_cache(model)
-    layers = cache_spec(model).attention_layers
-    for layer in layers:
-        shared[layer] = SharedPrefill([own[layer] for own in caches.values()])
+    codecs = {name: variant for name, variant in variants.items() if isinstance(variant, KVTCCacheCodec)}
+    caches = {name: caches_of(model, settings) for name, settings in variants.items() if name not in codecs}
+    shared, spec = make_prompt_cache(model), cache_spec(model)
+    for layer in spec.attention_layers:
+        exact = shared[layer] if codecs else None
+        shared[layer] = SharedPrefill([own[layer] for own in caches.values()], exact)
     mx.eval(model(rows, cache=shared)[:, -1])
     for own in caches.values():
-        for layer in set(range(len(own))) - set(layers):
+        for layer in set(range(len(own))) - set(spec.attention_layers):
             own[layer] = copy.deepcopy(shared[layer])
+    if not codecs:
+        return caches
+    whole = [entry.exact if isinstance(entry, SharedPrefill) else entry for entry in shared]
+    tokens: Any = rows.tolist()
+    dump = lm.take(whole, spec, tokens, fingerprint=lm.fingerprint(model), dtype="float16")
+    del shared, whole
+    filed = {name: restored(model, codec, dump) for name, codec in codecs.items()}
+    return {name: (caches | filed)[name] for name in variants}
+
+
+def restored(model: Any, codec: KVTCCacheCodec, dump: KVDump) -> list[Any]:
+    """mlx-lm's caches of the dump's texts, each compressed into a file of its own and read back."""
+    sizes, decoded = [], []
+    for i in range(len(dump.tokens)):
+        states = {key: state[i : i + 1] for key, state in dump.states.items()}
+        blob = codec.compress_dump(
+            dataclasses.replace(
+                dump, k=dump.k[:, i : i + 1], v=dump.v[:, i : i + 1], tokens=dump.tokens[i : i + 1], states=states
+            )
+        )
+        sizes.append(len(blob))
+        decoded.append(codec.decompress_dump(blob))
+    k, v = (np.concatenate([text.stream(name) for text in decoded], axis=1) for name in STREAMS)
+    caches, layers = lm.restore(model, dataclasses.replace(dump, k=k, v=v)), dump.spec.attention_layers
+    for layer in layers:
+        keys, values = caches[layer].keys_and_values()
+        caches[layer] = Restored(keys, values, sum(sizes) / len(layers))
     return caches
 
 
-def held_bytes(caches: Sequence[Any]) -> int:
-    """Bytes of the live ones among a model's caches."""
-    return sum(entry.nbytes for entry in caches if isinstance(entry, live.LayerCache))
+def held_bytes(caches: Sequence[Any]) -> float:
+    """Bytes of the live and restored ones among a model's caches."""
+    return sum(entry.nbytes for entry in caches if isinstance(entry, live.LayerCache | Restored))
 
 
 def fp16_bytes(model: Any, tokens: int) -> int:
@@ -158,33 +211,3 @@ def followed(
         chunks.append([np.array(score) for score in scores])
     joined = (np.concatenate(parts, axis=1) for parts in zip(*chunks))
     return np.array(held), dict(zip(("kl", "agrees", "loss", "loss_reference"), joined))
-
-
-def timed(model: Any, tokens: Sequence[int], context: int, variants: Variants, rounds: int) -> list[dict[str, Any]]:
-    """Seconds and peak bytes of every variant, alone and in turn: a prefill of `context` tokens, then `rounds` of decoding.
-
-    The prefill is one chunk and the token that gives the first logits, as in mlx-lm. All decode the same tokens, the
-    rest of `tokens` in equal parts. Peak bytes are those above what was held before the round.
-    """
-    caches, records = {}, []
-    for name, settings in track(variants.items(), "prefill, one by one"):
-        caches[name] = caches_of(model, settings)
-        start = perf_counter()
-        for part in (tokens[: context - 1], tokens[context - 1 : context]):
-            logits = model(mx.array([part]), cache=caches[name])[:, -1]
-            mx.eval(logits if len(part) == 1 else [], [entry.state for entry in caches[name]])
-        seconds = perf_counter() - start
-        records.append({"variant": name, "step": "prefill", "tokens": context, "seconds": seconds})
-    each = (len(tokens) - context) // rounds
-    for i in range(rounds):
-        part = tokens[context + i * each : context + (i + 1) * each]
-        for name in track(variants, f"decode, round {i + 1} of {rounds}"):
-            before = mx.get_active_memory()
-            mx.reset_peak_memory()
-            start = perf_counter()
-            for token in part:
-                mx.eval(model(mx.array([[token]]), cache=caches[name])[:, -1], [entry.state for entry in caches[name]])
-            seconds = perf_counter() - start
-            peak = mx.get_peak_memory() - before
-            records.append({"variant": name, "step": "decode", "tokens": each, "seconds": seconds, "peak_bytes": peak})
-    return records

@@ -1,51 +1,42 @@
 """DEFLATE or rANS behind the codec? Bytes and seconds of the same caches with each, and how fast rANS itself runs here.
 
 Both codings are timed in turn, several times over, and medians count. The symbols of the second table follow a
-geometric distribution, coded with one static table by the plain operations (no kernel, one thread).
-
-    python -m benchmarks.lossless [--tokens 2048] [--rounds 5]
+geometric distribution, coded with one static table by the plain operations (no kernel, one thread). Quick: 1,024 tokens,
+a small calibration and two rounds.
 """
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from benchmarks import texts
-from benchmarks.cr_sweep import MODEL, dump_all
-from benchmarks.schema import write_result
+from benchmarks import calibration, texts
+from benchmarks.held_out import MODEL
+from benchmarks.schema import Outcome, Result
+from benchmarks.tables import megabytes, percent, table
 from mlxkv import lm
-from mlxkv.codec.calibrate import calibrate
-from mlxkv.codec.kvtc import KVTCCacheCodec, Settings
+from mlxkv.codec.kvtc import KVTCCacheCodec
 from mlxkv.codec.summary import summary
 from mlxkv.container import Reader
 from mlxkv.kernels import rans
 
+PHASE = 8
 RATIOS = (4, 16)
 CODINGS = ("deflate", "rans")
 LANES = (256, 1024, 4096)
 SYMBOLS = 2**22
-CALIBRATION = {"texts": 6, "tokens": 1536}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
-    samples = [*coder(arguments.rounds), *caches(arguments.tokens, arguments.rounds)]
-    medians = summarise(samples)
-    for row in medians:
-        print(row)
-    config = {"model": MODEL, "tokens": arguments.tokens, "rounds": arguments.rounds, "calibration": CALIBRATION}
-    print(write_result("lossless", {**config, "symbols": SYMBOLS}, samples, medians))
+def run(quick: bool) -> Outcome:
+    tokens, rounds = (1024, 2) if quick else (2048, 5)
+    size = calibration.QUICK if quick else {"texts": 6, "tokens": 1536}
+    samples = [*coder(rounds), *caches(tokens, rounds, size)]
+    config = {"model": MODEL, "tokens": tokens, "rounds": rounds, "calibration": size, "symbols": SYMBOLS}
+    return Outcome(config, samples, summarise(samples))
 
 
 def coder(rounds: int) -> list[dict[str, Any]]:
@@ -72,12 +63,10 @@ def coder(rounds: int) -> list[dict[str, Any]]:
     return samples
 
 
-def caches(tokens: int, rounds: int) -> list[dict[str, Any]]:
+def caches(tokens: int, rounds: int, size: dict[str, int]) -> list[dict[str, Any]]:
     """One held-out cache at each ratio with each coding."""
     model, tokenizer = lm.load(MODEL)
-    with tempfile.TemporaryDirectory() as folder:
-        files = dump_all(model, tokenizer, Path(folder), CALIBRATION)
-        artifacts = {ratio: calibrate(files, Settings(ratio)) for ratio in RATIOS}
+    artifacts = calibration.calibrated(model, tokenizer, size, RATIOS)
     dump = lm.dump(model, texts.same_kind(tokenizer, tokens, 1)[0], name=MODEL, dtype="float16")
     codecs = {
         (ratio, coding): KVTCCacheCodec(artifacts[ratio], lossless=coding) for ratio in RATIOS for coding in CODINGS
@@ -111,5 +100,31 @@ def timed(call: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     return perf_counter() - start, result
 
 
-if __name__ == "__main__":
-    main()
+def section(result: Result) -> str:
+    caches = {tuple(row["what"].split(", ")): row for row in result["summary"] if "file_bytes" in row}
+    coder = [row for row in result["summary"] if "file_bytes" not in row]
+    pairs = [(caches[ratio, "rans"], caches[ratio, "deflate"]) for ratio in dict.fromkeys(ratio for ratio, _ in caches)]
+    shares = {
+        key: [rans[key] / deflate[key] for rans, deflate in pairs]
+        for key in ("file_bytes", "compress_seconds", "decompress_seconds")
+    }
+    found = (
+        f"With rANS a file is {percent(min(shares['file_bytes']))} to {percent(max(shares['file_bytes']))} of what it is with"
+        f" DEFLATE; compressing takes {min(shares['compress_seconds']):.2f} to {max(shares['compress_seconds']):.2f} times as"
+        f" long, decompressing {min(shares['decompress_seconds']):.2f} to {max(shares['decompress_seconds']):.2f} times."
+    )
+    heads = ("budget, last stage", "file", "coded middle", "compress", "decompress")
+    cells = [
+        [", ".join(key), megabytes(row["file_bytes"]), megabytes(row["coded_bytes"])]
+        + [f"{row[step]:.2f} s" for step in ("compress_seconds", "decompress_seconds")]
+        for key, row in caches.items()
+    ]
+    speeds = ", ".join(
+        f"{row['encode_million_per_second']:.0f} / {row['decode_million_per_second']:.0f} with {row['what'].removeprefix('rANS, ')}"
+        for row in coder
+    )
+    note = f"rANS alone, in NumPy on one thread, encodes / decodes {speeds} (million symbols a second)."
+    cache = (
+        f"One cache of {result['config']['tokens']:,} tokens, medians of {result['config']['rounds']} rounds in turn."
+    )
+    return "\n\n".join([found, cache, table(heads, cells), note])

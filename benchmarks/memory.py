@@ -2,68 +2,52 @@
 
 Each direction runs in a process of its own. Peak is the process's maximum resident size, input and output included,
 so compressing starts from the whole cache and decompressing ends with it. Random numbers stand in for the cache:
-they compress badly, which is the harder case.
-
-    python -m benchmarks.memory [--tokens 32768]
+they compress badly, which is the harder case. Quick: 8,192 tokens.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import resource
-import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from benchmarks.schema import write_result
+from benchmarks.schema import Outcome, Result
+from benchmarks.tables import megabytes, table
 from mlxkv.cache import CacheSpec, Rope
 from mlxkv.codec.artifacts import CalibrationArtifacts, StreamArtifacts
 from mlxkv.codec.kvtc import KVTCCacheCodec
 from mlxkv.codec.plan import Group, Plan
 from mlxkv.models import keys_and_values
 
+PHASE = 8
 LAYERS, HEADS, DIM, RANK = 48, 4, 128, 512
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=32_768)
-    parser.add_argument("--step", choices=("baseline", "compress", "decompress"), help=argparse.SUPPRESS)
-    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.step:
-        print(json.dumps(_step(arguments.step, arguments.tokens, arguments.file)))
-        return
-    fp16 = 2 * 2 * LAYERS * HEADS * DIM * arguments.tokens
+def run(quick: bool) -> Outcome:
+    tokens = 8_192 if quick else 32_768
+    fp16 = 2 * 2 * LAYERS * HEADS * DIM * tokens
     samples = []
     with tempfile.TemporaryDirectory() as folder:
         for step in ("baseline", "compress", "decompress"):
-            command = [sys.executable, "-m", "benchmarks.memory", "--step", step, "--tokens", str(arguments.tokens)]
-            out = subprocess.run(
-                [*command, "--file", f"{folder}/cache.mlxkv"], capture_output=True, text=True, check=True
-            )
-            samples.append(json.loads(out.stdout.splitlines()[-1]))
-            samples[-1]["peak_over_fp16"] = round(samples[-1]["peak_bytes"] / fp16, 3)
-            print(samples[-1])
-    geometry = {
-        "layers": LAYERS,
-        "heads": HEADS,
-        "dim": DIM,
-        "rank": RANK,
-        "tokens": arguments.tokens,
-        "fp16_bytes": fp16,
-    }
-    print(write_result("memory", geometry, samples, samples))
+            # A new interpreter for each: what one has peaked at cannot be taken back.
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                sample = process.submit(measured, step, tokens, Path(folder, "cache.mlxkv")).result()
+            samples.append({**sample, "peak_over_fp16": round(sample["peak_bytes"] / fp16, 3)})
+    geometry = {"layers": LAYERS, "heads": HEADS, "dim": DIM, "rank": RANK, "tokens": tokens, "fp16_bytes": fp16}
+    return Outcome(geometry, samples, samples)
 
 
-def _step(step: str, tokens: int, file: Path) -> dict[str, float | str]:
-    codec = KVTCCacheCodec(_artifacts())
+def measured(step: str, tokens: int, file: Path) -> dict[str, Any]:
+    """Seconds of a step, and the peak of the process that this runs in."""
+    codec = KVTCCacheCodec(artifacts())
     start = perf_counter()
     if step == "compress":
         random = np.random.default_rng(0)
@@ -79,7 +63,7 @@ def _step(step: str, tokens: int, file: Path) -> dict[str, float | str]:
     return {"step": step, "seconds": seconds, "peak_bytes": peak, "mlx_peak_bytes": mx.get_peak_memory()}
 
 
-def _artifacts() -> CalibrationArtifacts:
+def artifacts() -> CalibrationArtifacts:
     spec = CacheSpec("qwen3_moe", (keys_and_values(HEADS, DIM, Rope(DIM, base=1e6)),) * LAYERS)
     width = LAYERS * HEADS * DIM
     basis = np.random.default_rng(1).standard_normal((width, RANK), dtype=np.float32) / np.sqrt(width)
@@ -89,5 +73,16 @@ def _artifacts() -> CalibrationArtifacts:
     return CalibrationArtifacts(part, part, spec, {})
 
 
-if __name__ == "__main__":
-    main()
+def section(result: Result) -> str:
+    steps, config = {sample["step"]: sample for sample in result["samples"]}, result["config"]
+    found = (
+        f"At {config['tokens']:,} tokens, {megabytes(config['fp16_bytes'])} of fp16 cache, the peak is"
+        f" {steps['compress']['peak_over_fp16']:.2f} times the cache to compress and"
+        f" {steps['decompress']['peak_over_fp16']:.2f} times to decompress, the cache itself included."
+    )
+    heads = ("step", "peak", "times the fp16 cache", "seconds")
+    cells = [
+        [step, megabytes(row["peak_bytes"]), f"{row['peak_over_fp16']:.2f}", f"{row['seconds']:.1f}"]
+        for step, row in steps.items()
+    ]
+    return f"{found}\n\n{table(heads, cells)}"

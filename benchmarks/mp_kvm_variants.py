@@ -15,10 +15,10 @@ METHOD = "mp-kvm-variants"
 
 @dataclass(frozen=True)
 class Settings(mp_kvm.Settings):
-    """counted: whether counts are added to the scores. chance: whether it is drawn at random what is merged with what."""
+    """counted: whether counts are added to the scores. chance: the seed by which is drawn what is merged with what."""
 
     counted: bool = True
-    chance: bool = False
+    chance: int | None = None
 
 
 class Cache(mp_kvm.Cache):
@@ -31,9 +31,9 @@ class Cache(mp_kvm.Cache):
         return bias if bias is None or self.settings.counted else mx.where(bias > -mx.inf, 0.0, bias)
 
     def _flush(self, block: list[mx.array], first: int) -> None:
-        if not self.settings.chance:
+        if self.settings.chance is None:
             return super()._flush(block, first)
-        draw = mx.random.key(1000 * first + self.layer)
+        draw = mx.random.key(self.settings.chance << 40 | first << 10 | self.layer)
         with mock.patch.object(mp_kvm, "inserted", lambda old, new, rules: by_chance(old, new, rules, draw)):
             return super()._flush(block, first)
 

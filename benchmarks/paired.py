@@ -57,3 +57,12 @@ def sign_flip(differences: np.ndarray) -> float:
     signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
     means = np.abs(signs @ differences)
     return float((means >= np.abs(differences.sum()) * (1 - 1e-9)).mean())
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p of several comparisons made at once, corrected as Holm does (https://www.jstor.org/stable/4615733)."""
+    order = np.argsort(ps)
+    steps = np.maximum.accumulate(np.array(ps)[order] * np.arange(len(ps), 0, -1))
+    corrected = np.empty(len(ps))
+    corrected[order] = np.minimum(steps, 1)
+    return corrected.tolist()

@@ -3,41 +3,42 @@
 Streams: Count-Min, Count-Sketch and RACE of SmolLM2's attention by position over 1,024 tokens, and of Zipf streams of up to
 a million keys: error and recall of the heaviest keys beside exact counters, and Count-Min's bound. Fidelity: width x depth x
 strategy x tokens kept, KL over 64 tokens after a context of 1,024, against H2O and StreamingLLM at equal measured bytes,
-text by text. Speed: decoding after 4,096 tokens, timed in turn.
-
-    python -m benchmarks.sketch_grid [--quick]
+text by text. Their speed is in benchmarks.profiling.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterator, Sequence
 from itertools import product
-from pathlib import Path
-from statistics import fmean, median
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 from rich.progress import track
 
 from benchmarks import paired, texts
-from benchmarks.live_runs import Variants, continued, timed
-from benchmarks.schema import RESULTS, write_result
+from benchmarks.live_runs import Variants, continued
+from benchmarks.schema import Outcome, Result
+from benchmarks.tables import interval, percent, table
 from mlxkv import lm
 from mlxkv.live import make_cache
 from mlxkv.presets import live_settings
 from mlxkv.sketches import SKETCHES, Race
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PHASE = 6
 MODEL = "smollm2-135m"
 CONTEXT, PREDICT = 1024, 64
-LONG, ROUNDS, STEPS = 4096, 3, 16  # of the timed runs: tokens before, rounds, tokens decoded in each
 KEPT = (128, 256, 512)  # tokens a head, merged entries among them
 CURVE = (128, 256, 512, 640)  # of the methods compared with: beyond KEPT, as a sketch takes bytes too
 WIDTHS, DEPTHS, STRATEGIES = (128, 512), (2, 4), ("topk", "aggregate")
+EXACT = "exact"  # as good as exact counters; its bytes are not to be looked at
 CHANGES: dict[str, dict[str, Any]] = {
-    "exact": {"width": 8192, "depth": 4},  # as good as exact counters; its bytes are not to be looked at
+    EXACT: {"width": 8192, "depth": 4},
     "count-sketch": {"sketch": "count-sketch"},
     "race": {"sketch": "race", "depth": 8},
     "per layer": {"per": "layer"},
@@ -52,36 +53,20 @@ KEYS = (2**10, 2**14, 2**17, 2**20)  # of Zipf streams
 ZIPF_WIDTHS, ZIPF_DEPTH, ZIPF_SEEDS = (256, 4096, 65536), 4, 3
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="two texts, 256 tokens kept, short streams; writes nothing"
-    )
-    quick = parser.parse_args(argv).quick
+def run(quick: bool) -> Outcome:
     model, tokenizer = lm.load(MODEL)
+    kept, keys = (KEPT[1:2], KEYS[:2]) if quick else (KEPT, KEYS)
     kinds = list(texts.OTHER_KINDS)[:: 4 if quick else 1]
     rows = np.array([tokenizer.encode(texts.OTHER_KINDS[kind]())[: CONTEXT + PREDICT + 1] for kind in kinds])
-    samples = [
-        *streams(model, rows[:, : CONTEXT // 4 if quick else CONTEXT]),
-        *zipf_streams(KEYS[:2] if quick else KEYS),
-    ]
-    for record in continued(model, rows, CONTEXT, variants(KEPT[1:2] if quick else KEPT), "fidelity"):
+    streamed = rows[:, : CONTEXT // 4 if quick else CONTEXT]
+    samples = [*streams(model, streamed), *zipf_streams(keys)]
+    for record in continued(model, rows, CONTEXT, variants(kept), "fidelity"):
         samples.append({"measure": "fidelity", **record, "text": kinds[record["text"]]})
-    long, rounds = (512, 1) if quick else (LONG, ROUNDS)
-    (tokens,) = texts.same_kind(tokenizer, long + rounds * STEPS, 1)
-    names = ("full", "sketch-topk-512", "sketch-aggregate-512")
-    seconds = timed(model, tokens, long, {name: live_settings(name) for name in names}, rounds)
-    samples += [{"measure": "speed", **record} for record in seconds]
-    summary = summarise(samples)
-    for part in summary.values():
-        for row in part:
-            print(row)
-    if not quick:
-        config = {
-            "model": MODEL, "context": CONTEXT, "predict": PREDICT, "long": LONG, "rounds": ROUNDS, "steps": STEPS, "seed": 0,
-            "heaviest": HEAVIEST, "settings": {name: str(settings) for name, settings in variants(KEPT).items()},
-        }  # fmt: skip
-        print(write_result("sketch_grid", config, samples, summary), plot(summary))
+    config = {
+        "model": MODEL, "context": CONTEXT, "predict": PREDICT, "seed": 0, "heaviest": HEAVIEST,
+        "settings": {name: str(settings) for name, settings in variants(kept).items()},
+    }  # fmt: skip
+    return Outcome(config, samples, summarise(samples))
 
 
 def variants(kept: Sequence[int]) -> Variants:
@@ -147,9 +132,9 @@ def sketched(kind: str, width: int, depth: int, seed: int, names: mx.array, amou
 
 
 def summarise(samples: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Means over seeds and texts; comparisons with the curves at equal bytes; medians of the rounds."""
-    streams, records, speed = ([s for s in samples if s["measure"] == m] for m in ("stream", "fidelity", "speed"))
-    return {"streams": averaged(streams), "fidelity": fidelity(records), "speed": speeds(speed)}
+    """Means over seeds and texts; comparisons with the curves at equal bytes."""
+    streams, records = ([s for s in samples if s["measure"] == measure] for measure in ("stream", "fidelity"))
+    return {"streams": averaged(streams), "fidelity": fidelity(records)}
 
 
 def averaged(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -185,61 +170,83 @@ def fidelity(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def speeds(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Tokens a second, and relative to `full` in the same round."""
-    rows = []
-    for variant, step in product(dict.fromkeys(s["variant"] for s in samples), ("prefill", "decode")):
-        ours, full = ([s for s in samples if (s["variant"], s["step"]) == (name, step)] for name in (variant, "full"))
-        rows.append({
-            "variant": variant, "step": step,
-            "tokens_per_second": median(s["tokens"] / s["seconds"] for s in ours),
-            "relative": median(f["seconds"] / s["seconds"] for s, f in zip(ours, full)),
-        })  # fmt: skip
-    return rows
+def section(result: Result) -> str:
+    fidelity, streams = result["summary"]["fidelity"], result["summary"]["streams"]
+    rows = [row for row in fidelity if "against h2o" in row and not row["variant"].endswith(EXACT)]
+    said = []
+    for other in ("h2o", "streaming-llm"):
+        against = [row[f"against {other}"] for row in rows]
+        corrected = paired.holm([each["p"] for each in against])
+        ratios, (lows, highs) = (
+            [each["kl_ratio"] for each in against],
+            zip(*(each["kl_ratio_interval"] for each in against)),
+        )
+        said.append(
+            f"At equal bytes sketches have {min(ratios):.2f} to {max(ratios):.2f} times the KL of {other}; of {len(rows)} the 95 %"
+            f" interval is below 1 for {sum(high < 1 for high in highs)}, above 1 for {sum(low > 1 for low in lows)}, and p,"
+            f" corrected as Holm does, below 0.05 for {sum(p < 0.05 for p in corrected)}."
+        )
+    said.append(
+        f"(With {against[0]['texts']} texts and as many comparisons it cannot be below"
+        f" {min(1, len(rows) * 2 / 2 ** against[0]['texts']):.2g}.)"
+    )
+    said += [
+        f"{row['variant']}, with counters as good as exact ones, has a KL of {row['kl_geometric']:.4f}."
+        for row in fidelity
+        if row["variant"].endswith(EXACT)
+    ]
+    smaller = [row for row in streams if row["of"].startswith("attention") and row["bytes"] < row["exact_bytes"]]
+    best = max(smaller, key=lambda row: row["recall"])
+    bounded = [row for row in streams if "bound" in row]
+    said += [
+        f"In less bytes than exact counters of {best['keys']:,} tokens take, the best sketch finds {percent(best['recall'])} of"
+        f" the {result['config']['heaviest']} positions that draw most ({best['sketch']} {best['width']} x {best['depth']},"
+        f" {best['of']}, {percent(best['bytes'] / best['exact_bytes'])} of the bytes).",
+        f"Count-Min's bound is kept in {sum(row['beyond_bound'] <= row['may_be_beyond'] for row in bounded)} of {len(bounded)}"
+        " streams as often as it promises.",
+    ]
+    heads = ["sketch", "bytes", "KL", "times H2O's", "95 % of it", "times StreamingLLM's", "95 % of it"]
+    cells = []
+    for row in rows:
+        against = [row["against h2o"], row["against streaming-llm"]]
+        ratios = [cell for r in against for cell in (f"{r['kl_ratio']:.2f}", interval(*r["kl_ratio_interval"]))]
+        cells.append([row["variant"], percent(row["share_of_fp16"]), f"{row['kl_geometric']:.4f}", *ratios])
+    return "\n\n".join([" ".join(said), table(heads, cells)])
 
 
-def plot(summary: dict[str, list[dict[str, Any]]]) -> Path:
+def figure(result: Result) -> Figure:
     """Bytes against KL, one line a method and sketch; recall of the heaviest keys of real attention against bytes."""
-    import matplotlib as mpl
+    from benchmarks import figures
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
-    colors = ("#000000", "#8C8C8C", "#0072B2", "#56B4E9", "#D55E00", "#E69F00")
+    config, summary = result["config"], result["summary"]
+    drawn, panes = figures.panes(2, width=6, height=4.6)
+    left, right = panes[0]
     names = [
         "h2o",
         "streaming-llm",
         *(f"{strategy}, {w} x {d}" for strategy in STRATEGIES for w, d in ((128, 2), (512, 4))),
     ]
-    for name, color, marker in zip(names, colors, "os^v<>"):
+    for name, color, marker in zip(names, figures.COLORS, figures.MARKERS):
         first, _, size = name.partition(", ")
         points = [r for r in summary["fidelity"] if r["variant"].startswith(f"{first} ") and r["variant"].endswith(f", {size}" if size else "")]  # fmt: skip
         points.sort(key=lambda row: row["share_of_fp16"])
-        label = f"sketch-{name}" if size else name
-        left.plot([r["share_of_fp16"] for r in points], [r["kl_geometric"] for r in points], color=color, marker=marker, label=label)  # fmt: skip
+        x, y = [r["share_of_fp16"] for r in points], [r["kl_geometric"] for r in points]
+        left.plot(x, y, color=color, marker=marker, label=f"sketch-{name}" if size else name)
     left.set(xscale="log", yscale="log", xlabel="bytes, of fp16's", ylabel="KL to the full cache (nats a token)")
     left.set_xticks(ticks := [0.1, 0.2, 0.3, 0.5, 0.7], [f"{tick:g}" for tick in ticks])
     left.minorticks_off()
-    for (kind, per), color, marker, style in zip(
-        product(SKETCHES, ("head", "layer")), colors, "os^v<>", ("-", "--") * 3
-    ):
+    lines = product(SKETCHES, ("head", "layer"))
+    for (kind, per), color, marker, style in zip(lines, figures.COLORS, figures.MARKERS, figures.STYLES[:2] * 3):
         points = [
             r for r in summary["streams"] if (r["of"], r["sketch"], r["depth"]) == (f"attention per {per}", kind, 4)
         ]
-        right.plot([r["bytes"] / r["exact_bytes"] for r in points], [r["recall"] for r in points], style, color=color, marker=marker, label=f"{kind}, per {per}")  # fmt: skip
+        x, y = [r["bytes"] / r["exact_bytes"] for r in points], [r["recall"] for r in points]
+        right.plot(x, y, style, color=color, marker=marker, label=f"{kind}, per {per}")
     right.axvline(1, color="#000000", lw=0.8)
-    right.set(xscale="log", ylim=(0, 1.02), xlabel="bytes, of exact counters' (line: as many)", ylabel=f"of the {HEAVIEST} heaviest positions, found")  # fmt: skip
+    right.set(xscale="log", ylim=(0, 1.02), xlabel="bytes, of exact counters' (line: as many)", ylabel=f"of the {config['heaviest']} heaviest positions, found")  # fmt: skip
     right.set_xticks(ticks := [0.25, 0.5, 1, 2, 4], [f"{tick:g}" for tick in ticks])
     right.minorticks_off()
-    right.set_title(f"attention of {CONTEXT:,} tokens, sketches of 4 rows", loc="left", fontsize=10)
+    right.set_title("attention of a context, sketches of 4 rows", loc="left", fontsize=10)
     for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
-    path = RESULTS / "sketch_grid.png"
-    figure.savefig(path, dpi=160, metadata={"Software": None})
-    return path
-
-
-if __name__ == "__main__":
-    main()
+        axes.legend(fontsize=8)
+    return drawn

@@ -24,6 +24,6 @@ def model_path(name: str) -> Path:
     if name not in names():
         there_are = f"there are {', '.join(names())}" if names() else f"{FOLDER} holds none"
         raise ModelNotFoundError(
-            f"no trained model {name!r}: {there_are}; train one in a checkout: python -m benchmarks.miniatures --train NAME"
+            f"no trained model {name!r}: {there_are}; train one in a checkout: python -m benchmarks.miniature_training NAME"
         )
     return FOLDER / name.removeprefix(PREFIX)

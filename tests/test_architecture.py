@@ -17,7 +17,7 @@ FLOORS = [
     {"codec", "miniatures", "smollm2"},
     {"lm", "presets"},
     {"live"},
-    {"live_files", "methods"},
+    {"live_files", "methods", "quant_fidelity"},
     {"evaluate"},
     {"cli"},
 ]

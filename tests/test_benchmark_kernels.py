@@ -1,44 +1,23 @@
 """The kernels' benchmark refuses without Metal, times every kernel, and computes what it says."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import count
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from metal_host import installed
 
-from benchmarks import kernels, schema
-from benchmarks.kernels import main, measure
-from mlxkv.errors import MlxkvError
+from benchmarks import kernels
+from benchmarks.kernels import measure
+from mlxkv.errors import MlxkvError, UnsupportedError
 from mlxkv.kernels.examples import Example, all_examples
 
-ROOT = Path(__file__).parents[1]
 
-
-@pytest.fixture
-def no_results(monkeypatch, tmp_path):
-    monkeypatch.setattr(schema, "RESULTS", tmp_path / "results")
-    return tmp_path / "results"
-
-
-def test_without_metal_it_says_so_and_leaves_with_5(monkeypatch, no_results, capsys):
+def test_without_metal_it_says_so_and_measures_nothing(monkeypatch):
     monkeypatch.setattr(kernels.metal, "available", lambda: False)
     monkeypatch.setattr(kernels, "copy_bandwidth", lambda rounds: pytest.fail("measured without Metal"))
-    with pytest.raises(SystemExit) as exit_info:
-        main([])
-    assert exit_info.value.code == 5
-    assert capsys.readouterr().err.count("\n") == 1
-    assert not no_results.exists()
-
-
-@pytest.mark.skipif(mx.metal.is_available(), reason="a Mac measures")
-def test_the_command_line_refuses_too():
-    done = subprocess.run([sys.executable, "-m", "benchmarks.kernels"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 5
-    assert "needs a Mac" in done.stderr
+    with pytest.raises(UnsupportedError, match="needs a Mac"):
+        kernels.run(True)
 
 
 def test_a_row_is_measured_for_a_real_kernel(monkeypatch):
@@ -85,13 +64,14 @@ def test_copy_bandwidth_counts_bytes_read_and_written(monkeypatch):
     assert kernels.copy_bandwidth(3, size=4000) == pytest.approx(2 * 4000 / 0.5)
 
 
-def test_main_prints_a_table_and_writes_one_file(doubled, monkeypatch, no_results, capsys):
+def test_the_section_says_where_it_was_measured_and_what_is_slower(doubled, monkeypatch):
     monkeypatch.setattr(kernels.metal, "available", lambda: True)
     monkeypatch.setattr(kernels, "copy_bandwidth", lambda rounds: 16e6)
     monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "Apple M0"})
-    monkeypatch.setattr(kernels, "all_examples", lambda: [doubled])
-    main(["--rounds", "3"])
-    out = capsys.readouterr().out
-    assert "Apple M0" in out
-    assert "1.5x" in out
-    assert [path.name for path in no_results.iterdir()] == ["kernels.json"]
+    monkeypatch.setattr(kernels, "all_examples", lambda: [doubled, doubled])
+    outcome = kernels.run(True)
+    rows = [outcome.summary[0], {**outcome.summary[1], "kernel": "snail", "times_faster": 0.5}]
+    text = kernels.section({"config": outcome.config, "summary": rows})
+    assert "1 of 2 measurements on Apple M0" in text
+    assert "slower: snail" in text
+    assert "1.5x" in text

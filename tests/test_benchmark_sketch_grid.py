@@ -1,6 +1,7 @@
 """The benchmark of sketches compares what it says, at equal tokens and bytes, and runs from end to end on a tiny model."""
 
 import json
+from dataclasses import asdict
 
 import mlx.core as mx
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from conftest import tiny_model, tiny_tokens
 from live_checks import lone_cache
 
-from benchmarks import schema, sketch_grid
+from benchmarks import sketch_grid
 from mlxkv.cache import CacheSpec
 from mlxkv.models import keys_and_values
 
@@ -69,29 +70,34 @@ def test_kl_is_compared_with_the_curves_at_equal_bytes_text_by_text():
     assert row["kl_geometric"] == pytest.approx(0.1 * 10**0.5)
 
 
-def test_speed_is_relative_to_full_in_the_same_round():
-    samples = [
-        {"variant": variant, "step": step, "tokens": 10, "seconds": seconds}
-        for variant, times in (("full", (2, 4)), ("sketch", (1, 2)))
-        for step in ("prefill", "decode")
-        for seconds in times
-    ]
-    rows = {(row["variant"], row["step"]): row for row in sketch_grid.speeds(samples)}
-    assert rows["sketch", "decode"]["relative"] == 2
-    assert rows["full", "decode"]["tokens_per_second"] == pytest.approx(3.75)
-
-
-def test_it_runs_from_end_to_end(monkeypatch, tmp_path, capsys):
-    for module in (schema, sketch_grid):
-        monkeypatch.setattr(module, "RESULTS", tmp_path)
+def test_it_runs_from_end_to_end_and_is_shown_from_its_result_alone(monkeypatch):
     monkeypatch.setattr(sketch_grid.lm, "load", lambda name: (tiny_model("llama", num_hidden_layers=1), Tokenizer()))
-    for name, value in {"CONTEXT": 200, "PREDICT": 17, "LONG": 300, "ROUNDS": 2, "STEPS": 2}.items():
+    for name, value in {"CONTEXT": 200, "PREDICT": 17, "KEPT": (128,), "CURVE": (64, 128), "KEYS": (256,), "STREAM_WIDTHS": (64,)}.items():  # fmt: skip
         monkeypatch.setattr(sketch_grid, name, value)
-    for name, value in {"KEPT": (128,), "CURVE": (64, 128), "KEYS": (256,), "STREAM_WIDTHS": (64,), "CHANGES": {"race": {"sketch": "race"}}}.items():  # fmt: skip
-        monkeypatch.setattr(sketch_grid, name, value)
-    sketch_grid.main([])
-    result = json.loads((tmp_path / "sketch_grid.json").read_text())
-    assert {sample["measure"] for sample in result["samples"]} == {"stream", "fidelity", "speed"}
-    assert set(result["summary"]) == {"streams", "fidelity", "speed"}
-    assert (tmp_path / "sketch_grid.png").stat().st_size > 10_000
-    assert "topk 128, 128 x 2" in capsys.readouterr().out
+    exact = {sketch_grid.EXACT: {"width": 8192}}
+    monkeypatch.setattr(sketch_grid, "CHANGES", {"race": {"sketch": "race"}, **exact})
+    result = json.loads(json.dumps(asdict(sketch_grid.run(quick=False))))
+    assert {sample["measure"] for sample in result["samples"]} == {"stream", "fidelity"}
+    assert set(result["summary"]) == {"streams", "fidelity"}
+    text = sketch_grid.section(result)
+    assert "| topk 128, 128 x 2 |" in text
+    assert "| topk 256, exact |" not in text
+    assert "topk 256, exact, with counters as good as exact ones" in text
+    assert len(sketch_grid.figure(result).axes) == 2
+
+
+def test_the_section_counts_what_is_sure_and_leaves_exact_counters_out():
+    def row(variant, low, high, p):
+        against = {"texts": 10, "kl_ratio": (low * high) ** 0.5, "kl_ratio_interval": [low, high], "p": p}
+        return {"variant": variant, "share_of_fp16": 0.1, "kl_geometric": 0.2, "against h2o": against, "against streaming-llm": against}  # fmt: skip
+
+    stream = {"of": "attention per head", "sketch": "count-min", "width": 64, "depth": 2, "keys": 1000, "recall": 0.25,
+              "bytes": 2000, "exact_bytes": 4000, "bound": 0.1, "beyond_bound": 0.2, "may_be_beyond": 0.1}  # fmt: skip
+    fidelity = [row("topk 1, 1 x 1", 0.5, 0.8, 0.002), row("topk 1, 2 x 2", 0.9, 1.4, 0.04), row("topk 1, exact", 4, 9, 0.001)]  # fmt: skip
+    larger = {**stream, "bytes": 8000, "recall": 0.9, "beyond_bound": 0.0}
+    result = {"summary": {"fidelity": fidelity, "streams": [stream, larger]}, "config": {"heaviest": 128}}
+    text = sketch_grid.section(result)
+    assert "0.63 to 1.12 times the KL of h2o; of 2 the 95 % interval is below 1 for 1, above 1 for 0" in text
+    assert "corrected as Holm does, below 0.05 for 2" in text
+    assert "finds 25.0 % of the 128" in text
+    assert "kept in 1 of 2 streams" in text

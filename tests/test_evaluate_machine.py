@@ -8,7 +8,7 @@ import pytest
 from conftest import tiny_model
 
 from mlxkv.errors import InputError
-from mlxkv.evaluate import latency, memory
+from mlxkv.evaluate import _texts, latency, memory
 from mlxkv.evaluate._run import run
 from mlxkv.evaluate._variants import live, whole
 
@@ -70,11 +70,11 @@ def test_memory_of_a_hybrid_model_shows_the_convolutions_state():
 
 
 def test_lengths_longer_than_the_text_begin_it_again():
-    tokens = memory.words(Words(), None, 3000)
+    tokens = _texts.repeated(Words(), None, 3000)
     assert len(tokens) == 3000
     period = next(n for n in range(1000, 3000) if tokens[n:] == tokens[:-n])
-    assert tokens != memory.words(Words(), None, 3000, seed=1)
-    assert memory.words(Words(), None, 3000, seed=1)[: period - 3000 % period] == tokens[3000 % period : period]
+    assert tokens != _texts.repeated(Words(), None, 3000, seed=1)
+    assert _texts.repeated(Words(), None, 3000, seed=1)[: period - 3000 % period] == tokens[3000 % period : period]
 
 
 def test_latency_compares_every_variant_with_the_first_in_the_same_rounds():

@@ -6,7 +6,8 @@ import pytest
 from conftest import run
 
 from benchmarks import miniature_texts as texts
-from benchmarks import miniatures as trainer
+from benchmarks import miniature_training as trainer
+from benchmarks.miniatures import bits_per_byte, section
 from benchmarks.schema import RESULTS
 from mlxkv import lm, miniatures
 from mlxkv.cache import Rope, Slot
@@ -56,7 +57,7 @@ def test_its_cache_is_the_architectures(name):
 def test_it_models_held_out_text_far_better_than_pairs_of_bytes(miniature):
     _, model, _ = miniature
     rows = np.concatenate([texts.windows(512, 2)[kind] for kind in ("documentation", "code")])
-    bits = trainer.bits_per_byte(model, rows).mean()
+    bits = bits_per_byte(model, rows).mean()
     assert bits < 0.8 * texts.bigram_bits(rows).mean() < 0.8 * texts.unigram_bits(rows).mean()
 
 
@@ -66,6 +67,18 @@ def test_the_recorded_bits_per_byte_beat_the_counted_models_on_every_kind_of_hel
         # GPT-2 learns every position by itself, and late ones were seldom trained.
         bits = row["bits_per_byte_from_0" if row["model"] == "gpt2" else "bits_per_byte"]
         assert bits < 0.9 * row["bigram"] < 0.9 * row["unigram"], row["model"]
+
+
+def test_the_section_says_who_is_no_better_than_pairs_and_who_looks_back():
+    assert "Worse than counting pairs of bytes: none." in section(RESULT)
+    assert "by more than 10.0 %: none." in section(RESULT)
+    result = json.loads(json.dumps(RESULT))
+    result["summary"][1]["code"]["bits_per_byte"] = 9
+    for row in result["samples"]:
+        if (row["model"], row["text"]) == ("lfm2", "repeated documentation"):
+            row["bits_per_byte_again"] = 0.8 * row["bits_per_byte_first"]
+    assert "pairs of bytes: `gpt2` on code." in section(result)
+    assert "by more than 10.0 %: `lfm2`." in section(result)
 
 
 def test_a_token_is_a_byte(miniature):
@@ -152,7 +165,7 @@ def test_an_unknown_miniature_is_refused_with_those_there_are():
 
 def test_without_checkpoints_the_error_says_how_to_train(tmp_path, monkeypatch):
     monkeypatch.setattr(miniatures, "FOLDER", tmp_path)
-    with pytest.raises(ModelNotFoundError, match=r"python -m benchmarks\.miniatures"):
+    with pytest.raises(ModelNotFoundError, match=r"python -m benchmarks\.miniature_training"):
         lm.load("miniature/qwen3")
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import readme
 from mlxkv import calibrate, lm, write_dump
 from mlxkv.cli import main
 from mlxkv.codec.kvtc import Settings
@@ -73,11 +72,7 @@ def test_the_live_example_runs_as_written(smollm2, tmp_path, monkeypatch, capsys
     assert Path("story.cache").stat().st_size > int(size)
 
 
-def test_the_tables_are_the_committed_results():
-    assert readme.updated(README) == README
-
-
 def test_links_lead_somewhere():
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
-            assert target.startswith("http") or (ROOT / target).exists(), f"{path.name}: {target}"
+            assert target.startswith("http") or (path.parent / target).exists(), f"{path.name}: {target}"

@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 from mlxkv.errors import InputError
-from mlxkv.evaluate.ruler.sources import read_text
+from mlxkv.evaluate.ruler.sources import Sources, read_text
 
 BUILT_IN = Path(__file__).parent / "ruler" / "essay.txt"
 TEXT_FILE = "UTF-8 text, one that calibration has not seen; if not given, an essay written for this project"
@@ -26,6 +26,13 @@ def windows(tokenizer: Any, text_file: Path | None, length: int, count: int, see
     random = Random(f"{seed} {length}")
     starts = [random.randint(room * i // count, room * (i + 1) // count) for i in range(count)]
     return {start: tokens[start : start + length] for start in starts}
+
+
+def repeated(tokenizer: Any, text_file: Path | None, count: int, seed: int = 0) -> list[int]:
+    """`count` tokens of a text, begun again where it ends; each seed's from another place."""
+    read = Sources(essays=text_file).essay_words((seed + 1) * count)
+    tokens: list[int] = tokenizer.encode(" ".join(read[-count:]))
+    return tokens[:count]  # a word has one token or more
 
 
 def name(text_file: Path | None) -> str:

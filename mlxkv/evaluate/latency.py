@@ -19,7 +19,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxkv import lm
-from mlxkv.evaluate import _texts, memory
+from mlxkv.evaluate import _texts
 from mlxkv.evaluate._run import Unit, option, positive
 from mlxkv.evaluate._variants import Variant
 
@@ -40,7 +40,7 @@ class Options:
 
 def units(tokenizer: Any, options: Options, seed: int) -> list[Unit]:
     """One; each seed has another part of the text."""
-    tokens = memory.words(tokenizer, options.text_file, options.context + options.rounds * options.tokens, seed)
+    tokens = _texts.repeated(tokenizer, options.text_file, options.context + options.rounds * options.tokens, seed)
     return [Unit({"text": _texts.name(options.text_file), "seed": seed}, partial(_measure, tokens, options))]
 
 

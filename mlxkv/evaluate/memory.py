@@ -17,7 +17,6 @@ import mlx.core as mx
 from mlxkv.evaluate import _texts
 from mlxkv.evaluate._run import Unit, option, positive
 from mlxkv.evaluate._variants import Variant
-from mlxkv.evaluate.ruler.sources import Sources
 
 SCORES = ("cache_bytes", "resident_bytes", "prefill_peak_bytes", "decode_peak_bytes")
 
@@ -36,17 +35,10 @@ def units(tokenizer: Any, options: Options, seed: int) -> list[Unit]:
     return [
         Unit(
             {"text": _texts.name(options.text_file), "length": length},
-            partial(_measure, words(tokenizer, options.text_file, length + 1)),
+            partial(_measure, _texts.repeated(tokenizer, options.text_file, length + 1)),
         )
         for length in dict.fromkeys(options.lengths)
     ]
-
-
-def words(tokenizer: Any, text_file: Path | None, count: int, seed: int = 0) -> list[int]:
-    """`count` tokens of a text, begun again where it ends; each seed's from another place."""
-    read = Sources(essays=text_file).essay_words((seed + 1) * count)
-    tokens: list[int] = tokenizer.encode(" ".join(read[-count:]))
-    return tokens[:count]  # a word has one token or more
 
 
 def _measure(tokens: Sequence[int], model: Any, tokenizer: Any, variants: Sequence[Variant]) -> list[dict[str, Any]]:

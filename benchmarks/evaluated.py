@@ -1,0 +1,97 @@
+"""Benchmarks that are one evaluation of SmolLM2 over a list of methods: run it, and a table of its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.progress import Progress
+
+from benchmarks import paired, tables
+from benchmarks.calibration import calibrated
+from benchmarks.held_out import MODEL
+from benchmarks.schema import Outcome, Result
+from mlxkv import lm
+from mlxkv.codec.kvtc import KVTCCacheCodec
+from mlxkv.evaluate._run import run
+from mlxkv.evaluate._variants import coded, live
+
+CALIBRATION = {"texts": 4, "tokens": 1536}
+SURE = 0.05
+
+
+def outcome(name: str, presets: Sequence[str], options: Any, seeds: int, codecs: Sequence[int] = ()) -> Outcome:
+    """An evaluation of the untouched cache, of live presets, and of kvtc at ratios, calibrated on text of another kind."""
+    model, tokenizer = lm.load(MODEL)
+    variants = [live(preset) for preset in presets]
+    if codecs:
+        learnt = calibrated(model, tokenizer, CALIBRATION, codecs)
+        variants += [coded(KVTCCacheCodec(made), f"kvtc-{ratio}", "float16") for ratio, made in learnt.items()]
+    with Progress(transient=True) as progress:
+        task = progress.add_task(name, total=None)
+        result = run(
+            name, model, tokenizer, variants, options, seeds=seeds,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )  # fmt: skip
+    samples, summary = result.pop("samples"), result.pop("summary")
+    return Outcome({"model": MODEL, "calibration": CALIBRATION, **result}, samples, summary)
+
+
+def rows(result: Result) -> list[dict[str, Any]]:
+    """The summary's rows of all samples together."""
+    return [row for row in result["summary"] if "group" not in row]
+
+
+def table(result: Result, heads: Mapping[str, str]) -> str:
+    """A row for each variant: bytes, and the scores that heads name, with their deviation over seeds and, of the first one,
+    how it differs from the untouched cache's."""
+    found = rows(result)
+    first = next(iter(heads))
+    corrected = iter(paired.holm([row[f"{first}_p"] for row in found[1:]]))
+    lines = []
+    for row in found:
+        cells = [f"`{row['variant']}`", f"{1 / row['ratio']:.2f}"]
+        for score in heads:
+            deviation = row.get(f"{score}_deviation")
+            cells.append(f"{row[score]:.3g}" if deviation is None else f"{row[score]:.3g} ± {deviation:.2g}")
+        if f"{first}_p" in row:
+            change, (low, high) = row[f"{first}_change"], row[f"{first}_interval"]
+            cells += [f"{change:+.2g} ({tables.interval(low, high)})", f"{next(corrected):.2g}"]
+        else:
+            cells += ["", ""]
+        lines.append(cells)
+    return tables.table(["cache", "bytes", *heads.values(), f"{heads[first]}: change", "p"], lines)
+
+
+def note(result: Result) -> str:
+    """What the columns of `table` are."""
+    count, seeds = rows(result)[0]["samples"], result["config"]["seeds"]
+    drawn = (
+        f"{count} samples of {seeds} seeds, ± the deviation of their means"
+        if seeds > 1
+        else f"{count} samples of one seed"
+    )
+    return (
+        f"Bytes are shares of float16's (on a CPU `whole` holds float32 in steps of 256 tokens, and live caches pack their newest tokens late); {drawn}."
+        " Change: against `whole` on the same samples, 95 % bootstrap interval, p by flipping signs, corrected for the number of rows (Holm)."
+    )
+
+
+def verdict(result: Result, score: str) -> str:
+    """Which variants are worse than the untouched cache beyond chance, p below 0.05 after correction, in a sentence."""
+    first, *found = rows(result)
+    least = len(found) * 2 ** (1 - first["samples"])
+    if least >= SURE:
+        worst = min(found, key=lambda row: row[score])
+        return (
+            f"{first['samples']} samples are too few for any difference to be sure (p cannot be below {min(1, least):.2g});"
+            f" the largest is that of `{worst['variant']}`."
+        )
+    ps = paired.holm([row[f"{score}_p"] for row in found])
+    sure = [row["variant"] for row, p in zip(found, ps) if p < SURE and row[f"{score}_change"] < 0]
+    others = [row["variant"] for row in found if row["variant"] not in sure]
+    return f"Worse than the untouched cache beyond chance: {_listed(sure)}. No sure difference: {_listed(others)}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names) or "none"

@@ -1,0 +1,37 @@
+"""RULER's thirteen tasks: what is left of a small model's answers when its cache is made small.
+
+SmolLM2 answers few of them even from the whole cache at these lengths, so the table shows each task's score from it too.
+Quick settings ask three tasks of 512 tokens.
+"""
+
+from __future__ import annotations
+
+from benchmarks import evaluated, tables
+from benchmarks.schema import Outcome, Result
+from mlxkv.evaluate import ruler
+
+PHASE = 1
+PRESETS = ("int4", "smartkv-0.3", "h2o-96", "mp-kvm-96", "streaming-llm-96")
+QUICK_TASKS = ("niah_single_1", "fwe", "qa_1")
+LENGTH, QUICK_LENGTH = 1024, 512
+
+
+def run(quick: bool) -> Outcome:
+    if quick:
+        return evaluated.outcome("ruler", PRESETS[:3], ruler.Options(QUICK_TASKS, (QUICK_LENGTH,), samples=1), seeds=1)
+    return evaluated.outcome("ruler", PRESETS, ruler.Options(lengths=(LENGTH,), samples=1), seeds=3)
+
+
+def section(result: Result) -> str:
+    found = f"From the whole cache the mean score is {evaluated.rows(result)[0]['score']:.2f}. {evaluated.verdict(result, 'score')}"
+    return "\n\n".join([found, evaluated.table(result, {"score": "score"}), evaluated.note(result), by_task(result)])
+
+
+def by_task(result: Result) -> str:
+    """Mean scores by task, one column a cache."""
+    rows = [row for row in result["summary"] if "group" in row]
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    tasks = list(dict.fromkeys(row["group"] for row in rows))
+    scores = {(row["group"], row["variant"]): row["score"] for row in rows}
+    heads = ["task", *(f"`{variant}`" for variant in variants)]
+    return tables.table(heads, [[task, *(f"{scores[task, variant]:.2f}" for variant in variants)] for task in tasks])

@@ -1,0 +1,27 @@
+"""What a model writes: greedy continuations with a method on and off, compared word by word.
+
+SmolLM2 holds 256 tokens of an essay and continues it. The reference is the continuation from the untouched cache. A
+continuation that differs early is another text, not a worse one: the measures say how long both stay the same.
+"""
+
+from __future__ import annotations
+
+from benchmarks import evaluated
+from benchmarks.schema import Outcome, Result
+from mlxkv.evaluate import text
+
+PHASE = 1
+PRESETS = ("full", "int8", "int4", "kivi-2", "smartkv-0.5", "smartkv-0.3", "h2o-96", "mp-kvm-96", "streaming-llm-96")
+QUICK = ("int8", "int4", "smartkv-0.3", "h2o-96")
+HEADS = {"equal_leading_tokens": "equal from the start", "exact": "all equal", "rouge_l": "ROUGE-L", "bleu": "BLEU"}
+
+
+def run(quick: bool) -> Outcome:
+    if quick:
+        return evaluated.outcome("text", QUICK, text.Options(max_tokens=40, samples=4), seeds=1)
+    return evaluated.outcome("text", PRESETS, text.Options(max_tokens=96, samples=3), 3, (8,))
+
+
+def section(result: Result) -> str:
+    found = f"Of {result['config']['options']['max_tokens']} tokens of each continuation: {evaluated.verdict(result, 'equal_leading_tokens')}"
+    return "\n\n".join([found, evaluated.table(result, HEADS), evaluated.note(result)])
