@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PHASE = 4
-RANK = 4096
+RANK, QUICK_RANK = 4096, 1024
 RATIO = 8
 LENGTH, PREDICT = 768, 100
 GROUP = 64  # components, of the plans without the dynamic programme
@@ -94,7 +94,8 @@ def run(quick: bool) -> Outcome:
         kinds, rows = kinds[::5], rows[::5]
         chosen = {**CURVE, **{name: CHANGES[name] for name in QUICK}}
         calibration = {"texts": 2, "tokens": 768}
-    made = codecs(chosen, dumps(model, tokenizer, calibration))
+    rank = QUICK_RANK if quick else RANK
+    made = codecs(chosen, dumps(model, tokenizer, calibration), rank)
     variants = [whole(), *(coded(codec, name, "float16") for name, codec in made.items())]
     samples = [
         {"text": kind, **record}
@@ -102,7 +103,7 @@ def run(quick: bool) -> Outcome:
         for record in fidelity.evaluate(model, variants, row, LENGTH, chunk=PREDICT)[1:]
     ]
     config = {
-        "model": MODEL, "dtype": "float16", "calibration": calibration, "rank": RANK, "length": LENGTH, "predict": PREDICT,
+        "model": MODEL, "dtype": "float16", "calibration": calibration, "rank": rank, "length": LENGTH, "predict": PREDICT,
         "settings": {name: asdict(change) for name, change in chosen.items()}, "curve": list(CURVE), "seed": 0,
     }  # fmt: skip
     return Outcome(config, samples, summarise(samples))
@@ -114,9 +115,9 @@ def dumps(model: Any, tokenizer: Any, calibration: dict[str, int]) -> list[KVDum
     return [lm.dump(model, tokens, name=MODEL, dtype="float16") for tokens in track(stretches, "calibration")]
 
 
-def codecs(changes: dict[str, Change], seen: Sequence[KVDump]) -> dict[str, KVTCCacheCodec]:
+def codecs(changes: dict[str, Change], seen: Sequence[KVDump], rank: int) -> dict[str, KVTCCacheCodec]:
     """A codec for each change. What several of them need is learnt once."""
-    learn = cache(partial(directions, seen))
+    learn = cache(partial(directions, seen, rank))
     made: dict[str, KVTCCacheCodec] = {}
     for name, change in track(changes.items(), "bases and plans"):
         spec = unrotated(seen[0].spec) if change.rotated else seen[0].spec
@@ -150,15 +151,15 @@ class AsGiven(KVTCCacheCodec):
         return replace(super().decompress_dump(blob, progress), spec=self.spec)
 
 
-def directions(seen: Sequence[KVDump], stream: Stream, layered: bool) -> Directions:
+def directions(seen: Sequence[KVDump], rank: int, stream: Stream, layered: bool) -> Directions:
     """Principal components of a stream's rows, as `calibrate` finds them, or those of each layer's part alone."""
     parts = [to_rows(stream, list(dump.stream(stream.name)), Settings.s, dump.length) for dump in seen]
     rows = np.concatenate([np.array(part) for part in parts])
-    mean, V = by_layer(rows, stream.layers) if layered else principal_components(rows, RANK)
+    mean, V = by_layer(rows, stream.layers) if layered else principal_components(rows, rank)
     coefficients = rows @ V
     energy = np.square(coefficients, dtype=np.float64).mean(axis=0)
     if layered:
-        strongest = np.argsort(-energy, kind="stable")[:RANK]
+        strongest = np.argsort(-energy, kind="stable")[:rank]
         V, coefficients, energy = V[:, strongest], coefficients[:, strongest], energy[strongest]
     errors = group_errors(coefficients[:: -(-len(coefficients) // MAX_ERROR_TOKENS)])
     return Directions(mean, V.astype(np.float16), energy, errors)

@@ -46,7 +46,7 @@ RANDOM_SEEDS = 3
 
 
 def run(quick: bool) -> Outcome:
-    context, predict = (CONTEXT // 2, PREDICT // 2) if quick else (CONTEXT, PREDICT)
+    context, predict = (CONTEXT // 4, PREDICT // 2) if quick else (CONTEXT, PREDICT)
     model, tokenizer = lm.load(MODEL)
     points = sized(cache_spec(model), RATIOS[:2] if quick else RATIOS, context, predict)
     variants = {name: settings for name, (_, settings) in points.items()}

@@ -32,6 +32,10 @@ Picks = dict[str, list[tuple[str, ...]]]
 
 PHASE = 1
 RATIOS = (2, 4, 8, 16)
+QUICK = (
+    "full", "int8", "int4", "kivi-2", "kivi-4", "smartkv-0.3", "smartkv-0.5", "h2o-96", "h2o-256", "streaming-llm-96",
+    "random-96", "mp-kvm-96", "uniform-3", "uniform-16",
+)  # fmt: skip
 KEEPS_ALL = f"-{CONTEXT}"  # of presets with nothing to give up in this context
 FLOAT16 = "uniform-16"  # the end of all curves
 CURVES = ("uniform", "kivi", "kvtc", "h2o", "streaming-llm", "random")
@@ -50,25 +54,28 @@ SURE = 0.05
 
 
 def run(quick: bool) -> Outcome:
-    """Quick: two texts, half a chunk after the context, one miniature, a calibration on two short texts."""
-    predict = 8 if quick else PREDICT
+    """Quick: two texts, half the context, half a chunk after it, some presets, one miniature, a small calibration."""
+    context, predict = (CONTEXT // 2, 8) if quick else (CONTEXT, PREDICT)
     size = calibration.QUICK if quick else calibration.FULL
-    variants = {**presets(), **references()}
+    variants = {
+        name: settings for name, settings in {**presets(), **references()}.items() if name in QUICK or not quick
+    }
+    ratios = RATIOS[1::2] if quick else RATIOS
     samples: list[dict[str, Any]] = []
     kvtc: dict[str, Any] = {}
     for name in [MODEL, *miniatures.names()[: 1 if quick else None]]:
         model, tokenizer = lm.load(name)
-        kinds, rows = held_out.rows(name, tokenizer, CONTEXT + predict + 1)
+        kinds, rows = held_out.rows(name, tokenizer, context + predict + 1)
         if quick:
             kinds, rows = kinds[::6], rows[::6]
-        learnt = calibration.calibrated(model, tokenizer, size, RATIOS) if name == MODEL else {}
+        learnt = calibration.calibrated(model, tokenizer, size, ratios) if name == MODEL else {}
         codecs = {f"kvtc-{ratio}": KVTCCacheCodec(artifacts) for ratio, artifacts in learnt.items()}
         for preset, codec in codecs.items():
             kvtc[preset] = {**codec.artifacts.meta, "w": codec.w, "artifact_bytes": codec.artifacts.nbytes}
-        records = continued(model, rows, CONTEXT, possible(model, {**variants, **codecs}), name)
+        records = continued(model, rows, context, possible(model, {**variants, **codecs}), name)
         samples += [{"model": name, **record, "text": kinds[record["text"]]} for record in records]
     config = {
-        "context": CONTEXT, "predict": predict, "calibration": size, "kvtc": kvtc,
+        "context": context, "predict": predict, "calibration": size, "kvtc": kvtc,
         "settings": {name: str(settings) for name, settings in variants.items()},
     }  # fmt: skip
     return Outcome(config, samples, {"fidelity": fidelity(samples), "paired": comparisons(samples)})

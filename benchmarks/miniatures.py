@@ -32,8 +32,8 @@ LOOKED = 0.9  # a copy that takes fewer of the bits of the first time says that 
 
 
 def run(quick: bool) -> Outcome:
-    """Quick: one window of each kind of text."""
-    folders = [miniatures.model_path(name) for name in miniatures.names()]
+    """Quick: every other model, one window of each kind of text."""
+    folders = [miniatures.model_path(name) for name in miniatures.names()[:: 2 if quick else 1]]
     windows = 1 if quick else 4
     samples = [record for folder in folders for record in measure(folder, windows)]
     config = {"bytes_of_a_window": LONG, "windows": windows, "held_out_modules": texts.held_out_modules()}

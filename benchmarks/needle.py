@@ -29,13 +29,13 @@ PRESETS = (
     "streaming-llm-96",
     "sketch-topk-256",
 )
-QUICK = ("int4", "smartkv-0.3", "h2o-96", "mp-kvm-96")
+QUICK = ("smartkv-0.3", "h2o-96", "mp-kvm-96")
 HEADS = {"digits_first": "digits first", "found": "whole key", "log_probability": "log-probability of a digit"}
 
 
 def run(quick: bool) -> Outcome:
     if quick:
-        return evaluated.outcome("needle", QUICK, needle.Options((256, 384), (0.1, 0.5, 0.9)), seeds=1)
+        return evaluated.outcome("needle", QUICK, needle.Options((160, 320), (0.2, 0.8)), seeds=1)
     return evaluated.outcome("needle", PRESETS, needle.Options((256, 512, 1024), (0.1, 0.5, 0.9)), 3, (8, 16))
 
 

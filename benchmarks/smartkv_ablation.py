@@ -69,20 +69,20 @@ class Cache(smartkv.Cache):
 
 
 def run(quick: bool) -> Outcome:
-    """Quick: two texts, 32 tokens after the context, one budget, one change of each part and one seed."""
-    predict = 32 if quick else PREDICT
+    """Quick: two texts, half the context, 32 tokens after it, one budget, one change of each part and one seed."""
+    context, predict = (CONTEXT // 2, 32) if quick else (CONTEXT, PREDICT)
     model, tokenizer = lm.load(MODEL)
-    kinds, rows = held_out.rows(MODEL, tokenizer, CONTEXT + predict + 1)
+    kinds, rows = held_out.rows(MODEL, tokenizer, context + predict + 1)
     if quick:
         kinds, rows = kinds[::6], rows[::6]
     samples = []
     for base in BASES[: 1 if quick else None]:
         variants = {"full": live_settings("full"), **changed(base, quick)}
-        for record in continued(model, rows, CONTEXT, variants, base):
+        for record in continued(model, rows, context, variants, base):
             if record["variant"] != "full":
                 samples.append({"base": base, **record, "text": kinds[record["text"]]})
     config = {
-        "model": MODEL, "context": CONTEXT, "predict": predict, "seeds": 1 if quick else SEEDS,
+        "model": MODEL, "context": context, "predict": predict, "seeds": 1 if quick else SEEDS,
         "settings": {base: str(live_settings(base)) for base in BASES}, "parts": PARTS,
     }  # fmt: skip
     return Outcome(config, samples, summarise(samples))

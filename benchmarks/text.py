@@ -12,13 +12,13 @@ from mlxkv.evaluate import text
 
 PHASE = 1
 PRESETS = ("full", "int8", "int4", "kivi-2", "smartkv-0.5", "smartkv-0.3", "h2o-96", "mp-kvm-96", "streaming-llm-96")
-QUICK = ("int8", "int4", "smartkv-0.3", "h2o-96")
+QUICK = ("int4", "smartkv-0.3", "h2o-96")
 HEADS = {"equal_leading_tokens": "equal from the start", "exact": "all equal", "rouge_l": "ROUGE-L", "bleu": "BLEU"}
 
 
 def run(quick: bool) -> Outcome:
     if quick:
-        return evaluated.outcome("text", QUICK, text.Options(max_tokens=40, samples=4), seeds=1)
+        return evaluated.outcome("text", QUICK, text.Options(max_tokens=24, samples=3), seeds=1)
     return evaluated.outcome("text", PRESETS, text.Options(max_tokens=96, samples=3), 3, (8,))
 
 

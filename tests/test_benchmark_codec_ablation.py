@@ -14,7 +14,7 @@ from mlxkv.codec.plan import cost
 @pytest.fixture(scope="module")
 def codecs():
     changes = {"base": Change(3), "rotated": Change(3, rotated=True), "layered": Change(3, layered=True)}
-    return ablation.codecs(changes, [toy_dump(seed=seed) for seed in range(2)])
+    return ablation.codecs(changes, [toy_dump(seed=seed) for seed in range(2)], ablation.RANK)
 
 
 @pytest.mark.parametrize("name", ["base", "rotated", "layered"])
