@@ -35,24 +35,25 @@ def run(quick: bool) -> Outcome:
     ratios = (4, 16) if quick else RATIOS
     artifacts = calibration.calibrated(model, tokenizer, size, ratios)
     variants = [coded(KVTCCacheCodec(learnt), f"{ratio}x", "float16") for ratio, learnt in artifacts.items()]
-    chosen = held_out(tokenizer)[:: 6 if quick else 1]
+    long, predict = (LENGTH, 64) if quick else (LONG, PREDICT)
+    chosen = held_out(tokenizer, long, predict)[:: 6 if quick else 1]
     samples = []
     for kind, text, length, tokens in track(chosen, "held-out texts"):
-        records = fidelity.evaluate(model, [whole(), *variants], tokens, length, chunk=PREDICT)[1:]
+        records = fidelity.evaluate(model, [whole(), *variants], tokens, length, chunk=predict)[1:]
         for ratio, record in zip(ratios, records):
             samples.append({"compression_ratio": ratio, "kind": kind, "text": text, **record})
-    config = {"model": MODEL, "dtype": "float16", "calibration": size, "predict": PREDICT, "seed": 0}
+    config = {"model": MODEL, "dtype": "float16", "calibration": size, "predict": predict, "seed": 0}
     return Outcome(config, samples, summarise(samples))
 
 
-def held_out(tokenizer: Any) -> list[tuple[str, str, int, list[int]]]:
+def held_out(tokenizer: Any, long: int, predict: int) -> list[tuple[str, str, int, list[int]]]:
     """Kind, name, length that is held, and tokens: four texts of the calibration's kind, eight of others, one long."""
-    same = texts.same_kind(tokenizer, LENGTH + PREDICT + 1, 4)
+    same = texts.same_kind(tokenizer, LENGTH + predict + 1, 4)
     cut = [("same", f"documentation-{i}", LENGTH, tokens) for i, tokens in enumerate(same)]
     for name, text in texts.OTHER_KINDS.items():
-        cut.append(("other", name, LENGTH, tokenizer.encode(text())[: LENGTH + PREDICT + 1]))
-    long = texts.same_kind(tokenizer, LONG + PREDICT + 1, 1)[0]
-    return [*cut, ("long", "documentation-long", LONG, long)]
+        cut.append(("other", name, LENGTH, tokenizer.encode(text())[: LENGTH + predict + 1]))
+    longest = texts.same_kind(tokenizer, long + predict + 1, 1)[0]
+    return [*cut, ("long", "documentation-long", long, longest)]
 
 
 def summarise(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -58,12 +58,12 @@ DEFAULT, SINGLE, TOGETHER = "default", "best change", "best of each"
 
 
 def run(quick: bool) -> Outcome:
-    context, predict = (CONTEXT // 2, PREDICT // 4) if quick else (CONTEXT, PREDICT)
+    context, predict = (CONTEXT // 3, PREDICT // 4) if quick else (CONTEXT, PREDICT)
     model, tokenizer = lm.load(MODEL)
     kinds, rows = held_out(tokenizer, context + predict + 1)
     if quick:
         kinds, rows = kinds[::4], rows[::4]
-    axes = {preset: dict(list(of_preset.items())[: 4 if quick else None]) for preset, of_preset in AXES.items()}
+    axes = {preset: dict(list(of_preset.items())[: 3 if quick else None]) for preset, of_preset in AXES.items()}
     changes = {preset: single_changes(of_preset, 1 if quick else None) for preset, of_preset in axes.items()}
     first = measured(model, kinds[::2], rows[::2], context, "tuning", {
         preset: {DEFAULT: {}} | found for preset, found in changes.items()

@@ -68,7 +68,8 @@ SURE = 0.05  # corrected p below which a difference is called sure
 
 def run(quick: bool) -> Outcome:
     model, tokenizer = lm.load(MODEL)
-    kinds, rows = held_out.rows(MODEL, tokenizer, CONTEXT + PREDICT + 1)
+    context, predict = (CONTEXT // 2, PREDICT // 2) if quick else (CONTEXT, PREDICT)
+    kinds, rows = held_out.rows(MODEL, tokenizer, context + predict + 1)
     if quick:
         kinds, rows = kinds[::5], rows[::5]
     variants = ours(QUICK if quick else CHANGES)
@@ -76,11 +77,11 @@ def run(quick: bool) -> Outcome:
         name: live_settings(_unseeded(name), **settings)
         for name, settings in list(OTHERS.items())[: 2 if quick else None]
     }
-    records = continued(model, rows, CONTEXT, {"full": live_settings("full"), **others, **variants}, MODEL)
+    records = continued(model, rows, context, {"full": live_settings("full"), **others, **variants}, MODEL)
     samples = [{"measure": "fidelity", **record, "text": kinds[record["text"]]} for record in records]
-    samples += [{"measure": "energy", **record} for record in energies(model, rows[0, :CONTEXT], variants)]
+    samples += [{"measure": "energy", **record} for record in energies(model, rows[0, :context], variants)]
     config = {
-        "context": CONTEXT, "predict": PREDICT, "queries": ASKED, "diversity": DIVERSITY, "base": BASE,
+        "context": context, "predict": predict, "queries": ASKED, "diversity": DIVERSITY, "base": BASE,
         "settings": {name: str(settings) for name, settings in {**others, **variants}.items()},
     }  # fmt: skip
     return Outcome(config, samples, summarise(samples))

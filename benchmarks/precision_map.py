@@ -18,6 +18,7 @@ from mlxkv import lm
 from mlxkv.evaluate import attention, needle
 from mlxkv.evaluate._statistics import interval, sign_flip
 from mlxkv.evaluate._variants import live, whole
+from mlxkv.evaluate.ruler.sources import Sources
 from mlxkv.models import cache_spec
 
 if TYPE_CHECKING:
@@ -36,9 +37,9 @@ def run(quick: bool) -> Outcome:
     places = [(depth, seed) for depth in (DEPTHS[2:3] if quick else DEPTHS) for seed in range(3)]
     samples = []
     for depth, seed in track(places, "texts"):
-        (unit,) = needle.units(tokenizer, needle.Options((LENGTH,), (depth,)), seed)
-        tokens = unit.measure.args[0]  # type: ignore[attr-defined]
-        samples.append({"depth": depth, "seed": seed, **measured(model, tokenizer, tokens, unit.key["key"])})
+        key = needle.drawn_key(LENGTH, depth, seed)
+        tokens = needle.haystack(tokenizer, Sources(), LENGTH, depth, key)
+        samples.append({"depth": depth, "seed": seed, **measured(model, tokenizer, tokens, key)})
     return Outcome({"model": MODEL, "preset": PRESET, "length": LENGTH, "ends": ENDS}, samples, summarise(samples))
 
 

@@ -15,7 +15,6 @@ Quick: one text, a shorter one, and two presets.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
@@ -113,8 +112,8 @@ def summarise(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return sample["feed"], sample["cache"]
 
     rows = []
-    for (feed, cache), group in groupby(sorted(samples, key=key), key):
-        records = [*group]
+    for feed, cache in sorted(dict.fromkeys(map(key, samples)), key=lambda found: found[0]):
+        records = [sample for sample in samples if key(sample) == (feed, cache)]
         refused = records[0]["refused"]
         row = {"feed": feed, "cache": cache, "refused": refused, "ours": means([r["ours"] for r in records])}
         if refused is None:
@@ -126,7 +125,7 @@ def summarise(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "agree": bool((apart <= 1e-6 + ROUNDING * np.abs(pairs[..., 0])).all()),
             }
         rows.append(row)
-    return sorted(rows, key=lambda row: (row["feed"], PRESETS.index(row["cache"])))
+    return rows
 
 
 def means(scores: Sequence[dict[str, float]]) -> dict[str, float]:

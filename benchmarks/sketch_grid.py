@@ -57,13 +57,14 @@ def run(quick: bool) -> Outcome:
     model, tokenizer = lm.load(MODEL)
     kept, keys = (KEPT[1:2], KEYS[:2]) if quick else (KEPT, KEYS)
     kinds = list(texts.OTHER_KINDS)[:: 4 if quick else 1]
-    rows = np.array([tokenizer.encode(texts.OTHER_KINDS[kind]())[: CONTEXT + PREDICT + 1] for kind in kinds])
+    context, predict = (CONTEXT // 2, PREDICT // 4) if quick else (CONTEXT, PREDICT)
+    rows = np.array([tokenizer.encode(texts.OTHER_KINDS[kind]())[: context + predict + 1] for kind in kinds])
     streamed = rows[:, : CONTEXT // 4 if quick else CONTEXT]
     samples = [*streams(model, streamed), *zipf_streams(keys)]
-    for record in continued(model, rows, CONTEXT, variants(kept), "fidelity"):
+    for record in continued(model, rows, context, variants(kept), "fidelity"):
         samples.append({"measure": "fidelity", **record, "text": kinds[record["text"]]})
     config = {
-        "model": MODEL, "context": CONTEXT, "predict": PREDICT, "seed": 0, "heaviest": HEAVIEST,
+        "model": MODEL, "context": context, "predict": predict, "seed": 0, "heaviest": HEAVIEST,
         "settings": {name: str(settings) for name, settings in variants(kept).items()},
     }  # fmt: skip
     return Outcome(config, samples, summarise(samples))

@@ -12,7 +12,7 @@ from mlxkv.evaluate import text
 
 PHASE = 1
 PRESETS = ("full", "int8", "int4", "kivi-2", "smartkv-0.5", "smartkv-0.3", "h2o-96", "mp-kvm-96", "streaming-llm-96")
-QUICK = ("int4", "smartkv-0.3", "h2o-96")
+QUICK = ("smartkv-0.3", "h2o-96")
 HEADS = {"equal_leading_tokens": "equal from the start", "exact": "all equal", "rouge_l": "ROUGE-L", "bleu": "BLEU"}
 
 

@@ -3,6 +3,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from test_plans import problem
 
 from mlxkv import calibrate, lm, write_dump
 from mlxkv.cli import main
@@ -47,6 +48,11 @@ def test_the_commands_run_as_written(model_dir, tmp_path, monkeypatch):
             main(words)
         assert not exit_info.value.code, command
     assert Path("restored.npz").stat().st_size > Path("a.mlxkv").stat().st_size
+
+
+def test_the_evaluations_named_exist_with_their_options():
+    lines = block("", "mlxkv eval needle").splitlines()
+    assert [problem(line) for line in lines] == [None, None]
 
 
 def test_the_python_example_runs_as_written(smollm2, tmp_path, monkeypatch, capsys):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from mlxkv.errors import InputError
+from mlxkv.evaluate._run import Record, Unit
 from mlxkv.evaluate.ruler.sources import Sources, read_text
 
 BUILT_IN = Path(__file__).parent / "ruler" / "essay.txt"
@@ -26,6 +29,19 @@ def windows(tokenizer: Any, text_file: Path | None, length: int, count: int, see
     random = Random(f"{seed} {length}")
     starts = [random.randint(room * i // count, room * (i + 1) // count) for i in range(count)]
     return {start: tokens[start : start + length] for start in starts}
+
+
+def units(tokenizer: Any, options: Any, length: int, seed: int, measure: Callable[..., list[Record]]) -> list[Unit]:
+    """`options.samples` stretches of `options.text_file` as samples; `measure` is also given the tokens, first.
+
+    Raises InputError for a text that is too short.
+    """
+    stretches = windows(tokenizer, options.text_file, length, options.samples, seed)
+    text = name(options.text_file)
+    return [
+        Unit({"text": text, "start": start, "seed": seed}, partial(measure, tokens))
+        for start, tokens in stretches.items()
+    ]
 
 
 def repeated(tokenizer: Any, text_file: Path | None, count: int, seed: int = 0) -> list[int]:

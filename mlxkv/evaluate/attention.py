@@ -47,17 +47,11 @@ class Options:
 
 def units(tokenizer: Any, options: Options, seed: int) -> list[Unit]:
     """One for each stretch of the text. Raises InputError for a text that is too short."""
-    length = options.at + options.queries
-    stretches = _texts.windows(tokenizer, options.text_file, length, options.samples, seed)
-    text = _texts.name(options.text_file)
-    return [
-        Unit({"text": text, "start": start, "seed": seed}, partial(_measure, tokens, options.at))
-        for start, tokens in stretches.items()
-    ]
+    return _texts.units(tokenizer, options, options.at + options.queries, seed, partial(_measure, options.at))
 
 
 def _measure(
-    tokens: Sequence[int], at: int, model: Any, tokenizer: Any, variants: Sequence[Variant]
+    at: int, tokens: Sequence[int], model: Any, tokenizer: Any, variants: Sequence[Variant]
 ) -> list[dict[str, Any]]:
     layers = cache_spec(model).attention_layers
     exact: list[Entries] = []

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import mlx.core as mx
 from mlxkv import metrics
 from mlxkv.errors import InputError
 from mlxkv.evaluate import _texts
-from mlxkv.evaluate._run import Unit, option, positive
+from mlxkv.evaluate._run import Record, Unit, option, positive
 from mlxkv.evaluate._variants import Variant, each, follow
 
 SCORES = ("kl", "top1_agreement", "next_token_cosine", "perplexity_delta")
@@ -36,21 +35,11 @@ class Options:
 
 def units(tokenizer: Any, options: Options, seed: int) -> list[Unit]:
     """One for each stretch of the text. Raises InputError for a text that is too short."""
-    length = options.at + options.predict + 1
-    stretches = _texts.windows(tokenizer, options.text_file, length, options.samples, seed)
-    return [
-        Unit(
-            {"text": _texts.name(options.text_file), "start": start, "seed": seed},
-            partial(_measure, tokens, options.at, options.chunk),
-        )
-        for start, tokens in stretches.items()
-    ]
 
+    def measure(tokens: Sequence[int], model: Any, tokenizer: Any, variants: Sequence[Variant]) -> list[Record]:
+        return evaluate(model, variants, tokens, options.at, options.chunk)
 
-def _measure(
-    tokens: Sequence[int], at: int, chunk: int, model: Any, tokenizer: Any, variants: Sequence[Variant]
-) -> list[dict[str, Any]]:
-    return evaluate(model, variants, tokens, at, chunk)
+    return _texts.units(tokenizer, options, options.at + options.predict + 1, seed, measure)
 
 
 def evaluate(

@@ -51,7 +51,7 @@ def units(tokenizer: Any, options: Options, seed: int) -> list[Unit]:
     drawn = []
     for length in options.lengths:
         for depth in options.depths:
-            key = "".join(Random(f"{seed} {length} {depth}").choices("123456789", k=DIGITS))
+            key = drawn_key(length, depth, seed)
             facts = {"length": length, "depth": depth, "key": key, "text": sources.name("essays"), "seed": seed}
             drawn.append(Unit(facts, partial(_measure, haystack(tokenizer, sources, length, depth, key), key)))
     return drawn
@@ -65,6 +65,11 @@ def _measure(
         ranked = digits(model, tokenizer, held.cache, key)
         records.append({"variant": variant.name, **held.sizes, "found": ranked["digits_first"] == 1, **ranked})
     return records
+
+
+def drawn_key(length: int, depth: float, seed: int) -> str:
+    """The key hidden in so many tokens at this depth."""
+    return "".join(Random(f"{seed} {length} {depth}").choices("123456789", k=DIGITS))
 
 
 def haystack(tokenizer: Any, sources: Sources, length: int, depth: float, key: str) -> list[int]:

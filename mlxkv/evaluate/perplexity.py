@@ -9,14 +9,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxkv.evaluate import _texts
-from mlxkv.evaluate._run import Unit, option, positive
+from mlxkv.evaluate import _texts, fidelity
+from mlxkv.evaluate._run import Record, Unit, option
 from mlxkv.evaluate._variants import Variant, each, follow
 
 SCORES = ("perplexity", "perplexity_delta", "bits_per_token")
@@ -24,33 +23,21 @@ GOOD, EXCELLENT = 0.5, 0.1
 
 
 @dataclass(frozen=True)
-class Options:
-    text_file: Path | None = option(None, _texts.TEXT_FILE)
-    at: int = option(512, "tokens that are held before any is predicted")
+class Options(fidelity.Options):
     predict: int = option(512, "tokens that are predicted after them")
     samples: int = option(2, "stretches of the text for each seed")
-    chunk: int = option(16, "tokens given at a time after that; 1 is as in generation, and slower")
-
-    def __post_init__(self) -> None:
-        positive(self, "at", "predict", "samples", "chunk")
 
 
 def units(tokenizer: Any, options: Options, seed: int) -> list[Unit]:
     """One for each stretch of the text. Raises InputError for a text that is too short."""
-    length = options.at + options.predict + 1
-    stretches = _texts.windows(tokenizer, options.text_file, length, options.samples, seed)
-    text = _texts.name(options.text_file)
-    return [
-        Unit({"text": text, "start": start, "seed": seed}, partial(_measure, tokens, options))
-        for start, tokens in stretches.items()
-    ]
+    return _texts.units(tokenizer, options, options.at + options.predict + 1, seed, partial(_measure, options))
 
 
 def _measure(
-    tokens: Sequence[int], options: Options, model: Any, tokenizer: Any, variants: Sequence[Variant]
-) -> list[dict[str, Any]]:
+    options: Options, tokens: Sequence[int], model: Any, tokenizer: Any, variants: Sequence[Variant]
+) -> list[Record]:
     context, following = tokens[: options.at], tokens[options.at :]
-    records: list[dict[str, Any]] = []
+    records: list[Record] = []
     for variant, held in each(model, variants, context):
         loss = sum(_losses(model, held.cache, following, options.chunk)) / (len(following) - 1)
         perplexity = math.exp(loss)

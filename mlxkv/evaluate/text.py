@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxkv.evaluate import _texts
-from mlxkv.evaluate._run import Unit, option, positive
+from mlxkv.evaluate._run import Record, Unit, option, positive
 from mlxkv.evaluate._scores import library
 from mlxkv.evaluate._variants import Variant, answer, each
 
@@ -37,18 +37,14 @@ def units(tokenizer: Any, options: Options, seed: int) -> list[Unit]:
     """One for each stretch of the text. Raises InputError for a text that is too short, MlxkvError where a library for the
     scores is missing."""
     compare(tokenizer, [], [])  # a missing library should not be found out after the model has worked
-    text = _texts.name(options.text_file)
-    return [
-        Unit({"text": text, "start": start, "seed": seed}, partial(go_on, tokens, options.max_tokens))
-        for start, tokens in _texts.windows(tokenizer, options.text_file, options.at, options.samples, seed).items()
-    ]
+    return _texts.units(tokenizer, options, options.at, seed, partial(go_on, options.max_tokens))
 
 
 def go_on(
-    tokens: Sequence[int], max_tokens: int, model: Any, tokenizer: Any, variants: Sequence[Variant]
-) -> list[dict[str, Any]]:
+    max_tokens: int, tokens: Sequence[int], model: Any, tokenizer: Any, variants: Sequence[Variant]
+) -> list[Record]:
     """Every variant's continuation of tokens, of which all but the last are held: a record each, against the first's."""
-    records: list[dict[str, Any]] = []
+    records: list[Record] = []
     reference: list[int] | None = None
     for variant, held in each(model, variants, tokens[:-1]):
         said = answer(model, tokenizer, held, tokens[-1:], max_tokens)
