@@ -82,11 +82,9 @@ def verdict(result: Result, score: str) -> str:
     first, *found = rows(result)
     least = len(found) * 2 ** (1 - first["samples"])
     if least >= SURE:
-        worst = min(found, key=lambda row: row[score])
-        return (
-            f"{first['samples']} samples are too few for any difference to be sure (p cannot be below {min(1, least):.2g});"
-            f" the largest is that of `{worst['variant']}`."
-        )
+        worst = min(found, key=lambda row: row[f"{score}_change"])
+        seen = f"the worst is `{worst['variant']}`" if worst[f"{score}_change"] < 0 else "none was seen"
+        return f"{first['samples']} samples are too few to be sure of a difference (p cannot be below {min(1, least):.2g}); {seen}."
     ps = paired.holm([row[f"{score}_p"] for row in found])
     sure = [row["variant"] for row, p in zip(found, ps) if p < SURE and row[f"{score}_change"] < 0]
     others = [row["variant"] for row in found if row["variant"] not in sure]

@@ -1,7 +1,7 @@
 """DEFLATE or rANS behind the codec? Bytes and seconds of the same caches with each, and how fast rANS itself runs here.
 
 Both codings are timed in turn, several times over, and medians count. The symbols of the second table follow a
-geometric distribution, coded with one static table by the plain operations (no kernel, one thread). Quick: 1,024 tokens,
+geometric distribution, coded with one static table by the plain operations (no kernel, one thread). Quick: 512 tokens,
 a small calibration and two rounds.
 """
 
@@ -32,7 +32,7 @@ SYMBOLS = 2**22
 
 
 def run(quick: bool) -> Outcome:
-    tokens, rounds = (1024, 2) if quick else (2048, 5)
+    tokens, rounds = (512, 2) if quick else (2048, 5)
     size = calibration.QUICK if quick else {"texts": 6, "tokens": 1536}
     samples = [*coder(rounds), *caches(tokens, rounds, size)]
     config = {"model": MODEL, "tokens": tokens, "rounds": rounds, "calibration": size, "symbols": SYMBOLS}

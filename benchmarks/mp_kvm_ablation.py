@@ -60,7 +60,7 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 PARTS = (BASE, *ABLATIONS, "another method")
 CHANGES = {change: settings for changes in ABLATIONS.values() for change, settings in changes.items()}
-QUICK = ("rotation: clustered as rotated", "weights: 1 for each token", "merged by chance, seed 0", "no counts in the scores")  # fmt: skip
+QUICK = ("weights: 1 for each token", "no counts in the scores")
 ASKED = 64  # last queries, whose attention the energy loss is about
 DIVERSITY = 1.0
 SURE = 0.05  # corrected p below which a difference is called sure

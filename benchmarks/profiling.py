@@ -56,8 +56,8 @@ FULL = Sizes(
      "sketch-aggregate-512"),
 )  # fmt: skip
 QUICK = Sizes(
-    ("full", "int8", "kivi-2", "smartkv-0.5", "h2o-256", "streaming-llm-256", "mp-kvm-256", "sketch-topk-256"),
-    ("streaming-llm-256", "smartkv-0.5", "h2o-256", "mp-kvm-256", "sketch-topk-256"),
+    ("full", "int8", "kivi-2", "smartkv-0.5", "h2o-256", "mp-kvm-256"),
+    ("smartkv-0.5", "h2o-256", "mp-kvm-256"),
     context=256, tokens=8, followed=16, counted=4, chunk=64,
 )  # fmt: skip
 
