@@ -27,7 +27,7 @@ def model(request):
 
 def measure(model, *variants):
     tokens = tiny_tokens(HELD + FOLLOWING)
-    records = attention._measure(tokens, HELD, model, None, [whole(), *variants])
+    records = attention._measure(HELD, tokens, model, None, [whole(), *variants])
     return {record["variant"]: record for record in records}
 
 

@@ -81,6 +81,10 @@ def test_what_follows_goes_in_by_chunks():
     ways = [whole(), live("sliding-window", window=5)]
     single, many = (fidelity.evaluate(model, ways, tokens, 100, chunk)[1]["kl"] for chunk in (1, 16))
     assert single == pytest.approx(fidelity.compare(exact, apart, tokens[100:])["kl"], rel=1e-4)
+    logits = np.array(exact, np.float64)
+    losses = np.logaddexp.reduce(logits, axis=-1) - logits[range(29), tokens[101:]]
+    reference = fidelity.evaluate(model, ways, tokens, 100)[1]["perplexity_reference"]
+    assert reference == pytest.approx(np.exp(losses.mean()), rel=1e-4)
     assert single != pytest.approx(many, rel=0.01)
 
 
