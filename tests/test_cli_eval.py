@@ -49,6 +49,35 @@ def test_a_table_has_a_row_for_each_variant_with_its_deviation_over_seeds(model_
     assert "±" in out
 
 
+def test_tasks_have_rows_of_their_own_under_the_same_heads(model_dir, capsys):
+    words = ["--tasks", "fwe,vt", "--lengths", "3000", "--samples", "1", "--cache", "sliding-window-256"]
+    assert run("eval", "ruler", "--model", model_dir, *words) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("┃", "│"))]
+    assert len({line.count("┃") + line.count("│") for line in lines}) == 1
+    rows = [[cell.strip() for cell in line.split("│")[1:3]] for line in lines if line.startswith("│")]
+    assert ["whole", "all"] in rows
+    assert ["whole", "fwe"] in rows
+
+
+def test_samples_of_a_text_that_has_changed_are_not_gone_on_with(model_dir, tmp_path, monkeypatch, capsys):
+    text, out = tmp_path / "text.txt", tmp_path / "out.json"
+    words = ["eval", "perplexity", "--model", model_dir, "--text-file", text, "--at", 50, "--predict", 20, "--out", out]
+    text.write_text("A cache that forgets nothing is a memory. " * 20)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mlxkv.files.atomic_write", killed)
+        assert run(*words) == 130
+    text.write_text("One that forgets the right things understands. " * 20)
+    capsys.readouterr()
+    assert run(*words) == 4
+    assert "another files; remove it" in " ".join(capsys.readouterr().err.split())
+    text.write_text("A cache that forgets nothing is a memory. " * 20)
+    assert run(*words) == 0
+
+
 @pytest.mark.parametrize("words", [["--lengths", "a"], ["--depths", "0.5,x"]])
 def test_a_list_that_is_none_is_a_usage_error(words, capsys):
     assert run("eval", "needle", "--model", "any", *words) == 2

@@ -134,25 +134,32 @@ def _evaluate(
     from json import dumps
 
     from mlxkv import lm
+    from mlxkv.container import digest
     from mlxkv.errors import InputError
     from mlxkv.evaluate._machine import describe
     from mlxkv.evaluate._run import run
-    from mlxkv.files import atomic_write
+    from mlxkv.files import atomic_write, open_input
 
     if out:
         check_out_file(out)
+    texts = {}
     for path in (value for value in vars(options).values() if isinstance(value, Path)):
         if not path.exists():
             raise InputError(f"cannot read {path}: there is no such file or folder")
+        if path.is_file():
+            with open_input(path) as file:
+                texts[str(path)] = digest(file.read()).hex()
     variants = _variants(cache or [], artifacts or [], {"w": w, "s": s}, dtype)
     loaded, tokenizer = lm.load(model)
     facts = {"model": model, "fingerprint": lm.fingerprint(loaded), "quantization": lm.quantization(loaded)}
-    with _journal(out, facts) as journal, counter(name) as (progress, task):
+    # Samples of another text, commit or machine are not gone on with.
+    same = {**facts, "files": texts, "machine": describe()}
+    with _journal(out, same) as journal, counter(name) as (progress, task):
         result = run(
             name, loaded, tokenizer, variants, options, seeds=seeds, limit=limit, journal=journal,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )  # fmt: skip
-        record = {**facts, **result, "machine": describe()}
+        record = {**facts, **result, "machine": same["machine"]}
         if out and journal:
             with atomic_write(out) as file:
                 file.write(dumps(record, indent=1).encode())
@@ -160,9 +167,10 @@ def _evaluate(
     if json:
         show(record, as_json=True)
     else:
-        show_rows(
-            [_row(row, evaluation(name).SCORES) for row in result["summary"]], as_json=False, title=f"{name} of {model}"
-        )
+        rows = result["summary"]
+        if any("group" in row for row in rows):
+            rows = [{"group": "all", **row} for row in rows]
+        show_rows([_row(row, evaluation(name).SCORES) for row in rows], as_json=False, title=f"{name} of {model}")
 
 
 def _variants(

@@ -63,7 +63,7 @@ def run(
     """
     module = evaluation(name)
     options = options or module.Options()
-    ways = [whole(), *(variant for variant in variants if variant.name != whole().name)]
+    ways = [whole(), *variants]
     if len({way.name for way in ways}) < len(ways):
         raise InputError(f"two variants have one name: {', '.join(way.name for way in ways)}")
     samples = units(name, tokenizer, options, seeds=seeds, limit=limit)
