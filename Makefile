@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint types fmt bench clean
+.PHONY: demo test faults check lint types fmt bench clean
 
 demo: .venv/ready
 	$(BIN)/python -m benchmarks.demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+faults: .venv/ready
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m faults
 
 lint: .venv/ready
 	$(BIN)/ruff check .

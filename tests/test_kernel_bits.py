@@ -191,6 +191,7 @@ def test_pack_refuses_other_bits_and_tiles(call, pack):
         pack(mx.zeros((4, 64), mx.int32), 4, 1, 32)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("body", "old", "new"),
     [

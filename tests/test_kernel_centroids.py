@@ -277,6 +277,7 @@ def check_faulty():
     check_sums(x, mx.zeros((2, 33), mx.int32), 1)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_caught(fault):
     with installed(FAULTS[fault]), pytest.raises((AssertionError, HostError)):

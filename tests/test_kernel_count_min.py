@@ -223,6 +223,7 @@ def check_faulty():
         check_all(3, 33, 4, 37, signed)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_caught(fault):
     with installed(FAULTS[fault]), pytest.raises((AssertionError, HostError)):

@@ -253,6 +253,7 @@ def check_faulty(kind):
     check(queries_of(heads), [bucket(heads, 140, PLAIN if kind else ((3, 32, 1), (4, 1, 32)))], bias)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("body", "old", "new", "kind"),
     [

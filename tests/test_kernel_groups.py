@@ -175,6 +175,7 @@ def check_faulty():
     check_both_ways(fp8, [Run(0, 1, 1, "fp8")], flat, flat + 1)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_caught(fault):
     with installed(FAULTS[fault]), pytest.raises((AssertionError, HostError)):

@@ -285,6 +285,7 @@ def check_everything():
     raise AssertionError("a symbol without frequency was encoded")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault[0]}: {fault[2]}")
 def test_planted_faults_are_caught(fault):
     with installed(fault), pytest.raises((AssertionError, HostError, FormatError, InputError)):

@@ -114,6 +114,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_caught(fault):
     x = layers((3, 3, 2, 5))

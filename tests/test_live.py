@@ -59,7 +59,7 @@ def test_other_caches_give_the_same_bits_with_the_seam_installed(tiny):
 
 @pytest.mark.parametrize("step", [1, 7, 64, 512])
 def test_full_is_mlx_lms_cache_bit_for_bit(tiny, step):
-    prompt = tiny_tokens(300)
+    prompt = tiny_tokens(300 if step > 1 else 40)
     expected = generated(tiny, make_prompt_cache(tiny), prompt, step)
     tokens, logprobs = generated(tiny, make_cache(tiny, "full"), prompt, step)
     assert tokens == expected[0]

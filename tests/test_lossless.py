@@ -266,7 +266,7 @@ def test_few_lanes_for_many_bytes_are_refused():
 def test_random_damage_gives_a_typed_error_or_as_many_bytes():
     data = gaussian(700, 2, 40) + gaussian(700, 30, 100)
     stored, random, refused = rans(data), np.random.default_rng(5), 0
-    for _ in range(150):
+    for _ in range(60):
         bad = bytearray(stored)
         for place in random.integers(len(bad), size=random.integers(1, 4)):
             bad[place] = random.integers(256)
@@ -274,7 +274,7 @@ def test_random_damage_gives_a_typed_error_or_as_many_bytes():
             assert len(lossless.decode("rans", bytes(bad), 1400)) == 1400
         except FormatError:
             refused += 1
-    assert refused > 130
+    assert refused > 50
 
 
 GOLDEN = (

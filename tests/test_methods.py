@@ -24,11 +24,12 @@ def chunks(tokens, sizes):
         start += size
 
 
-CHUNKINGS = {"one chunk": [120, 1, 1, 1], "chunks of 7": [7] * 18, "decode": [1] * 80}
+DIFFERENT = ("glm4_moe_lite", "gpt2", "lfm2", "llama")  # the others' caches are like one of these
+CHUNKINGS = {"one chunk": [120, 1, 1, 1], "chunks of 7": [7] * 14, "decode": [30, *[1] * 40]}
 
 
 @pytest.mark.parametrize("chunking", CHUNKINGS)
-@pytest.mark.parametrize("architecture", sorted(TINY))
+@pytest.mark.parametrize("architecture", DIFFERENT)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_query_sees_the_stored_tokens_as_stored_and_its_chunk_exactly(method, architecture, chunking):
     model = tiny_model(architecture)
