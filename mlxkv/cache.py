@@ -221,6 +221,7 @@ class KVDump:
     states: arrays of layers that keep other state (convolutions), keyed "layer.index".
     model, fingerprint: the name it was loaded by and `mlxkv.lm.fingerprint` of its weights.
     dtype: what the live cache held ("bfloat16" has no NumPy type and is stored wider).
+    sensitivity: what mlxkv.sensitivity found on this text, k and v `[layers, H, D, D]` float32; empty if nobody asked.
     """
 
     k: np.ndarray
@@ -231,6 +232,7 @@ class KVDump:
     fingerprint: str = ""
     dtype: str = "float16"
     states: dict[str, np.ndarray] = field(default_factory=dict)
+    sensitivity: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         batch, length = self.tokens.shape if self.tokens.ndim == 2 else (0, 0)
@@ -241,6 +243,10 @@ class KVDump:
             expected = (stream.layers, batch, stream.heads, length, stream.dim)
             if array.shape != expected:
                 raise MismatchError(f"{name} has shape {array.shape}; its description and tokens say {expected}")
+            needed = (stream.layers, stream.heads, stream.dim, stream.dim)
+            found = self.sensitivity[name].shape if self.sensitivity else needed
+            if found != needed:
+                raise MismatchError(f"the sensitivity of {name} has shape {found}; its description says {needed}")
 
     def stream(self, name: str) -> np.ndarray:
         """The k or v array."""

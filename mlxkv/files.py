@@ -10,7 +10,7 @@ import math
 import os
 import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tokenize import TokenError
@@ -18,11 +18,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from mlxkv.cache import CacheSpec, KVDump
+from mlxkv.cache import STREAMS, CacheSpec, KVDump
 from mlxkv.errors import FormatError, InputError, VersionError
 
 DUMP_VERSION = 1
-_STATE = "state."
+_STATE, _SENSITIVITY = "state.", "sensitivity."
 # What NumPy lets through from its own reading of a header, a Python literal.
 _HEADER_ERRORS = (SyntaxError, TypeError, AttributeError, RecursionError, TokenError)
 
@@ -110,7 +110,8 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def write_dump(path: str | Path, dump: KVDump) -> None:
-    """Write a KVDump as an `.npz` of k, v, layers, tokens, meta and one `state.…` array for each other state."""
+    """Write a KVDump as an `.npz` of k, v, layers, tokens, meta, one `state.…` array for each other state, and
+    `sensitivity.k` and `.v` if it has them."""
     meta = {
         "version": DUMP_VERSION,
         "model": dump.model,
@@ -119,6 +120,7 @@ def write_dump(path: str | Path, dump: KVDump) -> None:
         "spec": dump.spec.to_json(),
     }
     arrays: dict[str, Any] = {_STATE + key: value for key, value in dump.states.items()}
+    arrays |= {_SENSITIVITY + key: value for key, value in dump.sensitivity.items()}
     arrays.update(k=dump.k, v=dump.v, tokens=dump.tokens, meta=np.array(json.dumps(meta)))
     arrays["layers"] = np.array(dump.spec.attention_layers, dtype=np.int32)
     with atomic_write(path) as file:
@@ -142,17 +144,19 @@ def read_dump(path: str | Path) -> KVDump:
         raise FormatError(
             f"{path}: expected float16 or float32 k and v and int32 tokens, found {k.dtype}, {v.dtype}, {tokens.dtype}"
         )
-    states = {key.removeprefix(_STATE): value for key, value in arrays.items() if key.startswith(_STATE)}
-    return KVDump(
-        k,
-        v,
-        spec,
-        tokens,
-        str(meta.get("model", "")),
-        str(meta.get("fingerprint", "")),
-        str(meta.get("dtype", "")),
-        states,
-    )
+    model, fingerprint, dtype = (str(meta.get(key, "")) for key in ("model", "fingerprint", "dtype"))
+    sensitivity = _starting(arrays, _SENSITIVITY)
+    if sensitivity and (set(sensitivity) != set(STREAMS) or any(not _is_finite(a) for a in sensitivity.values())):
+        raise FormatError(f"{path}: its sensitivity is not finite float32 of k and v")
+    return KVDump(k, v, spec, tokens, model, fingerprint, dtype, _starting(arrays, _STATE), sensitivity)
+
+
+def _starting(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    return array.dtype == np.float32 and bool(np.isfinite(array).all())
 
 
 def parse_json(text: str | bytes, name: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ FLOORS = [
     {"container"},
     {"codec", "miniatures", "smollm2"},
     {"lm", "presets"},
-    {"live"},
+    {"live", "sensitivity"},
     {"live_files", "methods", "quant_fidelity"},
     {"evaluate"},
     {"cli"},

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import run, save_model, tiny_config, tiny_model
 
-from mlxkv import lm
+from mlxkv import lm, read_dump
 from mlxkv.cli import build
 
 TEXT = "The quick brown fox jumps over the lazy dog. Once upon a time in a land far away, nothing happened. "
@@ -48,6 +48,15 @@ def test_a_cache_travels_through_every_command(model_dir, tmp_path, says):
         assert np.array_equal(x["k"][..., :4, :], y["k"][..., :4, :])
         assert np.array_equal(x["k"][..., -16:, :], y["k"][..., -16:, :])
         assert 0 < np.square(x["k"] - y["k"]).sum() < 0.2 * np.square(x["k"]).sum()
+
+
+def test_sensitivity_is_measured_when_asked_for(model_dir, tmp_path, says):
+    common = ["dump", "--model", model_dir, "--prompt", TEXT, "--out"]
+    assert says(*common, tmp_path / "plain.npz")["sensitivity"] is None
+    assert says(*common, tmp_path / "with.npz", "--sensitivity")["sensitivity"] == "measured"
+    assert says("inspect", tmp_path / "with.npz")["sensitivity"] == "measured"
+    assert set(read_dump(tmp_path / "with.npz").sensitivity) == {"k", "v"}
+    assert read_dump(tmp_path / "plain.npz").sensitivity == {}
 
 
 def test_the_lossless_coding_is_chosen_by_name_and_read_from_the_file(work, says, tmp_path):

@@ -20,17 +20,23 @@ def command(
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first so many tokens of the prompt.")] = None,
     preset: Annotated[str | None, typer.Option(help="Check the model against this model preset.")] = None,
     dtype: Dtype = "auto",
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Also measure what each direction of the cache matters to the model.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Run a prompt and write the model's cache to an .npz file.
 
     Example: mlxkv dump --model smollm2-135m --prompt-file notes.txt --out notes.npz
     """
+    from dataclasses import replace
+
     from mlxkv import lm
     from mlxkv.errors import InputError
     from mlxkv.files import write_dump
     from mlxkv.models import cache_spec
     from mlxkv.presets import model_preset
+    from mlxkv.sensitivity import sensitivity as measure
 
     text = _prompt(prompt, prompt_file)
     checked = model_preset(preset) if preset else None
@@ -44,6 +50,9 @@ def command(
     stop = sorted(tokenizer.eos_token_ids)
     with bar("running", len(tokens) + max_tokens) as advance:
         taken = lm.dump(loaded, tokens, max_tokens=max_tokens, stop=stop, name=model, dtype=dtype, progress=advance)
+    if sensitivity:
+        with bar("measuring sensitivity", len(tokens)) as advance:
+            taken = replace(taken, sensitivity=measure(loaded, tokens, progress=advance))
     write_dump(out, taken)
     facts = {
         "file": str(out),
@@ -54,6 +63,7 @@ def command(
         "tokens": taken.length,
         "stored_as": f"{taken.k.dtype}{_why(str(taken.k.dtype), taken.dtype, dtype)}",
         "other_states": len(taken.states),
+        "sensitivity": "measured" if taken.sensitivity else None,
         "fingerprint": taken.fingerprint,
     }
     show(facts, json)

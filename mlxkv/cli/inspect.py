@@ -53,6 +53,7 @@ def _dump(file: Path) -> dict[str, Any]:
         "live_dtype": dump.dtype,
         "tokens": dump.length,
         "other_states": len(dump.states),
+        "sensitivity": "measured" if dump.sensitivity else None,
         "fp16_bytes": dump.fp16_bytes,
         "file_bytes": file.stat().st_size,
     }

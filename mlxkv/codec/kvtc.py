@@ -177,8 +177,8 @@ class KVTCCacheCodec:
         if "tokens" not in extras or extras["tokens"].dtype != np.int32:
             raise FormatError(f"{reader.name} holds no tokens: it was made by compress(), open it with decompress()")
         states = {name.removeprefix("state."): array for name, array in extras.items() if name.startswith("state.")}
-        facts = {key: str(meta.get(key, "")) for key in ("model", "fingerprint", "dtype")}
-        return KVDump(arrays["k"], arrays["v"], self.artifacts.spec, extras["tokens"], states=states, **facts)
+        model, mark, dtype = (str(meta.get(key, "")) for key in ("model", "fingerprint", "dtype"))
+        return KVDump(arrays["k"], arrays["v"], self.artifacts.spec, extras["tokens"], model, mark, dtype, states)
 
     def _decode(self, reader: Reader, progress: Progress | None) -> dict[str, np.ndarray]:
         """The k and v streams, `[layers, B, H, T, D]` each."""

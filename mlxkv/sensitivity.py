@@ -1,0 +1,113 @@
+"""How much a model's predictions change when its cache does: the Fisher information of cached keys and values.
+
+The Kullback-Leibler divergence to the untouched cache is 1/2 e' F e for a small error e, where F = E[g g'] and g is the
+gradient of the loss of labels that the model itself draws (the true Fisher; Kunstner et al., arXiv 1905.12558). A text
+is cut as a cache is used: the first part is held, the rest follows and is predicted from it. What is held was computed
+before it changed, so the gradient goes through what follows alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.cache import ArraysCache, make_prompt_cache
+
+from mlxkv import lm
+from mlxkv.cache import STREAMS, CacheSpec, Slot
+from mlxkv.errors import InputError
+from mlxkv.models import cache_spec
+
+HELD, FOLLOWING = 512, 160  # tokens of one stretch of text
+# Sinks and the newest quarter of what is held: codecs keep both as they are, and they matter several times as much.
+SINKS, RECENT = 4, 4
+Progress = Callable[[int], None]
+Pairs = list[tuple[mx.array, mx.array]]
+
+
+def sensitivity(
+    model: Any, tokens: Sequence[int], *, seed: int = 0, progress: Progress | None = None
+) -> dict[str, np.ndarray]:
+    """The mean of g g' over tokens for every layer and head, in nats per unit squared, rotation undone.
+
+    Returns k and v, float32 `[layers, H, D, D]`, in the layout of a dump (MLA: latent and k_pe together in k, v of
+    width 0). The text is read in stretches of 672 tokens, each from its own start: 512 are held, 160 follow, and the mean
+    is over tokens 4 to 383 (of a shorter text the same shares). progress is told the tokens done. Raises InputError for
+    a text of fewer than 16 tokens.
+    """
+    spec = cache_spec(model)
+    if len(tokens) < 4 * SINKS:
+        raise InputError(f"sensitivity needs at least {4 * SINKS} tokens, the text has {len(tokens)}")
+    sums = {name: _zeros(spec, name) for name in STREAMS}
+    count = 0
+    for index, stretch in enumerate(_stretches(tokens)):
+        held = len(stretch) * HELD // (HELD + FOLLOWING)
+        gradients = _gradients(model, spec, stretch[:held], stretch[held:], mx.random.key(seed + index))
+        for name, of_layers in zip(STREAMS, gradients):
+            for layer, gradient in enumerate(of_layers):
+                sums[name][layer] += np.array(gradient.swapaxes(-1, -2) @ gradient)
+        count += len(_measured(held))
+        if progress:
+            progress(len(stretch))
+    return {name: total / np.float32(count) for name, total in sums.items()}
+
+
+def _measured(held: int) -> range:
+    """The tokens whose gradients count, of so many that are held."""
+    return range(SINKS, held - held // RECENT)
+
+
+def _zeros(spec: CacheSpec, name: str) -> np.ndarray:
+    stream = spec.stream(name)
+    return np.zeros((stream.layers, stream.heads, stream.dim, stream.dim), np.float32)
+
+
+def _stretches(tokens: Sequence[int]) -> Iterator[list[int]]:
+    """Whole stretches; what is left over only when it is all there is."""
+    size = HELD + FOLLOWING
+    for start in range(0, max(1, len(tokens) - size + 1), size):
+        yield list(tokens[start : start + size])
+
+
+def _gradients(
+    model: Any, spec: CacheSpec, held: Sequence[int], following: Sequence[int], key: mx.array
+) -> tuple[list[mx.array], list[mx.array]]:
+    """Gradients of what is held and counts, as `[H, T, D]` of each layer: the k and the v stream."""
+    cache = make_prompt_cache(model)
+    lm.prefill(model, held, cache)
+    slots = [layer for layer in spec.layers if layer is not None]
+    pairs = [cache[layer].keys_and_values() for layer in spec.attention_layers]
+    inputs = mx.array([following])
+
+    def loss(errors: Pairs) -> mx.array:
+        changed = [_changed(pair, error, slot) for pair, error, slot in zip(pairs, errors, slots)]
+        logits = model(inputs, cache=_refilled(model, spec, cache, changed))[0].astype(mx.float32)
+        labels = mx.random.categorical(mx.stop_gradient(logits), key=key)
+        return nn.losses.cross_entropy(logits, labels, reduction="sum")
+
+    found: Pairs = mx.grad(loss)([(mx.zeros_like(keys), mx.zeros_like(values)) for keys, values in pairs])
+    joined, counted = spec.mode == "single_stream", _measured(len(held))
+    k = [mx.concatenate(list(pair), axis=-1) if joined else pair[0] for pair in found]
+    v = [pair[1][..., :0] if joined else pair[1] for pair in found]
+    cut = [[each[0, :, counted.start : counted.stop].astype(mx.float32) for each in stream] for stream in (k, v)]
+    mx.eval(cut)
+    return cut[0], cut[1]
+
+
+def _changed(pair: tuple[mx.array, mx.array], error: tuple[mx.array, mx.array], slots: tuple[Slot, Slot]) -> Pairs:
+    """What is held plus its error, which is given before rotation."""
+    return [array + (slot.rope.rotate(e) if slot.rope else e) for array, e, slot in zip(pair, error, slots)]  # type: ignore[misc]
+
+
+def _refilled(model: Any, spec: CacheSpec, cache: list[Any], pairs: Sequence[Any]) -> list[Any]:
+    """A new prompt cache that holds these pairs, and the other layers' states of `cache`."""
+    fresh = make_prompt_cache(model)
+    for layer, pair in zip(spec.attention_layers, pairs):
+        fresh[layer].update_and_fetch(*pair)
+    for old, new in zip(cache, fresh):
+        if isinstance(old, ArraysCache):
+            new.cache = list(old.cache)
+    return fresh
