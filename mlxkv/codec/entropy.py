@@ -1,0 +1,185 @@
+"""Entropy coding of quantized coefficients: static tables, chosen for a block by what is in it.
+
+A table stands for a class of components, by how large their integers are. A block names the class of each of its
+components, so that it follows its file where that is unlike the calibration, and a shift for each token, since some are
+larger than others in all components alike: what is coded with table class + shift needs no other symbol to be decoded,
+so lanes stay parallel. Tables are learnt in calibration and kept as integers: every device reads the same.
+
+A component's class 0 is all zeros and costs nothing more.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import numpy as np
+
+from mlxkv.errors import FormatError, InputError
+from mlxkv.kernels import rans
+
+CLASSES = 64  # tables; with class 0 one more
+SHIFTS = 4  # a token's classes may be so many higher or lower
+CHUNK = 16  # components, alike by class, that share a table for one token
+MAX_MAGNITUDE = 127
+ESCAPE = 255  # the symbol of what has none: the value follows in 32 bits
+_MISSING_BITS = 32.0 + rans.SCALE_BITS
+_ROUNDS = 12  # of Lloyd's algorithm
+_LEAST = 2.0**-15  # of a table's sum: what is rarer is escaped, as 1/4096 is the least frequency there is
+_TAIL = 0.01  # share of a table that goes to a geometric tail, for magnitudes that calibration has not seen
+_LANE_BYTES = 1024  # coded bytes to a lane, whose state and count take 6
+_LANE_SYMBOLS = 2**15  # at most: bounds a reader's steps and keeps counts in 16 bits
+_HEADER = struct.Struct("<III")  # lanes, escaped values, bytes of the deflated model
+
+
+def histograms(integers: np.ndarray) -> np.ndarray:
+    """How often each magnitude occurs in each component of integers `[n, r]`: int64 `[r, 129]`, the last for beyond."""
+    magnitudes = np.minimum(np.abs(integers), MAX_MAGNITUDE + 1)
+    width = MAX_MAGNITUDE + 2
+    places = magnitudes + width * np.arange(integers.shape[1])
+    return np.bincount(places.ravel(), minlength=width * integers.shape[1]).reshape(-1, width)
+
+
+def learn_tables(samples: np.ndarray) -> np.ndarray:
+    """Tables `[64, 256]` uint16 from histograms `[N, 129]` of components in blocks at several steps; smallest first.
+
+    Lloyd's algorithm in code length, from classes that are equally wide in the logarithm of the mean magnitude.
+    Raises InputError when nothing but zeros was seen.
+    """
+    samples = samples[samples[:, 1:].any(axis=1)].astype(np.float64)
+    if not len(samples):
+        raise InputError("no table can be learnt from coefficients that are all zero")
+    means = np.log((samples @ np.arange(samples.shape[1])) / samples.sum(axis=1))
+    edges = np.linspace(means.min(), means.max(), CLASSES + 1)[1:-1]
+    centers = np.exp(np.r_[means.min(), (edges[1:] + edges[:-1]) / 2, means.max()])
+    chosen = np.searchsorted(edges, means)
+    for _ in range(_ROUNDS):
+        tables = _tables(np.stack([samples[chosen == k].sum(axis=0) for k in range(CLASSES)]), centers)
+        chosen = (samples @ _prices(tables).T).argmin(axis=1)
+    return tables[np.argsort(tables @ ((np.arange(256) + 1) // 2 % (MAX_MAGNITUDE + 1)), kind="stable")]
+
+
+def _tables(counts: np.ndarray, centers: np.ndarray) -> np.ndarray:
+    """Frequencies from magnitudes' counts `[K, 129]`; a class that nothing fell into has its tail alone."""
+    magnitudes = np.arange(counts.shape[1])
+    total = counts.sum(axis=1, keepdims=True)
+    means = np.where(total > 0, counts @ magnitudes[:, None] / np.maximum(total, 1), centers[:, None])
+    tail = (means / (1 + means)) ** magnitudes / (1 + means)  # geometric, of the same mean
+    shares = np.where(total > 0, (1 - _TAIL) * counts / np.maximum(total, 1) + _TAIL * tail, tail)
+    signed = np.zeros((len(counts), 256))
+    signed[:, 0], signed[:, ESCAPE] = shares[:, 0], shares[:, -1]
+    signed[:, 1:ESCAPE:2] = signed[:, 2:ESCAPE:2] = shares[:, 1:-1] / 2
+    signed[signed < _LEAST] = 0
+    signed[:, ESCAPE] = np.maximum(signed[:, ESCAPE], _LEAST)
+    return rans.frequencies(np.rint(signed * 2.0**30).astype(np.int64))
+
+
+def _prices(tables: np.ndarray) -> np.ndarray:
+    """Bits of each magnitude with its sign, `[K, 129]`; what a table lacks is escaped."""
+    bits = _symbol_prices(tables)
+    return np.concatenate([bits[:, :1], bits[:, 1:ESCAPE:2], np.full((len(tables), 1), _MISSING_BITS)], axis=1)
+
+
+def _symbol_prices(tables: np.ndarray) -> np.ndarray:
+    bits = rans.SCALE_BITS - np.log2(np.maximum(tables, 1))
+    return np.where(tables > 0, bits, _MISSING_BITS)
+
+
+def encode(integers: np.ndarray, tables: np.ndarray) -> bytes:
+    """Integers `[n, r]` int32 above -2**31, tokens by components, to bytes that `decode` with the same tables reads."""
+    counts = histograms(integers)
+    classes = np.where(counts[:, 1:].any(axis=1), (counts @ _prices(tables).T).argmin(axis=1) + 1, 0)
+    order, of_chunks = _arrangement(classes)
+    values = _padded(integers[:, order])
+    symbols = (2 * np.minimum(np.abs(values), MAX_MAGNITUDE) - (values > 0)).astype(np.uint8)
+    shifts = _best_shifts(symbols, of_chunks, tables)
+    which = _tables_of(of_chunks, shifts)
+    escaped = tables[np.repeat(which, CHUNK, axis=1), symbols] == 0
+    escaped |= np.abs(values) > MAX_MAGNITUDE
+    symbols[escaped] = ESCAPE
+    bits = _symbol_prices(tables)[np.repeat(which, CHUNK, axis=1), symbols].sum()
+    lanes = max(1, -(-symbols.size // _LANE_SYMBOLS), int(bits) // (8 * _LANE_BYTES))
+    streams = rans.encode(symbols.ravel(), tables, which.ravel(), CHUNK, lanes)
+    model = zlib.compress(np.diff(classes, prepend=0).astype(np.uint8).tobytes() + shifts.astype(np.int8).tobytes(), 9)
+    parts = [
+        _HEADER.pack(lanes, int(escaped.sum()), len(model)),
+        model,
+        values[escaped].astype("<i4").tobytes(),
+        streams.states.astype("<u4").tobytes(),
+        streams.counts.astype("<u2").tobytes(),
+        streams.words.astype("<u2").tobytes(),
+    ]
+    return b"".join(parts)
+
+
+def decode(data: bytes, tables: np.ndarray, tokens: int, components: int) -> np.ndarray:
+    """The integers `[tokens, components]` int32 that `encode` got. Raises FormatError for damaged bytes; memory is bounded
+    by tokens and components, and steps by the length of data."""
+    if len(data) < _HEADER.size:
+        raise FormatError("the coded coefficients are truncated")
+    lanes, escapes, length = _HEADER.unpack_from(data)
+    starts = np.cumsum([_HEADER.size, length, 4 * escapes, 4 * lanes, 2 * lanes])
+    if starts[-1] > len(data) or (len(data) - starts[-1]) % 2:
+        raise FormatError(f"the coded coefficients claim {lanes} lanes, {escapes} escapes, {length} bytes of classes")
+    classes, shifts = _read_model(data[starts[0] : starts[1]], tokens, components)
+    order, of_chunks = _arrangement(classes)
+    size = tokens * len(of_chunks) * CHUNK
+    if lanes * _LANE_SYMBOLS < size:
+        raise FormatError(f"{size} coefficients in {lanes} lanes: too many to a lane")
+    streams = rans.Streams(
+        words=np.frombuffer(data, "<u2", offset=starts[4]).astype(np.uint16),
+        counts=np.frombuffer(data, "<u2", lanes, starts[3]).astype(np.uint32),
+        states=np.frombuffer(data, "<u4", lanes, starts[2]).astype(np.uint32),
+    )
+    symbols = rans.decode(streams, tables, _tables_of(of_chunks, shifts).ravel(), CHUNK, size)
+    values = (symbols.astype(np.int32) + 1) // 2
+    np.negative(values, out=values, where=symbols % 2 == 0)  # 0, 1, -1, 2, -2, ...
+    escaped = symbols == ESCAPE
+    if np.count_nonzero(escaped) != escapes:
+        raise FormatError(f"{escapes} escaped coefficients do not fit the {np.count_nonzero(escaped)} coded")
+    values[escaped] = np.frombuffer(data, "<i4", escapes, starts[1])
+    integers = np.zeros((tokens, components), np.int32)
+    integers[:, order] = values.reshape(tokens, -1)[:, : len(order)]
+    return integers
+
+
+def _read_model(data: bytes, tokens: int, components: int) -> tuple[np.ndarray, np.ndarray]:
+    """Classes `[r]` and shifts `[n]`."""
+    inflater = zlib.decompressobj()
+    try:
+        model = inflater.decompress(data, components + tokens + 1)
+    except zlib.error as error:
+        raise FormatError(f"the classes of coded coefficients do not inflate: {error}") from None
+    if len(model) != components + tokens or not inflater.eof or inflater.unused_data:
+        raise FormatError(f"the classes of coded coefficients are not of {components} components and {tokens} tokens")
+    classes = np.cumsum(np.frombuffer(model, np.uint8, components), dtype=np.uint8)
+    shifts = np.frombuffer(model, np.int8, tokens, components)
+    if classes.max(initial=0) > CLASSES or np.abs(shifts.astype(int)).max(initial=0) > SHIFTS:
+        raise FormatError(f"classes of coded coefficients are 0 to {CLASSES}, shifts -{SHIFTS} to {SHIFTS}")
+    return classes, shifts
+
+
+def _arrangement(classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The components that are coded, largest class first, and each chunk's table before any shift: its middle one's."""
+    order = np.argsort(-classes.astype(int), kind="stable")[: np.count_nonzero(classes)]
+    middles = np.minimum(np.arange(CHUNK // 2, len(order) + CHUNK // 2, CHUNK), max(0, len(order) - 1))
+    return order, classes[order[middles[: -(-len(order) // CHUNK)]]].astype(int) - 1
+
+
+def _padded(values: np.ndarray) -> np.ndarray:
+    """With columns of zeros up to whole chunks."""
+    return np.pad(values, ((0, 0), (0, -values.shape[1] % CHUNK)))
+
+
+def _tables_of(of_chunks: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+    """The table of each token and chunk, uint8 `[n, chunks]`."""
+    return (of_chunks + shifts[:, None].astype(int)).clip(0, CLASSES - 1).astype(np.uint8)
+
+
+def _best_shifts(symbols: np.ndarray, of_chunks: np.ndarray, tables: np.ndarray) -> np.ndarray:
+    """The shift of each token that makes its code shortest, judged by every fourth chunk; int `[n]`."""
+    prices = _symbol_prices(tables).astype(np.float32)
+    chunks = symbols.reshape(len(symbols), len(of_chunks), CHUNK)[:, ::4]
+    shifts = np.array(sorted(range(-SHIFTS, SHIFTS + 1), key=abs))
+    bits = [prices[(of_chunks[::4] + shift).clip(0, CLASSES - 1)[:, None], chunks].sum(axis=(1, 2)) for shift in shifts]
+    return shifts[np.argmin(bits, axis=0)]

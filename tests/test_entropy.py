@@ -1,0 +1,138 @@
+"""Quantized coefficients come back exactly, in about as many bytes as their statistics allow."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+
+from mlxkv.codec import entropy
+from mlxkv.codec.entropy import CLASSES, MAX_MAGNITUDE, SHIFTS, decode, encode, histograms, learn_tables
+from mlxkv.errors import FormatError, InputError
+from mlxkv.kernels.rans import TOTAL
+
+
+def coefficients(tokens, components, seed=0, largest=8.0, gains=0.0):
+    """Integers of Laplace-distributed coefficients that fall off with the component, tokens of unlike energy."""
+    random = np.random.default_rng(seed)
+    scales = largest * np.exp(-6 * np.arange(components) / components)
+    energy = np.exp(gains * random.standard_normal((tokens, 1)))
+    return np.rint(energy * random.laplace(0, scales, (tokens, components))).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def tables():
+    return learn_tables(np.concatenate([histograms(coefficients(512, 800, seed, 4.0**seed)) for seed in range(4)]))
+
+
+@pytest.mark.parametrize(("tokens", "components"), [(512, 300), (500, 37), (1, 16), (33, 1), (7, 15), (2, 900)])
+def test_integers_come_back(tables, tokens, components):
+    integers = coefficients(tokens, components)
+    assert np.array_equal(decode(encode(integers, tables), tables, tokens, components), integers)
+
+
+@pytest.mark.parametrize("shape", [(5, 0), (1, 5), (40, 20)])
+def test_nothing_but_zeros_costs_next_to_nothing(tables, shape):
+    data = encode(np.zeros(shape, np.int32), tables)
+    assert len(data) < 50
+    assert np.array_equal(decode(data, tables, *shape), np.zeros(shape))
+
+
+def test_magnitudes_beyond_every_table_come_back(tables):
+    integers = coefficients(64, 40)
+    integers[::9, ::7] = [[127, -127, 128, -128, 2**31 - 1, 1 - 2**31]]
+    assert np.array_equal(decode(encode(integers, tables), tables, 64, 40), integers)
+
+
+def test_whatever_the_scale_a_code_is_near_the_entropy_of_its_source(tables):
+    for largest in (0.5, 2.0, 8.0, 30.0):
+        integers = coefficients(512, 640, 9, largest)
+        groups = np.split(integers, 40, axis=1)  # of almost one scale
+        counts = [np.unique(group, return_counts=True)[1] for group in groups]
+        ideal = sum(-(n * np.log2(n / n.sum())).sum() for n in counts) / 8
+        assert len(encode(integers, tables)) < 1.05 * ideal + 400, largest  # 400: classes and lanes
+
+
+def test_tables_are_probabilities_ordered_by_size_and_symmetric(tables):
+    assert tables.shape == (CLASSES, 256)
+    assert (tables.sum(axis=1, dtype=int) == TOTAL).all()
+    assert (tables[:, entropy.ESCAPE] > 0).all()
+    signed = tables.astype(int)
+    assert np.abs(signed[:, 1:255:2] - signed[:, 2:255:2]).max() <= 1
+    means = signed[:, :255] @ ((np.arange(255) + 1) // 2) / TOTAL
+    assert (np.diff(means) > -0.02 * means[1:]).all()
+
+
+def test_tables_follow_what_they_learn_from():
+    mostly_zero = learn_tables(histograms(coefficients(512, 400, largest=0.3)))
+    never_zero = learn_tables(histograms(coefficients(512, 400, largest=0.3) + 50))
+    assert mostly_zero[:, 0].min() > never_zero[:, 0].max()
+    with pytest.raises(InputError, match="all zero"):
+        learn_tables(np.zeros((5, MAX_MAGNITUDE + 2), int))
+
+
+def test_tokens_that_are_louder_than_others_cost_less_with_their_shift(tables, monkeypatch):
+    integers = coefficients(512, 640, gains=0.5)
+    with_shifts = len(encode(integers, tables))
+    monkeypatch.setattr(entropy, "SHIFTS", 0)
+    without = encode(integers, tables)
+    assert with_shifts < 0.97 * len(without)
+    assert np.array_equal(decode(without, tables, 512, 640), integers)
+
+
+def test_components_may_stand_in_any_order(tables):
+    integers = coefficients(512, 320)
+    shuffled = integers[:, np.random.default_rng(0).permutation(320)]
+    assert len(encode(shuffled, tables)) < 1.02 * len(encode(integers, tables)) + 100
+
+
+# Bytes from elsewhere
+
+
+def test_bytes_written_by_the_first_version_still_decode():
+    """Frozen; the deflated model inside may be written otherwise by another zlib."""
+    signed = np.zeros((CLASSES, 256), np.uint16)
+    signed[:, [0, 1, 2, 255]] = [4053, 20, 20, 3]
+    signed[10, :5] = [1093, 1000, 1000, 500, 500]
+    integers = (np.arange(48).reshape(6, 8) * 7 % 5 - 2).astype(np.int32) * (np.arange(8) % 3 > 0)
+    integers[3, 4] = 1000
+    data = bytes.fromhex(FROZEN)
+    assert np.array_equal(decode(data, signed, 6, 8), integers)
+    again = encode(integers, signed)
+    model = struct.unpack_from("<I", again, 8)[0]
+    assert again[12 + model :] == data[12 + struct.unpack_from("<I", data, 8)[0] :]
+
+
+FROZEN = "01000000010000000f00000078da63e066f80a466000001387020ce8030000a5c2a19a0c00bbd371713e8079427ab2fcc0052510e12288e453b8b53480"
+
+
+def test_damage_is_an_error_or_other_integers_of_the_same_shape(tables):
+    data, random, refused = encode(coefficients(60, 30), tables), np.random.default_rng(1), 0
+    for _ in range(40):
+        bad = bytearray(data)
+        bad[random.integers(len(bad))] ^= 1 << random.integers(8)
+        try:
+            assert decode(bytes(bad), tables, 60, 30).shape == (60, 30)
+        except FormatError:
+            refused += 1
+    assert refused > 30
+    for cut in range(0, len(data), 101):
+        with pytest.raises(FormatError):
+            decode(data[:cut], tables, 60, 30)
+
+
+@pytest.mark.parametrize(("place", "claim"), [(0, 2**31), (0, 0), (4, 2**30), (4, 1), (8, 2**31)])
+def test_claims_that_do_not_fit_are_refused(tables, place, claim):
+    data = bytearray(encode(coefficients(200, 60), tables))
+    struct.pack_into("<I", data, place, claim)
+    with pytest.raises(FormatError):
+        decode(bytes(data), tables, 200, 60)
+
+
+@pytest.mark.parametrize("model", [
+    bytes(261), bytes(259), bytes(10**8), bytes([CLASSES + 1]) + bytes(259), bytes(259) + bytes([SHIFTS + 1])])  # fmt: skip
+def test_models_that_do_not_fit_are_refused(tables, model):
+    data, packed = encode(coefficients(200, 60), tables), zlib.compress(model)
+    length = struct.unpack_from("<I", data, 8)[0]
+    with pytest.raises(FormatError, match="classes"):
+        decode(data[:8] + struct.pack("<I", len(packed)) + packed + data[12 + length :], tables, 200, 60)
