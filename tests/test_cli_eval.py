@@ -12,6 +12,7 @@ import pytest
 from conftest import run
 
 from mlxkv import evaluate
+from mlxkv.evaluate import _machine
 
 NEEDLE = [
     "eval",
@@ -92,7 +93,7 @@ def started(model_dir, out):
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_that_was_stopped_goes_on_and_ends_as_one_that_was_not(stop, model_dir, tmp_path, says):
+def test_a_run_that_was_stopped_goes_on_and_ends_as_one_that_was_not(stop, model_dir, tmp_path, says, monkeypatch):
     out, partial_file = tmp_path / "needle.json", tmp_path / "needle.json.partial"
     with started(model_dir, out) as process:
         while process.poll() is None and not (partial_file.exists() and partial_file.read_bytes().count(b"\n") > 3):
@@ -107,6 +108,9 @@ def test_a_run_that_was_stopped_goes_on_and_ends_as_one_that_was_not(stop, model
     finished = partial_file.read_bytes().count(b"\n") - 1
     assert 3 <= finished < 30
     assert run(*NEEDLE, "--model", model_dir, "--out", tmp_path / "needle.json", "--limit", 3) == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(_machine, "commit", lambda: "another commit's code")
+        assert run(*NEEDLE, "--model", model_dir, "--out", out) == 4
     resumed = says(*NEEDLE, "--model", model_dir, "--out", out)
     assert os.listdir(tmp_path) == ["needle.json"]
     assert resumed == json.loads(out.read_text())
