@@ -42,6 +42,18 @@ def test_magnitudes_beyond_every_table_come_back(tables):
     integers = coefficients(64, 40)
     integers[::9, ::7] = [[127, -127, 128, -128, 2**31 - 1, 1 - 2**31]]
     assert np.array_equal(decode(encode(integers, tables), tables, 64, 40), integers)
+    around = np.random.default_rng(0).integers(-140, 140, (64, 40)).astype(np.int32)
+    wide = learn_tables(histograms(around))
+    assert wide[:, 253].any(), "the largest magnitude is in the table, the next one not"
+    assert np.array_equal(decode(encode(around, wide), wide, 64, 40), around)
+
+
+def test_a_large_block_of_almost_nothing_has_lanes_enough_to_be_read(tables):
+    integers = np.zeros((700, 96), np.int32)
+    integers[np.arange(96), np.arange(96)] = 1
+    data = encode(integers, tables)
+    assert len(data) < 700
+    assert np.array_equal(decode(data, tables, 700, 96), integers)
 
 
 def test_whatever_the_scale_a_code_is_near_the_entropy_of_its_source(tables):
