@@ -244,8 +244,8 @@ class KVDump:
             if array.shape != expected:
                 raise MismatchError(f"{name} has shape {array.shape}; its description and tokens say {expected}")
             needed = (stream.layers, stream.heads, stream.dim, stream.dim)
-            found = self.sensitivity[name].shape if self.sensitivity else needed
-            if found != needed:
+            found = self.sensitivity[name].shape if name in self.sensitivity else None
+            if self.sensitivity and found != needed:
                 raise MismatchError(f"the sensitivity of {name} has shape {found}; its description says {needed}")
 
     def stream(self, name: str) -> np.ndarray:

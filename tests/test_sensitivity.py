@@ -110,6 +110,8 @@ def test_a_dump_keeps_it_and_other_shapes_and_values_are_refused(tiny, tmp_path)
     assert all(np.array_equal(kept[name], dump.sensitivity[name]) for name in STREAMS)
     with pytest.raises(MismatchError, match="sensitivity of k has shape"):
         replace(dump, sensitivity={**kept, "k": kept["k"][:, :, 1:]})
+    with pytest.raises(MismatchError, match="sensitivity of v has shape None"):
+        replace(dump, sensitivity={"k": kept["k"]})
     for bad in ({"k": kept["k"]}, {**kept, "k": kept["k"] * np.float32("nan")}, {**kept, "k": kept["k"] * 1.0j}):
         dump.sensitivity = bad
         write_dump(file, dump)

@@ -156,7 +156,7 @@ class KVTCCacheCodec:
         return list(arrays["k"]), list(arrays["v"])
 
     def compress_dump(self, dump: KVDump, progress: Progress | None = None) -> bytes:
-        """A whole dump: also its tokens, other layers' states and origin."""
+        """A whole dump: also its tokens, other layers' states and origin, but not its sensitivity."""
         expected = self.artifacts.meta.get("model_fingerprint", "")
         if dump.fingerprint != expected:
             raise MismatchError(
