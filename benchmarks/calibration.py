@@ -14,8 +14,9 @@ from rich.progress import track
 from benchmarks import texts
 from benchmarks.held_out import MODEL
 from mlxkv import lm
-from mlxkv.codec import calibrate, pca
+from mlxkv.codec import kvtc, pca
 from mlxkv.codec.artifacts import CalibrationArtifacts
+from mlxkv.codec.calibrate import calibrate
 from mlxkv.codec.kvtc import MAX_DEFAULT_RANK, Settings
 from mlxkv.files import write_dump
 
@@ -42,11 +43,10 @@ def calibrated(
         return found[first][0], found[first][1][:, :rank]
 
     stretches = texts.calibration(tokenizer, size["tokens"], size["texts"])
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(calibrate, "principal_components", components):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(kvtc, "principal_components", components):
         files = [Path(folder) / f"{i}.npz" for i in range(len(stretches))]
         for file, tokens in zip(files, track(stretches, "calibration dumps")):
             write_dump(file, lm.dump(model, tokens, name=MODEL, dtype="float16"))
         return {
-            ratio: calibrate.calibrate(files, Settings(ratio, rank=size.get("rank")))
-            for ratio in track(ratios, "calibration")
+            ratio: calibrate(files, Settings(ratio, rank=size.get("rank"))) for ratio in track(ratios, "calibration")
         }

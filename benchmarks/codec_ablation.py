@@ -28,9 +28,9 @@ from benchmarks.schema import Outcome, Result
 from benchmarks.tables import interval, megabytes, table
 from mlxkv import lm
 from mlxkv.cache import STREAMS, CacheSpec, KVDump, Stream
-from mlxkv.codec.artifacts import CalibrationArtifacts, StreamArtifacts
-from mlxkv.codec.calibrate import MAX_ERROR_TOKENS, group_errors
-from mlxkv.codec.kvtc import KVTCCacheCodec, Settings
+from mlxkv.codec.artifacts import CalibrationArtifacts
+from mlxkv.codec.codec import KVTCCacheCodec
+from mlxkv.codec.kvtc import MAX_ERROR_TOKENS, Settings, StreamArtifacts, group_errors
 from mlxkv.codec.pca import principal_components
 from mlxkv.codec.plan import ErrorTable, Group, Plan, allocate, cost
 from mlxkv.codec.rows import to_rows
@@ -126,7 +126,9 @@ def codecs(changes: dict[str, Change], seen: Sequence[KVDump], rank: int) -> dic
             found = learn(stream, change.layered)
             plan = PLANS[change.plan](found, Settings(change.ratio).budget(stream.width))
             parts[stream.name] = StreamArtifacts(found.mean, found.V[:, : plan.rank], plan)
-        artifacts = CalibrationArtifacts(**parts, spec=spec, meta={"model_fingerprint": seen[0].fingerprint})
+        artifacts = CalibrationArtifacts(
+            **parts, spec=spec, meta={"method": "kvtc", "model_fingerprint": seen[0].fingerprint}
+        )
         made[name] = AsGiven(artifacts, change, seen[0].spec)
     return made
 
@@ -147,8 +149,8 @@ class AsGiven(KVTCCacheCodec):
     def compress_dump(self, dump: KVDump, progress: Any = None) -> bytes:
         return super().compress_dump(replace(dump, spec=self.artifacts.spec), progress)
 
-    def decompress_dump(self, blob: Any, progress: Any = None) -> KVDump:
-        return replace(super().decompress_dump(blob, progress), spec=self.spec)
+    def decompress_dump(self, blob: Any, progress: Any = None, *, tokens: Any = None) -> KVDump:
+        return replace(super().decompress_dump(blob, progress, tokens=tokens), spec=self.spec)
 
 
 def directions(seen: Sequence[KVDump], rank: int, stream: Stream, layered: bool) -> Directions:

@@ -19,7 +19,7 @@ from benchmarks.schema import Outcome, Result
 from benchmarks.tables import table
 from mlxkv import lm
 from mlxkv.codec.artifacts import CalibrationArtifacts
-from mlxkv.codec.kvtc import KVTCCacheCodec
+from mlxkv.codec.codec import KVTCCacheCodec
 
 PHASE = 8
 RATIOS = (4, 16)

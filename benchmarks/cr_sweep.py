@@ -17,7 +17,7 @@ from benchmarks.held_out import MODEL
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import megabytes, percent, table
 from mlxkv import lm
-from mlxkv.codec.kvtc import KVTCCacheCodec
+from mlxkv.codec.codec import KVTCCacheCodec
 from mlxkv.evaluate import fidelity
 from mlxkv.evaluate._variants import coded, whole
 

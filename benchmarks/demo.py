@@ -23,7 +23,7 @@ from mlxkv.cache import KVDump
 from mlxkv.cli import build
 from mlxkv.cli._output import show
 from mlxkv.codec.artifacts import CalibrationArtifacts
-from mlxkv.codec.kvtc import KVTCCacheCodec
+from mlxkv.codec.codec import KVTCCacheCodec
 from mlxkv.evaluate import fidelity
 from mlxkv.evaluate._variants import coded, whole
 from mlxkv.files import read_dump, write_dump

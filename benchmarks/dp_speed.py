@@ -11,7 +11,7 @@ from time import perf_counter
 import numpy as np
 
 from benchmarks.schema import Outcome, Result
-from mlxkv.codec.calibrate import MAX_ERROR_TOKENS, group_errors
+from mlxkv.codec.kvtc import MAX_ERROR_TOKENS, group_errors
 from mlxkv.codec.plan import allocate
 
 PHASE = 8

@@ -12,7 +12,7 @@ from benchmarks.calibration import calibrated
 from benchmarks.held_out import MODEL
 from benchmarks.schema import Outcome, Result
 from mlxkv import lm
-from mlxkv.codec.kvtc import KVTCCacheCodec
+from mlxkv.codec.codec import KVTCCacheCodec
 from mlxkv.evaluate._run import run
 from mlxkv.evaluate._variants import coded, live
 

@@ -21,7 +21,7 @@ from benchmarks.held_out import CONTEXT, MODEL, PREDICT
 from benchmarks.live_runs import Variants, continued, possible
 from benchmarks.schema import Outcome, Result
 from mlxkv import lm, miniatures
-from mlxkv.codec.kvtc import KVTCCacheCodec
+from mlxkv.codec.codec import KVTCCacheCodec
 from mlxkv.presets import live_methods, live_settings, method_preset, names
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from rich.progress import track
 
 from mlxkv import live, lm, metrics
 from mlxkv.cache import STREAMS, KVDump
-from mlxkv.codec.kvtc import KVTCCacheCodec
+from mlxkv.codec.codec import KVTCCacheCodec
 from mlxkv.errors import UnsupportedError
 from mlxkv.models import cache_spec
 

@@ -19,7 +19,7 @@ from benchmarks.held_out import MODEL
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import megabytes, percent, table
 from mlxkv import lm
-from mlxkv.codec.kvtc import KVTCCacheCodec
+from mlxkv.codec.codec import KVTCCacheCodec
 from mlxkv.codec.summary import summary
 from mlxkv.container import Reader
 from mlxkv.kernels import rans

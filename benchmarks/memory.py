@@ -22,8 +22,9 @@ import numpy as np
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import megabytes, table
 from mlxkv.cache import CacheSpec, Rope
-from mlxkv.codec.artifacts import CalibrationArtifacts, StreamArtifacts
-from mlxkv.codec.kvtc import KVTCCacheCodec
+from mlxkv.codec.artifacts import CalibrationArtifacts
+from mlxkv.codec.codec import KVTCCacheCodec
+from mlxkv.codec.kvtc import StreamArtifacts
 from mlxkv.codec.plan import Group, Plan
 from mlxkv.models import keys_and_values
 
@@ -70,7 +71,7 @@ def artifacts() -> CalibrationArtifacts:
     part = StreamArtifacts(
         np.zeros(width, np.float32), basis.astype(np.float16), Plan((Group(64, "int4"),) * (RANK // 64))
     )
-    return CalibrationArtifacts(part, part, spec, {})
+    return CalibrationArtifacts(part, part, spec, {"method": "kvtc"})
 
 
 def section(result: Result) -> str:

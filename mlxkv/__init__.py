@@ -19,7 +19,7 @@ _HOME = {
     "Settings": "codec.kvtc",
     "Slot": "cache",
     "CalibrationArtifacts": "codec.artifacts",
-    "KVTCCacheCodec": "codec.kvtc",
+    "KVTCCacheCodec": "codec.codec",
     "MlxkvError": "errors",
     "attach": "live",
     "calibrate": "codec.calibrate",
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from mlxkv.cache import Slot as Slot
     from mlxkv.codec.artifacts import CalibrationArtifacts as CalibrationArtifacts
     from mlxkv.codec.calibrate import calibrate as calibrate
-    from mlxkv.codec.kvtc import KVTCCacheCodec as KVTCCacheCodec
+    from mlxkv.codec.codec import KVTCCacheCodec as KVTCCacheCodec
     from mlxkv.codec.kvtc import Settings as Settings
     from mlxkv.errors import MlxkvError as MlxkvError
     from mlxkv.files import read_dump as read_dump

@@ -221,6 +221,7 @@ class KVDump:
     states: arrays of layers that keep other state (convolutions), keyed "layer.index".
     model, fingerprint: the name it was loaded by and `mlxkv.lm.fingerprint` of its weights.
     dtype: what the live cache held ("bfloat16" has no NumPy type and is stored wider).
+    start: position of the first token; 0 but for a part of a decompressed cache.
     sensitivity: what mlxkv.sensitivity found on this text, k and v `[layers, H, D, D]` float32; empty if nobody asked.
     """
 
@@ -233,6 +234,7 @@ class KVDump:
     dtype: str = "float16"
     states: dict[str, np.ndarray] = field(default_factory=dict)
     sensitivity: dict[str, np.ndarray] = field(default_factory=dict)
+    start: int = 0
 
     def __post_init__(self) -> None:
         batch, length = self.tokens.shape if self.tokens.ndim == 2 else (0, 0)

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from mlxkv.cache import STREAMS, CacheSpec, KVDump
+from mlxkv.cache import STREAMS, CacheSpec, KVDump, is_whole
 from mlxkv.errors import FormatError, InputError, VersionError
 
 DUMP_VERSION = 1
@@ -118,6 +118,7 @@ def write_dump(path: str | Path, dump: KVDump) -> None:
         "fingerprint": dump.fingerprint,
         "dtype": dump.dtype,
         "spec": dump.spec.to_json(),
+        "start": dump.start,
     }
     arrays: dict[str, Any] = {_STATE + key: value for key, value in dump.states.items()}
     arrays |= {_SENSITIVITY + key: value for key, value in dump.sensitivity.items()}
@@ -148,7 +149,9 @@ def read_dump(path: str | Path) -> KVDump:
     sensitivity = _starting(arrays, _SENSITIVITY)
     if sensitivity and (set(sensitivity) != set(STREAMS) or any(not _is_finite(a) for a in sensitivity.values())):
         raise FormatError(f"{path}: its sensitivity is not finite float32 of k and v")
-    return KVDump(k, v, spec, tokens, model, fingerprint, dtype, _starting(arrays, _STATE), sensitivity)
+    if not is_whole(start := meta.get("start", 0)):
+        raise FormatError(f"{path}: its first token is at position {start!r}")
+    return KVDump(k, v, spec, tokens, model, fingerprint, dtype, _starting(arrays, _STATE), sensitivity, start)
 
 
 def _starting(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

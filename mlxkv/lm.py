@@ -179,6 +179,8 @@ def restore(model: Any, dump: KVDump) -> list[Any]:
         )
     if dump.spec != spec:
         raise MismatchError("the cache's layers, heads or rotation differ from this model's")
+    if dump.start:
+        raise MismatchError(f"the dump starts at token {dump.start}: only one that starts at 0 can be gone on from")
     if dump.dtype not in LIVE_TYPES:
         raise MismatchError(f"the dump's dtype is {dump.dtype!r}; a live cache holds {', '.join(LIVE_TYPES)}")
     cache = make_prompt_cache(model)

@@ -10,18 +10,16 @@ and a preset only checks it.
 from __future__ import annotations
 
 import dataclasses
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mlxkv.cache import MODES, CacheSpec, Rope
 from mlxkv.codec.artifacts import check_rope
 from mlxkv.errors import MismatchError, MlxkvError, PresetError
+from mlxkv.registry import method_module
 from mlxkv.resources import resource_dir
 
 
@@ -107,14 +105,11 @@ def live_settings(name: str, **overrides: Any) -> Any:
 
 
 def _settings_of(name: str, method: Any) -> type[Any]:
-    """The Settings of the method: of the module in mlxkv/codec/ or mlxkv/methods/ that calls itself by that name."""
-    if isinstance(method, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", method):
-        for module_name in (f"mlxkv.codec.{method}", f"mlxkv.methods.{method.replace('-', '_')}"):
-            module = import_module(module_name) if find_spec(module_name) else None
-            settings = getattr(module, "Settings", None)
-            if getattr(module, "METHOD", None) == method and getattr(settings, "__module__", None) == module_name:
-                return settings  # type: ignore[return-value]
-    raise PresetError(f"method preset {name!r}: there is no method {method!r}")
+    """The Settings of the method: of the file in mlxkv/codec/ or mlxkv/methods/ that calls itself by that name."""
+    module = method_module(method)
+    if module is None:
+        raise PresetError(f"method preset {name!r}: there is no method {method!r}")
+    return module.Settings  # type: ignore[no-any-return]
 
 
 def live_methods() -> list[str]:

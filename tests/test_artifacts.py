@@ -7,9 +7,10 @@ from synthetic import DUAL, LATENT, PLAIN, toy_artifacts, toy_dump
 
 from mlxkv.cache import KVDump
 from mlxkv.codec import artifacts as artifacts_module
-from mlxkv.codec.artifacts import CalibrationArtifacts, StreamArtifacts
+from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.codec.calibrate import calibrate
-from mlxkv.codec.kvtc import KVTCCacheCodec, Settings
+from mlxkv.codec.codec import KVTCCacheCodec
+from mlxkv.codec.kvtc import Settings, StreamArtifacts
 from mlxkv.codec.plan import Group, Plan
 from mlxkv.errors import ChecksumError, FormatError, InputError, MismatchError, VersionError
 from mlxkv.files import write_dump

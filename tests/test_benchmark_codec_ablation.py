@@ -7,7 +7,7 @@ from synthetic import toy_dump
 from benchmarks import codec_ablation as ablation
 from benchmarks.codec_ablation import CURVE, GROUP, Change, Directions
 from mlxkv import metrics
-from mlxkv.codec.calibrate import group_errors
+from mlxkv.codec.kvtc import group_errors
 from mlxkv.codec.plan import cost
 
 

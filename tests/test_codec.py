@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from synthetic import DUAL, LATENT, PE, PLAIN, ROPE, toy_artifacts, toy_dump
 
-from mlxkv.codec.kvtc import KVTCCacheCodec
+from mlxkv.codec.codec import KVTCCacheCodec
 from mlxkv.container import Reader
 from mlxkv.errors import FormatError, InputError, MismatchError
 

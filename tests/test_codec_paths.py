@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from synthetic import DUAL, LATENT, toy_artifacts, toy_dump
 
-from mlxkv.codec.kvtc import KVTCCacheCodec
+from mlxkv.codec.codec import KVTCCacheCodec
 from mlxkv.container import Reader
 from mlxkv.errors import InputError
 from mlxkv.kernels import metal

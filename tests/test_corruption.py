@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from synthetic import toy_artifacts, toy_dump
 
-from mlxkv.codec.kvtc import KVTCCacheCodec
+from mlxkv.codec.codec import KVTCCacheCodec
 from mlxkv.codec.plan import Group, Plan
 from mlxkv.codec.summary import summary
 from mlxkv.container import MAGIC, VERSION, Reader, digest

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from mlxkv.cache import CacheSpec, KVDump, Slot
-from mlxkv.codec import kvtc
-from mlxkv.codec.artifacts import CalibrationArtifacts, StreamArtifacts
-from mlxkv.codec.kvtc import KVTCCacheCodec
+from mlxkv.codec import codec as codec_module
+from mlxkv.codec.artifacts import CalibrationArtifacts
+from mlxkv.codec.codec import KVTCCacheCodec
+from mlxkv.codec.kvtc import StreamArtifacts
 from mlxkv.codec.plan import Group, Plan
 from mlxkv.container import Reader
 
@@ -89,7 +90,7 @@ def regenerated():
 
 
 def encode(patch, artifacts, dump):
-    patch.setattr(kvtc, "BLOCK", BLOCK * BATCH)  # several blocks in a small file
+    patch.setattr(codec_module, "BLOCK", BLOCK * BATCH)  # several blocks in a small file
     return KVTCCacheCodec(artifacts, w=W, s=S).compress_dump(dump)
 
 
@@ -130,7 +131,7 @@ def test_the_old_file_has_the_documented_sections(artifacts):
 
 @pytest.mark.parametrize("kind", [np.array, mx.array], ids=["numpy", "mlx"])
 def test_the_same_cache_is_encoded_to_the_same_sections_again(monkeypatch, artifacts, expected, kind):
-    monkeypatch.setattr(kvtc, "BLOCK", BLOCK * BATCH)
+    monkeypatch.setattr(codec_module, "BLOCK", BLOCK * BATCH)
     codec = KVTCCacheCodec(artifacts, w=W, s=S)
     extras = {"tokens": expected["tokens"], "state.0.0": expected["state"]}
     blob = codec.compress([kind(x) for x in expected["k"]], [kind(x) for x in expected["v"]], extras=extras)

@@ -16,7 +16,8 @@ from synthetic import DUAL, toy_artifacts, toy_dump
 from mlxkv.cache import CacheSpec, KVDump
 from mlxkv.cli import main
 from mlxkv.codec.calibrate import calibrate
-from mlxkv.codec.kvtc import KVTCCacheCodec, Settings
+from mlxkv.codec.codec import KVTCCacheCodec
+from mlxkv.codec.kvtc import Settings
 from mlxkv.codec.layout import BLOCK, MAX_ROWS, Layout
 from mlxkv.container import MAGIC, VERSION, Reader, digest
 from mlxkv.errors import FormatError, InputError, MismatchError

@@ -11,7 +11,8 @@ from benchmarks import calibration, live_methods, paired, uniform
 from benchmarks.live_runs import caches_of, continued, fp16_bytes, held_bytes, possible, prefilled
 from mlxkv import lm, metrics
 from mlxkv.codec.calibrate import calibrate
-from mlxkv.codec.kvtc import KVTCCacheCodec, Settings
+from mlxkv.codec.codec import KVTCCacheCodec
+from mlxkv.codec.kvtc import Settings
 from mlxkv.files import write_dump
 from mlxkv.models import cache_spec
 from mlxkv.presets import live_settings

@@ -26,7 +26,7 @@ def command(
     Example: mlxkv compress --npz notes.npz --artifacts artifacts --out notes.mlxkv
     """
     from mlxkv.codec.artifacts import CalibrationArtifacts
-    from mlxkv.codec.kvtc import KVTCCacheCodec
+    from mlxkv.codec.codec import KVTCCacheCodec
     from mlxkv.codec.summary import summary
     from mlxkv.container import Reader
     from mlxkv.files import atomic_write, read_dump

@@ -21,7 +21,7 @@ def command(
     Example: mlxkv decompress notes.mlxkv --artifacts artifacts --out restored.npz
     """
     from mlxkv.codec.artifacts import CalibrationArtifacts
-    from mlxkv.codec.kvtc import KVTCCacheCodec
+    from mlxkv.codec.codec import KVTCCacheCodec
     from mlxkv.codec.summary import summary
     from mlxkv.container import Reader
     from mlxkv.files import write_dump

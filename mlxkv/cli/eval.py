@@ -178,7 +178,7 @@ def _variants(
 ) -> list[Variant]:
     """What is evaluated beside the untouched cache. Raises InputError for options that do not go together."""
     from mlxkv.codec.artifacts import CalibrationArtifacts
-    from mlxkv.codec.kvtc import KVTCCacheCodec
+    from mlxkv.codec.codec import KVTCCacheCodec
     from mlxkv.errors import InputError
     from mlxkv.evaluate._variants import coded, live
 

@@ -78,7 +78,7 @@ def _check(file: Path | None, artifacts: Path | None, cache: str | None) -> None
 
 def _read(file: Path, artifacts: Path | None) -> KVDump:
     from mlxkv.codec.artifacts import CalibrationArtifacts
-    from mlxkv.codec.kvtc import KVTCCacheCodec
+    from mlxkv.codec.codec import KVTCCacheCodec
     from mlxkv.container import MAGIC
     from mlxkv.errors import InputError
     from mlxkv.files import open_input, read_dump

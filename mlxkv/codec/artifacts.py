@@ -1,7 +1,7 @@
-"""What calibration leaves behind: for each stream a mean, a basis and a plan, and the facts they were made from.
+"""What calibration leaves behind: arrays and plans of each stream, and the facts they were made from.
 
-On disk a folder: k_mu.npy, k_V.npy, k_plan.json, v_mu.npy, v_V.npy, v_plan.json and meta.json, which holds a
-checksum of each of the others and is written last.
+On disk a folder: for each field of a stream's part one file, such as k_mu.npy, k_V.npy and k_plan.json, and meta.json,
+which holds a checksum of each of the others and is written last.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,59 +22,53 @@ from mlxkv.codec.plan import Plan
 from mlxkv.container import digest
 from mlxkv.errors import ChecksumError, FormatError, InputError, MismatchError, VersionError
 from mlxkv.files import atomic_write, open_input, parse_json, read_npy
+from mlxkv.registry import method_module
 
 VERSION = 1
 
 
 @dataclass(frozen=True)
-class StreamArtifacts:
-    """mu: `[p]` float32. V: `[p, r]` float16, orthonormal columns, only as many as the plan codes. plan: the bits."""
-
-    mu: np.ndarray
-    V: np.ndarray
-    plan: Plan
-
-    def __post_init__(self) -> None:
-        if self.mu.ndim != 1 or self.V.ndim != 2 or self.V.shape != (self.mu.size, self.plan.rank):
-            raise FormatError(
-                f"artifacts disagree: mean {self.mu.shape}, basis {self.V.shape}, plan of rank {self.plan.rank}"
-            )
-        if self.mu.dtype != np.float32 or self.V.dtype != np.float16:
-            raise FormatError(f"expected a float32 mean and a float16 basis, found {self.mu.dtype} and {self.V.dtype}")
-        if self.mu.size and not self.plan.bits:
-            raise FormatError("the plan codes nothing: calibrate with a lower compression ratio")
-
-
-@dataclass(frozen=True)
 class CalibrationArtifacts:
-    """Everything a codec needs beside the file. meta: method, ratio, rank, model, tokens and versions."""
+    """Everything a codec needs beside the file. k, v: the streams' parts, as the method defines them. meta: method,
+    settings, model, tokens and versions."""
 
-    k: StreamArtifacts
-    v: StreamArtifacts
+    k: Any
+    v: Any
     spec: CacheSpec
     meta: Mapping[str, Any]
 
     def __post_init__(self) -> None:
         for name in STREAMS:
-            width, found = self.spec.stream(name).width, self.stream(name).mu.size
+            width, found = self.spec.stream(name).width, self.stream(name).width
             if width != found:
                 raise MismatchError(f"the {name} artifacts are {found} wide; the model's cache is {width} wide")
 
-    def stream(self, name: str) -> StreamArtifacts:
+    def stream(self, name: str) -> Any:
+        """The k or v part."""
         return self.k if name == "k" else self.v
 
     @property
+    def method(self) -> ModuleType:
+        """The file of the codec method that made them. Raises FormatError when there is none."""
+        return _method(self.meta, "these artifacts")
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of means and bases: shared by all files, so reported beside their ratios."""
-        return sum(part.mu.nbytes + part.V.nbytes for part in (self.k, self.v))
+        """Bytes of all arrays: shared by all files, so reported beside their ratios."""
+        return sum(
+            value.nbytes for name in STREAMS for value in _fields(self.stream(name)).values() if _is_array(value)
+        )
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of everything that decides how a file decodes: a container names it and opens with no other."""
         parts = [json.dumps(self.spec.to_json(), sort_keys=True).encode()]
-        for part in (self.k, self.v):
-            plan = json.dumps(part.plan.to_json(), sort_keys=True).encode()
-            parts += [digest(part.mu.tobytes()), digest(part.V.tobytes()), plan]
+        for name in STREAMS:
+            for value in _fields(self.stream(name)).values():
+                if _is_array(value):
+                    parts.append(digest(value.tobytes()))
+                else:
+                    parts.append(json.dumps(value.to_json(), sort_keys=True).encode())
         return digest(b"".join(parts)).hex()
 
     def save(self, directory: str | Path) -> None:
@@ -85,13 +80,9 @@ class CalibrationArtifacts:
             raise InputError(f"cannot make {directory}: {error.strerror}") from None
         checksums = {}
         for name in STREAMS:
-            part = self.stream(name)
-            contents = {
-                f"{name}_mu.npy": _npy(part.mu),
-                f"{name}_V.npy": _npy(part.V),
-                f"{name}_plan.json": json.dumps(part.plan.to_json()).encode(),
-            }
-            for file_name, data in contents.items():
+            for key, value in _fields(self.stream(name)).items():
+                data = _npy(value) if _is_array(value) else json.dumps(value.to_json()).encode()
+                file_name = f"{name}_{key}.{'npy' if _is_array(value) else 'json'}"
                 checksums[file_name] = digest(data).hex()
                 with atomic_write(directory / file_name) as file:
                     file.write(data)
@@ -123,7 +114,8 @@ class CalibrationArtifacts:
                 f"{directory} has artifacts of version {meta.get('version')!r}; this mlxkv reads {VERSION}"
             )
         checksums = meta.pop("checksums", None)
-        parts = [_read_stream(directory, name, checksums if isinstance(checksums, dict) else {}) for name in STREAMS]
+        kind, known = _method(meta, str(directory)).StreamArtifacts, checksums if isinstance(checksums, dict) else {}
+        parts = [_read_part(kind, directory, name, known) for name in STREAMS]
         artifacts = cls(parts[0], parts[1], CacheSpec.from_json(meta.pop("spec", {})), meta)
         if meta.get("fingerprint") != artifacts.fingerprint:
             raise ChecksumError(f"{directory}/meta.json does not describe the files beside it; calibrate again")
@@ -159,12 +151,31 @@ def _read(path: Path) -> bytes:
         return file.read()
 
 
-def _read_stream(directory: Path, name: str, checksums: Mapping[str, Any]) -> StreamArtifacts:
-    contents = {}
-    for file_name in (f"{name}_mu.npy", f"{name}_V.npy", f"{name}_plan.json"):
-        data = contents[file_name] = _read(directory / file_name)
-        if digest(data).hex() != checksums.get(file_name):
-            raise ChecksumError(f"{directory / file_name} is damaged or from another calibration; calibrate again")
-    arrays = [read_npy(io.BytesIO(contents[key]), len(contents[key]), key) for key in list(contents)[:2]]
-    plan = Plan.from_json(parse_json(contents[f"{name}_plan.json"], f"{directory / name}_plan.json"))
-    return StreamArtifacts(arrays[0], arrays[1], plan)
+def _read_part(kind: type[Any], directory: Path, name: str, checksums: Mapping[str, Any]) -> Any:
+    values: dict[str, Any] = {}
+    for field in fields(kind):
+        is_plan = field.type == Plan.__name__
+        path = directory / f"{name}_{field.name}.{'json' if is_plan else 'npy'}"
+        data = _read(path)
+        if digest(data).hex() != checksums.get(path.name):
+            raise ChecksumError(f"{path} is damaged or from another calibration; calibrate again")
+        if is_plan:
+            values[field.name] = Plan.from_json(parse_json(data, str(path)))
+        else:
+            values[field.name] = read_npy(io.BytesIO(data), len(data), path.name)
+    return kind(**values)
+
+
+def _fields(part: Any) -> dict[str, Any]:
+    return {field.name: getattr(part, field.name) for field in fields(part)}
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray)
+
+
+def _method(meta: Mapping[str, Any], name: str) -> ModuleType:
+    module = method_module(meta.get("method"), ("mlxkv.codec",))
+    if module is None:
+        raise FormatError(f"{name} are of method {meta.get('method')!r}, which this mlxkv does not have: upgrade mlxkv")
+    return module

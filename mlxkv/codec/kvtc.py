@@ -1,39 +1,32 @@
-"""The codec: a cache to one container and back, block of tokens by block of tokens.
+"""The published KVTC (arXiv 2511.01815): principal components in groups, whose bits a dynamic programme hands out.
 
-Sinks (the first s tokens) and the window (the last w) are stored as they are; the tokens between are coded. A
-block's streams are sections of their own, so memory stays at one block.
+One calibration, one ratio. Every token's group has a shift and a scale of its own; the lossless stage comes last.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from io import BytesIO
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-import mlxkv
-from mlxkv import container
-from mlxkv.cache import STREAMS, KVDump, Rope, is_whole
-from mlxkv.codec import raw
-from mlxkv.codec.artifacts import CalibrationArtifacts, check_rope
-from mlxkv.codec.layout import BLOCK, Layout
+from mlxkv.cache import STREAMS, Stream, is_whole
+from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.codec.payload import decode_block, encode_block, payload_size
-from mlxkv.codec.rows import from_rows, to_rows
-from mlxkv.container import Reader, Section, Source, encode_section
-from mlxkv.errors import FormatError, InputError, MismatchError
-from mlxkv.lossless import CODINGS
+from mlxkv.codec.pca import principal_components
+from mlxkv.codec.plan import CODED, SIZES, Plan, allocate
+from mlxkv.codec.quantize import coded
+from mlxkv.codec.samples import Samples
+from mlxkv.errors import FormatError, InputError
 
 METHOD = "kvtc"
 MAX_DEFAULT_RANK = 4096
 MIN_RATIO = 0.01  # far more bits than any cache has
-Layers = Sequence[np.ndarray] | Sequence[mx.array]
-Progress = Callable[[int], None]
+MAX_ERROR_TOKENS = 512  # tokens that group errors are measured on
 
 
 @dataclass(frozen=True)
@@ -74,227 +67,118 @@ class Settings:
         return self.rank or max(1, min(self.budget(width) // 2, MAX_DEFAULT_RANK))
 
 
-class KVTCCacheCodec:
-    """Compress and decompress caches of one model with one calibration.
+@dataclass(frozen=True)
+class StreamArtifacts:
+    """mu: `[p]` float32. V: `[p, r]` float16, orthonormal columns, only as many as the plan codes. plan: the bits."""
 
-    artifacts: the calibration. w, s, lossless: raw window, raw sinks and lossless coding (one of lossless.CODINGS) for
-    compressing; a blob decodes with those it was written with. rope_cfg, mode: optional statements about the model (a preset's), refused when the artifacts
-    differ. Raises MismatchError for artifacts, geometry or model that do not belong together.
-    """
+    mu: np.ndarray
+    V: np.ndarray
+    plan: Plan
 
-    def __init__(self, artifacts: CalibrationArtifacts, w: int = 128, s: int = 4,
-                 rope_cfg: Rope | Mapping[str, Any] | None = None, mode: str | None = None,
-                 lossless: str = "deflate") -> None:  # fmt: skip
-        if not is_whole(w) or not is_whole(s):
-            raise InputError(f"window and sinks must be 0 or more, got w={w} and s={s}")
-        if lossless not in CODINGS:
-            raise InputError(f"the lossless coding must be one of {', '.join(CODINGS)}, not {lossless!r}")
-        if mode not in (None, artifacts.spec.mode):
-            raise MismatchError(f"the artifacts are {artifacts.spec.mode}, not {mode}")
-        if rope_cfg is not None:
-            check_rope(artifacts.spec, rope_cfg)
-        self.artifacts, self.w, self.s, self.lossless = artifacts, w, s, lossless
-        self.streams = [artifacts.spec.stream(name) for name in STREAMS if artifacts.spec.stream(name).width]
-        # A codec's own cache: the float32 basis is made on first use and dies with the codec.
-        self._basis = cache(lambda name: mx.array(artifacts.stream(name).V).astype(mx.float32))
+    def __post_init__(self) -> None:
+        if self.mu.ndim != 1 or self.V.ndim != 2 or self.V.shape != (self.mu.size, self.plan.rank):
+            raise FormatError(
+                f"artifacts disagree: mean {self.mu.shape}, basis {self.V.shape}, plan of rank {self.plan.rank}"
+            )
+        if self.mu.dtype != np.float32 or self.V.dtype != np.float16:
+            raise FormatError(f"expected a float32 mean and a float16 basis, found {self.mu.dtype} and {self.V.dtype}")
+        if self.mu.size and not self.plan.bits:
+            raise FormatError("the plan codes nothing: calibrate with a lower compression ratio")
 
-    def compress(self, k_layers: Layers, v_layers: Layers, *, meta: Mapping[str, Any] | None = None,
-                 extras: Mapping[str, np.ndarray] | None = None, progress: Progress | None = None) -> bytes:  # fmt: skip
-        """One container from keys and values, each a list of `[B, H, T, D]` arrays (NumPy or MLX), one a layer.
+    @property
+    def width(self) -> int:
+        """Of the rows that it codes."""
+        return self.mu.size
 
-        meta and extras (arrays) travel along unchanged. progress is told the tokens done.
-        """
-        layers = {"k": k_layers, "v": v_layers}
-        batch, length, dtype = self._check_shapes(layers)
-        layout = Layout(batch, length, self.s, self.w, block=max(1, BLOCK // batch))
-        sections: list[tuple[Section, bytes]] = []
-        described = {}
-        for name, array in self._raw_arrays(layers, layout, extras or {}):
-            kind, data = raw.encode(array)
-            described[name] = [kind, list(array.shape)]
-            # Extras are stored as they are: on reading, nothing but the file's own size bounds them.
-            sections.append(encode_section(name, data, self.lossless if name in raw.ENDS else "raw"))
-        with ThreadPoolExecutor(2) as pool:
-            submit = _at_once if self.lossless == "rans" else pool.submit
-            futures: list[Future[tuple[Section, bytes]]] = []
-            for index, start, stop in layout.blocks():
-                for stream in self.streams:
-                    part = self.artifacts.stream(stream.name)
-                    rows = to_rows(stream, layers[stream.name], start, stop)
-                    payload = encode_block(part.plan, self._basis(stream.name).T @ (rows - mx.array(part.mu)).T)
-                    if len(futures) >= 8:  # wait for the coding rather than let payloads pile up
-                        futures[-8].result()
-                    futures.append(submit(encode_section, f"{stream.name}.{index}", payload, self.lossless))
-                if progress:
-                    progress(stop - start)
-            sections += [future.result() for future in futures]
-        header = {
-            "method": METHOD,
-            "mlxkv": mlxkv.__version__,
-            "artifacts": self.artifacts.fingerprint,
-            "layout": {"batch": batch, "length": length, "s": self.s, "w": self.w, "block": layout.block},
-            "dtype": dtype,
-            "raw": described,
-            "meta": dict(meta or {}),
+
+class Coder:
+    """One block of rows to bytes and back, by the artifacts of this method."""
+
+    leaves_lossless = True  # its bytes go through one of lossless.CODINGS
+    default_quality = None
+
+    def __init__(self, artifacts: CalibrationArtifacts) -> None:
+        self._parts = {name: artifacts.stream(name) for name in STREAMS}
+        # The coder's own cache: the float32 basis is made on first use and dies with the coder.
+        self._basis = cache(lambda name: mx.array(self._parts[name].V).astype(mx.float32))
+
+    def check_quality(self, quality: float | None) -> None:
+        """Raises InputError when there is one."""
+        if quality is not None:
+            raise InputError(f"{METHOD} has the one ratio that it was calibrated for, and no quality {quality!r}")
+
+    def encode(self, rows: Mapping[str, mx.array], quality: float | None) -> dict[str, bytes]:
+        """Each stream's rows `[n, p]` as bytes of the size that `is_size` asks for."""
+        return {
+            name: encode_block(self._parts[name].plan, self._basis(name).T @ (x - mx.array(self._parts[name].mu)).T)
+            for name, x in rows.items()
         }
-        out = BytesIO()
-        try:
-            container.write(out, header, sections)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"meta must be plain JSON values: {error}") from None
-        return out.getvalue()
 
-    def decompress(
-        self, blob: Source, *, progress: Progress | None = None
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Keys and values of a container (bytes, or a file's path) as lists of `[B, H, T, D]` NumPy arrays.
+    def pack(self, name: str, codes: bytes) -> bytes:
+        """What `encode` made is bytes already."""
+        return codes
 
-        The dtype is the one compressed, except that bfloat16, which NumPy lacks, comes back as float32.
-        """
-        with Reader(blob) as reader:
-            arrays = self._decode(reader, progress)
-        return list(arrays["k"]), list(arrays["v"])
+    def is_size(self, name: str, tokens: int, size: int, coding: str) -> bool:
+        """Whether a section of `size` bytes, before its lossless coding, may hold so many rows."""
+        return size == payload_size(self._parts[name].plan, tokens)
 
-    def compress_dump(self, dump: KVDump, progress: Progress | None = None) -> bytes:
-        """A whole dump: also its tokens, other layers' states and origin, but not its sensitivity."""
-        expected = self.artifacts.meta.get("model_fingerprint", "")
-        if dump.fingerprint != expected:
-            raise MismatchError(
-                f"the cache is of {dump.model} ({dump.fingerprint}), the artifacts of {self.artifacts.meta.get('model')} ({expected})"
-            )
-        if dump.spec != self.artifacts.spec:
-            raise MismatchError("the cache's layers, heads or rotation differ from the artifacts'")
-        meta = {"model": dump.model, "fingerprint": dump.fingerprint, "dtype": dump.dtype}
-        extras = {"tokens": dump.tokens, **{f"state.{key}": value for key, value in dump.states.items()}}
-        return self.compress(list(dump.k), list(dump.v), meta=meta, extras=extras, progress=progress)
-
-    def decompress_dump(self, blob: Source, progress: Progress | None = None) -> KVDump:
-        """The inverse of `compress_dump`. Raises FormatError for a container without tokens."""
-        with Reader(blob) as reader:
-            arrays = self._decode(reader, progress)
-            extras = {name: raw.read_extra(reader, name) for name in _object(reader, "raw") if name not in raw.ENDS}
-            meta = _object(reader, "meta")
-        if "tokens" not in extras or extras["tokens"].dtype != np.int32:
-            raise FormatError(f"{reader.name} holds no tokens: it was made by compress(), open it with decompress()")
-        states = {name.removeprefix("state."): array for name, array in extras.items() if name.startswith("state.")}
-        model, mark, dtype = (str(meta.get(key, "")) for key in ("model", "fingerprint", "dtype"))
-        return KVDump(arrays["k"], arrays["v"], self.artifacts.spec, extras["tokens"], model, mark, dtype, states)
-
-    def _decode(self, reader: Reader, progress: Progress | None) -> dict[str, np.ndarray]:
-        """The k and v streams, `[layers, B, H, T, D]` each."""
-        layout, dtype = self._check_header(reader)
-        self._check_lengths(reader, layout)
-        ends = self._read_ends(reader, layout)
-        outputs = {}
-        for name in STREAMS:
-            stream = self.artifacts.spec.stream(name)
-            outputs[name] = np.empty((stream.layers, layout.batch, stream.heads, layout.length, stream.dim), dtype)
-            outputs[name][..., : layout.middle.start, :] = ends[f"{name}.sink"]
-            outputs[name][..., layout.middle.stop :, :] = ends[f"{name}.window"]
-        target = mx.float16 if dtype == np.float16 else mx.float32
-        for index, start, stop in layout.blocks():
-            for stream in self.streams:
-                rows = self._decode_rows(reader, stream.name, index, layout.batch * (stop - start))
-                restored = from_rows(stream, rows, layout.batch, start, target)
-                outputs[stream.name][..., start:stop, :] = np.array(restored)
-            if progress:
-                progress(stop - start)
-        return outputs
-
-    def _decode_rows(self, reader: Reader, name: str, index: int, tokens: int) -> mx.array:
-        part = self.artifacts.stream(name)
-        payload = reader.read(f"{name}.{index}", payload_size(part.plan, tokens))
-        return decode_block(part.plan, payload, tokens).T @ self._basis(name).T + mx.array(part.mu)
-
-    def _check_header(self, reader: Reader) -> tuple[Layout, np.dtype]:
-        header = reader.header
-        if header.get("method") != METHOD:
-            raise FormatError(
-                f"{reader.name} was coded by method {header.get('method')!r}; this codec decodes {METHOD!r}"
-            )
-        if header.get("artifacts") != self.artifacts.fingerprint:
-            raise MismatchError(
-                f"{reader.name} needs artifacts {header.get('artifacts')}, these are {self.artifacts.fingerprint}"
-            )
-        try:
-            layout = Layout(**_object(reader, "layout"))
-        except TypeError:
-            raise FormatError(f"{reader.name} describes no layout of tokens") from None
-        dtype = {"float16": np.float16, "float32": np.float32, "bfloat16": np.float32}.get(str(header.get("dtype")))
-        if dtype is None:
-            raise FormatError(f"{reader.name} has unknown dtype {header.get('dtype')!r}")
-        return layout, np.dtype(dtype)
-
-    def _check_lengths(self, reader: Reader, layout: Layout) -> None:
-        """Every coded section must be there with its exact size before anything of the cache's size is allocated."""
-        unknown = set(reader.sections) - set(_object(reader, "raw"))
-        for index, start, stop in layout.blocks():
-            for stream in self.streams:
-                section = reader.sections.get(f"{stream.name}.{index}")
-                size = payload_size(self.artifacts.stream(stream.name).plan, layout.batch * (stop - start))
-                if section is None or section.size != size:
-                    raise FormatError(f"{reader.name}: section {stream.name}.{index} is missing or not {size} bytes")
-                unknown.discard(section.name)
-        if unknown:
-            raise FormatError(
-                f"{reader.name} has sections that its header does not describe: {', '.join(sorted(unknown)[:5])}"
-            )
-
-    def _read_ends(self, reader: Reader, layout: Layout) -> dict[str, np.ndarray]:
-        """Sinks and windows. Their shapes, too, must fit the layout before anything of the cache's size is allocated."""
-        ends: dict[str, np.ndarray] = {}
-        for name in raw.ENDS:
-            stream = self.artifacts.spec.stream(name[0])
-            tokens = layout.middle.start if name.endswith("sink") else layout.length - layout.middle.stop
-            needed = (stream.layers, layout.batch, stream.heads, tokens, stream.dim)
-            shape = tuple(raw.described(reader, name)[1])
-            if shape != needed:
-                raise FormatError(f"{reader.name}: {name} has shape {shape}, its layout needs {needed}")
-            ends[name] = raw.read(reader, name)
-        return ends
-
-    def _check_shapes(self, layers: Mapping[str, Layers]) -> tuple[int, int, str]:
-        shapes, dtypes = set(), set()
-        for name in STREAMS:
-            stream = self.artifacts.spec.stream(name)
-            if len(layers[name]) != stream.layers:
-                raise MismatchError(f"{name} has {len(layers[name])} layers; the artifacts are for {stream.layers}")
-            for array in layers[name]:
-                if len(array.shape) != 4 or (array.shape[1], array.shape[3]) != (stream.heads, stream.dim):
-                    raise MismatchError(
-                        f"{name} has a layer of shape {tuple(array.shape)}; expected [B, {stream.heads}, T, {stream.dim}]"
-                    )
-                shapes.add((array.shape[0], array.shape[2]))
-                dtypes.add(str(array.dtype).removeprefix("mlx.core."))
-        if len(shapes) != 1 or min(min(shapes)) < 1:
-            raise MismatchError(
-                f"all layers need the same batch and length of at least 1, found [B, T] = {sorted(shapes)}"
-            )
-        if len(dtypes) != 1 or not dtypes <= {"float16", "float32", "bfloat16"}:
-            raise MismatchError(f"all layers need one dtype of float16, bfloat16 or float32, found {sorted(dtypes)}")
-        return *shapes.pop(), dtypes.pop()
-
-    def _raw_arrays(
-        self, layers: Mapping[str, Layers], layout: Layout, extras: Mapping[str, np.ndarray]
-    ) -> Iterator[tuple[str, np.ndarray]]:
-        for name in raw.ENDS:
-            tokens = slice(0, layout.middle.start) if name.endswith("sink") else slice(layout.middle.stop, None)
-            yield name, np.stack([raw.widened(layer[:, :, tokens]) for layer in layers[name[0]]])
-        clash = [name for name in extras if name.startswith(("k.", "v."))]
-        if clash:
-            raise InputError(f"extras may not be called k.… or v.…, the codec's own names: {', '.join(clash)}")
-        yield from extras.items()
+    def decode(self, payloads: Mapping[str, bytes], tokens: int, quality: float | None) -> dict[str, mx.array]:
+        """The inverse of `encode`: each stream's rows `[tokens, p]` float32."""
+        return {
+            name: decode_block(self._parts[name].plan, data, tokens).T @ self._basis(name).T
+            + mx.array(self._parts[name].mu)
+            for name, data in payloads.items()
+        }
 
 
-def _at_once(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-    """An executor's `submit` in this thread: rANS may launch kernels, which belong where the others are launched."""
-    future: Future[Any] = Future()
-    future.set_result(function(*arguments))
-    return future
+def train(samples: Samples, settings: Settings) -> dict[str, StreamArtifacts]:
+    """A mean, a basis and a plan for each stream. One stream at a time, so that memory holds one stream's rows."""
+    return {name: _train_stream(samples, samples.spec.stream(name), settings) for name in STREAMS}
 
 
-def _object(reader: Reader, key: str) -> dict[str, Any]:
-    value = reader.header.get(key)
-    if not isinstance(value, dict):
-        raise FormatError(f"{reader.name} has no {key} in its header")
-    return value
+def facts(parts: Mapping[str, StreamArtifacts]) -> dict[str, Any]:
+    """What artifacts say of themselves in meta.json beside the settings."""
+    return {"plan_rank": {name: part.plan.rank for name, part in parts.items()}}
+
+
+def _train_stream(samples: Samples, stream: Stream, settings: Settings) -> StreamArtifacts:
+    if stream.width == 0:
+        return StreamArtifacts(np.zeros(0, np.float32), np.zeros((0, 0), np.float16), Plan())
+    rows, progress = samples.rows(stream.name), samples.progress
+    budget, rank = settings.budget(stream.width), settings.components(stream.width)
+    progress(f"principal components of {stream.name}: {rows.shape[0]} tokens x {rows.shape[1]}")
+    mean, basis = principal_components(rows, rank, settings.seed)
+    progress(f"bit plan of {stream.name}: {budget} bits a token")
+    coefficients = rows @ basis
+    spread = coefficients[:: -(-len(coefficients) // MAX_ERROR_TOKENS)]
+    energy = np.square(coefficients, dtype=np.float64).mean(axis=0)
+    plan = allocate(energy, group_errors(spread), budget)
+    if not plan.groups:
+        raise InputError(
+            f"{budget} bits a token cannot code a single component of {stream.name}; lower the compression ratio"
+        )
+    return StreamArtifacts(mean, basis[:, : plan.rank].astype(np.float16), plan)
+
+
+def group_errors(coefficients: np.ndarray) -> dict[tuple[int, str], np.ndarray]:
+    """Mean squared error a token of coding each group, by (size, kind): `[r - size + 1]`, indexed by first component.
+
+    Measured by quantizing windows of coefficients `[n, r]`. Neighbouring windows overlap almost wholly, so sizes
+    above 16 are measured at every size/16-th start and interpolated between.
+    """
+    tokens, rank = coefficients.shape
+    table = {}
+    for size in (size for size in SIZES if size <= rank):
+        starts = np.unique(np.r_[0 : rank - size + 1 : max(1, size // 16), rank - size])
+        windows = np.lib.stride_tricks.sliding_window_view(coefficients, size, axis=1).transpose(1, 2, 0)
+        step = max(1, 2**23 // (tokens * size))
+        batches = [mx.array(windows[starts[a : a + step]]) for a in range(0, len(starts), step)]
+        for kind in CODED:
+            errors = np.concatenate([_mean_error(batch, kind) for batch in batches])
+            table[size, kind] = np.interp(np.arange(rank - size + 1), starts, errors)
+    return table
+
+
+def _mean_error(windows: mx.array, kind: str) -> np.ndarray:
+    difference = coded(windows, kind) - windows
+    return np.array(mx.square(difference).sum(axis=1).mean(axis=1), dtype=np.float64)

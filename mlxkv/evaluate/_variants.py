@@ -18,7 +18,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from mlxkv import lm, metrics
 from mlxkv.cache import STREAMS, KVDump
-from mlxkv.codec.kvtc import KVTCCacheCodec
+from mlxkv.codec.codec import KVTCCacheCodec
 from mlxkv.codec.summary import summary
 from mlxkv.container import Reader
 from mlxkv.errors import InputError

@@ -1,0 +1,237 @@
+"""The codec: a cache to one container and back, block of tokens by block of tokens.
+
+Sinks (the first s tokens) and the window (the last w) are stored as they are; the tokens between are coded by the
+method of the artifacts. A block's streams are sections of their own, so memory stays at one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import BytesIO
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+import mlxkv
+from mlxkv import container
+from mlxkv.cache import STREAMS, KVDump, Rope, is_whole
+from mlxkv.codec import raw, reading
+from mlxkv.codec.artifacts import CalibrationArtifacts, check_rope
+from mlxkv.codec.layout import BLOCK, Layout
+from mlxkv.codec.rows import from_rows, to_rows
+from mlxkv.container import Reader, Section, Source, encode_section
+from mlxkv.errors import FormatError, InputError, MismatchError
+from mlxkv.kernels import metal
+from mlxkv.lossless import CODINGS
+
+Layers = Sequence[np.ndarray] | Sequence[mx.array]
+Progress = Callable[[int], None]
+PENDING = 8  # sections that may wait for their coding
+
+
+class KVTCCacheCodec:
+    """Compress and decompress caches of one model with one calibration.
+
+    artifacts: the calibration. w, s, lossless: raw window, raw sinks and lossless coding (one of lossless.CODINGS) for
+    compressing; quality: for methods that have one, see their file. A blob decodes with those it was written with.
+    rope_cfg, mode: optional statements about the model (a preset's), refused when the artifacts differ. Raises
+    MismatchError for artifacts, geometry or model that do not belong together.
+    """
+
+    def __init__(self, artifacts: CalibrationArtifacts, w: int = 128, s: int = 4,
+                 rope_cfg: Rope | Mapping[str, Any] | None = None, mode: str | None = None,
+                 lossless: str = "deflate", quality: float | None = None) -> None:  # fmt: skip
+        if not is_whole(w) or not is_whole(s):
+            raise InputError(f"window and sinks must be 0 or more, got w={w} and s={s}")
+        if lossless not in CODINGS:
+            raise InputError(f"the lossless coding must be one of {', '.join(CODINGS)}, not {lossless!r}")
+        if mode not in (None, artifacts.spec.mode):
+            raise MismatchError(f"the artifacts are {artifacts.spec.mode}, not {mode}")
+        if rope_cfg is not None:
+            check_rope(artifacts.spec, rope_cfg)
+        self.artifacts, self.w, self.s, self.lossless = artifacts, w, s, lossless
+        self.streams = [artifacts.spec.stream(name) for name in STREAMS if artifacts.spec.stream(name).width]
+        self.coder = artifacts.method.Coder(artifacts)
+        self.quality = self.coder.default_quality if quality is None else quality
+        self.coder.check_quality(self.quality)
+
+    def compress(self, k_layers: Layers, v_layers: Layers, *, meta: Mapping[str, Any] | None = None,
+                 extras: Mapping[str, np.ndarray] | None = None, progress: Progress | None = None) -> bytes:  # fmt: skip
+        """One container from keys and values, each a list of `[B, H, T, D]` arrays (NumPy or MLX), one a layer.
+
+        meta and extras (arrays) travel along unchanged. progress is told the tokens done.
+        """
+        layers = {"k": k_layers, "v": v_layers}
+        batch, length, dtype = self._check_shapes(layers)
+        layout = Layout(batch, length, self.s, self.w, block=max(1, BLOCK // batch))
+        sections: list[tuple[Section, bytes]] = []
+        described = {}
+        for name, array in self._raw_arrays(layers, layout, extras or {}):
+            kind, data = raw.encode(array)
+            described[name] = [kind, list(array.shape)]
+            # Extras are stored as they are: on reading, nothing but the file's own size bounds them.
+            sections.append(encode_section(name, data, self.lossless if name in raw.ENDS else "raw"))
+        sections += self._coded(layers, layout, progress)
+        header = {
+            "method": self.artifacts.method.METHOD,
+            "mlxkv": mlxkv.__version__,
+            "artifacts": self.artifacts.fingerprint,
+            "layout": {"batch": batch, "length": length, "s": self.s, "w": self.w, "block": layout.block},
+            **({} if self.quality is None else {"quality": self.quality}),
+            "dtype": dtype,
+            "raw": described,
+            "meta": dict(meta or {}),
+        }
+        out = BytesIO()
+        try:
+            container.write(out, header, sections)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"meta must be plain JSON values: {error}") from None
+        return out.getvalue()
+
+    def _coded(
+        self, layers: Mapping[str, Layers], layout: Layout, progress: Progress | None
+    ) -> list[tuple[Section, bytes]]:
+        """The sections of all blocks. What a block's codes take to bytes goes on beside the next block's arithmetic."""
+        coding = self.lossless if self.coder.leaves_lossless else "raw"
+        kernels = metal.available() and not (self.coder.leaves_lossless and coding != "rans")
+
+        def section(name: str, index: int, codes: Any) -> tuple[Section, bytes]:
+            return encode_section(f"{name}.{index}", self.coder.pack(name, codes), coding)
+
+        with ThreadPoolExecutor(2) as pool:
+            submit = _at_once if kernels else pool.submit
+            futures: list[Future[tuple[Section, bytes]]] = []
+            for index, start, stop in layout.blocks():
+                rows = {stream.name: to_rows(stream, layers[stream.name], start, stop) for stream in self.streams}
+                for name, codes in self.coder.encode(rows, self.quality).items():
+                    if len(futures) >= PENDING:  # wait for the coding rather than let codes pile up
+                        futures[-PENDING].result()
+                    futures.append(submit(section, name, index, codes))
+                if progress:
+                    progress(stop - start)
+            return [future.result() for future in futures]
+
+    def decompress(
+        self, blob: Source, *, tokens: tuple[int, int] | None = None, progress: Progress | None = None
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Keys and values of a container (bytes, or a file's path) as lists of `[B, H, T, D]` NumPy arrays.
+
+        tokens: only those from the first number up to the second, whose blocks alone are read. The dtype is the one
+        compressed, except that bfloat16, which NumPy lacks, comes back as float32.
+        """
+        with Reader(blob) as reader:
+            arrays, _ = self._decode(reader, tokens, progress)
+        return list(arrays["k"]), list(arrays["v"])
+
+    def compress_dump(self, dump: KVDump, progress: Progress | None = None) -> bytes:
+        """A whole dump: also its tokens, other layers' states and origin, but not its sensitivity."""
+        expected = self.artifacts.meta.get("model_fingerprint", "")
+        if dump.fingerprint != expected:
+            raise MismatchError(
+                f"the cache is of {dump.model} ({dump.fingerprint}), the artifacts of {self.artifacts.meta.get('model')} ({expected})"
+            )
+        if dump.spec != self.artifacts.spec:
+            raise MismatchError("the cache's layers, heads or rotation differ from the artifacts'")
+        if dump.start:
+            raise InputError(f"the dump starts at token {dump.start}: compress a whole one")
+        meta = {"model": dump.model, "fingerprint": dump.fingerprint, "dtype": dump.dtype}
+        extras = {"tokens": dump.tokens, **{f"state.{key}": value for key, value in dump.states.items()}}
+        return self.compress(list(dump.k), list(dump.v), meta=meta, extras=extras, progress=progress)
+
+    def decompress_dump(
+        self, blob: Source, progress: Progress | None = None, *, tokens: tuple[int, int] | None = None
+    ) -> KVDump:
+        """The inverse of `compress_dump`; of a part of the tokens as `decompress` says, with other layers' states, which
+        are those behind the last token, only where that is in it. Raises FormatError for a container without tokens."""
+        with Reader(blob) as reader:
+            arrays, (start, stop) = self._decode(reader, tokens, progress)
+            described = reading.field(reader, "raw")
+            extras = {name: raw.read_extra(reader, name) for name in described if name not in raw.ENDS}
+            meta, length = reading.field(reader, "meta"), reading.layout_of(reader).length
+        held = extras.pop("tokens", None)
+        if held is None or held.dtype != np.int32 or held.shape[1:] != (length,):
+            raise FormatError(f"{reader.name} holds no tokens: it was made by compress(), open it with decompress()")
+        states = {name.removeprefix("state."): array for name, array in extras.items() if name.startswith("state.")}
+        model, mark, dtype = (str(meta.get(key, "")) for key in ("model", "fingerprint", "dtype"))
+        return KVDump(
+            arrays["k"], arrays["v"], self.artifacts.spec, held[:, start:stop], model, mark, dtype,
+            states if stop == length else {}, start=start,
+        )  # fmt: skip
+
+    def _decode(
+        self, reader: Reader, tokens: tuple[int, int] | None, progress: Progress | None
+    ) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
+        """The k and v streams, `[layers, B, H, T, D]` each, and which tokens they are."""
+        reading.check_origin(reader, self.artifacts)
+        layout, dtype = reading.layout_of(reader), reading.dtype_of(reader)
+        quality = reading.quality_of(reader, self.coder)
+        reading.check_lengths(reader, layout, self.artifacts.spec, self.coder)
+        first, last = tokens or (0, layout.length)
+        if not 0 <= first < last <= layout.length:
+            raise InputError(f"{reader.name} holds tokens 0 to {layout.length}; {first} to {last} is no part of them")
+        ends = reading.read_ends(reader, layout, self.artifacts.spec)
+        outputs: dict[str, np.ndarray] = {}
+
+        def place(name: str, start: int, array: np.ndarray) -> None:
+            a, b = max(start, first), min(start + array.shape[3], last)
+            if a < b:
+                outputs[name][..., a - first : b - first, :] = array[..., a - start : b - start, :]
+
+        for name in STREAMS:
+            stream = self.artifacts.spec.stream(name)
+            outputs[name] = np.empty((stream.layers, layout.batch, stream.heads, last - first, stream.dim), dtype)
+            place(name, 0, ends[f"{name}.sink"])
+            place(name, layout.middle.stop, ends[f"{name}.window"])
+        target = mx.float16 if dtype == np.float16 else mx.float32
+        for index, start, stop in layout.blocks():
+            if start < last and stop > first:
+                payloads = {stream.name: reader.read(f"{stream.name}.{index}") for stream in self.streams}
+                rows = self.coder.decode(payloads, layout.batch * (stop - start), quality)
+                for stream in self.streams:
+                    restored = from_rows(stream, rows[stream.name], layout.batch, start, target)
+                    place(stream.name, start, np.array(restored))
+            if progress:
+                progress(stop - start)
+        return outputs, (first, last)
+
+    def _check_shapes(self, layers: Mapping[str, Layers]) -> tuple[int, int, str]:
+        shapes, dtypes = set(), set()
+        for name in STREAMS:
+            stream = self.artifacts.spec.stream(name)
+            if len(layers[name]) != stream.layers:
+                raise MismatchError(f"{name} has {len(layers[name])} layers; the artifacts are for {stream.layers}")
+            for array in layers[name]:
+                if len(array.shape) != 4 or (array.shape[1], array.shape[3]) != (stream.heads, stream.dim):
+                    raise MismatchError(
+                        f"{name} has a layer of shape {tuple(array.shape)}; expected [B, {stream.heads}, T, {stream.dim}]"
+                    )
+                shapes.add((array.shape[0], array.shape[2]))
+                dtypes.add(str(array.dtype).removeprefix("mlx.core."))
+        if len(shapes) != 1 or min(min(shapes)) < 1:
+            raise MismatchError(
+                f"all layers need the same batch and length of at least 1, found [B, T] = {sorted(shapes)}"
+            )
+        if len(dtypes) != 1 or not dtypes <= {"float16", "float32", "bfloat16"}:
+            raise MismatchError(f"all layers need one dtype of float16, bfloat16 or float32, found {sorted(dtypes)}")
+        return *shapes.pop(), dtypes.pop()
+
+    def _raw_arrays(
+        self, layers: Mapping[str, Layers], layout: Layout, extras: Mapping[str, np.ndarray]
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        for name in raw.ENDS:
+            tokens = slice(0, layout.middle.start) if name.endswith("sink") else slice(layout.middle.stop, None)
+            yield name, np.stack([raw.widened(layer[:, :, tokens]) for layer in layers[name[0]]])
+        clash = [name for name in extras if name.startswith(("k.", "v."))]
+        if clash:
+            raise InputError(f"extras may not be called k.… or v.…, the codec's own names: {', '.join(clash)}")
+        yield from extras.items()
+
+
+def _at_once(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """An executor's `submit` in this thread: rANS may launch kernels, which belong where the others are launched."""
+    future: Future[Any] = Future()
+    future.set_result(function(*arguments))
+    return future

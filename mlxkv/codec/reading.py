@@ -1,0 +1,93 @@
+"""What a compressed cache says of itself, checked against its artifacts before anything of its size is allocated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mlxkv.cache import STREAMS, CacheSpec
+from mlxkv.codec import raw
+from mlxkv.codec.artifacts import CalibrationArtifacts
+from mlxkv.codec.layout import Layout
+from mlxkv.container import Reader
+from mlxkv.errors import FormatError, InputError, MismatchError
+
+_TYPES = {"float16": np.float16, "float32": np.float32, "bfloat16": np.float32}
+
+
+def field(reader: Reader, key: str) -> dict[str, Any]:
+    """An object of the header. Raises FormatError when it is none."""
+    value = reader.header.get(key)
+    if not isinstance(value, dict):
+        raise FormatError(f"{reader.name} has no {key} in its header")
+    return value
+
+
+def layout_of(reader: Reader) -> Layout:
+    """Which tokens are where. Raises FormatError when the header does not say so."""
+    try:
+        return Layout(**field(reader, "layout"))
+    except TypeError:
+        raise FormatError(f"{reader.name} describes no layout of tokens") from None
+
+
+def dtype_of(reader: Reader) -> np.dtype:
+    """The type that keys and values come back as."""
+    name = reader.header.get("dtype")
+    if not isinstance(name, str) or name not in _TYPES:
+        raise FormatError(f"{reader.name} has unknown dtype {name!r}")
+    return np.dtype(_TYPES[name])
+
+
+def check_origin(reader: Reader, artifacts: CalibrationArtifacts) -> None:
+    """Raises FormatError for a file of another method and MismatchError for other artifacts than these."""
+    method = artifacts.method.METHOD
+    if reader.header.get("method") != method:
+        raise FormatError(
+            f"{reader.name} was coded by method {reader.header.get('method')!r}; these artifacts are of {method!r}"
+        )
+    if reader.header.get("artifacts") != artifacts.fingerprint:
+        raise MismatchError(
+            f"{reader.name} needs artifacts {reader.header.get('artifacts')}, these are {artifacts.fingerprint}"
+        )
+
+
+def quality_of(reader: Reader, coder: Any) -> float | None:
+    """The quality that the file was coded with, which must be one that the method has."""
+    quality = reader.header.get("quality")
+    try:
+        coder.check_quality(quality)
+    except InputError as error:
+        raise FormatError(f"{reader.name}: {error}") from None
+    return quality
+
+
+def check_lengths(reader: Reader, layout: Layout, spec: CacheSpec, coder: Any) -> None:
+    """Every coded section must be there with a size that fits its tokens, and no other section."""
+    unknown = set(reader.sections) - set(field(reader, "raw"))
+    for index, start, stop in layout.blocks():
+        for name in (name for name in STREAMS if spec.stream(name).width):
+            section, tokens = reader.sections.get(f"{name}.{index}"), layout.batch * (stop - start)
+            if section is None or not coder.is_size(name, tokens, section.size, section.coding):
+                found = f"has {section.size} bytes" if section else "is missing"
+                raise FormatError(f"{reader.name}: section {name}.{index} of {tokens} tokens {found}")
+            unknown.discard(section.name)
+    if unknown:
+        raise FormatError(
+            f"{reader.name} has sections that its header does not describe: {', '.join(sorted(unknown)[:5])}"
+        )
+
+
+def read_ends(reader: Reader, layout: Layout, spec: CacheSpec) -> dict[str, np.ndarray]:
+    """Sinks and windows. Their shapes, too, must fit the layout."""
+    ends: dict[str, np.ndarray] = {}
+    for name in raw.ENDS:
+        stream = spec.stream(name[0])
+        tokens = layout.middle.start if name.endswith("sink") else layout.length - layout.middle.stop
+        needed = (stream.layers, layout.batch, stream.heads, tokens, stream.dim)
+        shape = tuple(raw.described(reader, name)[1])
+        if shape != needed:
+            raise FormatError(f"{reader.name}: {name} has shape {shape}, its layout needs {needed}")
+        ends[name] = raw.read(reader, name)
+    return ends
