@@ -222,7 +222,7 @@ class KVDump:
     model, fingerprint: the name it was loaded by and `mlxkv.lm.fingerprint` of its weights.
     dtype: what the live cache held ("bfloat16" has no NumPy type and is stored wider).
     start: position of the first token; 0 but for a part of a decompressed cache.
-    sensitivity: what mlxkv.sensitivity found on this text, k and v `[layers, H, D, D]` float32; empty if nobody asked.
+    sensitivity: what mlxkv.sensitivity found on this text or its beginning; empty if nobody asked.
     """
 
     k: np.ndarray
@@ -245,10 +245,12 @@ class KVDump:
             expected = (stream.layers, batch, stream.heads, length, stream.dim)
             if array.shape != expected:
                 raise MismatchError(f"{name} has shape {array.shape}; its description and tokens say {expected}")
-            needed = (stream.layers, stream.heads, stream.dim, stream.dim)
-            found = self.sensitivity[name].shape if name in self.sensitivity else None
-            if self.sensitivity and found != needed:
-                raise MismatchError(f"the sensitivity of {name} has shape {found}; its description says {needed}")
+            measured = self.sensitivity.get("k.energy", np.zeros(0)).shape[-1]
+            for key, last in ((name, (stream.dim, stream.dim)), (f"{name}.energy", (min(measured, length),))):
+                needed = (stream.layers, stream.heads, *last)
+                found = self.sensitivity[key].shape if key in self.sensitivity else None
+                if self.sensitivity and found != needed:
+                    raise MismatchError(f"the sensitivity of {key} has shape {found}; its description says {needed}")
 
     def stream(self, name: str) -> np.ndarray:
         """The k or v array."""

@@ -1,6 +1,7 @@
-"""The compressed container: magic, version, checksummed JSON header, checksummed sections. See docs/format.md.
+"""The container: magic, version, checksummed sections, and last their checksummed JSON header. See docs/format.md.
 
-Knows nothing about what the sections mean; that is the codec's business.
+The header stands last, so that a file grows by new sections and a new header in place of the old. Knows nothing about
+what the sections mean; that is the codec's business.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -17,13 +18,15 @@ from typing import IO, Any
 from mlxkv import lossless
 from mlxkv.cache import is_whole
 from mlxkv.errors import ChecksumError, FormatError, VersionError
-from mlxkv.files import open_input, parse_json
+from mlxkv.files import finish_replacing, open_input, parse_json
 
 MAGIC = b"\x89MLXKV\r\n"
-VERSION = 1
+END = b"MLXKVend"
+VERSION = 2
 MAX_HEADER = 64 * 2**20
 Source = bytes | bytearray | memoryview | str | Path
-_PREAMBLE = struct.Struct("<8sHHI16s")  # magic, version, reserved, header length, BLAKE2b-128
+_PREAMBLE = struct.Struct("<8sHH")  # magic, version, reserved
+_FOOTER = struct.Struct("<I16s8s")  # header length, BLAKE2b-128, end
 
 
 @dataclass(frozen=True)
@@ -54,15 +57,19 @@ def encode_section(name: str, data: bytes, coding: str = "deflate") -> tuple[Sec
 
 
 def write(file: IO[bytes], header: Mapping[str, Any], sections: Iterable[tuple[Section, bytes]]) -> None:
-    """Write a container: the header's own fields plus the table of sections, then the sections in order."""
+    """Write a container: the sections in order, then the header's own fields plus the table of sections."""
+    file.write(_PREAMBLE.pack(MAGIC, VERSION, 0))
+    file.write(rest_of(header, [], sections))
+
+
+def rest_of(header: Mapping[str, Any], kept: Sequence[Section], sections: Iterable[tuple[Section, bytes]]) -> bytes:
+    """What stands behind the `kept` sections of a container that goes on with these."""
     sections = list(sections)
-    table = [[s.name, s.coding, s.size, s.stored, s.digest] for s, _ in sections]
+    table = [[s.name, s.coding, s.size, s.stored, s.digest] for s in (*kept, *(section for section, _ in sections))]
     text = json.dumps({**header, "sections": table}, separators=(",", ":")).encode()
     start = struct.pack("<HI", VERSION, len(text))
-    file.write(_PREAMBLE.pack(MAGIC, VERSION, 0, len(text), digest(start + text)))
-    file.write(text)
-    for _, stored in sections:
-        file.write(stored)
+    footer = _FOOTER.pack(len(text), digest(start + text), END)
+    return b"".join([*(stored for _, stored in sections), text, footer])
 
 
 class Reader:
@@ -74,6 +81,8 @@ class Reader:
 
     def __init__(self, source: Source) -> None:
         self.name = str(source) if isinstance(source, str | Path) else "the blob"
+        if isinstance(source, str | Path):
+            finish_replacing(source)
         self._file: IO[bytes] = open_input(source) if isinstance(source, str | Path) else io.BytesIO(source)
         try:
             self.size = self._file.seek(0, io.SEEK_END)
@@ -94,13 +103,21 @@ class Reader:
         preamble = self._file.read(_PREAMBLE.size)
         if len(preamble) < _PREAMBLE.size or preamble[:8] != MAGIC:
             raise FormatError(f"{self.name} is not an mlxkv container: it starts with {preamble[:8]!r}, not {MAGIC!r}")
-        _, version, reserved, length, expected = _PREAMBLE.unpack(preamble)
+        _, version, reserved = _PREAMBLE.unpack(preamble)
         if reserved:
             raise FormatError(f"the reserved bytes of {self.name} are {reserved}, not 0: the file is damaged")
         if version != VERSION:
-            raise VersionError(f"{self.name} has format version {version}; this mlxkv reads {VERSION}: upgrade mlxkv")
-        if length > min(MAX_HEADER, self.size - _PREAMBLE.size):
+            advice = "upgrade mlxkv" if version > VERSION else "make it again"
+            raise VersionError(f"{self.name} has format version {version}; this mlxkv reads {VERSION}: {advice}")
+        body = self.size - _PREAMBLE.size - _FOOTER.size
+        self._file.seek(max(0, self.size - _FOOTER.size))
+        footer = self._file.read(_FOOTER.size)
+        if body < 0 or footer[-len(END) :] != END:
+            raise FormatError(f"{self.name} is truncated or extended: it does not end with {END!r}")
+        length, expected, _ = _FOOTER.unpack(footer)
+        if length > min(MAX_HEADER, body):
             raise FormatError(f"{self.name} is truncated: its header claims {length} bytes, the file has {self.size}")
+        self._end = self._file.seek(self.size - _FOOTER.size - length)
         text = self._file.read(length)
         if digest(struct.pack("<HI", version, length) + text) != expected:
             raise ChecksumError(f"the header of {self.name} is damaged: its checksum does not match; restore a copy")
@@ -108,7 +125,7 @@ class Reader:
 
     def _table(self) -> list[Section]:
         table = self.header.pop("sections", None)
-        position = self._file.tell()
+        position = _PREAMBLE.size
         sections: list[Section] = []
         self._starts: dict[str, int] = {}
         if not isinstance(table, list):
@@ -120,9 +137,9 @@ class Reader:
             sections.append(section)
             self._starts[section.name] = position
             position += section.stored
-        if position != self.size:
+        if position != self._end:
             raise FormatError(
-                f"{self.name} should have {position} bytes by its header, but has {self.size}: truncated or extended"
+                f"{self.name} should have {position} bytes of sections by its header, but has {self._end}: truncated or extended"
             )
         return sections
 
@@ -140,6 +157,10 @@ class Reader:
             return lossless.decode(section.coding, stored, section.size)
         except FormatError as error:
             raise FormatError(f"section {section.name!r} of {self.name} is damaged: {error}") from None
+
+    def end_of(self, first: Sequence[Section]) -> int:
+        """Where the file's first sections end."""
+        return _PREAMBLE.size + sum(section.stored for section in first)
 
     def verify(self) -> None:
         """Check every section's checksum, piece by piece and without decoding anything."""

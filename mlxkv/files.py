@@ -9,9 +9,11 @@ import json
 import math
 import os
 import stat
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 from tokenize import TokenError
 from typing import IO, Any
@@ -22,7 +24,11 @@ from mlxkv.cache import STREAMS, CacheSpec, KVDump, is_whole
 from mlxkv.errors import FormatError, InputError, VersionError
 
 DUMP_VERSION = 1
+_JOURNAL = struct.Struct("<8sQ16s16s")  # magic, bytes to keep, BLAKE2b-128 of their beginning and of the rest
+_JOURNAL_MAGIC = b"MLXKVjnl"
+_COMPARED = 2**20
 _STATE, _SENSITIVITY = "state.", "sensitivity."
+_MEASURED = {*STREAMS, *(f"{name}.energy" for name in STREAMS)}
 # What NumPy lets through from its own reading of a header, a Python literal.
 _HEADER_ERRORS = (SyntaxError, TypeError, AttributeError, RecursionError, TokenError)
 
@@ -45,6 +51,56 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_rest(path: str | Path, keep: int, rest: bytes) -> None:
+    """Put `rest` in place of all that follows the first `keep` bytes of a file, without writing those again.
+
+    What is to be written stands in a journal beside the file before the file changes: killed at any time, the file is
+    the old one or, once `finish_replacing` has seen it, the new one.
+    """
+    journal = _journal(path)
+    with open_input(path) as file:
+        start = _digest(file.read(min(keep, _COMPARED)))
+    with atomic_write(journal) as file:
+        file.write(_JOURNAL.pack(_JOURNAL_MAGIC, keep, start, _digest(rest)))
+        file.write(rest)
+    finish_replacing(path)
+
+
+def finish_replacing(path: str | Path) -> None:
+    """Do what a journal beside the file says is to be done, if there is one.
+
+    Raises FormatError for a journal that is damaged or of another file, InputError where the file cannot be written.
+    """
+    journal = _journal(path)
+    if not os.path.isfile(journal):
+        return
+    with open_input(journal) as opened:
+        head, rest = opened.read(_JOURNAL.size), opened.read()
+    magic, keep, start, expected = _JOURNAL.unpack(head.ljust(_JOURNAL.size, b"\0"))
+    try:
+        with open(_target(path), "r+b") as file:
+            fits = os.fstat(file.fileno()).st_size >= keep and _digest(file.read(min(keep, _COMPARED))) == start
+            if magic != _JOURNAL_MAGIC or _digest(rest) != expected or not fits:
+                raise FormatError(f"{journal} does not fit {path}: it is damaged or of another file; remove it")
+            file.seek(keep)
+            file.write(rest)
+            file.truncate()
+            file.flush()
+            os.fsync(file.fileno())
+        journal.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _journal(path: str | Path) -> Path:
+    folder, name = os.path.split(os.path.realpath(path))
+    return Path(folder, f".{name}.rest")
+
+
+def _digest(data: bytes) -> bytes:
+    return blake2b(data, digest_size=16).digest()
 
 
 def _target(path: str | Path) -> Path:
@@ -111,7 +167,7 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
 
 def write_dump(path: str | Path, dump: KVDump) -> None:
     """Write a KVDump as an `.npz` of k, v, layers, tokens, meta, one `state.…` array for each other state, and
-    `sensitivity.k` and `.v` if it has them."""
+    `sensitivity.…` if it has one."""
     meta = {
         "version": DUMP_VERSION,
         "model": dump.model,
@@ -147,8 +203,8 @@ def read_dump(path: str | Path) -> KVDump:
         )
     model, fingerprint, dtype = (str(meta.get(key, "")) for key in ("model", "fingerprint", "dtype"))
     sensitivity = _starting(arrays, _SENSITIVITY)
-    if sensitivity and (set(sensitivity) != set(STREAMS) or any(not _is_finite(a) for a in sensitivity.values())):
-        raise FormatError(f"{path}: its sensitivity is not finite float32 of k and v")
+    if sensitivity and (set(sensitivity) != _MEASURED or any(not _is_finite(a) for a in sensitivity.values())):
+        raise FormatError(f"{path}: its sensitivity is not finite float32 of k, v and their energies")
     if not is_whole(start := meta.get("start", 0)):
         raise FormatError(f"{path}: its first token is at position {start!r}")
     return KVDump(k, v, spec, tokens, model, fingerprint, dtype, _starting(arrays, _STATE), sensitivity, start)

@@ -34,7 +34,8 @@ def sensitivity(
     """The mean of g g' over tokens for every layer and head, in nats per unit squared, rotation undone.
 
     Returns k and v, float32 `[layers, H, D, D]`, in the layout of a dump (MLA: latent and k_pe together in k, v of
-    width 0). The text is read in stretches of 672 tokens, each from its own start: 512 are held, 160 follow, and the mean
+    width 0), and k.energy and v.energy, float32 `[layers, H, T]`: g'g of each token, 0 of those that do not count, which
+    tells how the model attends to what. The text is read in stretches of 672 tokens, each from its own start: 512 are held, 160 follow, and the mean
     is over tokens 4 to 383 (of a shorter text the same shares). progress is told the tokens done. Raises InputError for
     a text of fewer than 16 tokens.
     """
@@ -42,17 +43,22 @@ def sensitivity(
     if len(tokens) < 4 * SINKS:
         raise InputError(f"sensitivity needs at least {4 * SINKS} tokens, the text has {len(tokens)}")
     sums = {name: _zeros(spec, name) for name in STREAMS}
-    count = 0
+    energies = {name: np.zeros((*sums[name].shape[:2], len(tokens)), np.float32) for name in STREAMS}
+    count = first = 0
     for index, stretch in enumerate(_stretches(tokens)):
         held = len(stretch) * HELD // (HELD + FOLLOWING)
+        counted = _measured(held)
         gradients = _gradients(model, spec, stretch[:held], stretch[held:], mx.random.key(seed + index))
         for name, of_layers in zip(STREAMS, gradients):
             for layer, gradient in enumerate(of_layers):
                 sums[name][layer] += np.array(gradient.swapaxes(-1, -2) @ gradient)
-        count += len(_measured(held))
+                part = slice(first + counted.start, first + counted.stop)
+                energies[name][layer, :, part] = np.array(mx.square(gradient).sum(axis=-1))
+        count, first = count + len(counted), first + len(stretch)
         if progress:
             progress(len(stretch))
-    return {name: total / np.float32(count) for name, total in sums.items()}
+    means = {name: total / np.float32(count) for name, total in sums.items()}
+    return means | {f"{name}.energy": energy for name, energy in energies.items()}
 
 
 def _measured(held: int) -> range:

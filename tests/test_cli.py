@@ -55,7 +55,7 @@ def test_sensitivity_is_measured_when_asked_for(model_dir, tmp_path, says):
     assert says(*common, tmp_path / "plain.npz")["sensitivity"] is None
     assert says(*common, tmp_path / "with.npz", "--sensitivity")["sensitivity"] == "measured"
     assert says("inspect", tmp_path / "with.npz")["sensitivity"] == "measured"
-    assert set(read_dump(tmp_path / "with.npz").sensitivity) == {"k", "v"}
+    assert set(read_dump(tmp_path / "with.npz").sensitivity) == {"k", "v", "k.energy", "v.energy"}
     assert read_dump(tmp_path / "plain.npz").sensitivity == {}
 
 

@@ -1,18 +1,17 @@
 import io
 import json
-import struct
 import tracemalloc
 import zlib
 
 import numpy as np
 import pytest
+from forging import FOOTER, PREAMBLE, forge, header_of
 
 from mlxkv.container import MAGIC, MAX_HEADER, VERSION, Reader, Section, digest, encode_section, write
 from mlxkv.errors import ChecksumError, FormatError, InputError, VersionError
 
 SMOOTH = bytes(5000)
 NOISE = np.random.default_rng(0).bytes(500)
-PREAMBLE = 32
 
 
 def packed(header, sections):
@@ -27,14 +26,8 @@ def toy():
     )
 
 
-def forged(header_text, rest=b"", version=VERSION, reserved=0, length=None, magic=MAGIC):
-    length = len(header_text) if length is None else length
-    checksum = digest(struct.pack("<HI", version, length) + header_text)
-    return struct.pack("<8sHHI16s", magic, version, reserved, length, checksum) + header_text + rest
-
-
 def with_table(table, rest=b""):
-    return forged(json.dumps({"sections": table}).encode(), rest)
+    return forge({"sections": table}, rest)
 
 
 def row(data, name="a", coding="raw", size=None, stored=None):
@@ -65,7 +58,7 @@ def test_a_container_is_read_from_a_path(tmp_path):
 def test_the_layout_on_disk_is_the_documented_one():
     blob = packed({"x": 1}, [encode_section("n", NOISE)])
     text = json.dumps({"x": 1, "sections": [row(NOISE, "n")]}, separators=(",", ":")).encode()
-    assert blob == forged(text, NOISE)
+    assert blob == forge(text, NOISE)
 
 
 def test_deflate_is_kept_only_when_it_helps():
@@ -79,7 +72,7 @@ def test_deflate_is_kept_only_when_it_helps():
 
 def test_sections_are_checked_only_when_read():
     blob = bytearray(toy())
-    blob[-1] ^= 1  # in section b, the last one that is not empty
+    blob[PREAMBLE + len(header_of(blob)[1]) - 1] ^= 1  # in section b, the last one that is not empty
     with Reader(bytes(blob)) as reader:
         assert reader.read("a") == SMOOTH
         with pytest.raises(ChecksumError, match="'b'"):
@@ -100,16 +93,17 @@ def test_a_section_of_another_size_than_needed_is_refused():
 
 def test_every_bit_of_the_preamble_and_header_counts():
     blob = toy()
-    (length,) = struct.unpack_from("<I", blob, 12)
-    for bit in range(8 * (PREAMBLE + length)):
-        damaged = bytearray(blob)
-        damaged[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(FormatError):
-            Reader(bytes(damaged))
+    body = len(header_of(blob)[1])
+    for byte in (*range(PREAMBLE), *range(PREAMBLE + body, len(blob))):
+        for bit in range(8):
+            damaged = bytearray(blob)
+            damaged[byte] ^= 1 << bit
+            with pytest.raises(FormatError):
+                Reader(bytes(damaged))
 
 
 def test_a_file_of_another_kind_is_refused():
-    for data in (b"", b"\x89PNG\r\n\x1a\n" + bytes(100), MAGIC, toy()[:31], forged(b"{}", magic=b"\x89MLXKV\n\n")):
+    for data in (b"", b"\x89PNG\r\n\x1a\n" + bytes(100), MAGIC, toy()[:11], forge(b"{}", magic=b"\x89MLXKV\n\n")):
         with pytest.raises(FormatError, match="not an mlxkv container"):
             Reader(data)
 
@@ -117,25 +111,25 @@ def test_a_file_of_another_kind_is_refused():
 @pytest.mark.parametrize("version", [VERSION + 1, 0, 65535])
 def test_another_version_is_refused(version):
     with pytest.raises(VersionError, match=str(version)):
-        Reader(forged(b'{"sections":[]}', version=version))
+        Reader(forge(b'{"sections":[]}', version=version))
 
 
 def test_reserved_bytes_are_no_version():
     with pytest.raises(FormatError, match="reserved bytes"):
-        Reader(forged(b'{"sections":[]}', reserved=1))
+        Reader(forge(b'{"sections":[]}', reserved=1))
 
 
 def test_verify_reads_every_checksum_without_inflating():
     blob = bytearray(toy())
     Reader(bytes(blob)).verify()
-    blob[-1] ^= 1
+    blob[PREAMBLE + len(header_of(blob)[1]) - 1] ^= 1
     with pytest.raises(ChecksumError):
         Reader(memoryview(blob)).verify()
 
 
 def test_a_damaged_header_is_told_from_a_damaged_section():
     blob = bytearray(toy())
-    blob[PREAMBLE + 3] ^= 1
+    blob[-FOOTER - 3] ^= 1
     with pytest.raises(ChecksumError, match="header"):
         Reader(bytes(blob))
 
@@ -143,13 +137,13 @@ def test_a_damaged_header_is_told_from_a_damaged_section():
 @pytest.mark.parametrize("length", [3, 2**31, 2**32 - 1, MAX_HEADER + 1])
 def test_a_header_longer_than_the_file_is_refused(length):
     with pytest.raises(FormatError, match="truncated"):
-        Reader(forged(b"{}", length=length))
+        Reader(forge(b"{}", length=length))
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"nul", b"{", b"\xff", b"[" * 10**5, b'{"sections":[]'])
 def test_a_header_that_is_no_json_object_is_refused(text):
     with pytest.raises(FormatError):
-        Reader(forged(text))
+        Reader(forge(text))
 
 
 @pytest.mark.parametrize(
@@ -188,7 +182,7 @@ def test_a_malformed_table_is_refused(table):
 
 def test_a_header_without_a_table_is_refused():
     with pytest.raises(FormatError, match="table"):
-        Reader(forged(b"{}"))
+        Reader(forge(b"{}"))
 
 
 def test_repeated_section_names_are_refused():

@@ -1,22 +1,20 @@
 import copy
 import dataclasses
-import json
-import struct
 import tracemalloc
 from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from forging import forge, header_of
 from synthetic import toy_artifacts, toy_dump
 
 from mlxkv.codec.codec import KVTCCacheCodec
 from mlxkv.codec.plan import Group, Plan
 from mlxkv.codec.summary import summary
-from mlxkv.container import MAGIC, VERSION, Reader, digest
+from mlxkv.container import Reader, digest
 from mlxkv.errors import FormatError, MismatchError, MlxkvError
 
-PREAMBLE = 32
 HUGE = [2**31, 2**32, 2**40, 2**63, 2**64, 10**15, 10**30, 10**400]
 ODD = [
     None,
@@ -54,18 +52,6 @@ def blob(codec):
 @pytest.fixture(scope="module")
 def expected(codec, blob):
     return codec.decompress_dump(blob)
-
-
-def header_of(blob):
-    (length,) = struct.unpack_from("<I", blob, 12)
-    return json.loads(blob[PREAMBLE : PREAMBLE + length]), blob[PREAMBLE + length :]
-
-
-def forge(header, rest):
-    """A container whose header checksum is right whatever the header says."""
-    text = json.dumps(header).encode()
-    checksum = digest(struct.pack("<HI", VERSION, len(text)) + text)
-    return struct.pack("<8sHHI16s", MAGIC, VERSION, 0, len(text), checksum) + text + rest
 
 
 def same(found, expected):
@@ -114,7 +100,7 @@ def swap_sections(blob, random):
     parts = [rest[a:b] for a, b in pairwise(ends)]
     first, second = random.choice([i for i, part in enumerate(parts) if part], 2, replace=False)
     parts[first], parts[second] = parts[second], parts[first]
-    return blob[: len(blob) - len(rest)] + b"".join(parts)
+    return blob.replace(rest, b"".join(parts))
 
 
 def places(value, path=()):

@@ -32,9 +32,9 @@ def test_integers_come_back(tables, tokens, components):
 
 
 @pytest.mark.parametrize("shape", [(5, 0), (1, 5), (40, 20)])
-def test_nothing_but_zeros_costs_next_to_nothing(tables, shape):
+def test_nothing_but_zeros_costs_a_byte_a_token(tables, shape):
     data = encode(np.zeros(shape, np.int32), tables)
-    assert len(data) < 50
+    assert shape[0] <= len(data) < 40 + shape[0]  # a byte each at least: it bounds what a reader allocates
     assert np.array_equal(decode(data, tables, *shape), np.zeros(shape))
 
 
@@ -52,7 +52,7 @@ def test_a_large_block_of_almost_nothing_has_lanes_enough_to_be_read(tables):
     integers = np.zeros((700, 96), np.int32)
     integers[np.arange(96), np.arange(96)] = 1
     data = encode(integers, tables)
-    assert len(data) < 700
+    assert len(data) < 2 * 700
     assert np.array_equal(decode(data, tables, 700, 96), integers)
 
 
@@ -115,7 +115,7 @@ def test_bytes_written_by_the_first_version_still_decode():
     assert again[12 + model :] == data[12 + struct.unpack_from("<I", data, 8)[0] :]
 
 
-FROZEN = "01000000010000000f00000078da63e066f80a466000001387020ce8030000a5c2a19a0c00bbd371713e8079427ab2fcc0052510e12288e453b8b53480"
+FROZEN = "01000000010000000d00000078da63e066f80a4200073f020c000000000000e8030000a5c2a19a0c00bbd371713e8079427ab2fcc0052510e12288e453b8b53480"
 
 
 def test_damage_is_an_error_or_other_integers_of_the_same_shape(tables):
@@ -142,9 +142,16 @@ def test_claims_that_do_not_fit_are_refused(tables, place, claim):
 
 
 @pytest.mark.parametrize("model", [
-    bytes(261), bytes(259), bytes(10**8), bytes([CLASSES + 1]) + bytes(259), bytes(259) + bytes([SHIFTS + 1])])  # fmt: skip
-def test_models_that_do_not_fit_are_refused(tables, model):
+    bytes(61), bytes(59), bytes(10**8), bytes([CLASSES + 1]) + bytes(59)])  # fmt: skip
+def test_classes_that_do_not_fit_are_refused(tables, model):
     data, packed = encode(coefficients(200, 60), tables), zlib.compress(model)
     length = struct.unpack_from("<I", data, 8)[0]
     with pytest.raises(FormatError, match="classes"):
         decode(data[:8] + struct.pack("<I", len(packed)) + packed + data[12 + length :], tables, 200, 60)
+
+
+def test_shifts_beyond_the_largest_are_refused(tables):
+    data = bytearray(encode(coefficients(200, 60), tables))
+    data[12 + struct.unpack_from("<I", data, 8)[0]] = SHIFTS + 1
+    with pytest.raises(FormatError, match="shifts"):
+        decode(bytes(data), tables, 200, 60)

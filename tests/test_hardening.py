@@ -4,13 +4,13 @@ import copy
 import dataclasses
 import json
 import os
-import struct
 import tracemalloc
 import zipfile
 import zlib
 
 import numpy as np
 import pytest
+from forging import forge, header_of
 from synthetic import DUAL, toy_artifacts, toy_dump
 
 from mlxkv.cache import CacheSpec, KVDump
@@ -19,7 +19,7 @@ from mlxkv.codec.calibrate import calibrate
 from mlxkv.codec.codec import KVTCCacheCodec
 from mlxkv.codec.kvtc import Settings
 from mlxkv.codec.layout import BLOCK, MAX_ROWS, Layout
-from mlxkv.container import MAGIC, VERSION, Reader, digest
+from mlxkv.container import Reader, digest
 from mlxkv.errors import FormatError, InputError, MismatchError
 from mlxkv.files import atomic_write, open_input, read_npz, write_dump
 
@@ -33,20 +33,17 @@ def codec(tmp_path_factory):
 
 def with_section(blob, name, stored, size, shape):
     """The blob with one section replaced, all lengths and checksums made to fit."""
-    (length,) = struct.unpack_from("<I", blob, 12)
-    header = json.loads(blob[32 : 32 + length])
+    header, sections = header_of(blob)
     header["raw"][name][1] = shape
-    body, position = b"", 32 + length
+    body, position = b"", 0
     for row in header["sections"]:
-        data = blob[position : position + row[3]]
+        data = sections[position : position + row[3]]
         position += row[3]
         if row[0] == name:
             data = stored
             row[1:] = ["deflate", size, len(stored), digest(stored).hex()]
         body += data
-    text = json.dumps(header).encode()
-    start = struct.pack("<HI", VERSION, len(text))
-    return struct.pack("<8sHHI16s", MAGIC, VERSION, 0, len(text), digest(start + text)) + text + body
+    return forge(header, body)
 
 
 @pytest.mark.parametrize(

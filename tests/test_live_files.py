@@ -1,15 +1,12 @@
 """Saved live caches: what is read back goes on exactly as the original would, and damage is found."""
 
-import json
-import struct
-
 import mlx.core as mx
 import pytest
 from conftest import TINY, tiny_model, tiny_tokens
+from forging import PREAMBLE, forge, header_of
 from live_checks import METHODS, small
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
-from mlxkv.container import MAGIC, digest
 from mlxkv.errors import ChecksumError, FormatError, InputError, MismatchError
 from mlxkv.live import LayerCache, detach, make_cache
 from mlxkv.live_files import load_cache, save_cache
@@ -99,22 +96,16 @@ def test_every_changed_or_missing_byte_is_noticed(tmp_path):
     path.write_bytes(data[:-1])
     with pytest.raises(FormatError, match="truncated"):
         load_cache(path, model)
-    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    path.write_bytes(data[:PREAMBLE] + bytes([data[PREAMBLE] ^ 1]) + data[PREAMBLE + 1 :])
     with pytest.raises(ChecksumError, match="damaged"):
         load_cache(path, model)
 
 
 def forged(path, change):
     """Rewrite the header with fitting checksums, as an attacker would."""
-    data = path.read_bytes()
-    (length,) = struct.unpack("<I", data[12:16])
-    header = json.loads(data[32 : 32 + length])
+    header, body = header_of(path.read_bytes())
     change(header)
-    text = json.dumps(header).encode()
-    start = struct.pack("<HI", 1, len(text))
-    path.write_bytes(
-        struct.pack("<8sHHI16s", MAGIC, 1, 0, len(text), digest(start + text)) + text + data[32 + length :]
-    )
+    path.write_bytes(forge(header, body))
 
 
 CHANGES = {

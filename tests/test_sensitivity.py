@@ -65,6 +65,18 @@ def test_it_is_symmetric_without_negative_directions_and_the_same_for_the_same_s
             assert not np.array_equal(found[name], other[name])
 
 
+def test_energies_are_the_traces_token_by_token_and_none_where_nothing_counts(tiny):
+    found, counted = sensitivity(tiny, tiny_tokens(40)), _measured(30)
+    for name in STREAMS:
+        energy = found[f"{name}.energy"]
+        assert energy.shape == (*found[name].shape[:2], 40)
+        trace = np.trace(found[name], axis1=-2, axis2=-1)
+        np.testing.assert_allclose(energy.sum(axis=-1) / len(counted), trace, rtol=1e-4)
+        outside = np.delete(energy, np.r_[counted], axis=-1)
+        assert not outside.any()
+        assert energy.size == 0 or trace.max() == 0 or energy[..., counted].max() > 0
+
+
 def test_quantized_weights_have_one_too():
     model = tiny_model("llama", intermediate_size=128)
     exact = of_many_labels(model)
@@ -107,11 +119,16 @@ def test_a_dump_keeps_it_and_other_shapes_and_values_are_refused(tiny, tmp_path)
     dump = replace(lm.dump(tiny, tokens), sensitivity=sensitivity(tiny, tokens))
     write_dump(file, dump)
     kept = read_dump(file).sensitivity
-    assert all(np.array_equal(kept[name], dump.sensitivity[name]) for name in STREAMS)
+    assert set(kept) == {"k", "v", "k.energy", "v.energy"}
+    assert all(np.array_equal(kept[name], dump.sensitivity[name]) for name in kept)
     with pytest.raises(MismatchError, match="sensitivity of k has shape"):
         replace(dump, sensitivity={**kept, "k": kept["k"][:, :, 1:]})
     with pytest.raises(MismatchError, match="sensitivity of v has shape None"):
-        replace(dump, sensitivity={"k": kept["k"]})
+        replace(dump, sensitivity={name: kept[name] for name in ("k", "k.energy", "v.energy")})
+    with pytest.raises(MismatchError, match=r"sensitivity of v.energy has shape"):
+        replace(dump, sensitivity={**kept, "v.energy": kept["v.energy"][:, :, 1:]})
+    with pytest.raises(MismatchError, match=r"sensitivity of k.energy has shape"):
+        replace(dump, tokens=dump.tokens[:, :30], k=dump.k[..., :30, :], v=dump.v[..., :30, :])
     for bad in ({"k": kept["k"]}, {**kept, "k": kept["k"] * np.float32("nan")}, {**kept, "k": kept["k"] * 1.0j}):
         dump.sensitivity = bad
         write_dump(file, dump)

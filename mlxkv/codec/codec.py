@@ -6,9 +6,12 @@ method of the artifacts. A block's streams are sections of their own, so memory 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import BytesIO
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -23,11 +26,13 @@ from mlxkv.codec.layout import BLOCK, Layout
 from mlxkv.codec.rows import from_rows, to_rows
 from mlxkv.container import Reader, Section, Source, encode_section
 from mlxkv.errors import FormatError, InputError, MismatchError
+from mlxkv.files import replace_rest
 from mlxkv.kernels import metal
 from mlxkv.lossless import CODINGS
 
 Layers = Sequence[np.ndarray] | Sequence[mx.array]
 Progress = Callable[[int], None]
+SINKS = ("k.sink", "v.sink")
 PENDING = 8  # sections that may wait for their coding
 
 
@@ -64,35 +69,75 @@ class KVTCCacheCodec:
         meta and extras (arrays) travel along unchanged. progress is told the tokens done.
         """
         layers = {"k": k_layers, "v": v_layers}
-        batch, length, dtype = self._check_shapes(layers)
-        layout = Layout(batch, length, self.s, self.w, block=max(1, BLOCK // batch))
-        sections: list[tuple[Section, bytes]] = []
-        described = {}
-        for name, array in self._raw_arrays(layers, layout, extras or {}):
-            kind, data = raw.encode(array)
-            described[name] = [kind, list(array.shape)]
-            # Extras are stored as they are: on reading, nothing but the file's own size bounds them.
-            sections.append(encode_section(name, data, self.lossless if name in raw.ENDS else "raw"))
-        sections += self._coded(layers, layout, progress)
-        header = {
-            "method": self.artifacts.method.METHOD,
-            "mlxkv": mlxkv.__version__,
-            "artifacts": self.artifacts.fingerprint,
-            "layout": {"batch": batch, "length": length, "s": self.s, "w": self.w, "block": layout.block},
-            **({} if self.quality is None else {"quality": self.quality}),
-            "dtype": dtype,
-            "raw": described,
-            "meta": dict(meta or {}),
-        }
+        header, arrays, layout = self._described(layers, extras or {}, meta or {})
         out = BytesIO()
         try:
-            container.write(out, header, sections)
+            container.write(out, header, self._sections(layers, layout, arrays, 0, progress))
         except (TypeError, ValueError) as error:
             raise InputError(f"meta must be plain JSON values: {error}") from None
         return out.getvalue()
 
+    def append_dump(self, path: str | Path, dump: KVDump, progress: Progress | None = None) -> None:
+        """Bring a file of `compress_dump` up to a dump of the same conversation gone on: the file becomes what
+        compressing the dump would make, but its whole blocks are neither coded nor written again.
+
+        Raises MismatchError when the file was made with other artifacts, settings or tokens.
+        """
+        extras, meta = self._travelling(dump)
+        layers = {"k": list(dump.k), "v": list(dump.v)}
+        header, arrays, layout = self._described(layers, extras, meta)
+        with Reader(path) as reader:
+            reading.check_origin(reader, self.artifacts)
+            old = reading.layout_of(reader)
+            if not np.array_equal(raw.read_extra(reader, "tokens"), dump.tokens[:, : old.length]):
+                raise MismatchError(f"{path} is of other tokens than those that the dump begins with")
+            expected = {**header, "layout": {**header["layout"], "length": old.length}, "raw": reader.header["raw"]}
+            if changed := [key for key, value in reader.header.items() if value != expected.get(key)]:
+                raise MismatchError(f"{path} was made with another {', '.join(changed)}: compress the dump anew")
+            whole = sum(stop - start == layout.block for _, start, stop in old.blocks())
+            names = [f"{name}.{index}" for index in range(whole) for name in (stream.name for stream in self.streams)]
+            names = [*SINKS, *names] if old.middle.start == layout.middle.start else []
+            kept = list(reader.sections.values())[: len(names)]
+            if [section.name for section in kept] != names:
+                raise FormatError(f"{path} has its sections in another order than they are written in")
+            keep = reader.end_of(kept)
+        sections = self._sections(layers, layout, arrays, whole, progress)
+        fresh = [(section, data) for section, data in sections if section.name not in names]
+        replace_rest(path, keep, container.rest_of(header, kept, fresh))
+
+    def _described(
+        self, layers: Mapping[str, Layers], extras: Mapping[str, np.ndarray], meta: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, bytes], Layout]:
+        """The header's own fields, and the bytes of all that is stored as it is."""
+        batch, length, dtype = self._check_shapes(layers)
+        layout = Layout(batch, length, self.s, self.w, block=max(1, BLOCK // batch))
+        described, arrays = {}, {}
+        for name, array in self._raw_arrays(layers, layout, extras):
+            kind, arrays[name] = raw.encode(array)
+            described[name] = [kind, list(array.shape)]
+        header = {
+            "method": self.artifacts.method.METHOD,
+            "mlxkv": mlxkv.__version__,
+            "artifacts": self.artifacts.fingerprint,
+            "layout": dataclasses.asdict(layout),
+            **({} if self.quality is None else {"quality": self.quality}),
+            "dtype": dtype,
+            "raw": described,
+            "meta": dict(meta),
+        }
+        return header, arrays, layout
+
+    def _sections(self, layers: Mapping[str, Layers], layout: Layout, arrays: Mapping[str, bytes], first: int,
+                  progress: Progress | None) -> list[tuple[Section, bytes]]:  # fmt: skip
+        """In the file's order: sinks, blocks from the `first` on, and last what changes when a file grows."""
+        # Extras are stored plain: on reading, nothing but the file's own size bounds them.
+        codings = {name: self.lossless if name in raw.ENDS else "raw" for name in arrays}
+        stored = {name: encode_section(name, data, codings[name]) for name, data in arrays.items()}
+        blocks = self._coded(layers, layout, first, progress)
+        return [*(stored.pop(name) for name in SINKS), *blocks, *stored.values()]
+
     def _coded(
-        self, layers: Mapping[str, Layers], layout: Layout, progress: Progress | None
+        self, layers: Mapping[str, Layers], layout: Layout, first: int, progress: Progress | None
     ) -> list[tuple[Section, bytes]]:
         """The sections of all blocks. What a block's codes take to bytes goes on beside the next block's arithmetic."""
         coding = self.lossless if self.coder.leaves_lossless else "raw"
@@ -104,7 +149,7 @@ class KVTCCacheCodec:
         with ThreadPoolExecutor(2) as pool:
             submit = _at_once if kernels else pool.submit
             futures: list[Future[tuple[Section, bytes]]] = []
-            for index, start, stop in layout.blocks():
+            for index, start, stop in islice(layout.blocks(), first, None):
                 rows = {stream.name: to_rows(stream, layers[stream.name], start, stop) for stream in self.streams}
                 for name, codes in self.coder.encode(rows, self.quality).items():
                     if len(futures) >= PENDING:  # wait for the coding rather than let codes pile up
@@ -128,6 +173,11 @@ class KVTCCacheCodec:
 
     def compress_dump(self, dump: KVDump, progress: Progress | None = None) -> bytes:
         """A whole dump: also its tokens, other layers' states and origin, but not its sensitivity."""
+        extras, meta = self._travelling(dump)
+        return self.compress(list(dump.k), list(dump.v), meta=meta, extras=extras, progress=progress)
+
+    def _travelling(self, dump: KVDump) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """What goes along with keys and values, once the dump is known to fit the artifacts."""
         expected = self.artifacts.meta.get("model_fingerprint", "")
         if dump.fingerprint != expected:
             raise MismatchError(
@@ -138,8 +188,7 @@ class KVTCCacheCodec:
         if dump.start:
             raise InputError(f"the dump starts at token {dump.start}: compress a whole one")
         meta = {"model": dump.model, "fingerprint": dump.fingerprint, "dtype": dump.dtype}
-        extras = {"tokens": dump.tokens, **{f"state.{key}": value for key, value in dump.states.items()}}
-        return self.compress(list(dump.k), list(dump.v), meta=meta, extras=extras, progress=progress)
+        return {"tokens": dump.tokens, **{f"state.{key}": value for key, value in dump.states.items()}}, meta
 
     def decompress_dump(
         self, blob: Source, progress: Progress | None = None, *, tokens: tuple[int, int] | None = None

@@ -100,10 +100,11 @@ def encode(integers: np.ndarray, tables: np.ndarray) -> bytes:
     bits = _symbol_prices(tables)[np.repeat(which, CHUNK, axis=1), symbols].sum()
     lanes = max(1, -(-symbols.size // _LANE_SYMBOLS), int(bits) // (8 * _LANE_BYTES))
     streams = rans.encode(symbols.ravel(), tables, which.ravel(), CHUNK, lanes)
-    model = zlib.compress(np.diff(classes, prepend=0).astype(np.uint8).tobytes() + shifts.astype(np.int8).tobytes(), 9)
+    model = zlib.compress(np.diff(classes, prepend=0).astype(np.uint8).tobytes(), 9)
     parts = [
         _HEADER.pack(lanes, int(escaped.sum()), len(model)),
         model,
+        shifts.astype(np.int8).tobytes(),
         values[escaped].astype("<i4").tobytes(),
         streams.states.astype("<u4").tobytes(),
         streams.counts.astype("<u2").tobytes(),
@@ -118,18 +119,21 @@ def decode(data: bytes, tables: np.ndarray, tokens: int, components: int) -> np.
     if len(data) < _HEADER.size:
         raise FormatError("the coded coefficients are truncated")
     lanes, escapes, length = _HEADER.unpack_from(data)
-    starts = np.cumsum([_HEADER.size, length, 4 * escapes, 4 * lanes, 2 * lanes])
+    starts = np.cumsum([_HEADER.size, length, tokens, 4 * escapes, 4 * lanes, 2 * lanes])
     if starts[-1] > len(data) or (len(data) - starts[-1]) % 2:
         raise FormatError(f"the coded coefficients claim {lanes} lanes, {escapes} escapes, {length} bytes of classes")
-    classes, shifts = _read_model(data[starts[0] : starts[1]], tokens, components)
+    classes = _read_classes(data[starts[0] : starts[1]], components)
+    shifts = np.frombuffer(data, np.int8, tokens, starts[1])
+    if np.abs(shifts.astype(int)).max(initial=0) > SHIFTS:
+        raise FormatError(f"shifts of coded coefficients are -{SHIFTS} to {SHIFTS}")
     order, of_chunks = _arrangement(classes)
     size = tokens * len(of_chunks) * CHUNK
     if lanes * _LANE_SYMBOLS < size:
         raise FormatError(f"{size} coefficients in {lanes} lanes: too many to a lane")
     streams = rans.Streams(
-        words=np.frombuffer(data, "<u2", offset=starts[4]).astype(np.uint16),
-        counts=np.frombuffer(data, "<u2", lanes, starts[3]).astype(np.uint32),
-        states=np.frombuffer(data, "<u4", lanes, starts[2]).astype(np.uint32),
+        words=np.frombuffer(data, "<u2", offset=starts[5]).astype(np.uint16),
+        counts=np.frombuffer(data, "<u2", lanes, starts[4]).astype(np.uint32),
+        states=np.frombuffer(data, "<u4", lanes, starts[3]).astype(np.uint32),
     )
     symbols = rans.decode(streams, tables, _tables_of(of_chunks, shifts).ravel(), CHUNK, size)
     values = (symbols.astype(np.int32) + 1) // 2
@@ -137,26 +141,25 @@ def decode(data: bytes, tables: np.ndarray, tokens: int, components: int) -> np.
     escaped = symbols == ESCAPE
     if np.count_nonzero(escaped) != escapes:
         raise FormatError(f"{escapes} escaped coefficients do not fit the {np.count_nonzero(escaped)} coded")
-    values[escaped] = np.frombuffer(data, "<i4", escapes, starts[1])
+    values[escaped] = np.frombuffer(data, "<i4", escapes, starts[2])
     integers = np.zeros((tokens, components), np.int32)
     integers[:, order] = values.reshape(tokens, -1)[:, : len(order)]
     return integers
 
 
-def _read_model(data: bytes, tokens: int, components: int) -> tuple[np.ndarray, np.ndarray]:
-    """Classes `[r]` and shifts `[n]`."""
+def _read_classes(data: bytes, components: int) -> np.ndarray:
+    """Classes `[r]`."""
     inflater = zlib.decompressobj()
     try:
-        model = inflater.decompress(data, components + tokens + 1)
+        model = inflater.decompress(data, components + 1)
     except zlib.error as error:
         raise FormatError(f"the classes of coded coefficients do not inflate: {error}") from None
-    if len(model) != components + tokens or not inflater.eof or inflater.unused_data:
-        raise FormatError(f"the classes of coded coefficients are not of {components} components and {tokens} tokens")
-    classes = np.cumsum(np.frombuffer(model, np.uint8, components), dtype=np.uint8)
-    shifts = np.frombuffer(model, np.int8, tokens, components)
-    if classes.max(initial=0) > CLASSES or np.abs(shifts.astype(int)).max(initial=0) > SHIFTS:
-        raise FormatError(f"classes of coded coefficients are 0 to {CLASSES}, shifts -{SHIFTS} to {SHIFTS}")
-    return classes, shifts
+    if len(model) != components or not inflater.eof or inflater.unused_data:
+        raise FormatError(f"the classes of coded coefficients are not of {components} components")
+    classes = np.cumsum(np.frombuffer(model, np.uint8), dtype=np.uint8)
+    if classes.max(initial=0) > CLASSES:
+        raise FormatError(f"classes of coded coefficients are 0 to {CLASSES}, not {classes.max()}")
+    return classes
 
 
 def _arrangement(classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlxkv.cache import CacheSpec, KVDump
+from mlxkv.cache import STREAMS, CacheSpec, KVDump
 from mlxkv.codec.layout import BLOCK
 from mlxkv.codec.rows import to_rows
 from mlxkv.errors import InputError, MismatchError
@@ -70,6 +70,32 @@ class Samples:
             rows = np.array(to_rows(stream, list(dump.stream(name)), start, stop))
             kept.append(rows[chosen[:, start - self.sinks : stop - self.sinks].reshape(-1)])
         return np.concatenate(kept)
+
+    def measured(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
+        """The dumps' mean sensitivity, `[layers * H, D, D]` for each stream; of each token that counted its energy, `[N,
+        layers * H]`, and its un-rotated keys `[N, p]`. Raises InputError for a dump that was made without."""
+        sums: dict[str, np.ndarray] = {}
+        energies: dict[str, list[np.ndarray]] = {name: [] for name in STREAMS}
+        keys, stream = [], self.spec.stream("k")
+        for path in self.files:
+            self.progress(f"reading the sensitivity of {Path(path).name}")
+            dump = self.read(path)
+            if not dump.sensitivity:
+                raise InputError(f"{path} has no sensitivity: make it with mlxkv dump --sensitivity")
+            of_tokens = {name: dump.sensitivity[f"{name}.energy"] for name in STREAMS}
+            counted = np.flatnonzero(sum(energy.sum(axis=(0, 1)) for energy in of_tokens.values()))
+            for name in STREAMS:
+                heads, dim = np.prod(dump.sensitivity[name].shape[:2]), dump.sensitivity[name].shape[3]
+                total = dump.sensitivity[name].reshape(heads, dim, dim) * len(counted)
+                sums[name] = sums.get(name, 0) + total
+                energies[name].append(of_tokens[name].reshape(heads, -1)[:, counted].T)
+            rows = np.array(to_rows(stream, list(dump.k[:, :1]), 0, dump.length))
+            keys.append(rows[counted])
+        together = np.concatenate(keys)
+        if len(together) < 2:
+            raise InputError("the dumps' sensitivity is zero everywhere: the model does not read this cache")
+        means = {name: total / len(together) for name, total in sums.items()}
+        return means, {name: np.concatenate(parts) for name, parts in energies.items()}, together
 
     def read(self, path: str | Path) -> KVDump:
         """One dump. Raises MismatchError when it is of another model than the first."""
