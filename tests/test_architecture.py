@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mlxkv"
 # Lower floors first; a room may import itself and lower floors.
 FLOORS = [
-    {"errors", "blas"},
+    {"errors", "blas", "registry"},
     {"cache", "metrics", "resources"},
     {"kernels"},
     {"files", "models", "lossless", "sketches", "clustering"},
@@ -19,6 +19,7 @@ FLOORS = [
     {"live", "sensitivity"},
     {"live_files", "methods", "quant_fidelity"},
     {"evaluate"},
+    {"targets"},
     {"cli"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

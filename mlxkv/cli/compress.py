@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mlxkv.cli._checks import check_out_file
 from mlxkv.cli._output import Artifacts, Json, bar, show
+
+if TYPE_CHECKING:
+    from mlxkv.cache import KVDump
+    from mlxkv.codec.codec import KVTCCacheCodec
 
 
 def command(
@@ -17,8 +21,19 @@ def command(
     w: Annotated[int, typer.Option(min=0, help="Newest tokens to keep exactly.")] = 128,
     s: Annotated[int, typer.Option(min=0, help="First tokens (sinks) to keep exactly.")] = 4,
     lossless: Annotated[
-        str, typer.Option(help="Last stage: deflate, rans (smaller, slower on a CPU) or raw.")
+        str, typer.Option(help="Last stage of kvtc: deflate, rans (smaller, slower on a CPU) or raw.")
     ] = "deflate",
+    quality: Annotated[float | None, typer.Option(help="0 to 100 for kvtc-rd: ten points more halve the step.")] = None,
+    target_ratio: Annotated[float | None, typer.Option(help="Times smaller than fp16, the whole file.")] = None,
+    target_bytes: Annotated[int | None, typer.Option(help="Size of the whole file.")] = None,
+    target_kl: Annotated[
+        float | None, typer.Option(help="Nats a token that predictions may diverge; needs --model.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model of the dump, for --target-kl.")] = None,
+    append: Annotated[
+        bool,
+        typer.Option("--append", help="Bring --out, of the same conversation, up to the dump without rewriting it."),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Compress a dump into one file.
@@ -29,17 +44,50 @@ def command(
     from mlxkv.codec.codec import KVTCCacheCodec
     from mlxkv.codec.summary import summary
     from mlxkv.container import Reader
+    from mlxkv.errors import InputError
     from mlxkv.files import atomic_write, read_dump
 
+    targets = {"quality": quality, "ratio": target_ratio, "bytes": target_bytes, "kl": target_kl}
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) > 1:
+        raise InputError("give one of --quality, --target-ratio, --target-bytes and --target-kl")
+    if (model is None) == ("kl" in given) or (append and given.keys() - {"quality"}):
+        raise InputError("--model goes with --target-kl; --append takes no target, but the file's own --quality")
     check_out_file(out, source=npz)
-    codec = KVTCCacheCodec(CalibrationArtifacts.from_dir(artifacts), w=w, s=s, lossless=lossless)
+    codec = KVTCCacheCodec(CalibrationArtifacts.from_dir(artifacts), w=w, s=s, lossless=lossless, quality=quality)
     dump = read_dump(npz)
     start = time.perf_counter()
-    with bar("compressing", dump.length) as advance:
-        blob = codec.compress_dump(dump, advance)
+    if append:
+        with bar("appending", dump.length) as advance:
+            codec.append_dump(out, dump, advance)
+    else:
+        codec, blob = _compressed(codec, dump, given, model)
+        with atomic_write(out) as file:
+            file.write(blob)
     seconds = time.perf_counter() - start
-    with atomic_write(out) as file:
-        file.write(blob)
-    with Reader(blob) as reader:
-        facts = summary(reader)
-    show({"file": str(out), **facts, "artifact_bytes": codec.artifacts.nbytes, "compress_seconds": seconds}, json)
+    with Reader(out) as reader:
+        facts = {"file": str(out), "quality": codec.quality, **summary(reader)}
+    show({**facts, "artifact_bytes": codec.artifacts.nbytes, "compress_seconds": seconds}, json)
+
+
+def _compressed(
+    codec: KVTCCacheCodec, dump: KVDump, given: dict[str, Any], model: str | None
+) -> tuple[KVTCCacheCodec, bytes]:
+    """The container that meets what was asked for, and the codec that made it."""
+    from mlxkv import lm
+    from mlxkv.errors import InputError
+    from mlxkv.targets import compress_to_bytes, quality_for_kl
+
+    if model is not None:
+        loaded, _ = lm.load(model)
+        if lm.fingerprint(loaded) != dump.fingerprint or dump.tokens.shape[0] != 1:
+            raise InputError(f"--target-kl needs the model that made the dump, {dump.model}, and a batch of 1")
+        with bar("measuring divergence", 1):
+            codec = codec.at(quality_for_kl(codec, loaded, dump.tokens[0].tolist(), given["kl"]))
+    goal = given.get("bytes", dump.fp16_bytes / given["ratio"] if given.get("ratio", 0) > 0 else None)
+    if "ratio" in given and goal is None:
+        raise InputError(f"--target-ratio must be above 0, not {given['ratio']}")
+    with bar("compressing", dump.length) as advance:
+        if goal is not None:
+            return compress_to_bytes(codec, dump, goal, advance)
+        return codec, codec.compress_dump(dump, advance)

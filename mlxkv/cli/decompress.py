@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Annotated
@@ -14,9 +15,13 @@ def command(
     file: Annotated[Path, typer.Argument(help="A container written by mlxkv compress.", show_default=False)],
     artifacts: Artifacts,
     out: Annotated[Path, typer.Option(help="The .npz to write.", show_default=False)],
+    tokens: Annotated[
+        str | None,
+        typer.Option(metavar="A:B", help="Only tokens A to B - 1, as in Python; only their blocks are read."),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Turn a compressed file back into a dump.
+    """Turn a compressed file back into a dump, or a part of it.
 
     Example: mlxkv decompress notes.mlxkv --artifacts artifacts --out restored.npz
     """
@@ -29,11 +34,23 @@ def command(
     check_out_file(out, source=file)
     codec = KVTCCacheCodec(CalibrationArtifacts.from_dir(artifacts))
     with Reader(file) as reader:
-        tokens = summary(reader)["tokens"]
+        length = summary(reader)["tokens"]
+    part = _part(tokens, length) if tokens is not None else None
     start = time.perf_counter()
-    with bar("decompressing", tokens) as advance:
-        dump = codec.decompress_dump(file, advance)
+    with bar("decompressing", length) as advance:
+        dump = codec.decompress_dump(file, advance, tokens=part)
     seconds = time.perf_counter() - start
     write_dump(out, dump)
     facts = {"file": str(out), "file_bytes": out.stat().st_size, "k": str(dump.k.shape), "v": str(dump.v.shape)}
     show({**facts, "tokens": dump.length, "decompress_seconds": seconds}, json)
+
+
+def _part(text: str, length: int) -> tuple[int, int]:
+    """ "a:b" as two numbers; one that is left out is the file's own end."""
+    from mlxkv.errors import InputError
+
+    match = re.fullmatch(r"(\d*):(\d*)", text, re.ASCII)
+    if not match:
+        raise InputError(f"--tokens is two numbers, such as 0:1000, not {text!r}")
+    first, last = match.groups()
+    return int(first or 0), int(last or length)

@@ -8,7 +8,6 @@ import typer
 from mlxkv.cli._output import Json, show
 
 if TYPE_CHECKING:
-    from mlxkv.codec.plan import Plan
     from mlxkv.container import Reader
 
 
@@ -52,6 +51,7 @@ def _dump(file: Path) -> dict[str, Any]:
         "v": f"{dump.v.shape} {dump.v.dtype}",
         "live_dtype": dump.dtype,
         "tokens": dump.length,
+        "start": dump.start,
         "other_states": len(dump.states),
         "sensitivity": "measured" if dump.sensitivity else None,
         "fp16_bytes": dump.fp16_bytes,
@@ -63,18 +63,9 @@ def _artifacts(folder: Path) -> dict[str, Any]:
     from mlxkv.codec.artifacts import CalibrationArtifacts
 
     artifacts = CalibrationArtifacts.from_dir(folder)
-    keys = ("method", "mlxkv", "model", "model_fingerprint", "mode", "compression_ratio", "calibration_tokens")
-    facts = {key: artifacts.meta.get(key) for key in keys}
-    for name in ("k", "v"):
-        part = artifacts.stream(name)
-        facts[f"{name}_width"] = part.mu.size
-        facts[f"{name}_bits_per_token"] = part.plan.bits
-        facts[f"{name}_plan"] = _describe(part.plan)
+    keys = ("method", "mlxkv", "model", "model_fingerprint", "mode", "calibration_tokens")
+    facts = {key: artifacts.meta.get(key) for key in keys} | artifacts.method.explain(artifacts)
     return {**facts, "artifact_bytes": artifacts.nbytes, "fingerprint": artifacts.fingerprint}
-
-
-def _describe(plan: Plan) -> str:
-    return " | ".join(f"{run.count} x {run.size} {run.kind}" for run in plan.runs()) or "nothing is coded"
 
 
 def _live_cache(reader: Reader) -> dict[str, Any]:
@@ -100,7 +91,7 @@ def _container(file: Path) -> dict[str, Any]:
         header = reader.header
         if header.get("kind") == "live cache":
             return _live_cache(reader)
-        facts = {key: header.get(key) for key in ("method", "mlxkv", "dtype", "artifacts")}
+        facts = {key: header.get(key) for key in ("method", "quality", "mlxkv", "dtype", "artifacts")}
         origin = header.get("meta")
         return {
             **facts,

@@ -6,11 +6,11 @@ method of the artifacts. A block's streams are sections of their own, so memory 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import BytesIO
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,13 @@ class KVTCCacheCodec:
         self.quality = self.coder.default_quality if quality is None else quality
         self.coder.check_quality(self.quality)
 
+    def at(self, quality: float) -> KVTCCacheCodec:
+        """The same codec with another quality."""
+        self.coder.check_quality(quality)
+        other = copy.copy(self)
+        other.quality = quality
+        return other
+
     def compress(self, k_layers: Layers, v_layers: Layers, *, meta: Mapping[str, Any] | None = None,
                  extras: Mapping[str, np.ndarray] | None = None, progress: Progress | None = None) -> bytes:  # fmt: skip
         """One container from keys and values, each a list of `[B, H, T, D]` arrays (NumPy or MLX), one a layer.
@@ -76,6 +83,14 @@ class KVTCCacheCodec:
         except (TypeError, ValueError) as error:
             raise InputError(f"meta must be plain JSON values: {error}") from None
         return out.getvalue()
+
+    def coded_bytes(self, dump: KVDump, blocks: int | None = None) -> float:
+        """Bytes of the coded sections; with `blocks`, estimated from so many, spread evenly."""
+        layers = {"k": list(dump.k), "v": list(dump.v)}
+        every = list(self._described(layers, {}, {})[2].blocks())
+        chosen = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, blocks or len(every)).astype(int))]
+        stored = sum(section.stored for section, _ in self._coded(layers, chosen, None))
+        return stored * sum(b - a for _, a, b in every) / max(1, sum(b - a for _, a, b in chosen))
 
     def append_dump(self, path: str | Path, dump: KVDump, progress: Progress | None = None) -> None:
         """Bring a file of `compress_dump` up to a dump of the same conversation gone on: the file becomes what
@@ -133,11 +148,11 @@ class KVTCCacheCodec:
         # Extras are stored plain: on reading, nothing but the file's own size bounds them.
         codings = {name: self.lossless if name in raw.ENDS else "raw" for name in arrays}
         stored = {name: encode_section(name, data, codings[name]) for name, data in arrays.items()}
-        blocks = self._coded(layers, layout, first, progress)
+        blocks = self._coded(layers, list(layout.blocks())[first:], progress)
         return [*(stored.pop(name) for name in SINKS), *blocks, *stored.values()]
 
     def _coded(
-        self, layers: Mapping[str, Layers], layout: Layout, first: int, progress: Progress | None
+        self, layers: Mapping[str, Layers], blocks: Sequence[tuple[int, int, int]], progress: Progress | None
     ) -> list[tuple[Section, bytes]]:
         """The sections of all blocks. What a block's codes take to bytes goes on beside the next block's arithmetic."""
         coding = self.lossless if self.coder.leaves_lossless else "raw"
@@ -149,7 +164,7 @@ class KVTCCacheCodec:
         with ThreadPoolExecutor(2) as pool:
             submit = _at_once if kernels else pool.submit
             futures: list[Future[tuple[Section, bytes]]] = []
-            for index, start, stop in islice(layout.blocks(), first, None):
+            for index, start, stop in blocks:
                 rows = {stream.name: to_rows(stream, layers[stream.name], start, stop) for stream in self.streams}
                 for name, codes in self.coder.encode(rows, self.quality).items():
                     if len(futures) >= PENDING:  # wait for the coding rather than let codes pile up

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
@@ -139,6 +139,35 @@ def train(samples: Samples, settings: Settings) -> dict[str, StreamArtifacts]:
 def facts(parts: Mapping[str, StreamArtifacts]) -> dict[str, Any]:
     """What artifacts say of themselves in meta.json beside the settings."""
     return {"plan_rank": {name: part.plan.rank for name, part in parts.items()}}
+
+
+def explain(artifacts: CalibrationArtifacts) -> dict[str, Any]:
+    """What each stream spends of its budget, and advice when the rank, not the bits, was the limit."""
+    told: dict[str, Any] = {"compression_ratio": artifacts.meta.get("compression_ratio")}
+    limited = []
+    for name in STREAMS:
+        part = artifacts.stream(name)
+        told |= {f"{name}_width": part.width, f"{name}_bits_per_token": part.plan.bits}
+        told |= {f"{name}_components": part.plan.rank, f"{name}_plan": _described(part.plan)}
+        try:
+            settings = Settings(**{field.name: artifacts.meta[field.name] for field in fields(Settings)})
+            tokens = artifacts.meta["calibration_tokens"]
+        except KeyError:  # of artifacts that were put together by hand
+            continue
+        budget = settings.budget(part.width)
+        unspent = budget - part.plan.bits
+        told |= {f"{name}_bit_budget": budget, f"{name}_unspent_bits": unspent}
+        # More components than that do not exist, whatever the rank.
+        directions = min(part.width, tokens - 1)
+        if unspent > budget / 10 and part.plan.rank == settings.components(part.width) < directions:
+            limited.append(name)
+    if limited:
+        told["advice"] = f"raise --rank: it, not the bit budget, limits {' and '.join(limited)}"
+    return told
+
+
+def _described(plan: Plan) -> str:
+    return " | ".join(f"{run.count} x {run.size} {run.kind}" for run in plan.runs()) or "nothing is coded"
 
 
 def _train_stream(samples: Samples, stream: Stream, settings: Settings) -> StreamArtifacts:

@@ -218,6 +218,15 @@ def facts(parts: Mapping[str, StreamArtifacts]) -> dict[str, Any]:
             "groups": {name: len(part.scale) for name, part in parts.items()}}  # fmt: skip
 
 
+def explain(artifacts: CalibrationArtifacts) -> dict[str, Any]:
+    """What each stream is coded with."""
+    told: dict[str, Any] = {}
+    for name in STREAMS:
+        part = artifacts.stream(name)
+        told |= {f"{name}_width": part.width, f"{name}_components": part.components, f"{name}_groups": len(part.scale)}
+    return told
+
+
 def _learn(samples: Samples, name: str, rows: np.ndarray, settings: Settings, budget: int | None,
            mu: np.ndarray, weights: np.ndarray, attention: np.ndarray) -> StreamArtifacts:  # fmt: skip
     """Basis and tables from weighted rows."""
