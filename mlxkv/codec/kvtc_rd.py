@@ -11,17 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlxkv.cache import STREAMS, is_whole
-from mlxkv.codec import entropy, weighting
+from mlxkv.codec import basis, entropy, weighting
 from mlxkv.codec.artifacts import CalibrationArtifacts
-from mlxkv.codec.pca import principal_components
+from mlxkv.codec.basis import Basis
 from mlxkv.codec.samples import Samples
 from mlxkv.errors import FormatError, InputError
 
@@ -29,6 +28,7 @@ METHOD = "kvtc-rd"
 KEYS_COARSER = 1.5  # the keys' step is so many times the quality's, the values' so many times less
 ROUNDING = 0.40  # below 1/2: the dead zone around 0 is wider than a step
 OUTWARDS = 0.12  # steps: shrunken vectors flatten attention, which costs more than their squared error
+REACH = 1 / 10  # steps: a component that spreads less is not looked at
 LARGEST = 2**30  # quantized magnitude
 QUALITIES = range(10, 71, 10)  # that the tables are learnt at
 MAX_HISTOGRAMS = 20_000
@@ -39,8 +39,8 @@ BLOCK = 512  # tokens of the histograms that the tables are learnt from
 class Settings:
     """How the `kvtc-rd` method is calibrated; its dumps need a sensitivity.
 
-    basis_bytes: bound of the artifacts, all of k and v together. A basis that does not fit is split into groups of
-    heads, which keeps every direction, as one of fewer components would not. samples_per_file, s, seed: as `kvtc` has them.
+    basis_bytes: bound of the artifacts, all of k and v together: components beyond it are kept in 4 bits an entry instead
+    of 8, or left out. samples_per_file, s, seed: as `kvtc` has them.
     """
 
     basis_bytes: int | None = None
@@ -59,53 +59,49 @@ class Settings:
 
 @dataclass(frozen=True)
 class StreamArtifacts:
-    """mu: `[p]` float32. V: `[p, r]` int8, the components of each group of heads under one another; scale: `[G, r]`
-    float32, of G groups. weights: `[n, D, D]` float16, symmetric, one for each layer and head. attention: `[n, Dk + 1]`
-    float32 for values, `[0, 0]` for what has no keys. tables: of codec/entropy.py."""
+    """mu: `[p]` float32. V8, V4, scale, spread: of the basis (codec/basis.py). weights: `[heads, D, D]` float16,
+    symmetric, heads of all layers. attention: `[heads, Dk + 1]` float32 for values, `[0, 0]` for what has no keys.
+    tables: of codec/entropy.py."""
 
     mu: np.ndarray
-    V: np.ndarray
+    V8: np.ndarray
+    V4: np.ndarray
     scale: np.ndarray
+    spread: np.ndarray
     weights: np.ndarray
     attention: np.ndarray
     tables: np.ndarray
 
     def __post_init__(self) -> None:
-        types = {"mu": "float32", "V": "int8", "scale": "float32", "weights": "float16", "attention": "float32",
-                 "tables": "uint16"}  # fmt: skip
-        found = {name: str(getattr(self, name).dtype) for name in types}
-        axes = [getattr(self, name).ndim for name in types]
-        if found != types or axes != [1, 2, 2, 3, 2, 2]:
-            raise FormatError(f"expected artifacts of types {types}, found {found} with {axes} axes")
-        heads, dim = self.weights.shape[:2]
-        fits = self.V.shape == (self.mu.size, self.scale.shape[1]) and self.weights.shape[2] == dim
-        fits &= self.mu.size == heads * dim and (not heads or 1 <= len(self.scale) <= heads)
-        fits &= self.attention.shape[0] in (0, heads) and self.tables.shape == (entropy.CLASSES, 256)
-        if not fits or not all(np.isfinite(getattr(self, name)).all() for name in types):
-            raise FormatError(
-                f"artifacts disagree: {self.mu.shape}, {self.V.shape}, {self.scale.shape}, {self.weights.shape}"
-            )
+        types = {"mu": "float32", "weights": "float16", "attention": "float32", "tables": "uint16"}
+        parts = {name: getattr(self, name) for name in types}
+        if {name: str(part.dtype) for name, part in parts.items()} != types or self.mu.ndim != 1:
+            raise FormatError(f"expected artifacts of the types {types}")
+        heads, dim = self.weights.shape[:2] if self.weights.ndim == 3 else (0, 0)
+        fits = self.weights.shape == (heads, dim, dim) and heads * dim == self.mu.size and self.attention.ndim == 2
+        fits = fits and self.attention.shape[0] in (0, heads) and self.tables.shape == (entropy.CLASSES, 256)
+        if not fits or not all(np.isfinite(part).all() for part in parts.values()):
+            raise FormatError(f"artifacts disagree: {[part.shape for part in parts.values()]}, or are not finite")
+        if len(self.basis.scale) != heads:
+            raise FormatError(f"artifacts disagree: weights of {heads} heads, a basis of {len(self.basis.scale)}")
 
     @property
     def width(self) -> int:
         """Of the rows that it codes."""
         return self.mu.size
 
-    @property
-    def components(self) -> int:
-        """Coefficients of a row."""
-        return self.scale.size
+    @cached_property
+    def basis(self) -> Basis:
+        """Of weighted rows."""
+        return Basis(self.V8, self.V4, self.scale, self.spread, self.mu.size)
 
-    def groups(self) -> list[slice]:
-        """The part of a row that each group codes."""
-        return _groups(self.weights.shape[0], self.weights.shape[1], len(self.scale))
-
-    def matrices(self, weights: np.ndarray) -> list[mx.array]:
-        """`[width, r]` float32 of each group: head by head these weights times the components."""
-        heads, dim = self.weights.shape[:2]
-        basis = np.concatenate([self.V[part] * scale for part, scale in zip(self.groups(), self.scale)])
-        weighted = (weights.astype(np.float32) @ basis.reshape(heads, dim, -1)).reshape(self.V.shape)
-        return [mx.array(weighted[part]) for part in self.groups()]
+    @cached_property
+    def inverse(self) -> np.ndarray:
+        """Of the weights as they are stored, float32."""
+        try:
+            return np.linalg.inv(self.weights.astype(np.float64)).astype(np.float32)
+        except np.linalg.LinAlgError:
+            raise FormatError("the artifacts' weights have no inverse; calibrate again") from None
 
 
 def step_of(quality: float, name: str) -> float:
@@ -120,11 +116,7 @@ class Coder:
     default_quality = 35.0
 
     def __init__(self, artifacts: CalibrationArtifacts) -> None:
-        self._parts = {name: artifacts.stream(name) for name in STREAMS}
-        # Made on first use: compressing needs the way there, decompressing the way back.
-        self._there = cache(lambda name: self._parts[name].matrices(self._parts[name].weights))
-        self._back = cache(lambda name: self._parts[name].matrices(_inverse(self._parts[name].weights)))
-        self._foretold = cache(self._foretelling)
+        self._parts: dict[str, StreamArtifacts] = {name: artifacts.stream(name) for name in STREAMS}
 
     def check_quality(self, quality: object) -> None:
         """Raises InputError for anything but a number from 0 to 100."""
@@ -136,16 +128,17 @@ class Coder:
         integers: dict[str, np.ndarray] = {}
         for name, x in rows.items():
             part, step = self._parts[name], step_of(quality, name)
-            x = x - mx.array(part.mu)
+            x = _weighted(x - mx.array(part.mu), part.weights)
             if len(part.attention):
-                x = _by_head(x, self._gains(integers["k"], quality))
-            parts = [x[:, where] @ matrix for where, matrix in zip(part.groups(), self._there(name))]
-            integers[name] = np.array(_quantized(mx.concatenate(parts, axis=1), step))
+                x = _scaled(x, self._gains(integers["k"], quality))
+            coefficients = part.basis.project(x, part.basis.reaching(REACH * step))
+            integers[name] = _quantized(coefficients, step, part.tables)
         return integers
 
     def pack(self, name: str, codes: np.ndarray) -> bytes:
-        """Integers `[n, components]` to bytes."""
-        return entropy.encode(codes, self._parts[name].tables)
+        """Integers `[n, components]`, of the strongest components, to bytes."""
+        part = self._parts[name]
+        return entropy.encode(np.pad(codes, ((0, 0), (0, part.basis.rank - codes.shape[1]))), part.tables)
 
     def is_size(self, name: str, tokens: int, size: int, coding: str) -> bool:
         """Whether a section may hold so many rows: it has a byte for each at least, and is stored plain."""
@@ -156,66 +149,62 @@ class Coder:
         rows, integers = {}, {}
         for name, data in payloads.items():
             part = self._parts[name]
-            integers[name] = entropy.decode(data, part.tables, tokens, part.components)
-            c = _restored(integers[name], step_of(quality, name))
-            groups = zip(mx.split(c, len(part.scale), axis=1), self._back(name))
-            x = mx.concatenate([each @ matrix.T for each, matrix in groups], axis=1)
+            integers[name] = entropy.decode(data, part.tables, tokens, part.basis.rank)
+            x = part.basis.rows(_restored(integers[name], step_of(quality, name)))
             if len(part.attention):
-                x = _by_head(x, 1 / self._gains(integers["k"], quality))
-            rows[name] = x + mx.array(part.mu)
+                x = _scaled(x, 1 / self._gains(integers["k"], quality))
+            rows[name] = _weighted(x, part.inverse) + mx.array(part.mu)
         return rows
 
     def _gains(self, keys: np.ndarray, quality: float) -> mx.array:
         """Of each token's values, `[n, heads]`, by its quantized keys: encoder and decoder know the same."""
-        slopes, bias = self._foretold()
-        logs = _restored(keys, step_of(quality, "k")) @ slopes + bias
+        slopes, bias = self._foretelling
+        logs = _restored(keys, step_of(quality, "k")) @ slopes[: keys.shape[1]] + bias
         return mx.exp(mx.clip(logs, -weighting.REACH, weighting.REACH))
 
+    @cached_property
     def _foretelling(self) -> tuple[mx.array, mx.array]:
-        """Attention as linear in the keys' coefficients: `[components, heads]` and `[heads]`."""
-        attention, keys = self._parts["v"].attention, self._parts["k"]
-        heads, dim = keys.weights.shape[:2]
-        slopes = np.zeros((heads, len(keys.scale), keys.scale.shape[1]), np.float32)
-        for group, (where, matrix) in enumerate(zip(keys.groups(), self._back("k"))):
-            inside = slice(where.start // dim, where.stop // dim)
-            by_head = np.array(matrix).reshape(-1, dim, matrix.shape[1])
-            slopes[inside, group] = np.einsum("ndr,nd->nr", by_head, attention[inside, :-1])
-        bias = (keys.mu.reshape(heads, dim) * attention[:, :-1]).sum(axis=1) + attention[:, -1]
-        return mx.array(slopes.reshape(heads, -1).T), mx.array(bias)
+        """Attention as linear in the keys' coefficients: `[rank, heads]` and `[heads]`."""
+        attention, part = self._parts["v"].attention, self._parts["k"]
+        heads, dim = part.weights.shape[:2]
+        slopes = (part.inverse @ attention[:, :-1, None])[..., 0]
+        by_head = part.basis.matrix.reshape(heads, dim, -1)
+        bias = (part.mu.reshape(heads, dim) * attention[:, :-1]).sum(axis=1) + attention[:, -1]
+        return (mx.array(slopes)[:, None] @ by_head)[:, 0].T, mx.array(bias)
 
 
 def train(samples: Samples, settings: Settings) -> dict[str, StreamArtifacts]:
     """Weights, basis and tables of each stream. Values are weighted by their own tokens' keys as well."""
     weights, attention = weighting.learn(samples)
+    budget = settings.basis_bytes and settings.basis_bytes // len(weights)
     parts: dict[str, StreamArtifacts] = {}
-    budget = settings.basis_bytes and settings.basis_bytes // sum(
-        samples.spec.stream(name).width > 0 for name in STREAMS
-    )
     foretold: np.ndarray | None = None
     unit = 0.0
-    for name in STREAMS:
-        if not samples.spec.stream(name).width:
-            parts[name] = _nothing()
-            continue
-        rows, (heads, dim) = samples.rows(name), weights[name].shape[:2]
+    for name, of_heads in weights.items():
+        rows, (heads, dim) = samples.rows(name), of_heads.shape[:2]
+        of_values = attention if name == "v" else attention[:0, :0]
         if name == "k" and len(attention):
             foretold = weighting.gains(rows.reshape(-1, heads, dim), attention)
         mu = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
-        rows -= mu
-        if name == "v" and foretold is not None:
-            rows = _by_head(rows, foretold)
+        rows = np.array(_weighted(mx.array(rows - mu), of_heads.astype(np.float32)))
         # The keys' weighted rows have a mean square of 1, so that steps mean alike for every model.
-        unit = unit or float(1 / np.sqrt(np.square(_weighted(rows, weights[name])).mean()))
-        stored = (unit * weights[name]).astype(np.float16)
-        of_values = attention if name == "v" else attention[:0, :0]
-        parts[name] = _learn(samples, name, _weighted(rows, stored), settings, budget, mu, stored, of_values)
-    return parts
+        unit = unit or float(1 / np.sqrt(np.square(rows).mean()))
+        rows *= unit
+        if len(of_values):
+            rows = _scaled(rows, foretold)
+        samples.progress(f"principal components of {name}: {len(rows)} tokens x {mu.size}")
+        stored = (unit * of_heads).astype(np.float16)
+        fixed = mu.nbytes + stored.nbytes + of_values.nbytes + 2 * 256 * entropy.CLASSES
+        found = basis.learn(rows, heads, budget and budget - fixed, settings.seed)
+        samples.progress(f"tables of {name}")
+        tables = _learn_tables(np.array(found.project(mx.array(rows), found.rank)), name, settings.seed)
+        parts[name] = StreamArtifacts(mu, found.V8, found.V4, found.scale, found.spread, stored, of_values, tables)
+    return {"v": _nothing(), **parts}
 
 
 def facts(parts: Mapping[str, StreamArtifacts]) -> dict[str, Any]:
     """What artifacts say of themselves in meta.json beside the settings."""
-    return {"components": {name: part.components for name, part in parts.items()},
-            "groups": {name: len(part.scale) for name, part in parts.items()}}  # fmt: skip
+    return {"components": {name: part.basis.rank for name, part in parts.items()}}
 
 
 def explain(artifacts: CalibrationArtifacts) -> dict[str, Any]:
@@ -223,46 +212,14 @@ def explain(artifacts: CalibrationArtifacts) -> dict[str, Any]:
     told: dict[str, Any] = {}
     for name in STREAMS:
         part = artifacts.stream(name)
-        told |= {f"{name}_width": part.width, f"{name}_components": part.components, f"{name}_groups": len(part.scale)}
+        told |= {f"{name}_width": part.width, f"{name}_components": part.basis.rank, f"{name}_components_of_8_bits": part.V8.shape[1]}
     return told
-
-
-def _learn(samples: Samples, name: str, rows: np.ndarray, settings: Settings, budget: int | None,
-           mu: np.ndarray, weights: np.ndarray, attention: np.ndarray) -> StreamArtifacts:  # fmt: skip
-    """Basis and tables from weighted rows."""
-    heads, dim = weights.shape[:2]
-    fixed = mu.nbytes + weights.nbytes + attention.nbytes + entropy.CLASSES * 512
-    count, rank = _grouping(heads, dim, len(rows), None if budget is None else budget - fixed)
-    samples.progress(f"principal components of {name}: {len(rows)} tokens x {mu.size}, {count} groups")
-    V, scale = np.zeros((mu.size, rank), np.int8), np.zeros((count, rank), np.float32)
-    coefficients = np.zeros((len(rows), count, rank), np.float32)
-    for group, where in enumerate(_groups(heads, dim, count)):
-        part = rows[:, where]
-        _, basis = principal_components(part.copy(), rank, settings.seed)
-        columns = basis.shape[1]
-        scale[group, :columns] = np.abs(basis).max(axis=0) / 127
-        V[where, :columns] = np.rint(basis / scale[group, :columns])
-        coefficients[:, group] = part @ (V[where] * scale[group])
-    samples.progress(f"tables of {name}")
-    tables = _learn_tables(coefficients.reshape(len(rows), -1), name, settings.seed)
-    return StreamArtifacts(mu, V, scale, weights, attention, tables)
-
-
-def _grouping(heads: int, dim: int, tokens: int, budget: int | None) -> tuple[int, int]:
-    """Groups of heads, as few as fit the budget with all their components, and components of each."""
-    for count in range(1, heads + 1):
-        rank = min(-(-heads // count) * dim, tokens - 1)
-        if budget is None or rank * (heads * dim + 4 * count) <= budget:
-            return count, rank
-    if (rank := budget // (heads * dim + 4 * heads)) < 1:  # type: ignore[operator]
-        raise InputError(f"{budget} bytes hold no component of {heads} heads of {dim}: raise basis_bytes")
-    return heads, rank
 
 
 def _learn_tables(coefficients: np.ndarray, name: str, seed: int) -> np.ndarray:
     blocks = np.array_split(coefficients, -(-len(coefficients) // BLOCK))
     found = [
-        entropy.histograms(np.array(_quantized(mx.array(block), step_of(quality, name))))
+        entropy.histograms(_quantized(mx.array(block), step_of(quality, name)))
         for quality in QUALITIES
         for block in blocks
     ]
@@ -272,41 +229,31 @@ def _learn_tables(coefficients: np.ndarray, name: str, seed: int) -> np.ndarray:
 
 
 def _nothing() -> StreamArtifacts:
-    none = np.zeros((0, 0), np.float32)
-    tables = np.zeros((entropy.CLASSES, 256), np.uint16)
-    return StreamArtifacts(none[0:0].ravel(), none.astype(np.int8), none, np.zeros((0, 0, 0), np.float16), none, tables)
+    none, tables = np.zeros((0, 0), np.float16), np.zeros((entropy.CLASSES, 256), np.uint16)
+    return StreamArtifacts(
+        np.zeros(0, np.float32), none.astype(np.int8), none.astype(np.uint8), none, none[0:0].ravel(),
+        np.zeros((0, 0, 0), np.float16), none.astype(np.float32), tables,
+    )  # fmt: skip
 
 
-def _groups(heads: int, dim: int, count: int) -> list[slice]:
-    ends = [heads * dim * group // count // dim * dim for group in range(count + 1)]
-    return [slice(*pair) for pair in pairwise(ends)]
-
-
-def _inverse(weights: np.ndarray) -> np.ndarray:
-    """Of what is stored, so that both ways agree."""
-    try:
-        return np.linalg.inv(weights.astype(np.float64)).astype(np.float32)
-    except np.linalg.LinAlgError:
-        raise FormatError("the artifacts' weights have no inverse; calibrate again") from None
-
-
-def _weighted(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _weighted(rows: mx.array, weights: np.ndarray) -> mx.array:
+    """Each head's part of rows `[n, p]` times its symmetric matrix `[heads, D, D]`."""
     heads, dim = weights.shape[:2]
-    by_head = rows.reshape(len(rows), heads, dim).swapaxes(0, 1)
-    return np.ascontiguousarray((by_head @ weights.astype(np.float32)).swapaxes(0, 1)).reshape(rows.shape)
+    by_head = rows.reshape(-1, heads, dim).swapaxes(0, 1) @ mx.array(weights).astype(mx.float32)
+    return by_head.swapaxes(0, 1).reshape(rows.shape)
 
 
-def _by_head(rows: Any, gains: Any) -> Any:
+def _scaled(rows: Any, gains: Any) -> Any:
     """Each head's part of rows `[n, p]` times its gain `[n, heads]`."""
     return (rows.reshape(*gains.shape, -1) * gains[..., None]).reshape(rows.shape)
 
 
-def _quantized(coefficients: mx.array, step: float) -> mx.array:
+def _quantized(coefficients: mx.array, step: float, tables: np.ndarray | None = None) -> np.ndarray:
     """int32, with a dead zone around 0. Raises InputError for values that are not finite or far beyond any cache."""
-    magnitudes = mx.floor(mx.abs(coefficients) / step + ROUNDING)
-    if not (magnitudes.max() < LARGEST).item():
+    sizes = mx.abs(coefficients) / step
+    if sizes.size and not (sizes.max() < LARGEST).item():
         raise InputError("the cache holds NaN, infinite or enormous values")
-    return (mx.sign(coefficients) * magnitudes).astype(mx.int32)
+    return np.array((mx.sign(coefficients) * mx.floor(sizes + ROUNDING)).astype(mx.int32))
 
 
 def _restored(integers: np.ndarray, step: float) -> mx.array:
