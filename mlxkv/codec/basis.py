@@ -54,7 +54,9 @@ class Basis:
     def matrix(self) -> mx.array:
         """`[p, rank]` float32."""
         low, high = self.V4 & 15, self.V4 >> 4
-        weak = np.stack([low, high], axis=1).reshape(2 * len(self.V4), self.V4.shape[1])[: self.width].astype(np.int8) - 8
+        weak = (
+            np.stack([low, high], axis=1).reshape(2 * len(self.V4), self.V4.shape[1])[: self.width].astype(np.int8) - 8
+        )
         codes = np.concatenate([self.V8, weak], axis=1).reshape(len(self.scale), -1, self.rank)
         return mx.array((codes * self.scale.astype(np.float32)[:, None]).reshape(self.width, self.rank))
 

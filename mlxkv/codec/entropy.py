@@ -27,7 +27,7 @@ _MISSING_BITS = 32.0 + rans.SCALE_BITS
 _ROUNDS = 12  # of Lloyd's algorithm
 _LEAST = 2.0**-15  # of a table's sum: what is rarer is escaped, as 1/4096 is the least frequency there is
 _TAIL = 0.01  # share of a table that goes to a geometric tail, for magnitudes that calibration has not seen
-_LANE_BYTES = 1024  # coded bytes to a lane, whose state and count take 6
+_LANE_BYTES = 512  # coded bytes to a lane, whose state and count take about 5
 _LANE_SYMBOLS = 2**15  # at most: bounds a reader's steps and keeps counts in 16 bits
 _HEADER = struct.Struct("<III")  # lanes, escaped values, bytes of the deflated model
 
@@ -100,14 +100,15 @@ def encode(integers: np.ndarray, tables: np.ndarray) -> bytes:
     bits = _symbol_prices(tables)[np.repeat(which, CHUNK, axis=1), symbols].sum()
     lanes = max(1, -(-symbols.size // _LANE_SYMBOLS), int(bits) // (8 * _LANE_BYTES))
     streams = rans.encode(symbols.ravel(), tables, which.ravel(), CHUNK, lanes)
-    model = zlib.compress(np.diff(classes, prepend=0).astype(np.uint8).tobytes(), 9)
+    counts = streams.counts.astype("<u2").tobytes()
+    deltas = np.diff(classes, prepend=0).astype(np.uint8).tobytes()
+    model = zlib.compress(deltas + counts[::2] + counts[1::2], 9)  # all low bytes, then all high ones
     parts = [
         _HEADER.pack(lanes, int(escaped.sum()), len(model)),
         model,
         shifts.astype(np.int8).tobytes(),
         values[escaped].astype("<i4").tobytes(),
         streams.states.astype("<u4").tobytes(),
-        streams.counts.astype("<u2").tobytes(),
         streams.words.astype("<u2").tobytes(),
     ]
     return b"".join(parts)
@@ -119,10 +120,10 @@ def decode(data: bytes, tables: np.ndarray, tokens: int, components: int) -> np.
     if len(data) < _HEADER.size:
         raise FormatError("the coded coefficients are truncated")
     lanes, escapes, length = _HEADER.unpack_from(data)
-    starts = np.cumsum([_HEADER.size, length, tokens, 4 * escapes, 4 * lanes, 2 * lanes])
+    starts = np.cumsum([_HEADER.size, length, tokens, 4 * escapes, 4 * lanes])
     if starts[-1] > len(data) or (len(data) - starts[-1]) % 2:
         raise FormatError(f"the coded coefficients claim {lanes} lanes, {escapes} escapes, {length} bytes of classes")
-    classes = _read_classes(data[starts[0] : starts[1]], components)
+    classes, counts = _read_model(data[starts[0] : starts[1]], components, lanes)
     shifts = np.frombuffer(data, np.int8, tokens, starts[1])
     if np.abs(shifts.astype(int)).max(initial=0) > SHIFTS:
         raise FormatError(f"shifts of coded coefficients are -{SHIFTS} to {SHIFTS}")
@@ -131,8 +132,8 @@ def decode(data: bytes, tables: np.ndarray, tokens: int, components: int) -> np.
     if lanes * _LANE_SYMBOLS < size:
         raise FormatError(f"{size} coefficients in {lanes} lanes: too many to a lane")
     streams = rans.Streams(
-        words=np.frombuffer(data, "<u2", offset=starts[5]).astype(np.uint16),
-        counts=np.frombuffer(data, "<u2", lanes, starts[4]).astype(np.uint32),
+        words=np.frombuffer(data, "<u2", offset=starts[4]).astype(np.uint16),
+        counts=counts,
         states=np.frombuffer(data, "<u4", lanes, starts[3]).astype(np.uint32),
     )
     symbols = rans.decode(streams, tables, _tables_of(of_chunks, shifts).ravel(), CHUNK, size)
@@ -147,19 +148,20 @@ def decode(data: bytes, tables: np.ndarray, tokens: int, components: int) -> np.
     return integers
 
 
-def _read_classes(data: bytes, components: int) -> np.ndarray:
-    """Classes `[r]`."""
+def _read_model(data: bytes, components: int, lanes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Classes `[r]`, and how many words each lane has, `[lanes]` uint32."""
     inflater = zlib.decompressobj()
     try:
-        model = inflater.decompress(data, components + 1)
+        model = inflater.decompress(data, components + 2 * lanes + 1)
     except zlib.error as error:
         raise FormatError(f"the classes of coded coefficients do not inflate: {error}") from None
-    if len(model) != components or not inflater.eof or inflater.unused_data:
-        raise FormatError(f"the classes of coded coefficients are not of {components} components")
-    classes = np.cumsum(np.frombuffer(model, np.uint8), dtype=np.uint8)
+    if len(model) != components + 2 * lanes or not inflater.eof or inflater.unused_data:
+        raise FormatError(f"the classes of coded coefficients are not of {components} components and {lanes} lanes")
+    classes = np.cumsum(np.frombuffer(model, np.uint8, components), dtype=np.uint8)
     if classes.max(initial=0) > CLASSES:
         raise FormatError(f"classes of coded coefficients are 0 to {CLASSES}, not {classes.max()}")
-    return classes
+    planes = np.frombuffer(model, np.uint8, 2 * lanes, components).astype(np.uint32)
+    return classes, planes[:lanes] | planes[lanes:] << 8
 
 
 def _arrangement(classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

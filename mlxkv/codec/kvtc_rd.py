@@ -212,7 +212,11 @@ def explain(artifacts: CalibrationArtifacts) -> dict[str, Any]:
     told: dict[str, Any] = {}
     for name in STREAMS:
         part = artifacts.stream(name)
-        told |= {f"{name}_width": part.width, f"{name}_components": part.basis.rank, f"{name}_components_of_8_bits": part.V8.shape[1]}
+        told |= {
+            f"{name}_width": part.width,
+            f"{name}_components": part.basis.rank,
+            f"{name}_components_of_8_bits": part.V8.shape[1],
+        }
     return told
 
 

@@ -135,29 +135,23 @@ def reference_decode(streams: Streams, tables: np.ndarray, which: np.ndarray, ch
     """`decode` in NumPy: a loop over steps, all lanes at once."""
     starts, table = _check_streams(streams, tables, which, chunk, size)
     words = streams.words.astype(np.uint32) if streams.words.size else np.zeros(1, np.uint32)
+    frequencies, places = ((table >> SCALE_BITS) & (TOTAL - 1)) + 1, table & (TOTAL - 1)
     lanes, states, nexts = streams.states.size, streams.states.copy(), starts.astype(np.int64)
-    slots, full = np.empty(lanes, np.int64), np.empty(lanes, bool)
-    part, word = np.empty_like(states), np.empty_like(states)
+    full, part, grown = np.empty(lanes, bool), np.empty_like(states), np.empty_like(states)
     symbols = np.empty(size, np.uint8)
     for start, stop in _blocks(size, lanes):
-        row = _per_symbol(which, chunk, start, stop) << SCALE_BITS
-        entries = np.empty(stop - start, np.uint32)
+        slots = _per_symbol(which, chunk, start, stop) << SCALE_BITS
         for first in range(0, stop - start, lanes):
-            here = slice(first, min(first + lanes, stop - start))
-            e, width = entries[here], here.stop - first
-            x, n, slot, f, p, w = (a[:width] for a in (states, nexts, slots, full, part, word))
-            np.bitwise_or(np.bitwise_and(x, TOTAL - 1, out=slot), row[here], out=slot)
-            np.take(table, slot, out=e, mode="clip")
-            np.bitwise_and(np.right_shift(e, SCALE_BITS, out=p), TOTAL - 1, out=p)
-            np.multiply(np.right_shift(x, SCALE_BITS, out=x), np.add(p, 1, out=p), out=x)
-            np.add(x, np.bitwise_and(e, TOTAL - 1, out=p), out=x)
+            slot = slots[first : first + lanes]
+            x, n, f, p, g = (a[: slot.size] for a in (states, nexts, full, part, grown))
+            np.bitwise_or(slot, np.bitwise_and(x, TOTAL - 1, out=p), out=slot)
+            np.multiply(np.right_shift(x, SCALE_BITS, out=x), frequencies.take(slot, out=p, mode="clip"), out=x)
+            np.add(x, places.take(slot, out=p, mode="clip"), out=x)
             # Every lane looks at its next word, those whose state is low take it.
-            np.take(words, n, out=w, mode="clip")
-            np.less(x, LOW, out=f)
-            np.left_shift(x, np.left_shift(f.view(np.uint8), 4, out=p), out=x)
-            np.bitwise_or(x, np.multiply(w, f, out=w), out=x)
+            np.bitwise_or(np.left_shift(x, 16, out=g), words.take(n, out=p, mode="clip"), out=g)
+            np.copyto(x, g, where=np.less(x, LOW, out=f))
             np.add(n, f, out=n)
-        symbols[start:stop] = entries >> 24
+        symbols[start:stop] = table[slots] >> 24
     _check_ends(streams, starts, states, nexts)
     return symbols
 
