@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,11 +29,31 @@ QUICK = {"texts": 2, "tokens": 768, "rank": 512}
 def calibrated(
     model: Any, tokenizer: Any, size: dict[str, int], ratios: Sequence[float]
 ) -> dict[float, CalibrationArtifacts]:
-    """Artifacts for each ratio. size: texts, tokens of each, and the rank where it is not the method's own.
+    """`kvtc` artifacts for each ratio. size: texts, tokens of each, and the rank where it is not the method's own."""
+    with dumps(model, tokenizer, size) as files:
+        return dict(zip(ratios, learnt(files, [Settings(ratio, rank=size.get("rank")) for ratio in ratios])))
+
+
+@contextmanager
+def dumps(
+    model: Any, tokenizer: Any, size: dict[str, int], measure: Callable[[Any, list[int]], Any] | None = None
+) -> Iterator[list[Path]]:
+    """Files to calibrate on, each with the sensitivity that `measure` finds, if it is given."""
+    stretches = texts.calibration(tokenizer, size["tokens"], size["texts"])
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{i}.npz" for i in range(len(stretches))]
+        for file, tokens in zip(files, track(stretches, "calibration dumps")):
+            dump = lm.dump(model, tokens, name=MODEL, dtype="float16")
+            write_dump(file, replace(dump, sensitivity=measure(model, tokens) if measure else {}))
+        yield files
+
+
+def learnt(files: list[Path], settings: Sequence[Settings]) -> list[CalibrationArtifacts]:
+    """Artifacts by each of some settings that differ in their ratio.
 
     Principal components are the same for all ratios, and most of the seconds, so they are found once.
     """
-    most = size.get("rank", MAX_DEFAULT_RANK)
+    most = settings[0].rank or MAX_DEFAULT_RANK
     found: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
 
     def components(rows: np.ndarray, rank: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -42,11 +64,5 @@ def calibrated(
             found[first] = pca.principal_components(rows, most, seed)
         return found[first][0], found[first][1][:, :rank]
 
-    stretches = texts.calibration(tokenizer, size["tokens"], size["texts"])
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(kvtc, "principal_components", components):
-        files = [Path(folder) / f"{i}.npz" for i in range(len(stretches))]
-        for file, tokens in zip(files, track(stretches, "calibration dumps")):
-            write_dump(file, lm.dump(model, tokens, name=MODEL, dtype="float16"))
-        return {
-            ratio: calibrate(files, Settings(ratio, rank=size.get("rank"))) for ratio in track(ratios, "calibration")
-        }
+    with mock.patch.object(kvtc, "principal_components", components):
+        return [calibrate(files, each) for each in track(settings, "calibration")]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+Curve = Sequence[tuple[float, float]]
 LEAST_KL = 1e-9  # below, rounding decides, even about the sign
 MOST_TEXTS = 20
 RESAMPLES = 10_000
@@ -66,3 +67,19 @@ def holm(ps: Sequence[float]) -> list[float]:
     corrected = np.empty(len(ps))
     corrected[order] = np.minimum(steps, 1)
     return corrected.tolist()
+
+
+def bd_rate(ours: Curve, theirs: Curve, least: float, most: float) -> float | None:
+    """The Bjontegaard rate: the mean difference of bytes at equal KL, -0.5 for half of them, over the KL from `least` to
+    `most` that both curves of (bytes, KL) reach; piecewise linear in both logarithms. None where they share nothing."""
+    low, high = (limit(max(point[1] for point in curve) if limit is min else min(point[1] for point in curve)
+                       for curve in (ours, theirs)) for limit in (max, min))  # fmt: skip
+    low, high = max(low, least), min(high, most)
+    if low >= high:
+        return None
+    grid = np.linspace(np.log(low), np.log(high), 200)
+    logs = []
+    for curve in (ours, theirs):
+        size, kl = np.log(sorted(curve, key=lambda point: point[1])).T
+        logs.append(np.interp(grid, kl, size))
+    return float(np.expm1(np.mean(logs[0] - logs[1])))

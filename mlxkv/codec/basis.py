@@ -80,13 +80,14 @@ class Basis:
 
 
 def learn(rows: np.ndarray, heads: int, budget: int | None, seed: int) -> Basis:
-    """The basis of rows `[N, p]` in at most `budget` bytes, with all of its components if they fit in 4 bits.
+    """The basis of rows `[N, p]` in at most `budget` bytes, with all of its components if they fit in 4 bits; centres
+    `rows` in place.
 
     Raises InputError for a budget that not even one component fits in.
     """
     width = rows.shape[1]
     strong, weak = _divided(width, heads, min(width, len(rows) - 1), budget)
-    _, components = principal_components(rows.copy(), strong + weak, seed)
+    _, components = principal_components(rows, strong + weak, seed)
     spread = np.sqrt(np.square(rows @ components, dtype=np.float64).mean(axis=0)).astype(np.float16)
     by_head = components.reshape(heads, width // heads, strong + weak)
     largest = np.r_[np.full(strong, 127), np.full(weak, 7)]

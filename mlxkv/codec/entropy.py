@@ -100,9 +100,9 @@ def encode(integers: np.ndarray, tables: np.ndarray) -> bytes:
     bits = _symbol_prices(tables)[np.repeat(which, CHUNK, axis=1), symbols].sum()
     lanes = max(1, -(-symbols.size // _LANE_SYMBOLS), int(bits) // (8 * _LANE_BYTES))
     streams = rans.encode(symbols.ravel(), tables, which.ravel(), CHUNK, lanes)
-    counts = streams.counts.astype("<u2").tobytes()
+    words = streams.counts.astype("<u2").tobytes()
     deltas = np.diff(classes, prepend=0).astype(np.uint8).tobytes()
-    model = zlib.compress(deltas + counts[::2] + counts[1::2], 9)  # all low bytes, then all high ones
+    model = zlib.compress(deltas + words[::2] + words[1::2], 9)  # all low bytes, then all high ones
     parts = [
         _HEADER.pack(lanes, int(escaped.sum()), len(model)),
         model,

@@ -14,13 +14,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxkv.cache import STREAMS, Stream, is_whole
+from mlxkv.cache import STREAMS, is_whole
 from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.codec.payload import decode_block, encode_block, payload_size
 from mlxkv.codec.pca import principal_components
 from mlxkv.codec.plan import CODED, SIZES, Plan, allocate
 from mlxkv.codec.quantize import coded
-from mlxkv.codec.samples import Samples
+from mlxkv.codec.samples import Progress, Samples
 from mlxkv.errors import FormatError, InputError
 
 METHOD = "kvtc"
@@ -133,7 +133,12 @@ class Coder:
 
 def train(samples: Samples, settings: Settings) -> dict[str, StreamArtifacts]:
     """A mean, a basis and a plan for each stream. One stream at a time, so that memory holds one stream's rows."""
-    return {name: _train_stream(samples, samples.spec.stream(name), settings) for name in STREAMS}
+    return {
+        name: train_stream(samples.rows(name), name, settings, samples.progress)
+        if samples.spec.stream(name).width
+        else StreamArtifacts(np.zeros(0, np.float32), np.zeros((0, 0), np.float16), Plan())
+        for name in STREAMS
+    }
 
 
 def facts(parts: Mapping[str, StreamArtifacts]) -> dict[str, Any]:
@@ -170,22 +175,18 @@ def _described(plan: Plan) -> str:
     return " | ".join(f"{run.count} x {run.size} {run.kind}" for run in plan.runs()) or "nothing is coded"
 
 
-def _train_stream(samples: Samples, stream: Stream, settings: Settings) -> StreamArtifacts:
-    if stream.width == 0:
-        return StreamArtifacts(np.zeros(0, np.float32), np.zeros((0, 0), np.float16), Plan())
-    rows, progress = samples.rows(stream.name), samples.progress
-    budget, rank = settings.budget(stream.width), settings.components(stream.width)
-    progress(f"principal components of {stream.name}: {rows.shape[0]} tokens x {rows.shape[1]}")
+def train_stream(rows: np.ndarray, name: str, settings: Settings, progress: Progress) -> StreamArtifacts:
+    """A mean, a basis and a plan for rows `[N, p]`, which are centred in place. Raises InputError for too few bits."""
+    budget, rank = settings.budget(rows.shape[1]), settings.components(rows.shape[1])
+    progress(f"principal components of {name}: {rows.shape[0]} tokens x {rows.shape[1]}")
     mean, basis = principal_components(rows, rank, settings.seed)
-    progress(f"bit plan of {stream.name}: {budget} bits a token")
+    progress(f"bit plan of {name}: {budget} bits a token")
     coefficients = rows @ basis
     spread = coefficients[:: -(-len(coefficients) // MAX_ERROR_TOKENS)]
     energy = np.square(coefficients, dtype=np.float64).mean(axis=0)
     plan = allocate(energy, group_errors(spread), budget)
     if not plan.groups:
-        raise InputError(
-            f"{budget} bits a token cannot code a single component of {stream.name}; lower the compression ratio"
-        )
+        raise InputError(f"{budget} bits a token cannot code a single component of {name}; lower the compression ratio")
     return StreamArtifacts(mean, basis[:, : plan.rank].astype(np.float16), plan)
 
 

@@ -98,10 +98,7 @@ class StreamArtifacts:
     @cached_property
     def inverse(self) -> np.ndarray:
         """Of the weights as they are stored, float32."""
-        try:
-            return np.linalg.inv(self.weights.astype(np.float64)).astype(np.float32)
-        except np.linalg.LinAlgError:
-            raise FormatError("the artifacts' weights have no inverse; calibrate again") from None
+        return weighting.inverse(self.weights)
 
 
 def step_of(quality: float, name: str) -> float:
@@ -123,17 +120,22 @@ class Coder:
         if not isinstance(quality, int | float) or isinstance(quality, bool) or not 0 <= quality <= 100:
             raise InputError(f"the quality of {METHOD} is a number from 0 to 100, not {quality!r}")
 
-    def encode(self, rows: Mapping[str, mx.array], quality: float) -> dict[str, np.ndarray]:
-        """Each stream's rows `[n, p]` as integers `[n, components]` int32. Raises InputError for values without bound."""
-        integers: dict[str, np.ndarray] = {}
+    def coefficients(self, rows: Mapping[str, mx.array], quality: float) -> dict[str, mx.array]:
+        """Each stream's rows `[n, p]` as weighted coefficients `[n, components]`, as many as a step of this quality can
+        reach. Values are weighted as their keys' integers tell."""
+        found: dict[str, mx.array] = {}
         for name, x in rows.items():
             part, step = self._parts[name], step_of(quality, name)
-            x = _weighted(x - mx.array(part.mu), part.weights)
+            x = weighting.weighted(x - mx.array(part.mu), part.weights)
             if len(part.attention):
-                x = _scaled(x, self._gains(integers["k"], quality))
-            coefficients = part.basis.project(x, part.basis.reaching(REACH * step))
-            integers[name] = _quantized(coefficients, step, part.tables)
-        return integers
+                x = _scaled(x, self._gains(_quantized(found["k"], step_of(quality, "k")), quality))
+            found[name] = part.basis.project(x, part.basis.reaching(REACH * step))
+        return found
+
+    def encode(self, rows: Mapping[str, mx.array], quality: float) -> dict[str, np.ndarray]:
+        """Each stream's rows as integers `[n, components]` int32. Raises InputError for values without bound."""
+        found = self.coefficients(rows, quality)
+        return {name: _quantized(each, step_of(quality, name)) for name, each in found.items()}
 
     def pack(self, name: str, codes: np.ndarray) -> bytes:
         """Integers `[n, components]`, of the strongest components, to bytes."""
@@ -153,7 +155,7 @@ class Coder:
             x = part.basis.rows(_restored(integers[name], step_of(quality, name)))
             if len(part.attention):
                 x = _scaled(x, 1 / self._gains(integers["k"], quality))
-            rows[name] = _weighted(x, part.inverse) + mx.array(part.mu)
+            rows[name] = weighting.weighted(x, part.inverse) + mx.array(part.mu)
         return rows
 
     def _gains(self, keys: np.ndarray, quality: float) -> mx.array:
@@ -186,7 +188,7 @@ def train(samples: Samples, settings: Settings) -> dict[str, StreamArtifacts]:
         if name == "k" and len(attention):
             foretold = weighting.gains(rows.reshape(-1, heads, dim), attention)
         mu = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
-        rows = np.array(_weighted(mx.array(rows - mu), of_heads.astype(np.float32)))
+        rows = np.array(weighting.weighted(mx.array(rows - mu), of_heads.astype(np.float32)))
         # The keys' weighted rows have a mean square of 1, so that steps mean alike for every model.
         unit = unit or float(1 / np.sqrt(np.square(rows).mean()))
         rows *= unit
@@ -240,19 +242,12 @@ def _nothing() -> StreamArtifacts:
     )  # fmt: skip
 
 
-def _weighted(rows: mx.array, weights: np.ndarray) -> mx.array:
-    """Each head's part of rows `[n, p]` times its symmetric matrix `[heads, D, D]`."""
-    heads, dim = weights.shape[:2]
-    by_head = rows.reshape(-1, heads, dim).swapaxes(0, 1) @ mx.array(weights).astype(mx.float32)
-    return by_head.swapaxes(0, 1).reshape(rows.shape)
-
-
 def _scaled(rows: Any, gains: Any) -> Any:
     """Each head's part of rows `[n, p]` times its gain `[n, heads]`."""
     return (rows.reshape(*gains.shape, -1) * gains[..., None]).reshape(rows.shape)
 
 
-def _quantized(coefficients: mx.array, step: float, tables: np.ndarray | None = None) -> np.ndarray:
+def _quantized(coefficients: mx.array, step: float) -> np.ndarray:
     """int32, with a dead zone around 0. Raises InputError for values that are not finite or far beyond any cache."""
     sizes = mx.abs(coefficients) / step
     if sizes.size and not (sizes.max() < LARGEST).item():

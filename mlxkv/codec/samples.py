@@ -73,7 +73,7 @@ class Samples:
 
     def measured(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
         """The dumps' mean sensitivity, `[layers * H, D, D]` for each stream; of each token that counted its energy, `[N,
-        layers * H]`, and its un-rotated keys `[N, p]`. Raises InputError for a dump that was made without."""
+        layers * H]`, and its un-rotated keys `[N, p]`. Dumps without one are left out; raises InputError when all are."""
         sums: dict[str, np.ndarray] = {}
         energies: dict[str, list[np.ndarray]] = {name: [] for name in STREAMS}
         keys, stream = [], self.spec.stream("k")
@@ -81,7 +81,7 @@ class Samples:
             self.progress(f"reading the sensitivity of {Path(path).name}")
             dump = self.read(path)
             if not dump.sensitivity:
-                raise InputError(f"{path} has no sensitivity: make it with mlxkv dump --sensitivity")
+                continue
             of_tokens = {name: dump.sensitivity[f"{name}.energy"] for name in STREAMS}
             counted = np.flatnonzero(sum(energy.sum(axis=(0, 1)) for energy in of_tokens.values()))
             for name in STREAMS:
@@ -91,6 +91,8 @@ class Samples:
                 energies[name].append(of_tokens[name].reshape(heads, -1)[:, counted].T)
             rows = np.array(to_rows(stream, list(dump.k[:, :1]), 0, dump.length))
             keys.append(rows[counted])
+        if not keys:
+            raise InputError("none of these dumps has a sensitivity: make one at least with mlxkv dump --sensitivity")
         together = np.concatenate(keys)
         if len(together) < 2:
             raise InputError("the dumps' sensitivity is zero everywhere: the model does not read this cache")

@@ -6,11 +6,12 @@ worse: F with a ridge, to a power below 1. Rows times the square root of that ma
 
 from __future__ import annotations
 
+import mlx.core as mx
 import numpy as np
 
 from mlxkv.cache import STREAMS
 from mlxkv.codec.samples import Samples
-from mlxkv.errors import InputError
+from mlxkv.errors import FormatError, InputError
 
 RIDGE = 0.5  # of a head's mean eigenvalue
 POWER = 0.6
@@ -22,13 +23,14 @@ _ROUNDS = 15
 _LONGEST = 2.0  # step of Newton's method, in the logarithm of energy
 
 
-def learn(samples: Samples) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def learn(samples: Samples, foretell: bool = True) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Weights of each stream, `[n, D, D]`, one for each of n = layers * heads, and `learn_attention`'s, `[0, 0]` for a
-    cache without values of their own. Raises InputError for dumps without a sensitivity."""
+    cache without values of their own or where nothing is to be foretold. Raises InputError for dumps without a
+    sensitivity."""
     fisher, energies, keys = samples.measured()
     streams = [samples.spec.stream(name) for name in STREAMS if samples.spec.stream(name).width]
     attention = np.zeros((0, 0), np.float32)
-    if len(streams) == 2:
+    if foretell and len(streams) == 2:
         samples.progress("attention from keys")
         keys = keys.reshape(len(keys), -1, streams[0].dim)
         relative = [energy / np.maximum(energy.mean(axis=0), 1e-30) for energy in energies.values()]
@@ -80,3 +82,18 @@ def gains(keys: np.ndarray, attention: np.ndarray) -> np.ndarray:
     """What each token's values are scaled by, as keys `[N, n, D]` tell: `[N, n]`."""
     logs = np.einsum("tnd,nd->tn", keys, attention[:, :-1], optimize=True) + attention[:, -1]
     return np.exp(np.clip(logs, -REACH, REACH))
+
+
+def weighted(rows: mx.array, weights: np.ndarray) -> mx.array:
+    """Each head's part of rows `[t, p]` times its symmetric matrix `[n, D, D]`."""
+    heads, dim = weights.shape[:2]
+    by_head = rows.reshape(-1, heads, dim).swapaxes(0, 1) @ mx.array(weights).astype(mx.float32)
+    return by_head.swapaxes(0, 1).reshape(rows.shape)
+
+
+def inverse(weights: np.ndarray) -> np.ndarray:
+    """Of weights `[n, D, D]` as they are stored, float32. Raises FormatError where there is none."""
+    try:
+        return np.linalg.inv(weights.astype(np.float64)).astype(np.float32)
+    except np.linalg.LinAlgError:
+        raise FormatError("the artifacts' weights have no inverse; calibrate again") from None
