@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 PHASE = 3
 FULL = {"texts": 20, "tokens": HELD + FOLLOWING}
 QUICK = {"texts": 2, "tokens": HELD + FOLLOWING, "rank": 512}
-RATIOS, QUALITIES, BITS = (4, 8, 16, 32, 64), (15, 25, 35, 45, 55), (8, 4, 3, 2)
-ABLATED = (25, 45)
+RATIOS, QUALITIES, BITS = (4, 8, 16, 32, 64), (15, 22, 30, 38, 46), (8, 4, 3, 2)
+ABLATED = (22, 38)
 SHARE = 0.15  # of fp16 weights, for artifacts
 LENGTH, LONG, PREDICT = 768, 2048, 256
 LEAST_KL, MOST_KL = 0.003, 0.05
@@ -48,7 +48,7 @@ KINDS = {"legal": "prose", "story": "prose", "essay": "prose", "code": "code", "
 def run(quick: bool) -> Outcome:
     model, tokenizer = lm.load(MODEL)
     size = QUICK if quick else FULL
-    ratios, qualities = ((8, 32), (25, 45)) if quick else (RATIOS, QUALITIES)
+    ratios, qualities = ((8, 32), ABLATED) if quick else (RATIOS, QUALITIES)
     bits, predict = ((4,), 64) if quick else (BITS, PREDICT)
     limit = int(SHARE * 2 * sum(value.size for _, value in dict(tree_flatten(model.parameters())).items()))
     with calibration.dumps(model, tokenizer, size, sensitivity) as files:
@@ -60,7 +60,7 @@ def run(quick: bool) -> Outcome:
         ablations = {} if quick else learn_without(files)
     variants = [coded(KVTCCacheCodec(found), f"kvtc {ratio}", "float16") for ratio, found in zip(ratios, published)]
     variants += [
-        coded(KVTCCacheCodec(found), f"kvtc-weighted {ratio}", "float16") for ratio, found in zip(ratios, weighed)
+        coded(KVTCCacheCodec(found), f"kvtc-weighted {ratio}", "float16") for ratio, found in zip(ratios[::2], weighed)
     ]
     ours = [coded(bounded.at(quality), f"kvtc-rd {quality}", "float16") for quality in qualities]
     changed = [] if quick else [
