@@ -1,9 +1,12 @@
 """Small made-up caches for the codec's tests: a few directions carry almost all energy, as in a real cache."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 
-from mlxkv.cache import CacheSpec, KVDump, Rope, Slot
+from mlxkv.cache import STREAMS, CacheSpec, KVDump, Rope, Slot
+from mlxkv.codec import kvtc_rd
 from mlxkv.codec.calibrate import calibrate
 from mlxkv.codec.kvtc import Settings
 from mlxkv.files import write_dump
@@ -53,3 +56,25 @@ def toy_artifacts(folder, spec=DUAL, ratio=4.0, seeds=(0, 1, 2), **settings):
     for seed, path in zip(seeds, paths):
         write_dump(path, toy_dump(spec, seed=seed))
     return calibrate(paths, Settings(compression_ratio=ratio, **settings))
+
+
+def toy_sensitivity(dump, seed=0):
+    """As mlxkv.sensitivity makes it: made-up matrices, and energies that follow from the keys alone."""
+    random, found = np.random.default_rng(seed), {}
+    for name in STREAMS:
+        stream = dump.spec.stream(name)
+        shape = (stream.layers, stream.heads, stream.dim)
+        half = random.standard_normal((*shape, stream.dim)) * 4.0 ** -np.arange(stream.layers)[:, None, None, None]
+        found[name] = (half @ half.swapaxes(-1, -2)).astype(np.float32)
+        energy = np.exp(2 * dump.k[:, 0, :, :, -1].astype(np.float32))  # [L, H, T]; the last dim of a key tells
+        energy[..., :4] = 0
+        found[f"{name}.energy"] = energy if stream.dim else np.zeros_like(energy)
+    return found
+
+
+def rd_artifacts(folder, spec=PLAIN, seeds=(0, 1, 2), **settings):
+    paths = [folder / f"measured{seed}.npz" for seed in seeds]
+    for seed, path in zip(seeds, paths):
+        dump = toy_dump(spec, seed=seed)
+        write_dump(path, replace(dump, sensitivity=toy_sensitivity(dump)))
+    return calibrate(paths, kvtc_rd.Settings(**settings))

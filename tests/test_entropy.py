@@ -65,6 +65,13 @@ def test_whatever_the_scale_a_code_is_near_the_entropy_of_its_source(tables):
         assert len(encode(integers, tables)) < 1.05 * ideal + 900, largest  # 900: classes, shifts and lanes
 
 
+def test_neighbours_of_very_different_scale_cost_what_they_cost_alone(tables):
+    scales = np.array([40.0, 0.3, 12.0, 2.0, 0.7, 25.0])
+    integers = np.rint(np.random.default_rng(3).laplace(0, scales, (400, 6))).astype(np.int32)
+    alone = sum(len(encode(integers[:, [i]], tables)) for i in range(6))
+    assert len(encode(integers, tables)) < alone - 4 * 400  # five times no shifts
+
+
 def test_tables_are_probabilities_ordered_by_size_and_symmetric(tables):
     assert tables.shape == (CLASSES, 256)
     assert (tables.sum(axis=1, dtype=int) == TOTAL).all()
@@ -115,7 +122,7 @@ def test_bytes_written_by_the_first_version_still_decode():
     assert again[12 + model :] == data[12 + struct.unpack_from("<I", data, 8)[0] :]
 
 
-FROZEN = "01000000010000000f00000078da63e066f80a423c0c000b6f0218000000000000e8030000a5c2a19abbd371713e8079427ab2fcc0052510e12288e453b8b53480"
+FROZEN = "01000000010000000f00000078da63e066f80a42ac0c000b610211000000000000e8030000be220300340ce2dc05e1728521d5"
 
 
 def test_damage_is_an_error_or_other_integers_of_the_same_shape(tables):

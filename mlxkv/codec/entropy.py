@@ -20,7 +20,6 @@ from mlxkv.kernels import rans
 
 CLASSES = 64  # tables; with class 0 one more
 SHIFTS = 4  # a token's classes may be so many higher or lower
-CHUNK = 16  # components, alike by class, that share a table for one token
 MAX_MAGNITUDE = 127
 ESCAPE = 255  # the symbol of what has none: the value follows in 32 bits
 _MISSING_BITS = 32.0 + rans.SCALE_BITS
@@ -89,17 +88,17 @@ def encode(integers: np.ndarray, tables: np.ndarray) -> bytes:
     """Integers `[n, r]` int32 above -2**31, tokens by components, to bytes that `decode` with the same tables reads."""
     counts = histograms(integers)
     classes = np.where(counts[:, 1:].any(axis=1), (counts @ _prices(tables).T).argmin(axis=1) + 1, 0)
-    order, of_chunks = _arrangement(classes)
-    values = _padded(integers[:, order])
+    coded = np.flatnonzero(classes)
+    values = integers[:, coded]
     symbols = (2 * np.minimum(np.abs(values), MAX_MAGNITUDE) - (values > 0)).astype(np.uint8)
-    shifts = _best_shifts(symbols, of_chunks, tables)
-    which = _tables_of(of_chunks, shifts)
-    escaped = tables[np.repeat(which, CHUNK, axis=1), symbols] == 0
+    shifts = _best_shifts(symbols, classes[coded] - 1, tables)
+    which = _tables_of(classes[coded] - 1, shifts)
+    escaped = tables[which, symbols] == 0
     escaped |= np.abs(values) > MAX_MAGNITUDE
     symbols[escaped] = ESCAPE
-    bits = _symbol_prices(tables)[np.repeat(which, CHUNK, axis=1), symbols].sum()
+    bits = _symbol_prices(tables)[which, symbols].sum()
     lanes = max(1, -(-symbols.size // _LANE_SYMBOLS), int(bits) // (8 * _LANE_BYTES))
-    streams = rans.encode(symbols.ravel(), tables, which.ravel(), CHUNK, lanes)
+    streams = rans.encode(symbols.ravel(), tables, which.ravel(), 1, lanes)
     words = streams.counts.astype("<u2").tobytes()
     deltas = np.diff(classes, prepend=0).astype(np.uint8).tobytes()
     model = zlib.compress(deltas + words[::2] + words[1::2], 9)  # all low bytes, then all high ones
@@ -127,8 +126,8 @@ def decode(data: bytes, tables: np.ndarray, tokens: int, components: int) -> np.
     shifts = np.frombuffer(data, np.int8, tokens, starts[1])
     if np.abs(shifts.astype(int)).max(initial=0) > SHIFTS:
         raise FormatError(f"shifts of coded coefficients are -{SHIFTS} to {SHIFTS}")
-    order, of_chunks = _arrangement(classes)
-    size = tokens * len(of_chunks) * CHUNK
+    coded = np.flatnonzero(classes)
+    size = tokens * len(coded)
     if lanes * _LANE_SYMBOLS < size:
         raise FormatError(f"{size} coefficients in {lanes} lanes: too many to a lane")
     streams = rans.Streams(
@@ -136,7 +135,7 @@ def decode(data: bytes, tables: np.ndarray, tokens: int, components: int) -> np.
         counts=counts,
         states=np.frombuffer(data, "<u4", lanes, starts[3]).astype(np.uint32),
     )
-    symbols = rans.decode(streams, tables, _tables_of(of_chunks, shifts).ravel(), CHUNK, size)
+    symbols = rans.decode(streams, tables, _tables_of(classes[coded].astype(int) - 1, shifts).ravel(), 1, size)
     values = (symbols.astype(np.int32) + 1) // 2
     np.negative(values, out=values, where=symbols % 2 == 0)  # 0, 1, -1, 2, -2, ...
     escaped = symbols == ESCAPE
@@ -144,7 +143,7 @@ def decode(data: bytes, tables: np.ndarray, tokens: int, components: int) -> np.
         raise FormatError(f"{escapes} escaped coefficients do not fit the {np.count_nonzero(escaped)} coded")
     values[escaped] = np.frombuffer(data, "<i4", escapes, starts[2])
     integers = np.zeros((tokens, components), np.int32)
-    integers[:, order] = values.reshape(tokens, -1)[:, : len(order)]
+    integers[:, coded] = values.reshape(tokens, len(coded))
     return integers
 
 
@@ -164,27 +163,18 @@ def _read_model(data: bytes, components: int, lanes: int) -> tuple[np.ndarray, n
     return classes, planes[:lanes] | planes[lanes:] << 8
 
 
-def _arrangement(classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The components that are coded, largest class first, and each chunk's table before any shift: its middle one's."""
-    order = np.argsort(-classes.astype(int), kind="stable")[: np.count_nonzero(classes)]
-    middles = np.minimum(np.arange(CHUNK // 2, len(order) + CHUNK // 2, CHUNK), max(0, len(order) - 1))
-    return order, classes[order[middles[: -(-len(order) // CHUNK)]]].astype(int) - 1
+def _tables_of(classes: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+    """The table of each token and component, uint8 `[n, r]`."""
+    return (classes + shifts[:, None].astype(int)).clip(0, CLASSES - 1).astype(np.uint8)
 
 
-def _padded(values: np.ndarray) -> np.ndarray:
-    """With columns of zeros up to whole chunks."""
-    return np.pad(values, ((0, 0), (0, -values.shape[1] % CHUNK)))
-
-
-def _tables_of(of_chunks: np.ndarray, shifts: np.ndarray) -> np.ndarray:
-    """The table of each token and chunk, uint8 `[n, chunks]`."""
-    return (of_chunks + shifts[:, None].astype(int)).clip(0, CLASSES - 1).astype(np.uint8)
-
-
-def _best_shifts(symbols: np.ndarray, of_chunks: np.ndarray, tables: np.ndarray) -> np.ndarray:
-    """The shift of each token that makes its code shortest, judged by every fourth chunk; int `[n]`."""
+def _best_shifts(symbols: np.ndarray, classes: np.ndarray, tables: np.ndarray) -> np.ndarray:
+    """The shift of each token that makes its code shortest, judged by every fourth component; int `[n]`."""
     prices = _symbol_prices(tables).astype(np.float32)
-    chunks = symbols.reshape(len(symbols), len(of_chunks), CHUNK)[:, ::4]
     shifts = np.array(sorted(range(-SHIFTS, SHIFTS + 1), key=abs))
-    bits = [prices[(of_chunks[::4] + shift).clip(0, CLASSES - 1)[:, None], chunks].sum(axis=(1, 2)) for shift in shifts]
+    judged = symbols[:, ::4].T
+    bits = [np.zeros(len(symbols), np.float32) for _ in shifts]
+    for total, shift in zip(bits, shifts):
+        rows = prices[(classes[::4] + shift).clip(0, CLASSES - 1)]
+        total += np.take_along_axis(rows, judged, axis=1).sum(axis=0)
     return shifts[np.argmin(bits, axis=0)]
