@@ -111,7 +111,7 @@ def test_errors_go_where_the_model_does_not_notice(tmp_path):
     back = codec.decompress_dump(codec.compress_dump(dump))
     for name in STREAMS:
         error = np.square(back.stream(name) - dump.stream(name).astype(np.float32)).mean(axis=(0, 1, 2, 3))
-        assert error[0] < 0.8 * error[1:].min(), name
+        assert error[0] < 0.9 * error[1:].min(), name
 
 
 def test_values_of_tokens_that_will_be_attended_to_are_kept_better(artifacts):
@@ -223,6 +223,14 @@ def test_weak_components_do_not_take_up_strong_ones():
     weak = slice(found.V8.shape[1], found.rank)
     leaked = np.array(mx.array(rows) @ found.matrix)[:, weak] - alone[:, weak]
     assert np.square(together[:, weak] - alone[:, weak]).sum() < 0.3 * np.square(leaked).sum()
+
+
+@pytest.mark.parametrize("budget", [2200, None])
+def test_refined_coefficients_make_up_for_the_rounding_of_the_basis(budget):
+    rows = rows_of(48)
+    found = basis.learn(rows.copy(), 4, budget, 0)
+    left = [rows - np.array(found.rows(found.project(mx.array(rows), 48, refined))) for refined in (False, True)]
+    assert np.square(left[1]).sum() < 0.1 * np.square(left[0]).sum()
 
 
 def test_components_that_no_step_reaches_are_left_out():

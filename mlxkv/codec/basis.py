@@ -64,8 +64,13 @@ class Basis:
         """How many components there are before all others spread less than `least`."""
         return int(np.flatnonzero(np.r_[np.inf, self.spread] >= least)[-1])
 
-    def project(self, rows: mx.array, count: int) -> mx.array:
-        """Coefficients `[n, count]` of the strongest components of rows `[n, p]`."""
+    def project(self, rows: mx.array, count: int, refined: bool = False) -> mx.array:
+        """Coefficients `[n, count]` of the strongest components of rows `[n, p]`. refined: also make up for what rounding
+        the components did, at three times the cost."""
+        coefficients = self._projected(rows, count)
+        return coefficients + self._projected(rows - self.rows(coefficients), count) if refined else coefficients
+
+    def _projected(self, rows: mx.array, count: int) -> mx.array:
         strong = min(count, self.V8.shape[1])
         first, others = self.matrix[:, :strong], self.matrix[:, strong:count]
         coefficients = rows @ first

@@ -29,6 +29,7 @@ KEYS_COARSER = 1.5  # the keys' step is so many times the quality's, the values'
 ROUNDING = 0.40  # below 1/2: the dead zone around 0 is wider than a step
 OUTWARDS = 0.12  # steps: shrunken vectors flatten attention, which costs more than their squared error
 REACH = 1 / 10  # steps: a component that spreads less is not looked at
+REFINED = 55  # from this quality on the rounding of the basis would be seen
 LARGEST = 2**30  # quantized magnitude
 QUALITIES = range(10, 71, 10)  # that the tables are learnt at
 MAX_HISTOGRAMS = 20_000
@@ -129,7 +130,7 @@ class Coder:
             x = weighting.weighted(x - mx.array(part.mu), part.weights)
             if len(part.attention):
                 x = _scaled(x, self._gains(_quantized(found["k"], step_of(quality, "k")), quality))
-            found[name] = part.basis.project(x, part.basis.reaching(REACH * step))
+            found[name] = part.basis.project(x, part.basis.reaching(REACH * step), quality >= REFINED)
         return found
 
     def encode(self, rows: Mapping[str, mx.array], quality: float) -> dict[str, np.ndarray]:
