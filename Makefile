@@ -27,6 +27,7 @@ fmt: .venv/ready
 	$(BIN)/ruff format .
 
 bench: .venv/ready
+	$(BIN)/python -m pip install -q --no-deps zmlx==0.10.0  # codec_speed compares with it
 	$(BIN)/python -m benchmarks.run --all
 	$(BIN)/python -m benchmarks.report
 

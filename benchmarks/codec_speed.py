@@ -1,7 +1,8 @@
 """Is reading a compressed cache faster than computing it again? Prefill, compress and decompress, in one run.
 
 The three are timed in turn, several times over, so that a slow spell of the machine hits all of them; the ratio of
-medians is the result. Quick: 512 tokens, a small calibration and two rounds.
+medians is the result. zmlx.kvtc, if it is installed, codes the same cache with 128 components, by artifacts made for it, to
+compare with. Quick: 512 tokens, a small calibration and two rounds.
 """
 
 from __future__ import annotations
@@ -18,44 +19,95 @@ from benchmarks.held_out import MODEL
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import table
 from mlxkv import lm
+from mlxkv.cache import STREAMS, KVDump
+from mlxkv.codec import kvtc_rd
 from mlxkv.codec.artifacts import CalibrationArtifacts
+from mlxkv.codec.calibrate import calibrate
 from mlxkv.codec.codec import KVTCCacheCodec
+from mlxkv.codec.kvtc import Settings
+from mlxkv.sensitivity import FOLLOWING, HELD, sensitivity
 
 PHASE = 8
-RATIOS = (4, 16)
+RATIOS, QUALITIES = (4, 16), (35, 25)
+PEER_RANK = 128  # that zmlx.kvtc is used with
 
 
 def run(quick: bool) -> Outcome:
     model, tokenizer = lm.load(MODEL)
     size = calibration.QUICK if quick else {"texts": 6, "tokens": 1536}
     length, rounds = (512, 2) if quick else (2048, 3)
-    artifacts = calibration.calibrated(model, tokenizer, size, RATIOS)
-    codecs = {ratio: KVTCCacheCodec(learnt) for ratio, learnt in artifacts.items()}
     tokens = texts.same_kind(tokenizer, length, 1)[0]
     dump = lm.dump(model, tokens, name=MODEL, dtype="float16")
+    with calibration.dumps(
+        model, tokenizer, size, lambda model, text: sensitivity(model, text[: HELD + FOLLOWING])
+    ) as files:
+        published = calibration.learnt(files, [Settings(ratio, rank=size.get("rank")) for ratio in RATIOS])
+        ours = KVTCCacheCodec(calibrate(files, kvtc_rd.Settings()))
+        theirs = peer(calibrate(files, Settings(RATIOS[-1], rank=PEER_RANK)))
+    codecs: dict[str, Any] = {f"{ratio}x": KVTCCacheCodec(learnt) for ratio, learnt in zip(RATIOS, published)}
+    codecs |= {f"kvtc-rd {quality}": ours.at(quality) for quality in QUALITIES}
     samples: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as saved:
-        codecs[RATIOS[-1]].artifacts.save(saved)
+        published[-1].save(saved)
         for _ in range(rounds):
             start = perf_counter()
             lm.prefill(model, tokens, make_prompt_cache(model))
             samples.append({"step": "prefill", "seconds": perf_counter() - start})
-            for ratio, codec in codecs.items():
-                start = perf_counter()
-                blob = codec.compress_dump(dump)
-                samples.append({"step": f"compress {ratio}x", "seconds": perf_counter() - start, "bytes": len(blob)})
-                start = perf_counter()
-                back = codec.decompress_dump(blob)
-                samples.append({"step": f"decompress {ratio}x", "seconds": perf_counter() - start})
-                lm.restore(model, back)
-                step = f"decompress {ratio}x and restore into mlx-lm"
-                samples.append({"step": step, "seconds": perf_counter() - start})
+            for name, codec in codecs.items():
+                samples += timed(model, dump, name, codec)
+            if theirs:
+                samples += timed_peer(dump, theirs)
             start = perf_counter()
             CalibrationArtifacts.from_dir(saved)
             step = f"read the artifacts ({RATIOS[-1]}x), once a process"
             samples.append({"step": step, "seconds": perf_counter() - start})
-    config = {"model": MODEL, "tokens": length, "rounds": rounds, "calibration": size}
+    components = {name: ours.artifacts.stream(name).basis.rank for name in STREAMS}
+    config = {"model": MODEL, "tokens": length, "rounds": rounds, "calibration": size, "kvtc_rd_components": components}
     return Outcome(config, samples, summarise(samples))
+
+
+def timed(model: Any, dump: KVDump, name: str, codec: KVTCCacheCodec) -> list[dict[str, Any]]:
+    """There, back, and back into mlx-lm."""
+    start = perf_counter()
+    blob = codec.compress_dump(dump)
+    coded = perf_counter()
+    back = codec.decompress_dump(blob)
+    decoded = perf_counter()
+    lm.restore(model, back)
+    return [
+        {"step": f"compress {name}", "seconds": coded - start, "bytes": len(blob)},
+        {"step": f"decompress {name}", "seconds": decoded - coded},
+        {"step": f"decompress {name} and restore into mlx-lm", "seconds": perf_counter() - coded},
+    ]
+
+
+def peer(artifacts: CalibrationArtifacts) -> Any:
+    """zmlx.kvtc's codec with this calibration, or None where it is not installed."""
+    try:
+        from zmlx import kvtc as zmlx
+    except ImportError:
+        return None
+    parts: dict[str, Any] = {}
+    for name in STREAMS:
+        part = artifacts.stream(name)
+        plan = zmlx.QuantPlan([zmlx.GroupSpec(group.size, group.kind) for group in part.plan.groups])
+        parts |= {f"{name}_mu": part.mu, f"{name}_V": part.V.astype("float32"), f"{name}_plan": plan}
+    rope = artifacts.spec.stream("k").ropes[0]
+    # Its flag means the contrary of MLX's.
+    config = zmlx.RotaryConfig(rope.dims, rope.base, traditional=not rope.traditional) if rope else None
+    return zmlx.KVTCCacheCodec(zmlx.CalibrationArtifacts(**parts, meta={}), rope_cfg=config)
+
+
+def timed_peer(dump: KVDump, codec: Any) -> list[dict[str, Any]]:
+    start = perf_counter()
+    blob = codec.compress(list(dump.k), list(dump.v))
+    coded = perf_counter()
+    codec.decompress(blob)
+    name = f"zmlx.kvtc, {PEER_RANK} components"
+    return [
+        {"step": f"compress {name}", "seconds": coded - start, "bytes": len(blob)},
+        {"step": f"decompress {name}", "seconds": perf_counter() - coded},
+    ]
 
 
 def summarise(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:

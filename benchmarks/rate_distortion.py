@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 PHASE = 3
 FULL = {"texts": 20, "tokens": HELD + FOLLOWING}
-QUICK = {"texts": 2, "tokens": HELD + FOLLOWING, "rank": 512}
+QUICK = {"texts": 1, "tokens": HELD + FOLLOWING, "rank": 512}
 RATIOS, QUALITIES, BITS = (4, 8, 16, 32, 64), (15, 22, 30, 38, 46), (8, 4, 3, 2)
 ABLATED = (22, 38)
 SHARE = 0.15  # of fp16 weights, for artifacts
@@ -68,12 +68,12 @@ def run(quick: bool) -> Outcome:
         for name, constants in CHANGES.items() for quality in ABLATED
     ]  # fmt: skip
     samples = []
-    held = list(texts.OTHER_KINDS.items())[:: 6 if quick else 1]
+    held = list(texts.OTHER_KINDS.items())[:: 8 if quick else 1]
     for name, read in track(held, "held-out texts"):
         tokens = tokenizer.encode(read())[: LENGTH + predict + 1]
         rows = [whole(), *variants, *ours, *changed, *(quantized(each) for each in bits)]
         for record in fidelity.evaluate(model, rows, tokens, LENGTH, chunk=predict)[1:]:
-            samples.append({"text": name, "kind": KINDS.get(name, "chat"), **_named(record)})
+            samples.append({"text": name, "kind": KINDS.get(name, "chat"), **named(record)})
         for quality in qualities:
             samples.append({"text": name, **gaussian(model, tokens[:LENGTH], bounded, quality)})
     for name in () if quick else ("code", "reference"):
@@ -81,7 +81,7 @@ def run(quick: bool) -> Outcome:
         for record in fidelity.evaluate(model, [whole(), *variants[: len(ratios)], *ours], tokens, LONG, chunk=PREDICT)[
             1:
         ]:
-            samples.append({"text": name, "kind": "long", **_named(record)})
+            samples.append({"text": name, "kind": "long", **named(record)})
     config = {
         "model": MODEL, "dtype": "float16", "calibration": size, "predict": predict, "held": LENGTH, "sinks": SINKS,
         "window": WINDOW, "kl": [LEAST_KL, MOST_KL], "basis_bytes": limit, "seed": 0,
@@ -90,7 +90,7 @@ def run(quick: bool) -> Outcome:
     return Outcome(config, samples, summarise(samples))
 
 
-def _named(record: dict[str, Any]) -> dict[str, Any]:
+def named(record: dict[str, Any]) -> dict[str, Any]:
     name, at = record["variant"].rsplit(" ", 1)
     keys = ("coded_bytes", "cache_bytes", "ratio", "ratio_middle", "kl", "top1_agreement", "perplexity_delta", "artifact_bytes",
             "fp16_bytes", "perplexity_reference", "sink_and_window_bytes", "tokens", "predicted_tokens")  # fmt: skip
