@@ -221,7 +221,7 @@ def test_weak_components_do_not_take_up_strong_ones():
     exact = basis.learn(rows.copy(), 4, None, 0)
     together, alone = np.array(found.project(mx.array(rows), 64)), np.array(exact.project(mx.array(rows), 64))
     weak = slice(found.V8.shape[1], found.rank)
-    leaked = np.array(mx.array(rows) @ found.matrix)[:, weak] - alone[:, weak]
+    leaked = np.array(mx.array(rows) @ found.matrix.T)[:, weak] - alone[:, weak]
     assert np.square(together[:, weak] - alone[:, weak]).sum() < 0.3 * np.square(leaked).sum()
 
 

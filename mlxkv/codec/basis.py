@@ -52,13 +52,14 @@ class Basis:
 
     @cached_property
     def matrix(self) -> mx.array:
-        """`[p, rank]` float32."""
+        """`[rank, p]` float32: the first components lie together, so that products with them copy nothing."""
         low, high = self.V4 & 15, self.V4 >> 4
         weak = (
             np.stack([low, high], axis=1).reshape(2 * len(self.V4), self.V4.shape[1])[: self.width].astype(np.int8) - 8
         )
         codes = np.concatenate([self.V8, weak], axis=1).reshape(len(self.scale), -1, self.rank)
-        return mx.array((codes * self.scale.astype(np.float32)[:, None]).reshape(self.width, self.rank))
+        entries = (codes * self.scale.astype(np.float32)[:, None]).reshape(self.width, self.rank)
+        return mx.array(np.ascontiguousarray(entries.T))
 
     def reaching(self, least: float) -> int:
         """How many components there are before all others spread less than `least`."""
@@ -72,16 +73,16 @@ class Basis:
 
     def _projected(self, rows: mx.array, count: int) -> mx.array:
         strong = min(count, self.V8.shape[1])
-        first, others = self.matrix[:, :strong], self.matrix[:, strong:count]
-        coefficients = rows @ first
+        first, others = self.matrix[:strong], self.matrix[strong:count]
+        coefficients = rows @ first.T
         if count == strong:
             return coefficients
         # Rounded weak components are not quite orthogonal to strong ones, which would leak into them.
-        return mx.concatenate([coefficients, (rows - coefficients @ first.T) @ others], axis=1)
+        return mx.concatenate([coefficients, (rows - coefficients @ first) @ others.T], axis=1)
 
     def rows(self, coefficients: mx.array) -> mx.array:
         """Rows `[n, p]` of coefficients `[n, count]` of the strongest components."""
-        return coefficients @ self.matrix[:, : coefficients.shape[1]].T
+        return coefficients @ self.matrix[: coefficients.shape[1]]
 
 
 def learn(rows: np.ndarray, heads: int, budget: int | None, seed: int) -> Basis:

@@ -97,9 +97,9 @@ class StreamArtifacts:
         return Basis(self.V8, self.V4, self.scale, self.spread, self.mu.size)
 
     @cached_property
-    def inverse(self) -> np.ndarray:
-        """Of the weights as they are stored, float32."""
-        return weighting.inverse(self.weights)
+    def back(self) -> mx.array:
+        """The basis with its weights undone, `[rank, p]` float32."""
+        return mx.contiguous(weighting.weighted(self.basis.matrix, weighting.inverse(self.weights)))
 
 
 def step_of(quality: float, name: str) -> float:
@@ -152,11 +152,12 @@ class Coder:
         rows, integers = {}, {}
         for name, data in payloads.items():
             part = self._parts[name]
-            integers[name] = entropy.decode(data, part.tables, tokens, part.basis.rank)
-            x = part.basis.rows(_restored(integers[name], step_of(quality, name)))
+            found = entropy.decode(data, part.tables, tokens, part.basis.rank)
+            integers[name] = found = found[:, : _used(found)]
+            x = _restored(found, step_of(quality, name)) @ part.back[: found.shape[1]]
             if len(part.attention):
                 x = _scaled(x, 1 / self._gains(integers["k"], quality))
-            rows[name] = weighting.weighted(x, part.inverse) + mx.array(part.mu)
+            rows[name] = x + mx.array(part.mu)
         return rows
 
     def _gains(self, keys: np.ndarray, quality: float) -> mx.array:
@@ -170,10 +171,9 @@ class Coder:
         """Attention as linear in the keys' coefficients: `[rank, heads]` and `[heads]`."""
         attention, part = self._parts["v"].attention, self._parts["k"]
         heads, dim = part.weights.shape[:2]
-        slopes = (part.inverse @ attention[:, :-1, None])[..., 0]
-        by_head = part.basis.matrix.reshape(heads, dim, -1)
+        slopes = (part.back.reshape(-1, heads, dim) * mx.array(attention[:, :-1])).sum(axis=-1)
         bias = (part.mu.reshape(heads, dim) * attention[:, :-1]).sum(axis=1) + attention[:, -1]
-        return (mx.array(slopes)[:, None] @ by_head)[:, 0].T, mx.array(bias)
+        return slopes, mx.array(bias)
 
 
 def train(samples: Samples, settings: Settings) -> dict[str, StreamArtifacts]:
@@ -254,6 +254,11 @@ def _quantized(coefficients: mx.array, step: float) -> np.ndarray:
     if sizes.size and not (sizes.max() < LARGEST).item():
         raise InputError("the cache holds NaN, infinite or enormous values")
     return np.array((mx.sign(coefficients) * mx.floor(sizes + ROUNDING)).astype(mx.int32))
+
+
+def _used(integers: np.ndarray) -> int:
+    """Components up to the last that is not all zeros."""
+    return int(np.flatnonzero(np.r_[True, integers.any(axis=0)])[-1])
 
 
 def _restored(integers: np.ndarray, step: float) -> mx.array:
