@@ -22,7 +22,7 @@ from mlxkv import container
 from mlxkv.cache import STREAMS, KVDump, Rope, is_whole
 from mlxkv.codec import raw, reading
 from mlxkv.codec.artifacts import CalibrationArtifacts, check_rope
-from mlxkv.codec.layout import BLOCK, Layout
+from mlxkv.codec.layout import BLOCK, Layers, Layout, shape_of
 from mlxkv.codec.rows import from_rows, to_rows
 from mlxkv.container import Reader, Section, Source, encode_section
 from mlxkv.errors import FormatError, InputError, MismatchError
@@ -30,7 +30,6 @@ from mlxkv.files import replace_rest
 from mlxkv.kernels import metal
 from mlxkv.lossless import CODINGS
 
-Layers = Sequence[np.ndarray] | Sequence[mx.array]
 Progress = Callable[[int], None]
 SINKS = ("k.sink", "v.sink")
 PENDING = 8  # sections that may wait for their coding
@@ -124,7 +123,7 @@ class KVTCCacheCodec:
         self, layers: Mapping[str, Layers], extras: Mapping[str, np.ndarray], meta: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, bytes], Layout]:
         """The header's own fields, and the bytes of all that is stored as it is."""
-        batch, length, dtype = self._check_shapes(layers)
+        batch, length, dtype = shape_of(layers, self.artifacts.spec)
         layout = Layout(batch, length, self.s, self.w, block=max(1, BLOCK // batch))
         described, arrays = {}, {}
         for name, array in self._raw_arrays(layers, layout, extras):
@@ -260,27 +259,6 @@ class KVTCCacheCodec:
             if progress:
                 progress(stop - start)
         return outputs, (first, last)
-
-    def _check_shapes(self, layers: Mapping[str, Layers]) -> tuple[int, int, str]:
-        shapes, dtypes = set(), set()
-        for name in STREAMS:
-            stream = self.artifacts.spec.stream(name)
-            if len(layers[name]) != stream.layers:
-                raise MismatchError(f"{name} has {len(layers[name])} layers; the artifacts are for {stream.layers}")
-            for array in layers[name]:
-                if len(array.shape) != 4 or (array.shape[1], array.shape[3]) != (stream.heads, stream.dim):
-                    raise MismatchError(
-                        f"{name} has a layer of shape {tuple(array.shape)}; expected [B, {stream.heads}, T, {stream.dim}]"
-                    )
-                shapes.add((array.shape[0], array.shape[2]))
-                dtypes.add(str(array.dtype).removeprefix("mlx.core."))
-        if len(shapes) != 1 or min(min(shapes)) < 1:
-            raise MismatchError(
-                f"all layers need the same batch and length of at least 1, found [B, T] = {sorted(shapes)}"
-            )
-        if len(dtypes) != 1 or not dtypes <= {"float16", "float32", "bfloat16"}:
-            raise MismatchError(f"all layers need one dtype of float16, bfloat16 or float32, found {sorted(dtypes)}")
-        return *shapes.pop(), dtypes.pop()
 
     def _raw_arrays(
         self, layers: Mapping[str, Layers], layout: Layout, extras: Mapping[str, np.ndarray]

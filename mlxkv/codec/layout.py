@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from mlxkv.cache import is_whole
-from mlxkv.errors import FormatError
+import mlx.core as mx
+import numpy as np
 
+from mlxkv.cache import STREAMS, CacheSpec, is_whole
+from mlxkv.errors import FormatError, MismatchError
+
+Layers = Sequence[np.ndarray] | Sequence[mx.array]
 BLOCK = 512  # rows, batch times tokens, in a coded block: bounds the memory of both directions
 MAX_ROWS = 2**16  # that a reader accepts
 
@@ -38,3 +42,24 @@ class Layout:
         """(index, start, stop) of every coded block."""
         for index, start in enumerate(range(self.middle.start, self.middle.stop, self.block)):
             yield index, start, min(start + self.block, self.middle.stop)
+
+
+def shape_of(layers: Mapping[str, Layers], spec: CacheSpec) -> tuple[int, int, str]:
+    """Batch, length and dtype of keys and values. Raises MismatchError when they are not one cache of this description."""
+    shapes, dtypes = set(), set()
+    for name in STREAMS:
+        stream = spec.stream(name)
+        if len(layers[name]) != stream.layers:
+            raise MismatchError(f"{name} has {len(layers[name])} layers; the artifacts are for {stream.layers}")
+        for array in layers[name]:
+            if len(array.shape) != 4 or (array.shape[1], array.shape[3]) != (stream.heads, stream.dim):
+                raise MismatchError(
+                    f"{name} has a layer of shape {tuple(array.shape)}; expected [B, {stream.heads}, T, {stream.dim}]"
+                )
+            shapes.add((array.shape[0], array.shape[2]))
+            dtypes.add(str(array.dtype).removeprefix("mlx.core."))
+    if len(shapes) != 1 or min(min(shapes)) < 1:
+        raise MismatchError(f"all layers need the same batch and length of at least 1, found [B, T] = {sorted(shapes)}")
+    if len(dtypes) != 1 or not dtypes <= {"float16", "float32", "bfloat16"}:
+        raise MismatchError(f"all layers need one dtype of float16, bfloat16 or float32, found {sorted(dtypes)}")
+    return *shapes.pop(), dtypes.pop()

@@ -1,0 +1,83 @@
+"""A `kvtc-rd` file and its artifacts that every later mlxkv must read. Integers exactly; what they stand for to rounding.
+
+After a deliberate change of format: MLXKV_REGENERATE_GOLDEN=1 pytest tests/test_golden_rd.py
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic import PLAIN, rd_artifacts, toy_dump
+
+from mlxkv.cache import STREAMS
+from mlxkv.codec import codec as codec_module
+from mlxkv.codec import entropy
+from mlxkv.codec.artifacts import CalibrationArtifacts
+from mlxkv.codec.codec import KVTCCacheCodec
+from mlxkv.container import Reader
+
+FOLDER = Path(__file__).parent / "fixtures" / "golden_rd"
+LENGTH, S, W, BLOCK, QUALITY = 40, 2, 5, 16, 37.5
+FINGERPRINT = "846a5f2bb77eafd0e1a907f1b45ec03d"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def regenerated(tmp_path_factory):
+    if os.environ.get("MLXKV_REGENERATE_GOLDEN") != "1":
+        return
+    artifacts, dump = (
+        rd_artifacts(tmp_path_factory.mktemp("golden"), basis_bytes=72_500),
+        toy_dump(PLAIN, length=LENGTH, seed=9),
+    )
+    artifacts.save(FOLDER / "artifacts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codec_module, "BLOCK", BLOCK)
+        blob = KVTCCacheCodec(artifacts, w=W, s=S, quality=QUALITY).compress_dump(dump)
+    (FOLDER / "cache.mlxkv").write_bytes(blob)
+    back = KVTCCacheCodec(artifacts).decompress_dump(blob)
+    with Reader(blob) as reader:
+        np.savez(FOLDER / "expected.npz", k=back.k, v=back.v, tokens=dump.tokens, **integers(reader, artifacts))
+
+
+def integers(reader, artifacts):
+    return {
+        f"{name}{index}": entropy.decode(
+            reader.read(f"{name}.{index}"), artifacts.stream(name).tables, tokens, artifacts.stream(name).basis.rank
+        )
+        for index, tokens in enumerate((16, 16, 1))
+        for name in STREAMS
+    }
+
+
+@pytest.fixture
+def expected():
+    with np.load(FOLDER / "expected.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture
+def artifacts():
+    return CalibrationArtifacts.from_dir(FOLDER / "artifacts")
+
+
+def test_the_old_artifacts_have_the_fingerprint_that_files_name(artifacts):
+    assert artifacts.fingerprint == FINGERPRINT
+    assert artifacts.k.V4.size > 0
+    assert artifacts.k.V8.size > 0
+
+
+def test_the_old_file_decodes_to_the_same_integers_and_the_same_cache(artifacts, expected):
+    with Reader(FOLDER / "cache.mlxkv") as reader:
+        for name, found in integers(reader, artifacts).items():
+            assert np.array_equal(found, expected[name]), name
+        assert reader.header["quality"] == QUALITY
+        assert reader.header["layout"] == {"batch": 1, "length": LENGTH, "s": S, "w": W, "block": BLOCK}
+    dump = KVTCCacheCodec(artifacts).decompress_dump(FOLDER / "cache.mlxkv")
+    assert np.array_equal(dump.tokens, expected["tokens"])
+    for name in STREAMS:
+        np.testing.assert_allclose(dump.stream(name).astype(float), expected[name], rtol=2e-3, atol=2e-3)
+
+
+def test_the_fixtures_are_small():
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 150_000
