@@ -63,6 +63,15 @@ def test_artifacts_that_do_not_fit_each_other_are_refused(artifacts, change):
         replace(artifacts.v, **change)
 
 
+@pytest.mark.parametrize("shape", [(6, 8), (6, 10), (0, 9)])
+def test_attention_of_other_keys_is_refused(artifacts, shape):
+    other = replace(artifacts, v=replace(artifacts.v, attention=np.zeros(shape, np.float32)))
+    with pytest.raises(FormatError, match="not of the keys' 6 heads of 8"):
+        KVTCCacheCodec(other)
+    with pytest.raises(FormatError, match="not of the keys'"):
+        KVTCCacheCodec(replace(artifacts, k=replace(artifacts.k, attention=artifacts.v.attention)))
+
+
 def test_weights_without_an_inverse_are_refused(artifacts):
     flat = replace(artifacts.k, weights=np.zeros((6, 8, 8), np.float16))
     codec = KVTCCacheCodec(replace(artifacts, k=flat))

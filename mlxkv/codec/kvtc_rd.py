@@ -21,6 +21,7 @@ from mlxkv.cache import STREAMS, is_whole
 from mlxkv.codec import basis, entropy, weighting
 from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.codec.basis import Basis
+from mlxkv.codec.layout import BLOCK
 from mlxkv.codec.samples import Samples
 from mlxkv.errors import FormatError, InputError
 
@@ -33,7 +34,6 @@ REFINED = 55  # from this quality on the rounding of the basis would be seen
 LARGEST = 2**30  # quantized magnitude
 QUALITIES = range(10, 71, 10)  # that the tables are learnt at
 MAX_HISTOGRAMS = 20_000
-BLOCK = 512  # tokens of the histograms that the tables are learnt from
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,9 @@ class Coder:
 
     def __init__(self, artifacts: CalibrationArtifacts) -> None:
         self._parts: dict[str, StreamArtifacts] = {name: artifacts.stream(name) for name in STREAMS}
+        heads, dim = artifacts.k.weights.shape[:2]
+        if artifacts.k.attention.size or artifacts.v.attention.shape not in ((0, 0), (heads, dim + 1)):
+            raise FormatError(f"attention {artifacts.v.attention.shape} is not of the keys' {heads} heads of {dim}")
 
     def check_quality(self, quality: object) -> None:
         """Raises InputError for anything but a number from 0 to 100."""
