@@ -18,7 +18,8 @@ WITHIN = 0.02  # of the target
 BLOCKS = 4  # of a dump that is longer, whose bytes stand for all
 LADDER = range(10, 91, 10)  # qualities that a divergence is measured at
 PREDICTED = 128  # tokens, the newest of the dump
-_ROUNDS, _PROBES = 4, 12
+_ROUNDS, _PROBES = 4, 8
+_GROWTH = 1.6  # times more bytes for ten points of quality, about
 
 
 def compress_to_bytes(
@@ -26,37 +27,39 @@ def compress_to_bytes(
 ) -> tuple[KVTCCacheCodec, bytes]:
     """The dump in a whole file within 2 % of `target` bytes, and the codec of that quality.
 
-    The quality is found by bisection on the coded bytes of up to four blocks, then by whole files. Raises InputError for
+    The quality is found on the code lengths of up to four blocks, then corrected by whole files. Raises InputError for
     a target beyond what qualities 0 to 100 reach, and for a method without a quality.
     """
     if codec.quality is None:
         raise InputError("these artifacts are of a method with one ratio: calibrate for another, or with kvtc-rd")
-    aim = float(target)
+    fixed, aim = codec.fixed_bytes(dump), float(target)
+    blob = b""
     for _ in range(_ROUNDS):
-        codec = codec.at(_bisected(codec, dump, aim))
+        if aim <= fixed:
+            break
+        codec = codec.at(_quality_for(codec, dump, aim - fixed))
         blob = codec.compress_dump(dump, progress)
         if abs(len(blob) / target - 1) <= WITHIN:
             return codec, blob
-        if not 0 < codec.quality < 100:  # type: ignore[operator]
-            break
         aim *= target / len(blob)
+    reached = f"quality {codec.quality:.4g} makes {len(blob):,}, and " if blob else ""
     raise InputError(
-        f"{target:,.0f} bytes are not met: quality {codec.quality:.4g} makes {len(blob):,}, of which sinks, window and"
-        f" tokens, which it does not change, are {len(blob) - codec.coded_bytes(dump):,}; a shorter window makes smaller files"
+        f"{target:,.0f} bytes are not met: {reached}sinks, window and tokens, which no quality changes, take about {fixed:,};"
+        " a shorter window makes smaller files"
     )
 
 
-def _bisected(codec: KVTCCacheCodec, dump: KVDump, target: float) -> float:
-    """The quality whose estimated file has `target` bytes."""
-    uncoded = len(codec.at(0).compress_dump(dump)) - codec.at(0).coded_bytes(dump)
-    low, high = 0.0, 100.0
+def _quality_for(codec: KVTCCacheCodec, dump: KVDump, coded: float) -> float:
+    """The quality whose coded tokens are estimated to take so many bytes: Newton's method within a bracket."""
+    quality, low, high = 35.0, 0.0, 100.0
     for _ in range(_PROBES):
-        middle = (low + high) / 2
-        if uncoded + codec.at(middle).coded_bytes(dump, BLOCKS) > target:
-            high = middle
-        else:
-            low = middle
-    return high if high == 100 else low
+        found = codec.at(quality).coded_bytes(dump, BLOCKS)
+        if abs(found / coded - 1) < WITHIN / 10:
+            break
+        low, high = (low, quality) if found > coded else (quality, high)
+        step = 10 * math.log(coded / max(found, 1)) / math.log(_GROWTH)
+        quality = quality + step if low < quality + step < high else (low + high) / 2
+    return quality
 
 
 def quality_for_kl(codec: KVTCCacheCodec, model: Any, tokens: Sequence[int], target: float) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlxkv.codec import entropy
-from mlxkv.codec.entropy import CLASSES, MAX_MAGNITUDE, SHIFTS, decode, encode, histograms, learn_tables
+from mlxkv.codec.entropy import CLASSES, MAX_MAGNITUDE, SHIFTS, decode, encode, estimate, histograms, learn_tables
 from mlxkv.errors import FormatError, InputError
 from mlxkv.kernels.rans import TOTAL
 
@@ -63,6 +63,13 @@ def test_whatever_the_scale_a_code_is_near_the_entropy_of_its_source(tables):
         counts = [np.unique(group, return_counts=True)[1] for group in groups]
         ideal = sum(-(n * np.log2(n / n.sum())).sum() for n in counts) / 8
         assert len(encode(integers, tables)) < 1.05 * ideal + 900, largest  # 900: classes, shifts and lanes
+
+
+@pytest.mark.parametrize(("tokens", "components", "largest"), [(512, 640, 8.0), (512, 640, 0.5), (200, 60, 30.0)])
+def test_an_estimate_is_near_what_encoding_makes(tables, tokens, components, largest):
+    integers = coefficients(tokens, components, 5, largest)
+    integers[0, 0] = 1000
+    assert estimate(integers, tables) == pytest.approx(len(encode(integers, tables)), rel=0.02)
 
 
 def test_neighbours_of_very_different_scale_cost_what_they_cost_alone(tables):

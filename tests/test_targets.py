@@ -24,8 +24,8 @@ def codec(tmp_path_factory):
     return KVTCCacheCodec(rd_artifacts(tmp_path_factory.mktemp("targets")), w=16)
 
 
-@pytest.mark.parametrize("length", [300, 2300, 5000])
-@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("length", [300, 2800])
+@pytest.mark.parametrize("share", [0.25, 1.0])
 def test_bytes_are_met_within_two_percent_of_the_whole_file(codec, length, share):
     dump = toy_dump(PLAIN, length=length, seed=7)
     least, most = (len(codec.at(quality).compress_dump(dump)) for quality in (15, 60))

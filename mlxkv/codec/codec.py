@@ -32,6 +32,7 @@ from mlxkv.lossless import CODINGS
 
 Progress = Callable[[int], None]
 SINKS = ("k.sink", "v.sink")
+TABLE_ROW = 70  # bytes of a section's row in the header, about
 PENDING = 8  # sections that may wait for their coding
 
 
@@ -83,13 +84,24 @@ class KVTCCacheCodec:
             raise InputError(f"meta must be plain JSON values: {error}") from None
         return out.getvalue()
 
-    def coded_bytes(self, dump: KVDump, blocks: int | None = None) -> float:
-        """Bytes of the coded sections; with `blocks`, estimated from so many, spread evenly."""
+    def fixed_bytes(self, dump: KVDump) -> int:
+        """About what a file holds besides coded tokens, whatever the quality."""
+        extras, meta = self._travelling(dump)
+        header, arrays, layout = self._described({"k": list(dump.k), "v": list(dump.v)}, extras, meta)
+        sections = self._stored(arrays)
+        table = TABLE_ROW * (len(sections) + len(self.streams) * len(list(layout.blocks())))
+        return sum(section.stored for section, _ in sections.values()) + len(str(header)) + table
+
+    def coded_bytes(self, dump: KVDump, blocks: int) -> float:
+        """About what the coded tokens take, from the code lengths of so many blocks, spread evenly."""
         layers = {"k": list(dump.k), "v": list(dump.v)}
         every = list(self._described(layers, {}, {})[2].blocks())
-        chosen = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, blocks or len(every)).astype(int))]
-        stored = sum(section.stored for section, _ in self._coded(layers, chosen, None))
-        return stored * sum(b - a for _, a, b in every) / max(1, sum(b - a for _, a, b in chosen))
+        chosen = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, blocks).astype(int))] if every else []
+        found = 0.0
+        for _, start, stop in chosen:
+            codes = self.coder.encode(self._rows(layers, start, stop), self.quality)
+            found += sum(self.coder.estimate(name, each) for name, each in codes.items())
+        return found * sum(b - a for _, a, b in every) / max(1, sum(b - a for _, a, b in chosen))
 
     def append_dump(self, path: str | Path, dump: KVDump, progress: Progress | None = None) -> None:
         """Bring a file of `compress_dump` up to a dump of the same conversation gone on: the file becomes what
@@ -144,11 +156,19 @@ class KVTCCacheCodec:
     def _sections(self, layers: Mapping[str, Layers], layout: Layout, arrays: Mapping[str, bytes], first: int,
                   progress: Progress | None) -> list[tuple[Section, bytes]]:  # fmt: skip
         """In the file's order: sinks, blocks from the `first` on, and last what changes when a file grows."""
-        # Extras are stored plain: on reading, nothing but the file's own size bounds them.
-        codings = {name: self.lossless if name in raw.ENDS else "raw" for name in arrays}
-        stored = {name: encode_section(name, data, codings[name]) for name, data in arrays.items()}
+        stored = self._stored(arrays)
         blocks = self._coded(layers, list(layout.blocks())[first:], progress)
         return [*(stored.pop(name) for name in SINKS), *blocks, *stored.values()]
+
+    def _stored(self, arrays: Mapping[str, bytes]) -> dict[str, tuple[Section, bytes]]:
+        """Extras are stored plain: on reading, nothing but the file's own size bounds them."""
+        return {
+            name: encode_section(name, data, self.lossless if name in raw.ENDS else "raw")
+            for name, data in arrays.items()
+        }
+
+    def _rows(self, layers: Mapping[str, Layers], start: int, stop: int) -> dict[str, mx.array]:
+        return {stream.name: to_rows(stream, layers[stream.name], start, stop) for stream in self.streams}
 
     def _coded(
         self, layers: Mapping[str, Layers], blocks: Sequence[tuple[int, int, int]], progress: Progress | None
@@ -164,8 +184,7 @@ class KVTCCacheCodec:
             submit = _at_once if kernels else pool.submit
             futures: list[Future[tuple[Section, bytes]]] = []
             for index, start, stop in blocks:
-                rows = {stream.name: to_rows(stream, layers[stream.name], start, stop) for stream in self.streams}
-                for name, codes in self.coder.encode(rows, self.quality).items():
+                for name, codes in self.coder.encode(self._rows(layers, start, stop), self.quality).items():
                     if len(futures) >= PENDING:  # wait for the coding rather than let codes pile up
                         futures[-PENDING].result()
                     futures.append(submit(section, name, index, codes))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -84,8 +85,20 @@ def _symbol_prices(tables: np.ndarray) -> np.ndarray:
     return np.where(tables > 0, bits, _MISSING_BITS)
 
 
-def encode(integers: np.ndarray, tables: np.ndarray) -> bytes:
-    """Integers `[n, r]` int32 above -2**31, tokens by components, to bytes that `decode` with the same tables reads."""
+@dataclass(frozen=True)
+class _Planned:
+    """classes: `[r]`, 0 for what is not coded. symbols, which, escaped: `[n, coded]`. shifts: `[n]`."""
+
+    classes: np.ndarray
+    symbols: np.ndarray
+    which: np.ndarray
+    shifts: np.ndarray
+    escaped: np.ndarray
+    bits: float
+    lanes: int
+
+
+def _planned(integers: np.ndarray, tables: np.ndarray) -> _Planned:
     counts = histograms(integers)
     classes = np.where(counts[:, 1:].any(axis=1), (counts @ _prices(tables).T).argmin(axis=1) + 1, 0)
     coded = np.flatnonzero(classes)
@@ -96,17 +109,30 @@ def encode(integers: np.ndarray, tables: np.ndarray) -> bytes:
     escaped = tables[which, symbols] == 0
     escaped |= np.abs(values) > MAX_MAGNITUDE
     symbols[escaped] = ESCAPE
-    bits = _symbol_prices(tables)[which, symbols].sum()
+    bits = float(_symbol_prices(tables)[which, symbols].sum())
     lanes = max(1, -(-symbols.size // _LANE_SYMBOLS), int(bits) // (8 * _LANE_BYTES))
-    streams = rans.encode(symbols.ravel(), tables, which.ravel(), 1, lanes)
+    return _Planned(classes, symbols, which, shifts, escaped, bits, lanes)
+
+
+def estimate(integers: np.ndarray, tables: np.ndarray) -> float:
+    """About how many bytes `encode` makes, from code lengths alone."""
+    plan = _planned(integers, tables)
+    return plan.bits / 8 + len(integers) + 4 * plan.escaped.sum() + 5 * plan.lanes + plan.classes.size / 3
+
+
+def encode(integers: np.ndarray, tables: np.ndarray) -> bytes:
+    """Integers `[n, r]` int32 above -2**31, tokens by components, to bytes that `decode` with the same tables reads."""
+    plan = _planned(integers, tables)
+    streams = rans.encode(plan.symbols.ravel(), tables, plan.which.ravel(), 1, plan.lanes)
     words = streams.counts.astype("<u2").tobytes()
-    deltas = np.diff(classes, prepend=0).astype(np.uint8).tobytes()
+    deltas = np.diff(plan.classes, prepend=0).astype(np.uint8).tobytes()
     model = zlib.compress(deltas + words[::2] + words[1::2], 9)  # all low bytes, then all high ones
+    escaped = integers[:, np.flatnonzero(plan.classes)][plan.escaped]
     parts = [
-        _HEADER.pack(lanes, int(escaped.sum()), len(model)),
+        _HEADER.pack(plan.lanes, len(escaped), len(model)),
         model,
-        shifts.astype(np.int8).tobytes(),
-        values[escaped].astype("<i4").tobytes(),
+        plan.shifts.astype(np.int8).tobytes(),
+        escaped.astype("<i4").tobytes(),
         streams.states.astype("<u4").tobytes(),
         streams.words.astype("<u2").tobytes(),
     ]

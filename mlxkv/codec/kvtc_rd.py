@@ -146,6 +146,10 @@ class Coder:
         part = self._parts[name]
         return entropy.encode(np.pad(codes, ((0, 0), (0, part.basis.rank - codes.shape[1]))), part.tables)
 
+    def estimate(self, name: str, codes: np.ndarray) -> float:
+        """About how many bytes `pack` makes."""
+        return entropy.estimate(codes, self._parts[name].tables)
+
     def is_size(self, name: str, tokens: int, size: int, coding: str) -> bool:
         """Whether a section may hold so many rows: it has a byte for each at least, and is stored plain."""
         return coding == "raw" and size >= tokens
