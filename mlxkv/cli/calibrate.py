@@ -23,7 +23,7 @@ def command(
     samples_per_file: Annotated[int | None, typer.Option(help="Tokens to use of each dump, at most.")] = None,
     basis_bytes: Annotated[
         int | None,
-        typer.Option(help="Size of the artifacts, at most (kvtc-rd); about 15 % of fp16 weights lose little."),
+        typer.Option(help="Size of the artifacts, at most (kvtc-rd)."),
     ] = None,
     json: Json = False,
 ) -> None:
