@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from mlxkv.codec import entropy
-from mlxkv.codec.entropy import CLASSES, MAX_MAGNITUDE, SHIFTS, decode, encode, estimate, histograms, learn_tables
+from mlxkv.codec.entropy import CLASSES, MAX_MAGNITUDE, SHIFTS, Section, encode, estimate, histograms, learn_tables
 from mlxkv.errors import FormatError, InputError
+from mlxkv.kernels import rans
 from mlxkv.kernels.rans import TOTAL
 
 
@@ -18,6 +19,10 @@ def coefficients(tokens, components, seed=0, largest=8.0, gains=0.0):
     scales = largest * np.exp(-6 * np.arange(components) / components)
     energy = np.exp(gains * random.standard_normal((tokens, 1)))
     return np.rint(energy * random.laplace(0, scales, (tokens, components))).astype(np.int32)
+
+
+def decode(data, tables, tokens, components):
+    return entropy.decode([Section(data, tables, tokens, components)])[0]
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +59,31 @@ def test_a_large_block_of_almost_nothing_has_lanes_enough_to_be_read(tables):
     data = encode(integers, tables)
     assert len(data) < 2 * 700
     assert np.array_equal(decode(data, tables, 700, 96), integers)
+
+
+def test_sections_decode_together_whatever_their_lanes_shapes_and_tables(tables, monkeypatch):
+    others = learn_tables(histograms(coefficients(512, 200, 9, 60.0)))
+    arrays = [coefficients(*shape) for shape in ((512, 300), (60, 900), (1, 7), (5, 0))]
+    sections = [
+        Section(encode(array, kind), kind, *array.shape) for kind in (tables, others, tables.copy()) for array in arrays
+    ]
+    calls = []
+    monkeypatch.setattr(entropy.rans, "decode", lambda *given: calls.append(given) or rans.reference_decode(*given))
+    found = entropy.decode(sections)
+    assert len(calls) == 1
+    for section, array, back in zip(sections, 3 * arrays, found, strict=True):
+        assert back.shape == (section.tokens, section.components)
+        assert np.array_equal(back, array)
+
+
+def test_sections_that_would_fill_memory_together_decode_alone(tables, monkeypatch):
+    slow, wide = np.eye(160, 60, dtype=np.int32), coefficients(512, 300)
+    arrays, sizes = [slow, *8 * [wide]], []
+    sections = [Section(encode(array, tables), tables, *array.shape) for array in arrays]
+    monkeypatch.setattr(entropy.rans, "decode", lambda *given: sizes.append(given[-1]) or rans.reference_decode(*given))
+    found = entropy.decode(sections)
+    assert all(np.array_equal(back, array) for back, array in zip(found, arrays, strict=True))
+    assert sum(sizes) < 1.1 * sum(array.size for array in arrays)
 
 
 def test_whatever_the_scale_a_code_is_near_the_entropy_of_its_source(tables):

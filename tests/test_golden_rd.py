@@ -43,8 +43,15 @@ def regenerated(tmp_path_factory):
 def integers(reader, artifacts):
     return {
         f"{name}{index}": entropy.decode(
-            reader.read(f"{name}.{index}"), artifacts.stream(name).tables, tokens, artifacts.stream(name).basis.rank
-        )
+            [
+                entropy.Section(
+                    reader.read(f"{name}.{index}"),
+                    artifacts.stream(name).tables,
+                    tokens,
+                    artifacts.stream(name).basis.rank,
+                )
+            ]
+        )[0]
         for index, tokens in enumerate((16, 16, 1))
         for name in STREAMS
     }

@@ -156,5 +156,5 @@ def test_integers_do_not_depend_on_the_machine(artifacts):
     codec = KVTCCacheCodec(artifacts, w=0, s=0, quality=40)
     with Reader(codec.compress_dump(dump)) as reader:
         payload = reader.read("k.0")
-    integers = entropy.decode(payload, artifacts.k.tables, 64, artifacts.k.basis.rank)
+    [integers] = entropy.decode([entropy.Section(payload, artifacts.k.tables, 64, artifacts.k.basis.rank)])
     assert coder.pack("k", integers) == payload

@@ -37,7 +37,7 @@ def command(
         length = summary(reader)["tokens"]
     part = _part(tokens, length) if tokens is not None else None
     start = time.perf_counter()
-    with bar("decompressing", length) as advance:
+    with bar("decompressing", part[1] - part[0] if part else length) as advance:
         dump = codec.decompress_dump(file, advance, tokens=part)
     seconds = time.perf_counter() - start
     write_dump(out, dump)

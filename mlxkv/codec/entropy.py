@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,12 +25,16 @@ CLASSES = 64  # tables; with class 0 one more
 SHIFTS = 4  # a token's classes may be so many higher or lower
 MAX_MAGNITUDE = 127
 ESCAPE = 255  # the symbol of what has none: the value follows in 32 bits
+_VALUES = (
+    (np.arange(256, dtype=np.int32) + 1) // 2 * np.tile(np.array([-1, 1], np.int32), 128)
+)  # of the symbols: 0, 1, -1, 2, -2, ...
 _MISSING_BITS = 32.0 + rans.SCALE_BITS
 _ROUNDS = 12  # of Lloyd's algorithm
 _LEAST = 2.0**-15  # of a table's sum: what is rarer is escaped, as 1/4096 is the least frequency there is
 _TAIL = 0.01  # share of a table that goes to a geometric tail, for magnitudes that calibration has not seen
 _LANE_BYTES = 512  # coded bytes to a lane, whose state and count take about 5
 _LANE_SYMBOLS = 2**15  # at most: bounds a reader's steps and keeps counts in 16 bits
+_MOST_FILLED = 4  # times the symbols that there are, to decode sections together
 _HEADER = struct.Struct("<III")  # lanes, escaped values, bytes of the deflated model
 
 
@@ -139,37 +145,90 @@ def encode(integers: np.ndarray, tables: np.ndarray) -> bytes:
     return b"".join(parts)
 
 
-def decode(data: bytes, tables: np.ndarray, tokens: int, components: int) -> np.ndarray:
-    """The integers `[tokens, components]` int32 that `encode` got. Raises FormatError for damaged bytes; memory is bounded
-    by tokens and components, and steps by the length of data."""
+class Section(NamedTuple):
+    """What `encode` made of integers `[tokens, components]` with these tables."""
+
+    data: bytes
+    tables: np.ndarray
+    tokens: int
+    components: int
+
+
+def decode(sections: Sequence[Section]) -> list[np.ndarray]:
+    """The integers `[tokens, components]` int32 that `encode` got, of each section; of three different tables at most.
+
+    All lanes take their steps together: those of one section are too few to keep a device busy. Raises FormatError for
+    damaged bytes; memory is bounded by tokens and components, and steps by the length of data.
+    """
+    read = [_read(section) for section in sections]
+    lanes, steps = [each.streams.states.size for each in read], max(each.steps for each in read)
+    if len(read) > 1 and steps * sum(lanes) > _MOST_FILLED * sum(each.which.size for each in read):
+        return [decode([section])[0] for section in sections]
+    kinds = list({id(section.tables): section.tables for section in sections}.values())
+    certain = np.zeros((1, 256), np.uint16)  # its symbol 0 changes no state and takes no word: fills up what is shorter
+    certain[0, 0] = rans.TOTAL
+    columns = []
+    for section, each, count in zip(sections, read, lanes):
+        column = np.full(steps * count, len(kinds) * CLASSES, np.uint8)
+        kind = next(i for i, tables in enumerate(kinds) if tables is section.tables)
+        column[: each.which.size] = each.which + np.uint8(kind * CLASSES)
+        columns.append(column.reshape(steps, count))
+    which = np.hstack(columns)
+    streams = rans.Streams(*(np.concatenate(parts) for parts in zip(*(astuple(each.streams) for each in read))))
+    symbols = rans.decode(streams, np.concatenate([*kinds, certain]), which.ravel(), 1, which.size).reshape(which.shape)
+    parts = np.split(symbols, np.cumsum(lanes)[:-1], axis=1)
+    return [_integers(section, each, part.ravel()) for section, each, part in zip(sections, read, parts)]
+
+
+@dataclass(frozen=True)
+class _Read:
+    """coded: components of a class other than 0. which: `[n * coded]`, the table of each symbol. escaped: `[e]`."""
+
+    coded: np.ndarray
+    which: np.ndarray
+    streams: rans.Streams
+    escaped: np.ndarray
+
+    @property
+    def steps(self) -> int:
+        return -(-self.which.size // self.streams.states.size)
+
+
+def _read(section: Section) -> _Read:
+    data, tokens = section.data, section.tokens
     if len(data) < _HEADER.size:
         raise FormatError("the coded coefficients are truncated")
     lanes, escapes, length = _HEADER.unpack_from(data)
     starts = np.cumsum([_HEADER.size, length, tokens, 4 * escapes, 4 * lanes])
     if starts[-1] > len(data) or (len(data) - starts[-1]) % 2:
         raise FormatError(f"the coded coefficients claim {lanes} lanes, {escapes} escapes, {length} bytes of classes")
-    classes, counts = _read_model(data[starts[0] : starts[1]], components, lanes)
+    classes, counts = _read_model(data[starts[0] : starts[1]], section.components, lanes)
     shifts = np.frombuffer(data, np.int8, tokens, starts[1])
     if np.abs(shifts.astype(int)).max(initial=0) > SHIFTS:
         raise FormatError(f"shifts of coded coefficients are -{SHIFTS} to {SHIFTS}")
     coded = np.flatnonzero(classes)
     size = tokens * len(coded)
-    if lanes * _LANE_SYMBOLS < size:
+    if lanes < 1 or lanes * _LANE_SYMBOLS < size:
         raise FormatError(f"{size} coefficients in {lanes} lanes: too many to a lane")
     streams = rans.Streams(
         words=np.frombuffer(data, "<u2", offset=starts[4]).astype(np.uint16),
         counts=counts,
         states=np.frombuffer(data, "<u4", lanes, starts[3]).astype(np.uint32),
     )
-    symbols = rans.decode(streams, tables, _tables_of(classes[coded].astype(int) - 1, shifts).ravel(), 1, size)
-    values = (symbols.astype(np.int32) + 1) // 2
-    np.negative(values, out=values, where=symbols % 2 == 0)  # 0, 1, -1, 2, -2, ...
-    escaped = symbols == ESCAPE
-    if np.count_nonzero(escaped) != escapes:
-        raise FormatError(f"{escapes} escaped coefficients do not fit the {np.count_nonzero(escaped)} coded")
-    values[escaped] = np.frombuffer(data, "<i4", escapes, starts[2])
-    integers = np.zeros((tokens, components), np.int32)
-    integers[:, coded] = values.reshape(tokens, len(coded))
+    which = _tables_of(classes[coded].astype(int) - 1, shifts).ravel()
+    return _Read(coded, which, streams, np.frombuffer(data, "<i4", escapes, starts[2]))
+
+
+def _integers(section: Section, read: _Read, symbols: np.ndarray) -> np.ndarray:
+    """From one section's symbols, and what fills them up behind."""
+    found = np.zeros((section.tokens, int(np.r_[-1, read.coded][-1]) + 1), np.uint8)
+    found[:, read.coded] = symbols[: read.which.size].reshape(section.tokens, len(read.coded))
+    integers = np.zeros((section.tokens, section.components), np.int32)
+    integers[:, : found.shape[1]] = _VALUES.take(found)
+    escaped = found == ESCAPE
+    if np.count_nonzero(escaped) != read.escaped.size:
+        raise FormatError(f"{read.escaped.size} escaped coefficients do not fit the {np.count_nonzero(escaped)} coded")
+    integers[:, : found.shape[1]][escaped] = read.escaped
     return integers
 
 

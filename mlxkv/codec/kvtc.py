@@ -6,7 +6,7 @@ One calibration, one ratio. Every token's group has a shift and a scale of its o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
@@ -122,12 +122,16 @@ class Coder:
         """Whether a section of `size` bytes, before its lossless coding, may hold so many rows."""
         return size == payload_size(self._parts[name].plan, tokens)
 
-    def decode(self, payloads: Mapping[str, bytes], tokens: int, quality: float | None) -> dict[str, mx.array]:
+    def unpack(self, blocks: Sequence[Mapping[str, bytes]], tokens: Sequence[int]) -> Sequence[Mapping[str, bytes]]:
+        """What `encode` made, of each block of so many tokens."""
+        return blocks
+
+    def decode(self, codes: Mapping[str, bytes], tokens: int, quality: float | None) -> dict[str, mx.array]:
         """The inverse of `encode`: each stream's rows `[tokens, p]` float32."""
         return {
             name: decode_block(self._parts[name].plan, data, tokens).T @ self._basis(name).T
             + mx.array(self._parts[name].mu)
-            for name, data in payloads.items()
+            for name, data in codes.items()
         }
 
 

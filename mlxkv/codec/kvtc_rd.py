@@ -9,7 +9,7 @@ entropy-coded with fractional bits; values are weighted once more by the attenti
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -154,16 +154,24 @@ class Coder:
         """Whether a section may hold so many rows: it has a byte for each at least, and is stored plain."""
         return coding == "raw" and size >= tokens
 
-    def decode(self, payloads: Mapping[str, bytes], tokens: int, quality: float) -> dict[str, mx.array]:
-        """The inverse of `encode` and `pack`: each stream's rows `[tokens, p]` float32."""
-        rows, integers = {}, {}
-        for name, data in payloads.items():
+    def unpack(self, blocks: Sequence[Mapping[str, bytes]], tokens: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        """What `encode` made, of each block of so many tokens."""
+        sections = [
+            entropy.Section(data, self._parts[name].tables, count, self._parts[name].basis.rank)
+            for payloads, count in zip(blocks, tokens)
+            for name, data in payloads.items()
+        ]
+        found = iter(entropy.decode(sections))
+        return [{name: (codes := next(found))[:, : _used(codes)] for name in payloads} for payloads in blocks]
+
+    def decode(self, codes: Mapping[str, np.ndarray], tokens: int, quality: float) -> dict[str, mx.array]:
+        """The inverse of `encode`: each stream's rows `[tokens, p]` float32."""
+        rows = {}
+        for name, integers in codes.items():
             part = self._parts[name]
-            found = entropy.decode(data, part.tables, tokens, part.basis.rank)
-            integers[name] = found = found[:, : _used(found)]
-            x = _restored(found, step_of(quality, name)) @ part.back[: found.shape[1]]
+            x = _restored(integers, step_of(quality, name)) @ part.back[: integers.shape[1]]
             if len(part.attention):
-                x = _scaled(x, 1 / self._gains(integers["k"], quality))
+                x = _scaled(x, 1 / self._gains(codes["k"], quality))
             rows[name] = x + mx.array(part.mu)
         return rows
 

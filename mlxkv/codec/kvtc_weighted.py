@@ -61,9 +61,9 @@ class Coder(kvtc.Coder):
         """As `kvtc.Coder.encode`."""
         return super().encode({name: weighting.weighted(x, self._weights[name]) for name, x in rows.items()}, quality)
 
-    def decode(self, payloads: Mapping[str, bytes], tokens: int, quality: float | None) -> dict[str, mx.array]:
+    def decode(self, codes: Mapping[str, bytes], tokens: int, quality: float | None) -> dict[str, mx.array]:
         """As `kvtc.Coder.decode`."""
-        rows = super().decode(payloads, tokens, quality)
+        rows = super().decode(codes, tokens, quality)
         return {name: weighting.weighted(x, self._inverse[name]) for name, x in rows.items()}
 
 
