@@ -51,10 +51,12 @@ def dumps(
 def learnt(files: list[Path], settings: Sequence[Settings]) -> list[CalibrationArtifacts]:
     """Artifacts by each of some settings that differ in their ratio.
 
-    Principal components are the same for all ratios, and most of the seconds, so they are found once.
+    Principal components and errors of groups are the same for all ratios, and most of the seconds: they are found once.
     """
     most = settings[0].rank or MAX_DEFAULT_RANK
     found: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
+    errors: dict[bytes, dict[tuple[int, str], np.ndarray]] = {}
+    measure = kvtc.group_errors
 
     def components(rows: np.ndarray, rank: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         first = rows[0].tobytes()  # tells keys from values
@@ -64,5 +66,11 @@ def learnt(files: list[Path], settings: Sequence[Settings]) -> list[CalibrationA
             found[first] = pca.principal_components(rows, most, seed)
         return found[first][0], found[first][1][:, :rank]
 
-    with mock.patch.object(kvtc, "principal_components", components):
+    def group_errors(coefficients: np.ndarray) -> dict[tuple[int, str], np.ndarray]:
+        first = coefficients[0].tobytes()
+        if first not in errors:
+            errors[first] = measure(coefficients)
+        return errors[first]
+
+    with mock.patch.multiple(kvtc, principal_components=components, group_errors=group_errors):
         return [calibrate(files, each) for each in track(settings, "calibration")]

@@ -1,4 +1,4 @@
-"""Rate against distortion: what `kvtc-rd` saves at equal KL, text by text, and which of its ideas earned how much.
+"""Rate against distortion: what `kvtc-rd` saves at equal KL, text by text.
 
 All are calibrated on the same dumps of Python's documentation. Caches of eight texts of other kinds are coded between sinks and
 window, and the next tokens predicted. Bytes are those of the coded tokens' sections in the file; two texts of 2,048
@@ -19,7 +19,7 @@ from rich.progress import track
 from benchmarks import calibration, texts
 from benchmarks.held_out import MODEL
 from benchmarks.paired import Curve, bd_rate
-from benchmarks.rate_variants import CHANGES, SINKS, WINDOW, changed_variant, gaussian, learn_without, quantized
+from benchmarks.rate_variants import SINKS, WINDOW, gaussian, quantized
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import megabytes, percent, table
 from mlxkv import lm
@@ -37,7 +37,6 @@ PHASE = 3
 FULL = {"texts": 20, "tokens": HELD + FOLLOWING}
 QUICK = {"texts": 1, "tokens": HELD + FOLLOWING, "rank": 512}
 RATIOS, QUALITIES, BITS = (4, 8, 16, 32, 64), (15, 22, 30, 38, 46), (8, 4, 3, 2)
-ABLATED = (22, 38)
 SHARE = 0.15  # of fp16 weights, for artifacts
 LENGTH, LONG, PREDICT = 768, 2048, 256
 LEAST_KL, MOST_KL = 0.003, 0.05
@@ -48,39 +47,33 @@ KINDS = {"legal": "prose", "story": "prose", "essay": "prose", "code": "code", "
 def run(quick: bool) -> Outcome:
     model, tokenizer = lm.load(MODEL)
     size = QUICK if quick else FULL
-    ratios, qualities = ((8, 32), ABLATED) if quick else (RATIOS, QUALITIES)
+    ratios, qualities = ((8, 32), (22, 38)) if quick else (RATIOS, QUALITIES)
     bits, predict = ((4,), 64) if quick else (BITS, PREDICT)
-    limit = int(SHARE * 2 * sum(value.size for _, value in dict(tree_flatten(model.parameters())).items()))
+    limit = artifact_limit(model)
     with calibration.dumps(model, tokenizer, size, sensitivity) as files:
         published = calibration.learnt(files, [kvtc.Settings(ratio, rank=size.get("rank")) for ratio in ratios])
         weighed = calibration.learnt(
             files, [kvtc_weighted.Settings(ratio, rank=size.get("rank")) for ratio in ratios[::2]]
         )
         bounded = KVTCCacheCodec(calibrate(files, kvtc_rd.Settings(limit)))
-        ablations = {} if quick else learn_without(files)
     variants = [coded(KVTCCacheCodec(found), f"kvtc {ratio}", "float16") for ratio, found in zip(ratios, published)]
     variants += [
         coded(KVTCCacheCodec(found), f"kvtc-weighted {ratio}", "float16") for ratio, found in zip(ratios[::2], weighed)
     ]
     ours = [coded(bounded.at(quality), f"kvtc-rd {quality}", "float16") for quality in qualities]
-    changed = [] if quick else [
-        changed_variant(name, quality, ablations.get(name, bounded), constants)
-        for name, constants in CHANGES.items() for quality in ABLATED
-    ]  # fmt: skip
     samples = []
     held = list(texts.OTHER_KINDS.items())[:: 8 if quick else 1]
     for name, read in track(held, "held-out texts"):
         tokens = tokenizer.encode(read())[: LENGTH + predict + 1]
-        rows = [whole(), *variants, *ours, *changed, *(quantized(each) for each in bits)]
+        rows = [whole(), *variants, *ours, *(quantized(each) for each in bits)]
         for record in fidelity.evaluate(model, rows, tokens, LENGTH, chunk=predict)[1:]:
-            samples.append({"text": name, "kind": KINDS.get(name, "chat"), **named(record)})
+            samples.append({"text": name, "kind": kind_of(name), **named(record)})
         for quality in qualities:
             samples.append({"text": name, **gaussian(model, tokens[:LENGTH], bounded, quality)})
     for name in () if quick else ("code", "reference"):
         tokens = tokenizer.encode(texts.OTHER_KINDS[name]())[: LONG + PREDICT + 1]
-        for record in fidelity.evaluate(model, [whole(), *variants[: len(ratios)], *ours], tokens, LONG, chunk=PREDICT)[
-            1:
-        ]:
+        rows = [whole(), *variants[: len(ratios)], *ours]
+        for record in fidelity.evaluate(model, rows, tokens, LONG, chunk=PREDICT)[1:]:
             samples.append({"text": name, "kind": "long", **named(record)})
     config = {
         "model": MODEL, "dtype": "float16", "calibration": size, "predict": predict, "held": LENGTH, "sinks": SINKS,
@@ -88,6 +81,16 @@ def run(quick: bool) -> Outcome:
         "weights_fp16_bytes": round(limit / SHARE),
     }  # fmt: skip
     return Outcome(config, samples, summarise(samples))
+
+
+def kind_of(text: str) -> str:
+    """Prose, code or chat."""
+    return KINDS.get(text, "chat")
+
+
+def artifact_limit(model: Any) -> int:
+    """Bytes of artifacts, at most."""
+    return int(SHARE * 2 * sum(value.size for value in dict(tree_flatten(model.parameters())).values()))
 
 
 def named(record: dict[str, Any]) -> dict[str, Any]:
@@ -98,13 +101,11 @@ def named(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def summarise(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Points of every curve, BD-rates against `kvtc` and of each change against `kvtc-rd`, and bytes against R(D)."""
+    """Points of every curve, BD-rates against `kvtc`, and bytes against R(D)."""
     measured = [sample for sample in samples if sample["kind"] not in ("long", "theory")]
     names = list(dict.fromkeys(sample["variant"] for sample in measured))
     points = {name: means(measured, name) for name in names}
     against = [name for name in ("kvtc-weighted", "kvtc-rd", "mx.quantize") if name in names]
-    base = [sample for sample in measured if sample["variant"] == "kvtc-rd" and sample["at"] in ABLATED]
-    ideas = {name: bd(measured, name, base, 0, np.inf) for name in CHANGES if name in names}
     theory = []
     for at in sorted({sample["at"] for sample in samples if sample["kind"] == "theory"}):
         spent, least = (
@@ -114,12 +115,9 @@ def summarise(samples: list[dict[str, Any]]) -> dict[str, Any]:
         theory.append({"quality": at, "bytes_over_gaussian": round(spent / least, 4)})
     long = [sample for sample in samples if sample["kind"] == "long"]
     return {
-        "predicted_tokens": sum(
-            s["predicted_tokens"] for s in measured if s["variant"] == "kvtc-rd" and s["at"] == base[0]["at"]
-        ),
+        "predicted_tokens": sum({s["text"]: s["predicted_tokens"] for s in measured}.values()),
         "points": points,
         "bd_rate": {name: bd(measured, name, [s for s in measured if s["variant"] == "kvtc"]) for name in against},
-        "ideas": ideas,
         "theory": theory,
         "long": {name: means(long, name) for name in dict.fromkeys(s["variant"] for s in long)},
     }
@@ -185,12 +183,6 @@ def section(result: Result) -> str:
         f' them calibration\'s, {summary["predicted_tokens"]:,} predicted tokens. "At" is a budget, a quality or bits.'
     )
     parts = [found, note, table(heads, cells), *([whole_files(summary)] if summary["long"] else [])]
-    if summary["ideas"]:
-        rows = [[name, rate_cell(each)] for name, each in summary["ideas"].items()]
-        parts += [
-            "What leaving out one idea costs, in bytes at equal KL:",
-            table(("without", "BD-rate against kvtc-rd"), rows),
-        ]
     theory = ", ".join(f"{row['bytes_over_gaussian']:.3f} at quality {row['quality']:g}" for row in summary["theory"])
     parts.append(
         "Bytes over those of reverse water-filling, were the coefficients Gaussian with each text's own variances, at the same"
@@ -200,6 +192,7 @@ def section(result: Result) -> str:
 
 
 def rate_cell(rate: dict[str, Any] | None) -> str:
+    """A BD-rate and its interval."""
     if rate is None or rate["bd_rate"] is None:
         return "-"
     low, high = rate["interval"]

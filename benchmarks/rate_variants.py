@@ -1,68 +1,23 @@
-"""What `rate_distortion` compares: `kvtc-rd` with an idea left out, mlx's own quantization, and the Gaussian bound."""
+"""What `rate_distortion` compares with: mlx's own quantization, and the Gaussian bound."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import mlx.core as mx
 import numpy as np
 
 from mlxkv import lm
-from mlxkv.codec import entropy, kvtc_rd, weighting
-from mlxkv.codec.calibrate import calibrate
+from mlxkv.codec import kvtc_rd
 from mlxkv.codec.codec import KVTCCacheCodec
 from mlxkv.codec.layout import Layout
 from mlxkv.codec.rows import to_rows
-from mlxkv.evaluate._variants import Held, Variant, coded, whole
+from mlxkv.evaluate._variants import Held, Variant, whole
 from mlxkv.models import cache_spec
 
 SINKS, WINDOW, GROUP = 4, 128, 64
-
-# A change of one idea: constants of the coder in its place, or None where the calibration was made without it.
-CHANGES: dict[str, dict[str, Any] | None] = {
-    "no weights at all": None,
-    "no attention foretold": None,
-    "artifacts without bound": None,
-    "equal steps for keys and values": {"KEYS_COARSER": 1.0},
-    "rounding to the nearest": {"ROUNDING": 0.5},
-    "restoring at the step": {"OUTWARDS": 0.0},
-    "no shift a token": {"SHIFTS": 0},
-}
-
-
-def learn_without(files: Sequence[Any]) -> dict[str, KVTCCacheCodec]:
-    """Codecs whose calibration lacks an idea, without bound on their artifacts."""
-    learn = weighting.learn
-
-    def flat(samples: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        found, _ = learn(samples, foretell=False)
-        return {name: np.broadcast_to(np.eye(w.shape[1]), w.shape) for name, w in found.items()}, np.zeros(
-            (0, 0), np.float32
-        )
-
-    made = {"artifacts without bound": KVTCCacheCodec(calibrate(files, kvtc_rd.Settings()))}
-    with mock.patch.object(weighting, "learn", flat):
-        made["no weights at all"] = KVTCCacheCodec(calibrate(files, kvtc_rd.Settings()))
-    with mock.patch.object(weighting, "learn", lambda samples: learn(samples, foretell=False)):
-        made["no attention foretold"] = KVTCCacheCodec(calibrate(files, kvtc_rd.Settings()))
-    return made
-
-
-def changed_variant(name: str, quality: float, codec: KVTCCacheCodec, constants: dict[str, Any] | None) -> Variant:
-    """`kvtc-rd` without one idea."""
-    variant = coded(codec.at(quality), f"{name} {quality}", "float16")
-    if constants is None:
-        return variant
-    module = entropy if "SHIFTS" in constants else kvtc_rd
-
-    def hold(model: Any, tokens: Sequence[int], exact: Held | None = None) -> Held:
-        with mock.patch.multiple(module, **constants):
-            return variant.hold(model, tokens, exact)
-
-    return replace(variant, hold=hold)
 
 
 def quantized(bits: int) -> Variant:

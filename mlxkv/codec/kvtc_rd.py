@@ -33,7 +33,7 @@ REACH = 1 / 10  # steps: a component that spreads less is not looked at
 REFINED = 55  # from this quality on the rounding of the basis would be seen
 LARGEST = 2**30  # quantized magnitude
 QUALITIES = range(10, 71, 10)  # that the tables are learnt at
-MAX_HISTOGRAMS = 20_000
+TABLE_BLOCKS, MAX_HISTOGRAMS = 12, 20_000
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def train(samples: Samples, settings: Settings) -> dict[str, StreamArtifacts]:
         fixed = mu.nbytes + stored.nbytes + of_values.nbytes + 2 * 256 * entropy.CLASSES
         found = basis.learn(rows, heads, budget and budget - fixed, settings.seed)
         samples.progress(f"tables of {name}")
-        tables = _learn_tables(np.array(found.project(mx.array(rows), found.rank)), name, settings.seed)
+        tables = _learn_tables(rows, found, name, settings.seed)
         parts[name] = StreamArtifacts(mu, found.V8, found.V4, found.scale, found.spread, stored, of_values, tables)
     return {"v": _nothing(), **parts}
 
@@ -238,16 +238,17 @@ def explain(artifacts: CalibrationArtifacts) -> dict[str, Any]:
     return told
 
 
-def _learn_tables(coefficients: np.ndarray, name: str, seed: int) -> np.ndarray:
-    blocks = np.array_split(coefficients, -(-len(coefficients) // BLOCK))
-    found = [
-        entropy.histograms(_quantized(mx.array(block), step_of(quality, name)))
+def _learn_tables(rows: np.ndarray, found: Basis, name: str, seed: int) -> np.ndarray:
+    """From some blocks of weighted rows, each at several qualities."""
+    blocks = np.array_split(rows, -(-len(rows) // BLOCK))
+    every = [
+        entropy.histograms(_quantized(coefficients, step_of(quality, name)))
+        for block in blocks[:: -(-len(blocks) // TABLE_BLOCKS)]
+        for coefficients in [found.project(mx.array(block), found.rank)]
         for quality in QUALITIES
-        for block in blocks
     ]
-    every = np.concatenate(found)
-    chosen = np.random.default_rng(seed).permutation(len(every))[:MAX_HISTOGRAMS]
-    return entropy.learn_tables(every[chosen])
+    histograms = np.concatenate(every)
+    return entropy.learn_tables(histograms[np.random.default_rng(seed).permutation(len(histograms))[:MAX_HISTOGRAMS]])
 
 
 def _nothing() -> StreamArtifacts:

@@ -1,0 +1,139 @@
+"""Which of `kvtc-rd`'s ideas earned how much: each left out alone, in bytes at equal KL on held-out texts.
+
+Calibrated and judged as `rate_distortion` does it, at two qualities, without bound on the artifacts except where that is the
+idea. Quick: two texts, a small calibration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from rich.progress import track
+
+from benchmarks import calibration, texts
+from benchmarks.held_out import MODEL
+from benchmarks.rate_distortion import (
+    FULL,
+    LENGTH,
+    PREDICT,
+    QUICK,
+    SHARE,
+    artifact_limit,
+    bd,
+    kind_of,
+    means,
+    named,
+    rate_cell,
+)
+from benchmarks.schema import Outcome, Result
+from benchmarks.tables import megabytes, table
+from mlxkv import lm
+from mlxkv.codec import entropy, kvtc_rd, weighting
+from mlxkv.codec.calibrate import calibrate
+from mlxkv.codec.codec import KVTCCacheCodec
+from mlxkv.evaluate import fidelity
+from mlxkv.evaluate._variants import Held, Variant, coded, whole
+from mlxkv.sensitivity import sensitivity
+
+PHASE = 4
+QUALITIES = (22, 38)
+BASE = "kvtc-rd"
+
+# A change of one idea: constants of the coder in its place, or None where the calibration was made without it.
+CHANGES: dict[str, dict[str, Any] | None] = {
+    "artifacts bounded": None,
+    "no weights at all": None,
+    "no attention foretold": None,
+    "equal steps for keys and values": {"KEYS_COARSER": 1.0},
+    "rounding to the nearest": {"ROUNDING": 0.5},
+    "restoring at the step": {"OUTWARDS": 0.0},
+    "no shift a token": {"SHIFTS": 0},
+}
+
+
+def run(quick: bool) -> Outcome:
+    model, tokenizer = lm.load(MODEL)
+    size, predict, limit = QUICK if quick else FULL, 64 if quick else PREDICT, artifact_limit(model)
+    with calibration.dumps(model, tokenizer, size, sensitivity) as files:
+        base = KVTCCacheCodec(calibrate(files, kvtc_rd.Settings()))
+        others = learn_changed(files, limit)
+    variants = [coded(base.at(quality), f"{BASE} {quality}", "float16") for quality in QUALITIES]
+    variants += [
+        changed_variant(name, quality, others.get(name, base), constants)
+        for name, constants in CHANGES.items()
+        for quality in QUALITIES
+    ]
+    samples = []
+    held = list(texts.OTHER_KINDS.items())[:: 4 if quick else 1]
+    for name, read in track(held, "held-out texts"):
+        tokens = tokenizer.encode(read())[: LENGTH + predict + 1]
+        for record in fidelity.evaluate(model, [whole(), *variants], tokens, LENGTH, chunk=predict)[1:]:
+            samples.append({"text": name, "kind": kind_of(name), **named(record)})
+    config = {"model": MODEL, "calibration": size, "predict": predict, "held": LENGTH, "basis_bytes": limit}
+    return Outcome(config, samples, summarise(samples))
+
+
+def learn_changed(files: Sequence[Any], limit: int) -> dict[str, KVTCCacheCodec]:
+    """Codecs whose calibration is another."""
+    learn = weighting.learn
+
+    def flat(samples: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        found, _ = learn(samples, foretell=False)
+        return {name: np.broadcast_to(np.eye(w.shape[1]), w.shape) for name, w in found.items()}, np.zeros(
+            (0, 0), np.float32
+        )
+
+    made = {"artifacts bounded": KVTCCacheCodec(calibrate(files, kvtc_rd.Settings(limit)))}
+    with mock.patch.object(weighting, "learn", flat):
+        made["no weights at all"] = KVTCCacheCodec(calibrate(files, kvtc_rd.Settings()))
+    with mock.patch.object(weighting, "learn", lambda samples: learn(samples, foretell=False)):
+        made["no attention foretold"] = KVTCCacheCodec(calibrate(files, kvtc_rd.Settings()))
+    return made
+
+
+def changed_variant(name: str, quality: float, codec: KVTCCacheCodec, constants: dict[str, Any] | None) -> Variant:
+    """`kvtc-rd` with one idea changed."""
+    variant = coded(codec.at(quality), f"{name} {quality}", "float16")
+    if constants is None:
+        return variant
+    module = entropy if "SHIFTS" in constants else kvtc_rd
+
+    def hold(model: Any, tokens: Sequence[int], exact: Held | None = None) -> Held:
+        with mock.patch.multiple(module, **constants):
+            return variant.hold(model, tokens, exact)
+
+    return replace(variant, hold=hold)
+
+
+def summarise(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Points of every change, and its BD-rate against all ideas together."""
+    base = [sample for sample in samples if sample["variant"] == BASE]
+    return {
+        "predicted_tokens": sum({s["text"]: s["predicted_tokens"] for s in base}.values()),
+        "points": {name: means(samples, name) for name in (BASE, *CHANGES)},
+        "bd_rate": {name: bd(samples, name, base, 0, np.inf) for name in CHANGES},
+    }
+
+
+def section(result: Result) -> str:
+    summary, config = result["summary"], result["config"]
+    costs = {name: each["bd_rate"] for name, each in summary["bd_rate"].items() if each["bd_rate"] is not None}
+    found = "No change shares a KL with all ideas together."
+    if costs:
+        dearest = max(costs, key=lambda name: costs[name])
+        found = f"The dearest to leave out: {dearest}, {costs[dearest]:+.0%} bytes at equal KL."
+    bound = (
+        f"Bounded artifacts are those of at most {megabytes(config['basis_bytes'])}, {SHARE:.0%} of the fp16 weights."
+    )
+    note = f"{summary['predicted_tokens']:,} predicted tokens, qualities {' and '.join(map(str, QUALITIES))}."
+    cells = [
+        [name, ", ".join(f"{row['ratio_middle']:.1f}x {row['kl']:.4f}" for row in rows),
+         rate_cell(summary["bd_rate"].get(name)) if name != BASE else "", megabytes(rows[0]["artifact_bytes"])]
+        for name, rows in summary["points"].items()
+    ]  # fmt: skip
+    heads = ("change", "times smaller, KL", "bytes at equal KL", "artifacts")
+    return f"{found} {bound} {note}\n\n{table(heads, cells)}"
