@@ -35,9 +35,17 @@ def test_bytes_are_met_within_two_percent_of_the_whole_file(codec, length, share
     assert blob == chosen.compress_dump(dump)
 
 
-@pytest.mark.parametrize("target", [10, 3000, 10**8])
-def test_bytes_out_of_reach_are_refused_with_what_is_there_anyway(codec, target):
-    with pytest.raises(InputError, match="a shorter window makes smaller files"):
+def test_a_few_blocks_stand_for_a_long_cache(codec):
+    dump = toy_dump(PLAIN, length=2800, seed=7)
+    few, all_of_them = codec.coded_bytes(dump, 2), codec.coded_bytes(dump, 6)
+    assert few == pytest.approx(all_of_them, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("target", "advice"), [(10, "a shorter window makes smaller files"), (3000, "a shorter"), (10**8, "ask for less")]
+)
+def test_bytes_out_of_reach_are_refused_with_what_is_there_anyway(codec, target, advice):
+    with pytest.raises(InputError, match=advice):
         compress_to_bytes(codec, toy_dump(PLAIN, length=300), target)
 
 
