@@ -1,7 +1,7 @@
 """Which of `kvtc-rd`'s ideas earned how much: each left out alone, in bytes at equal KL on held-out texts.
 
 Calibrated and judged as `rate_distortion` does it, at two qualities, without bound on the artifacts except where that is the
-idea. Quick: two texts, a small calibration.
+idea. And what the raw window is worth in whole files of 2,048 tokens. Quick: two texts, a small calibration, no long ones.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from benchmarks.held_out import MODEL
 from benchmarks.rate_distortion import (
     FULL,
     LENGTH,
+    LONG,
     PREDICT,
     QUICK,
     SHARE,
@@ -42,6 +43,7 @@ from mlxkv.sensitivity import sensitivity
 PHASE = 4
 QUALITIES = (22, 38)
 BASE = "kvtc-rd"
+WINDOWS = (128, 32, 0)
 
 # A change of one idea: constants of the coder in its place, or None where the calibration was made without it.
 CHANGES: dict[str, dict[str, Any] | None] = {
@@ -73,6 +75,15 @@ def run(quick: bool) -> Outcome:
         tokens = tokenizer.encode(read())[: LENGTH + predict + 1]
         for record in fidelity.evaluate(model, [whole(), *variants], tokens, LENGTH, chunk=predict)[1:]:
             samples.append({"text": name, "kind": kind_of(name), **named(record)})
+    windows = [
+        coded(KVTCCacheCodec(base.artifacts, w=w, quality=quality), f"window {w} {quality}", "float16")
+        for w in WINDOWS
+        for quality in QUALITIES
+    ]
+    for name in () if quick else ("code", "reference"):
+        tokens = tokenizer.encode(texts.OTHER_KINDS[name]())[: LONG + PREDICT + 1]
+        for record in fidelity.evaluate(model, [whole(), *windows], tokens, LONG, chunk=PREDICT)[1:]:
+            samples.append({"text": name, "kind": "long", **named(record)})
     config = {"model": MODEL, "calibration": size, "predict": predict, "held": LENGTH, "basis_bytes": limit}
     return Outcome(config, samples, summarise(samples))
 
@@ -116,6 +127,7 @@ def summarise(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "predicted_tokens": sum({s["text"]: s["predicted_tokens"] for s in base}.values()),
         "points": {name: means(samples, name) for name in (BASE, *CHANGES)},
         "bd_rate": {name: bd(samples, name, base, 0, np.inf) for name in CHANGES},
+        "windows": {f"window {w}": means(samples, f"window {w}") for w in WINDOWS},
     }
 
 
@@ -136,4 +148,16 @@ def section(result: Result) -> str:
         for name, rows in summary["points"].items()
     ]  # fmt: skip
     heads = ("change", "times smaller, KL", "bytes at equal KL", "artifacts")
-    return f"{found} {bound} {note}\n\n{table(heads, cells)}"
+    parts = [f"{found} {bound} {note}", table(heads, cells)]
+    if summary["windows"][f"window {WINDOWS[0]}"]:
+        parts += [f"Whole files of {LONG:,} tokens by how many of the last are stored raw:", windows_table(summary)]
+    return "\n\n".join(parts)
+
+
+def windows_table(summary: dict[str, Any]) -> str:
+    cells = [
+        [name.removeprefix("window "), f"{row['at']:g}", megabytes(row["cache_bytes"]), f"{row['ratio']:.1f}x", f"{row['kl']:.4f}"]
+        for name, rows in summary["windows"].items()
+        for row in rows
+    ]  # fmt: skip
+    return table(("window", "quality", "file", "ratio", "KL"), cells)

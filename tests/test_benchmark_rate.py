@@ -12,6 +12,12 @@ from mlxkv.codec import kvtc_rd
 from mlxkv.codec.codec import KVTCCacheCodec
 from mlxkv.evaluate._variants import Variant
 
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    monkeypatch.setattr(rate_distortion, "RESAMPLES", 100)
+
+
 CURVE = [(1000.0, 0.05), (2000.0, 0.01), (8000.0, 0.001)]
 
 
@@ -99,6 +105,10 @@ def test_an_ablation_says_what_each_idea_earned():
     shown = rate_ablation.section({"summary": summary, "config": {"basis_bytes": 40_000_000}})
     assert shown.startswith("The dearest to leave out: no shift a token, +10% bytes")
     assert "+10% (+10% to +10%)" in shown
+    assert "stored raw" not in shown
+    samples += [sample(f"window {w}", at, "a", size, kl) for w in (128, 32, 0) for at, size, kl in points]
+    shown = rate_ablation.section({"summary": rate_ablation.summarise(samples), "config": {"basis_bytes": 40_000_000}})
+    assert "| 128 | 22 | 0.0 MB | 2.0x | 0.0400 |" in shown
 
 
 def test_the_miniatures_table_counts_those_that_agree():
