@@ -53,10 +53,24 @@ def learnt(files: list[Path], settings: Sequence[Settings]) -> list[CalibrationA
 
     Principal components and errors of groups are the same for all ratios, and most of the seconds: they are found once.
     """
-    most = settings[0].rank or MAX_DEFAULT_RANK
-    found: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
     errors: dict[bytes, dict[tuple[int, str], np.ndarray]] = {}
     measure = kvtc.group_errors
+
+    def group_errors(coefficients: np.ndarray) -> dict[tuple[int, str], np.ndarray]:
+        first = coefficients[0].tobytes()
+        if first not in errors:
+            errors[first] = measure(coefficients)
+        return errors[first]
+
+    most = settings[0].rank or MAX_DEFAULT_RANK
+    with components_found_once(kvtc, most), mock.patch.object(kvtc, "group_errors", group_errors):
+        return [calibrate(files, each) for each in track(settings, "calibration")]
+
+
+@contextmanager
+def components_found_once(module: Any, most: int) -> Iterator[None]:
+    """Principal components of equal rows are found once, up to `most`, by a module that imports the function."""
+    found: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
 
     def components(rows: np.ndarray, rank: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         first = rows[0].tobytes()  # tells keys from values
@@ -66,11 +80,5 @@ def learnt(files: list[Path], settings: Sequence[Settings]) -> list[CalibrationA
             found[first] = pca.principal_components(rows, most, seed)
         return found[first][0], found[first][1][:, :rank]
 
-    def group_errors(coefficients: np.ndarray) -> dict[tuple[int, str], np.ndarray]:
-        first = coefficients[0].tobytes()
-        if first not in errors:
-            errors[first] = measure(coefficients)
-        return errors[first]
-
-    with mock.patch.multiple(kvtc, principal_components=components, group_errors=group_errors):
-        return [calibrate(files, each) for each in track(settings, "calibration")]
+    with mock.patch.object(module, "principal_components", components):
+        yield
