@@ -16,6 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from benchmarks import calibration, texts
 from benchmarks.held_out import MODEL
+from benchmarks.rate_distortion import FULL, QUICK
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import table
 from mlxkv import lm
@@ -25,7 +26,7 @@ from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.codec.calibrate import calibrate
 from mlxkv.codec.codec import KVTCCacheCodec
 from mlxkv.codec.kvtc import Settings
-from mlxkv.sensitivity import FOLLOWING, HELD, sensitivity
+from mlxkv.sensitivity import sensitivity
 
 PHASE = 8
 RATIOS, QUALITIES = (4, 16), (35, 25)
@@ -34,13 +35,11 @@ PEER_RANK = 128  # that zmlx.kvtc is used with
 
 def run(quick: bool) -> Outcome:
     model, tokenizer = lm.load(MODEL)
-    size = calibration.QUICK if quick else {"texts": 6, "tokens": 1536}
+    size = QUICK if quick else FULL
     length, rounds = (512, 2) if quick else (2048, 3)
     tokens = texts.same_kind(tokenizer, length, 1)[0]
     dump = lm.dump(model, tokens, name=MODEL, dtype="float16")
-    with calibration.dumps(
-        model, tokenizer, size, lambda model, text: sensitivity(model, text[: HELD + FOLLOWING])
-    ) as files:
+    with calibration.dumps(model, tokenizer, size, sensitivity) as files:
         published = calibration.learnt(files, [Settings(ratio, rank=size.get("rank")) for ratio in RATIOS])
         ours = KVTCCacheCodec(calibrate(files, kvtc_rd.Settings()))
         theirs = peer(calibrate(files, Settings(RATIOS[-1], rank=PEER_RANK)))
