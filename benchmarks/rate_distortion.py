@@ -225,7 +225,7 @@ def figure(result: Result) -> Figure:
         xscale="log", yscale="log", xlabel="times smaller than fp16, in file bytes (coded tokens)",
         ylabel="KL to the untouched cache (nats a token)", ylim=(1e-4, 1),
     )  # fmt: skip
-    axes.set_xticks(ticks := [2, 4, 8, 16, 32, 64], [f"{tick}x" for tick in ticks])
+    axes.set_xticks(ticks := [2, 4, 8, 16, 32, 64, 128, 256], [f"{tick}x" for tick in ticks])
     axes.minorticks_off()
     axes.legend()
     return drawn
