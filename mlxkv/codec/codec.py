@@ -33,7 +33,6 @@ from mlxkv.lossless import CODINGS
 Progress = Callable[[int], None]
 SINKS = ("k.sink", "v.sink")
 TABLE_ROW = 70  # bytes of a section's row in the header, about
-ROWS_AT_ONCE = 4 * BLOCK  # whose lanes are decoded together
 PENDING = 8  # sections that may wait for their coding
 
 
@@ -269,9 +268,7 @@ class KVTCCacheCodec:
             place(name, 0, ends[f"{name}.sink"])
             place(name, layout.middle.stop, ends[f"{name}.window"])
         target = mx.float16 if dtype == np.float16 else mx.float32
-        chosen = [(index, a, b) for index, a, b in layout.blocks() if a < last and b > first]
-        at_once = max(1, ROWS_AT_ONCE // (layout.batch * layout.block))
-        for blocks in (chosen[i : i + at_once] for i in range(0, len(chosen), at_once)):
+        for blocks in layout.groups(first, last):
             payloads = [{s.name: reader.read(f"{s.name}.{index}") for s in self.streams} for index, _, _ in blocks]
             counts = [layout.batch * (stop - start) for _, start, stop in blocks]
             for codes, count, (_, start, stop) in zip(self.coder.unpack(payloads, counts), counts, blocks):

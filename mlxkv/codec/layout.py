@@ -13,6 +13,7 @@ from mlxkv.errors import FormatError, MismatchError
 
 Layers = Sequence[np.ndarray] | Sequence[mx.array]
 BLOCK = 512  # rows, batch times tokens, in a coded block: bounds the memory of both directions
+ROWS_AT_ONCE = 4 * BLOCK  # whose lanes are decoded together
 MAX_ROWS = 2**16  # that a reader accepts
 
 
@@ -42,6 +43,12 @@ class Layout:
         """(index, start, stop) of every coded block."""
         for index, start in enumerate(range(self.middle.start, self.middle.stop, self.block)):
             yield index, start, min(start + self.block, self.middle.stop)
+
+    def groups(self, first: int, last: int) -> Iterator[list[tuple[int, int, int]]]:
+        """The blocks that have tokens of first .. last, as many together as are decoded at once."""
+        chosen = [(index, start, stop) for index, start, stop in self.blocks() if start < last and stop > first]
+        size = max(1, ROWS_AT_ONCE // (self.batch * self.block))
+        return (chosen[i : i + size] for i in range(0, len(chosen), size))
 
 
 def shape_of(layers: Mapping[str, Layers], spec: CacheSpec) -> tuple[int, int, str]:
