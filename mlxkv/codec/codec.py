@@ -1,7 +1,7 @@
 """The codec: a cache to one container and back, block of tokens by block of tokens.
 
 Sinks (the first s tokens) and the window (the last w) are stored as they are; the tokens between are coded by the
-method of the artifacts. A block's streams are sections of their own, so memory stays at one block.
+method of the artifacts. A block's streams are sections of their own, so memory stays at a few blocks.
 """
 
 from __future__ import annotations

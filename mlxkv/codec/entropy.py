@@ -25,9 +25,8 @@ CLASSES = 64  # tables; with class 0 one more
 SHIFTS = 4  # a token's classes may be so many higher or lower
 MAX_MAGNITUDE = 127
 ESCAPE = 255  # the symbol of what has none: the value follows in 32 bits
-_VALUES = (
-    (np.arange(256, dtype=np.int32) + 1) // 2 * np.tile(np.array([-1, 1], np.int32), 128)
-)  # of the symbols: 0, 1, -1, 2, -2, ...
+# Of the symbols: 0, 1, -1, 2, -2, ...
+_VALUES = (np.arange(256, dtype=np.int32) + 1) // 2 * np.tile(np.array([-1, 1], np.int32), 128)
 _MISSING_BITS = 32.0 + rans.SCALE_BITS
 _ROUNDS = 12  # of Lloyd's algorithm
 _LEAST = 2.0**-15  # of a table's sum: what is rarer is escaped, as 1/4096 is the least frequency there is
