@@ -20,7 +20,7 @@ NEEDLE = [
     "--lengths",
     "100,120",
     "--depths",
-    "0.1,0.3,0.5,0.7,0.9",
+    "0.1,0.5,0.9",
     "--seeds",
     "3",
     "--cache",
@@ -106,7 +106,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_as_one_that_was_not(stop, model
         assert process.returncode == 130
         assert "the same command goes on" in " ".join(error.split())
     finished = partial_file.read_bytes().count(b"\n") - 1
-    assert 3 <= finished < 30
+    assert 3 <= finished < 18
     assert run(*NEEDLE, "--model", model_dir, "--out", tmp_path / "needle.json", "--limit", 3) == 4
     with monkeypatch.context() as patch:
         patch.setattr(_machine, "commit", lambda: "another commit's code")

@@ -57,7 +57,7 @@ def test_other_caches_give_the_same_bits_with_the_seam_installed(tiny):
     assert np.array_equal(logprobs, expected[1])
 
 
-@pytest.mark.parametrize("step", [1, 7, 64, 512])
+@pytest.mark.parametrize("step", [1, 7, 512])
 def test_full_is_mlx_lms_cache_bit_for_bit(tiny, step):
     prompt = tiny_tokens(300 if step > 1 else 40)
     expected = generated(tiny, make_prompt_cache(tiny), prompt, step)

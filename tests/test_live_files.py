@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 import pytest
-from conftest import TINY, tiny_model, tiny_tokens
+from conftest import DIFFERENT, tiny_model, tiny_tokens
 from forging import PREAMBLE, forge, header_of
 from live_checks import METHODS, small
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
@@ -20,7 +20,7 @@ def filled(model, method):
     return caches
 
 
-@pytest.mark.parametrize("architecture", sorted(TINY))
+@pytest.mark.parametrize("architecture", DIFFERENT)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_loaded_cache_goes_on_bit_for_bit(method, architecture, tmp_path):
     model = tiny_model(architecture)

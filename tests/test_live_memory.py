@@ -53,14 +53,14 @@ def active():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_bytes_at_4096_tokens_are_those_the_allocator_holds(method):
+def test_bytes_at_2048_tokens_are_those_the_allocator_holds(method):
     before = active()
     cache = default_cache(method)
-    for _ in range(8):
+    for _ in range(4):
         step(cache, 512)
     for _ in range(70):
         step(cache, 1)
-    assert cache.offset == 4166
+    assert cache.offset == 2118
     assert active() - before == pytest.approx(cache.nbytes, rel=0.02)
     if cache.is_trimmable():
         cache.trim(1100)

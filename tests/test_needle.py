@@ -48,7 +48,7 @@ def test_digits_are_scored_as_one_pass_over_all_of_the_text_scores_them(smollm2)
 def test_a_cache_without_the_needle_scores_worse_and_the_full_one_as_the_whole(smollm2):
     model, tokenizer = smollm2
     variants = [live("full"), live("int8"), shuffled(), zeroed()]
-    rows = run("needle", model, tokenizer, variants, needle.Options((160,), (0.2,)))["samples"]
+    rows = run("needle", model, tokenizer, variants, needle.Options((100,), (0.2,)))["samples"]
     scores = {row["variant"]: row for row in rows}
     assert scores["full"]["log_probability"] == pytest.approx(scores["whole"]["log_probability"], abs=1e-3)
     assert scores["whole"]["found"]

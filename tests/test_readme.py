@@ -25,6 +25,11 @@ def block(language, word):
     return found
 
 
+def shorter(script):
+    assert "max_tokens=40" in script
+    return script.replace("max_tokens=40", "max_tokens=12")
+
+
 def test_the_commands_run_as_written(model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in "abc":
@@ -55,25 +60,25 @@ def test_the_evaluations_named_exist_with_their_options():
     assert [problem(line) for line in lines] == [None, None]
 
 
-def test_the_python_example_runs_as_written(smollm2, tmp_path, monkeypatch, capsys):
+def test_the_python_example_runs_as_written_with_fewer_tokens(smollm2, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model, tokenizer = smollm2
     Path("notes.txt").write_text(PROSE * 10)
     write_dump("c.npz", lm.dump(model, tokenizer.encode(PROSE[::2] * 4)))
     calibrate(["c.npz"], Settings(8)).save("artifacts")
-    exec(block("python", "KVTCCacheCodec"), {})
+    exec(shorter(block("python", "KVTCCacheCodec")), {})
     assert Path("notes.mlxkv").stat().st_size > 0
     assert len(capsys.readouterr().out.strip()) > 10
 
 
-def test_the_live_example_runs_as_written(smollm2, tmp_path, monkeypatch, capsys):
+def test_the_live_example_runs_as_written_with_fewer_tokens(smollm2, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     script = block("python", "save_cache")
     assert len([line for line in script.splitlines() if line]) == 10
-    exec(script, {})
+    exec(shorter(script), {})
     first, size, second = re.split(r"^(\d+) bytes$", capsys.readouterr().out, flags=re.MULTILINE)
-    assert min(len(first), len(second)) > 60
-    tokens = 4 + 40 + 5  # the prompt, what is generated, and some room
+    assert min(len(first), len(second)) > 30
+    tokens = 4 + 12 + 5  # the prompt, what is generated, and some room
     assert 0 < int(size) <= tokens * 30 * 2 * 3 * 64 * 2
     assert Path("story.cache").stat().st_size > int(size)
 

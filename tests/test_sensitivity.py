@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import TINY, tiny_model, tiny_tokens
+from conftest import DIFFERENT, tiny_model, tiny_tokens
 
 from mlxkv import lm, read_dump, write_dump
 from mlxkv.cache import STREAMS
@@ -14,7 +14,7 @@ from mlxkv.errors import FormatError, InputError, MismatchError
 from mlxkv.sensitivity import FOLLOWING, HELD, _measured, _stretches, sensitivity
 
 
-@pytest.fixture(scope="module", params=sorted(TINY))
+@pytest.fixture(scope="module", params=DIFFERENT)
 def measured(request):
     """A model, a text, what is held of it, the log-probabilities of what follows, and two F, each of many labels."""
     model, tokens = tiny_model(request.param), tiny_tokens(40)

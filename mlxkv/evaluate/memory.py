@@ -68,6 +68,7 @@ def _measure(tokens: Sequence[int], model: Any, tokenizer: Any, variants: Sequen
 
 
 def _active() -> int:
+    mx.synchronize()  # what has been computed may still hold what it was computed from
     gc.collect()
     mx.clear_cache()
     return mx.get_active_memory()
