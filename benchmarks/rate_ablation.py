@@ -49,6 +49,7 @@ WINDOWS = (128, 32, 0)
 # A change of one idea: constants of the coder in its place, or None where the calibration was made without it.
 CHANGES: dict[str, dict[str, Any] | None] = {
     "artifacts bounded": None,
+    "a basis eight times finer": None,
     "no weights at all": None,
     "no attention foretold": None,
     "equal steps for keys and values": {"KEYS_COARSER": 1.0},
@@ -101,6 +102,8 @@ def learn_changed(files: Sequence[Any], limit: int) -> dict[str, KVTCCacheCodec]
         )
 
     made = {"artifacts bounded": KVTCCacheCodec(calibrate(files, kvtc_rd.Settings(limit)))}
+    with mock.patch.object(kvtc_rd, "BASIS_QUALITY", kvtc_rd.BASIS_QUALITY + 30):
+        made["a basis eight times finer"] = KVTCCacheCodec(calibrate(files, kvtc_rd.Settings()))
     with mock.patch.object(weighting, "learn", flat):
         made["no weights at all"] = KVTCCacheCodec(calibrate(files, kvtc_rd.Settings()))
     with mock.patch.object(weighting, "learn", lambda samples: learn(samples, foretell=False)):

@@ -1,4 +1,6 @@
-"""A basis in 8 and 4 bits: within its bound, and no more is lost than that takes."""
+"""A basis in few bytes: within its bound, and no more is lost than that takes."""
+
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -7,7 +9,7 @@ from synthetic import rd_artifacts
 
 from mlxkv.codec import basis
 from mlxkv.codec.kvtc_rd import Settings
-from mlxkv.errors import InputError
+from mlxkv.errors import FormatError, InputError
 
 
 def rows_of(width, tokens=400, seed=0):
@@ -19,40 +21,92 @@ def rows_of(width, tokens=400, seed=0):
 
 @pytest.mark.parametrize("width", [48, 50])
 def test_a_basis_stays_within_its_bound_and_uses_it(width):
-    rows, heads = rows_of(width), width // 2
+    rows = rows_of(width)
     errors = []
-    for budget in (500, 900, 1600, 2600, 10_000):
-        found = basis.learn(rows.copy(), heads, budget, 0)
-        held = found.V8.nbytes + found.V4.nbytes + found.scale.nbytes + found.spread.nbytes
-        assert 0.8 * min(budget, (found.V8.shape[1] == width and held) or budget) < held <= budget
+    for budget in (300, 500, 900, 1600, 2600):
+        found = basis.learn(rows.copy(), 1e-4, budget, 0)
+        assert 0.8 * budget < held(found) <= budget
         back = np.array(found.rows(found.project(mx.array(rows), found.rank)))
         errors.append(np.square(back - rows).sum() / np.square(rows).sum())
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 1e-4
-    assert basis.learn(rows.copy(), heads, None, 0).V8.shape == (width, width)
+    assert errors[-1] < 1e-3
+    loose, unbounded = (basis.learn(rows.copy(), 1e-4, budget, 0) for budget in (10_000, None))
+    assert held(loose) == held(unbounded) < 5000
+    assert np.array_equal(loose.codes, unbounded.codes)
+
+
+def held(found):
+    return found.codes.nbytes + found.scale.nbytes + found.spread.nbytes
+
+
+def test_all_entries_cost_alike_and_what_is_below_the_noise_is_left_out():
+    rows, step = rows_of(64), 0.01
+    found, exact = (basis.learn(rows.copy(), each, None, 0) for each in (step, 1e-5))
+    difference = np.array(found.matrix - exact.matrix[: found.rank]) * found.spread[:, None]
+    by_component = np.sqrt(np.square(difference).mean(axis=1))
+    np.testing.assert_allclose(by_component, step / np.sqrt(12), rtol=0.5)
+    assert abs(difference).max() <= step * 0.501
+    assert found.rank < exact.rank == 64
+    assert (exact.spread[found.rank :] / np.sqrt(64) < 1.1 * step).all()
+
+
+def test_integers_of_two_bytes_come_back_exactly():
+    random = np.random.default_rng(0)
+    spread = np.array([3000.0, 100.0, 20.0, 2.0], np.float32)
+    entries = (random.standard_normal((4, 500)) * spread[:, None]).astype(np.float32)
+    found = basis._rounded(entries, np.ones(4, np.float32), 1.0)
+    assert np.array_equal(np.array(found.matrix), np.rint(entries))
+    clipped = basis._rounded(entries * np.float32(100), np.ones(4, np.float32), 1.0)
+    np.testing.assert_allclose(clipped.matrix, entries * 100, atol=0.51 * np.abs(entries).max() * 100 / basis.LARGEST)
 
 
 def test_weak_components_do_not_take_up_strong_ones():
-    rows = rows_of(64) * np.float32(100)
-    found = basis.learn(rows.copy(), 4, 3200, 0)
-    assert found.V4.shape[1] > 20
-    exact = basis.learn(rows.copy(), 4, None, 0)
-    together, alone = np.array(found.project(mx.array(rows), 64)), np.array(exact.project(mx.array(rows), 64))
-    weak = slice(found.V8.shape[1], found.rank)
-    leaked = np.array(mx.array(rows) @ found.matrix.T)[:, weak] - alone[:, weak]
-    assert np.square(together[:, weak] - alone[:, weak]).sum() < 0.3 * np.square(leaked).sum()
+    rows = rows_of(64)
+    found, exact = (basis.learn(rows.copy(), step, None, 0) for step in (0.02, 1e-5))
+    count, strong = found.rank, found._strong
+    assert 5 < strong < count - 5
+    together, alone = (np.array(each.project(mx.array(rows), count)) for each in (found, exact))
+    leaked = np.array(mx.array(rows) @ found.matrix.T)[:, strong:] - alone[:, strong:]
+    assert np.square(together[:, strong:] - alone[:, strong:]).sum() < 0.3 * np.square(leaked).sum()
 
 
-@pytest.mark.parametrize("budget", [2200, None])
-def test_refined_coefficients_make_up_for_the_rounding_of_the_basis(budget):
-    rows = rows_of(48)
-    found = basis.learn(rows.copy(), 4, budget, 0)
-    left = [rows - np.array(found.rows(found.project(mx.array(rows), 48, refined))) for refined in (False, True)]
+@pytest.mark.parametrize("step", [0.003, 1e-4])
+def test_refined_coefficients_make_up_for_the_rounding_of_the_basis(step):
+    rows = rows_of(24)
+    found = basis.learn(rows.copy(), step, None, 0)
+    assert found.rank == 24
+    left = [rows - np.array(found.rows(found.project(mx.array(rows), 24, refined))) for refined in (False, True)]
     assert np.square(left[1]).sum() < 0.1 * np.square(left[0]).sum()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"codes": np.zeros(0, np.uint8)},
+        {"codes": np.frombuffer((49 * 48).to_bytes(4, "little"), np.uint8)},
+        {"scale": np.full(48, np.nan, np.float32)},
+        {"spread": np.ones(47, np.float32)},
+        {"spread": np.ones(48, np.float64)},
+        {"width": 47},
+    ],
+)
+def test_parts_that_are_not_of_one_basis_are_refused(change):
+    found = basis.learn(rows_of(48), 1e-4, None, 0)
+    with pytest.raises(FormatError):
+        replace(found, **change).matrix  # noqa: B018
+
+
+def test_codes_that_inflate_to_more_or_less_than_they_say_are_refused():
+    found = basis.learn(rows_of(48), 1e-4, None, 0)
+    for size in (48 * 48, 2 * 48 * 48):
+        assert size != found._size
+        codes = np.r_[np.frombuffer(size.to_bytes(4, "little"), np.uint8), found.codes[4:]]
+        with pytest.raises(FormatError, match="inflate"):
+            replace(found, codes=codes).matrix  # noqa: B018
+
+
 def test_components_that_no_step_reaches_are_left_out():
-    found = basis.learn(rows_of(48), 4, None, 0)
+    found = basis.learn(rows_of(48), 1e-4, None, 0)
     spread = found.spread.astype(float)
     for least in (0.0, 0.05, 0.3, 10.0):
         count = found.reaching(least)
@@ -63,7 +117,7 @@ def test_components_that_no_step_reaches_are_left_out():
 
 def test_a_bound_that_nothing_fits_is_refused(tmp_path):
     with pytest.raises(InputError, match="hold no component"):
-        basis.learn(rows_of(48), 4, 20, 0)
+        basis.learn(rows_of(48), 1e-4, 20, 0)
     with pytest.raises(InputError, match="raise basis_bytes"):
         rd_artifacts(tmp_path, basis_bytes=30_000)
     limit = 75_000

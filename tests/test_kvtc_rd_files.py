@@ -32,7 +32,7 @@ def test_artifacts_come_back_from_their_folder(artifacts, tmp_path):
     assert np.array_equal(
         KVTCCacheCodec(again).decompress_dump(blob).k, KVTCCacheCodec(artifacts).decompress_dump(blob).k
     )
-    for name in ("k_V8", "v_attention", "k_tables", "v_weights", "k_spread"):
+    for name in ("k_codes", "v_attention", "k_tables", "v_weights", "k_spread"):
         path = tmp_path / f"{name}.npy"
         data = path.read_bytes()
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
@@ -46,11 +46,10 @@ def test_artifacts_come_back_from_their_folder(artifacts, tmp_path):
     [
         {"mu": np.zeros(47, np.float32)},
         {"mu": np.zeros(48)},
-        {"V8": np.zeros((48, 3), np.int8)},
-        {"V4": np.zeros((24, 2), np.uint8)},
-        {"scale": np.zeros((5, 48), np.float16)},
-        {"scale": np.full((6, 48), np.inf, np.float16)},
-        {"spread": np.zeros(3, np.float16)},
+        {"codes": np.zeros(3, np.uint8)},
+        {"scale": np.zeros(48, np.float16)},
+        {"scale": np.full(48, np.inf, np.float32)},
+        {"spread": np.zeros(3, np.float32)},
         {"weights": np.zeros((6, 8, 7), np.float16)},
         {"weights": np.full((6, 8, 8), np.nan, np.float16)},
         {"attention": np.zeros((5, 9), np.float32)},

@@ -1,6 +1,7 @@
-"""A basis in few bytes: strong components in 8 bits an entry, weak ones in 4, each head of each with a scale.
+"""A basis in few bytes: what an entry's rounding costs grows with its component's spread, so all cost alike.
 
-What a component's rounding costs grows with the component, so weak ones can be rounded more than strong ones.
+Entries times their component's spread have one step (reverse water-filling): weak components are left with small integers,
+which DEFLATE makes short, and the weakest are left out.
 """
 
 from __future__ import annotations
@@ -11,23 +12,28 @@ from functools import cached_property
 import mlx.core as mx
 import numpy as np
 
+from mlxkv import lossless
 from mlxkv.codec.pca import principal_components
 from mlxkv.errors import FormatError, InputError
 
-LEAST_STRONG = 8  # one component in so many has 8 bits at least
-TYPES = {"V8": "int8", "V4": "uint8", "scale": "float16", "spread": "float16"}
+TYPES = {"codes": "uint8", "scale": "float32", "spread": "float32"}
+STRONG = 0.9  # of the rows' energy: components that weak ones must not take up
+LARGEST = 127 * 256 + 127
+SIZE = 4  # bytes that say how many the integers are
+_SAMPLED = 256  # components whose bytes stand for all
+_FINER = 2 ** (1 / 16)
 
 
 @dataclass(frozen=True)
 class Basis:
-    """Components of rows `[n, p]` of heads * dim = p, strongest first: r8 in 8 bits and r4 in 4.
+    """Components of rows `[n, p]`, strongest first, as integers.
 
-    V8: `[p, r8]` int8. V4: `[ceil(p / 2), r4]` uint8, the even row in the low half, 8 standing for 0. scale: `[heads,
-    r8 + r4]` float16. spread: `[r8 + r4]` float16, the standard deviation that each coefficient had.
+    codes: `[bytes]` uint8; a little-endian count of bytes, and these in DEFLATE: the low byte of each integer `[rank, p]`,
+    signed, then of the first components the high byte, signed. scale: `[rank]` float32, of a component's integers. spread:
+    `[rank]` float32, the standard deviation that each coefficient had.
     """
 
-    V8: np.ndarray
-    V4: np.ndarray
+    codes: np.ndarray
     scale: np.ndarray
     spread: np.ndarray
     width: int
@@ -36,30 +42,36 @@ class Basis:
         parts = {name: getattr(self, name) for name in TYPES}
         if {name: str(part.dtype) for name, part in parts.items()} != TYPES:
             raise FormatError(f"a basis has the types {TYPES}, not {[str(part.dtype) for part in parts.values()]}")
-        heads, rank = self.scale.shape if self.scale.ndim == 2 else (0, -1)
-        fits = self.spread.shape == (rank,) and self.V8.ndim == self.V4.ndim == 2
-        fits = fits and self.V8.shape[1] + self.V4.shape[1] == rank and not self.width % max(1, heads)
-        if not fits or len(self.V8) != self.width or len(self.V4) != -(-self.width // 2):
-            shapes = {name: part.shape for name, part in parts.items()}
-            raise FormatError(f"these are no parts of one basis of rows {self.width} wide: {shapes}")
+        if any(part.ndim != 1 for part in parts.values()) or self.scale.shape != self.spread.shape:
+            raise FormatError(f"these are no parts of one basis: {[part.shape for part in parts.values()]}")
         if not (np.isfinite(self.scale).all() and np.isfinite(self.spread).all()):
             raise FormatError("a basis has NaN or infinite scales")
+        least = self.rank * self.width
+        if not least <= self._size <= 2 * least or (self.width and self._size % self.width):
+            raise FormatError(f"{self._size} bytes are no integers of {self.rank} components {self.width} wide")
 
     @property
     def rank(self) -> int:
         """Components."""
         return self.spread.size
 
+    @property
+    def _size(self) -> int:
+        return int.from_bytes(self.codes[:SIZE].tobytes(), "little")
+
     @cached_property
     def matrix(self) -> mx.array:
-        """`[rank, p]` float32: the first components lie together, so that products with them copy nothing."""
-        low, high = self.V4 & 15, self.V4 >> 4
-        weak = (
-            np.stack([low, high], axis=1).reshape(2 * len(self.V4), self.V4.shape[1])[: self.width].astype(np.int8) - 8
-        )
-        codes = np.concatenate([self.V8, weak], axis=1).reshape(len(self.scale), -1, self.rank)
-        entries = (codes * self.scale.astype(np.float32)[:, None]).reshape(self.width, self.rank)
-        return mx.array(np.ascontiguousarray(entries.T))
+        """`[rank, p]` float32. Raises FormatError for codes that do not inflate."""
+        planes = np.frombuffer(lossless.decode("deflate", self.codes[SIZE:].tobytes(), self._size), np.int8)
+        low, high = (part.reshape(-1, self.width) for part in np.split(planes, [self.rank * self.width]))
+        entries = low.astype(np.float32)
+        entries[: len(high)] += 256 * high.astype(np.float32)
+        return mx.array(entries * self.scale[:, None])
+
+    @cached_property
+    def _strong(self) -> int:
+        energy = np.cumsum(np.square(self.spread))
+        return int(np.searchsorted(energy, STRONG * energy[-1])) + 1
 
     def reaching(self, least: float) -> int:
         """How many components there are before all others spread less than `least`."""
@@ -72,11 +84,10 @@ class Basis:
         return coefficients + self._projected(rows - self.rows(coefficients), count) if refined else coefficients
 
     def _projected(self, rows: mx.array, count: int) -> mx.array:
-        strong = min(count, self.V8.shape[1])
-        first, others = self.matrix[:strong], self.matrix[strong:count]
+        first, others = self.matrix[: self._strong], self.matrix[self._strong : count]
+        if count <= self._strong:
+            return rows @ first[:count].T
         coefficients = rows @ first.T
-        if count == strong:
-            return coefficients
         # Rounded weak components are not quite orthogonal to strong ones, which would leak into them.
         return mx.concatenate([coefficients, (rows - coefficients @ first) @ others.T], axis=1)
 
@@ -85,32 +96,53 @@ class Basis:
         return coefficients @ self.matrix[: coefficients.shape[1]]
 
 
-def learn(rows: np.ndarray, heads: int, budget: int | None, seed: int) -> Basis:
-    """The basis of rows `[N, p]` in at most `budget` bytes, with all of its components if they fit in 4 bits; centres
-    `rows` in place.
+def learn(rows: np.ndarray, step: float, budget: int | None, seed: int) -> Basis:
+    """The basis of rows `[N, p]`, centred in place; step: of its entries times their spreads, longer where the basis would
+    else be of more than `budget` bytes.
 
     Raises InputError for a budget that not even one component fits in.
     """
-    width = rows.shape[1]
-    strong, weak = _divided(width, heads, min(width, len(rows) - 1), budget)
-    _, components = principal_components(rows, strong + weak, seed)
-    spread = np.sqrt(np.square(rows @ components, dtype=np.float64).mean(axis=0)).astype(np.float16)
-    by_head = components.reshape(heads, width // heads, strong + weak)
-    largest = np.r_[np.full(strong, 127), np.full(weak, 7)]
-    scale = (np.abs(by_head).max(axis=1) / largest).astype(np.float16)
-    divisor = np.maximum(scale.astype(np.float32), 1e-8)[:, None]
-    codes = np.clip(np.rint(by_head / divisor), -largest, largest).astype(np.int8).reshape(width, -1)
-    low = (np.pad(codes[:, strong:], ((0, width % 2), (0, 0))) + 8).astype(np.uint8)
-    return Basis(np.ascontiguousarray(codes[:, :strong]), low[::2] | low[1::2] << 4, scale, spread, width)
+    _, components = principal_components(rows, rows.shape[1], seed)
+    spread = np.sqrt(np.square(rows @ components, dtype=np.float64).mean(axis=0)).astype(np.float32)
+    entries = components.T * spread[:, None]
+    if budget is not None:
+        step = _longer(entries, step, budget)
+    found = _rounded(entries, spread, step)
+    while budget is not None and _bytes(found) > budget:
+        if found.rank == 1:
+            raise InputError(f"{budget} bytes hold no component of {rows.shape[1]} entries: raise basis_bytes")
+        step *= _FINER
+        found = _rounded(entries, spread, step)
+    return found
 
 
-def _divided(width: int, heads: int, most: int, budget: int | None) -> tuple[int, int]:
-    """Components in 8 bits and in 4."""
-    if budget is None:
-        return most, 0
-    half, each = -(-width // 2), 2 * heads + 2
-    rank = min(most, int(budget / (half + each + (width - half) / LEAST_STRONG)))
-    if rank < 1:
-        raise InputError(f"{budget} bytes hold no component of {width} entries: raise basis_bytes")
-    strong = min(rank, (budget - rank * (half + each)) // (width - half))
-    return strong, rank - strong
+def _longer(entries: np.ndarray, step: float, budget: int) -> float:
+    """The shortest step from `step` on within the budget, by the bytes of some components."""
+    sample = entries[:: max(1, len(entries) // _SAMPLED)]
+    spread = np.ones(len(sample), np.float32)
+    low, high = step, 2 * float(np.abs(entries).max())
+    while high > low * _FINER:
+        step = float(np.sqrt(low * high))
+        fits = _bytes(_rounded(sample, spread, step)) * len(entries) / len(sample) <= budget
+        low, high = (low, step) if fits else (step, high)
+    return low
+
+
+def _rounded(entries: np.ndarray, spread: np.ndarray, step: float) -> Basis:
+    """entries: `[rank, p]` components times their spreads."""
+    steps = np.maximum(step, np.abs(entries).max(axis=1, initial=0) / LARGEST)
+    integers = np.rint(entries / steps[:, None]).astype(np.int16)
+    wide = int(np.flatnonzero(np.r_[True, (np.abs(integers) > 127).any(axis=1)])[-1])
+    # Weaker components would be mostly the rounding's own noise, which takes up what belongs to others.
+    told = np.square(integers, dtype=np.float32).mean(axis=1) >= 1
+    rank = max(1, int(np.flatnonzero(np.r_[True, told])[-1]))
+    low = integers[:rank].astype(np.int8)
+    high = (integers[:wide] - low[:wide]) // 256
+    data = low.tobytes() + high.astype(np.int8).tobytes()
+    codes = len(data).to_bytes(SIZE, "little") + lossless.encode("deflate", data)
+    scale = steps[:rank] / np.maximum(spread[:rank], np.finfo(np.float32).tiny)
+    return Basis(np.frombuffer(codes, np.uint8), scale.astype(np.float32), spread[:rank], entries.shape[1])
+
+
+def _bytes(basis: Basis) -> int:
+    return basis.codes.nbytes + basis.scale.nbytes + basis.spread.nbytes

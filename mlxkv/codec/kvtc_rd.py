@@ -30,6 +30,7 @@ KEYS_COARSER = 1.5  # the keys' step is so many times the quality's, the values'
 ROUNDING = 0.40  # below 1/2: the dead zone around 0 is wider than a step
 OUTWARDS = 0.12  # steps: shrunken vectors flatten attention, which costs more than their squared error
 REACH = 1 / 10  # steps: a component that spreads less is not looked at
+BASIS_QUALITY = 100  # at which the rounding of the basis costs about as much as the step does
 REFINED = 55  # from this quality on the rounding of the basis would be seen
 LARGEST = 2**30  # quantized magnitude
 QUALITIES = range(10, 71, 10)  # that the tables are learnt at
@@ -40,8 +41,7 @@ TABLE_BLOCKS, MAX_HISTOGRAMS = 12, 20_000
 class Settings:
     """How the `kvtc-rd` method is calibrated; its dumps need a sensitivity.
 
-    basis_bytes: bound of the artifacts, all of k and v together: components beyond it are kept in 4 bits an entry instead
-    of 8, or left out. samples_per_file, s, seed: as `kvtc` has them.
+    basis_bytes: bound of the artifacts, all of k and v together, kept by a coarser basis. samples_per_file, s, seed: as `kvtc` has them.
     """
 
     basis_bytes: int | None = None
@@ -60,13 +60,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class StreamArtifacts:
-    """mu: `[p]` float32. V8, V4, scale, spread: of the basis (codec/basis.py). weights: `[heads, D, D]` float16,
+    """mu: `[p]` float32. codes, scale, spread: of the basis (codec/basis.py). weights: `[heads, D, D]` float16,
     symmetric, heads of all layers. attention: `[heads, Dk + 1]` float32 for values, `[0, 0]` for what has no keys.
     tables: of codec/entropy.py."""
 
     mu: np.ndarray
-    V8: np.ndarray
-    V4: np.ndarray
+    codes: np.ndarray
     scale: np.ndarray
     spread: np.ndarray
     weights: np.ndarray
@@ -83,8 +82,8 @@ class StreamArtifacts:
         fits = fits and self.attention.shape[0] in (0, heads) and self.tables.shape == (entropy.CLASSES, 256)
         if not fits or not all(np.isfinite(part).all() for part in parts.values()):
             raise FormatError(f"artifacts disagree: {[part.shape for part in parts.values()]}, or are not finite")
-        if len(self.basis.scale) != heads:
-            raise FormatError(f"artifacts disagree: weights of {heads} heads, a basis of {len(self.basis.scale)}")
+        if self.basis.rank > self.mu.size:
+            raise FormatError(f"artifacts disagree: {self.basis.rank} components of rows {self.mu.size} wide")
 
     @property
     def width(self) -> int:
@@ -94,7 +93,7 @@ class StreamArtifacts:
     @cached_property
     def basis(self) -> Basis:
         """Of weighted rows."""
-        return Basis(self.V8, self.V4, self.scale, self.spread, self.mu.size)
+        return Basis(self.codes, self.scale, self.spread, self.mu.size)
 
     @cached_property
     def back(self) -> mx.array:
@@ -213,10 +212,11 @@ def train(samples: Samples, settings: Settings) -> dict[str, StreamArtifacts]:
         samples.progress(f"principal components of {name}: {len(rows)} tokens x {mu.size}")
         stored = (unit * of_heads).astype(np.float16)
         fixed = mu.nbytes + stored.nbytes + of_values.nbytes + 2 * 256 * entropy.CLASSES
-        found = basis.learn(rows, heads, budget and budget - fixed, settings.seed)
+        exact = step_of(BASIS_QUALITY, name) / np.sqrt(mu.size)
+        found = basis.learn(rows, exact, budget and budget - fixed, settings.seed)
         samples.progress(f"tables of {name}")
         tables = _learn_tables(rows, found, name, settings.seed)
-        parts[name] = StreamArtifacts(mu, found.V8, found.V4, found.scale, found.spread, stored, of_values, tables)
+        parts[name] = StreamArtifacts(mu, found.codes, found.scale, found.spread, stored, of_values, tables)
     return {"v": _nothing(), **parts}
 
 
@@ -233,7 +233,7 @@ def explain(artifacts: CalibrationArtifacts) -> dict[str, Any]:
         told |= {
             f"{name}_width": part.width,
             f"{name}_components": part.basis.rank,
-            f"{name}_components_of_8_bits": part.V8.shape[1],
+            f"{name}_bits_an_entry": round(8 * part.codes.size / max(1, part.basis.rank * part.width), 2),
         }
     return told
 
@@ -252,11 +252,10 @@ def _learn_tables(rows: np.ndarray, found: Basis, name: str, seed: int) -> np.nd
 
 
 def _nothing() -> StreamArtifacts:
-    none, tables = np.zeros((0, 0), np.float16), np.zeros((entropy.CLASSES, 256), np.uint16)
+    none, tables = np.zeros(0, np.float32), np.zeros((entropy.CLASSES, 256), np.uint16)
     return StreamArtifacts(
-        np.zeros(0, np.float32), none.astype(np.int8), none.astype(np.uint8), none, none[0:0].ravel(),
-        np.zeros((0, 0, 0), np.float16), none.astype(np.float32), tables,
-    )  # fmt: skip
+        none, none.astype(np.uint8), none, none, np.zeros((0, 0, 0), np.float16), none.reshape(0, 0), tables
+    )
 
 
 def _scaled(rows: Any, gains: Any) -> Any:
