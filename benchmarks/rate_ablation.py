@@ -1,7 +1,7 @@
 """Which of `kvtc-rd`'s ideas earned how much: each left out alone, in bytes at equal KL on held-out texts.
 
 Calibrated and judged as `rate_distortion` does it, at two qualities, without bound on the artifacts except where that is the
-idea, on every other text. And what the raw window is worth in whole files of 2,048 tokens. Quick: two texts, a small calibration.
+idea, on every other text. Quick: two texts, a small calibration.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from benchmarks.held_out import MODEL
 from benchmarks.rate_distortion import (
     FULL,
     LENGTH,
-    LONG,
     QUICK,
     SHARE,
     artifact_limit,
@@ -33,6 +32,7 @@ from benchmarks.schema import Outcome, Result
 from benchmarks.tables import megabytes, table
 from mlxkv import lm
 from mlxkv.codec import basis, entropy, kvtc_rd, weighting
+from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.codec.calibrate import calibrate
 from mlxkv.codec.codec import KVTCCacheCodec
 from mlxkv.evaluate import fidelity
@@ -44,7 +44,6 @@ PHASE = 4
 QUALITIES = (22, 38)
 BASE = "kvtc-rd"
 PREDICT = 128
-WINDOWS = (128, 32, 0)
 
 # A change of one idea: constants of the coder in its place, or None where the calibration was made without it.
 CHANGES: dict[str, dict[str, Any] | None] = {
@@ -64,7 +63,7 @@ def run(quick: bool) -> Outcome:
     size, predict, limit = QUICK if quick else FULL, 64 if quick else PREDICT, artifact_limit(model)
     once = calibration.components_found_once(basis, cache_spec(model).stream("k").width)
     with calibration.dumps(model, tokenizer, size, sensitivity) as files, once:
-        base = KVTCCacheCodec(calibrate(files, kvtc_rd.Settings()))
+        base = judged(calibrate(files, kvtc_rd.Settings()))
         others = learn_changed(files, limit)
     variants = [coded(base.at(quality), f"{BASE} {quality}", "float16") for quality in QUALITIES]
     variants += [
@@ -78,17 +77,13 @@ def run(quick: bool) -> Outcome:
         tokens = tokenizer.encode(read())[: LENGTH + predict + 1]
         for record in fidelity.evaluate(model, [whole(), *variants], tokens, LENGTH, chunk=predict)[1:]:
             samples.append({"text": name, "kind": kind_of(name), **named(record)})
-    windows = [
-        coded(KVTCCacheCodec(base.artifacts, w=w, quality=quality), f"window {w} {quality}", "float16")
-        for w in WINDOWS
-        for quality in QUALITIES
-    ]
-    for name in () if quick else ("code",):
-        tokens = tokenizer.encode(texts.OTHER_KINDS[name]())[: LONG + PREDICT + 1]
-        for record in fidelity.evaluate(model, [whole(), *windows], tokens, LONG, chunk=PREDICT)[1:]:
-            samples.append({"text": name, "kind": "long", **named(record)})
     config = {"model": MODEL, "calibration": size, "predict": predict, "held": LENGTH, "basis_bytes": limit}
     return Outcome(config, samples, summarise(samples))
+
+
+def judged(artifacts: CalibrationArtifacts) -> KVTCCacheCodec:
+    """With a raw window, which no idea changes."""
+    return KVTCCacheCodec(artifacts, raw_window=True)
 
 
 def learn_changed(files: Sequence[Any], limit: int) -> dict[str, KVTCCacheCodec]:
@@ -101,13 +96,13 @@ def learn_changed(files: Sequence[Any], limit: int) -> dict[str, KVTCCacheCodec]
             (0, 0), np.float32
         )
 
-    made = {"artifacts bounded": KVTCCacheCodec(calibrate(files, kvtc_rd.Settings(limit)))}
+    made = {"artifacts bounded": judged(calibrate(files, kvtc_rd.Settings(limit)))}
     with mock.patch.object(kvtc_rd, "BASIS_QUALITY", kvtc_rd.BASIS_QUALITY + 30):
-        made["a basis eight times finer"] = KVTCCacheCodec(calibrate(files, kvtc_rd.Settings()))
+        made["a basis eight times finer"] = judged(calibrate(files, kvtc_rd.Settings()))
     with mock.patch.object(weighting, "learn", flat):
-        made["no weights at all"] = KVTCCacheCodec(calibrate(files, kvtc_rd.Settings()))
+        made["no weights at all"] = judged(calibrate(files, kvtc_rd.Settings()))
     with mock.patch.object(weighting, "learn", lambda samples: learn(samples, foretell=False)):
-        made["no attention foretold"] = KVTCCacheCodec(calibrate(files, kvtc_rd.Settings()))
+        made["no attention foretold"] = judged(calibrate(files, kvtc_rd.Settings()))
     return made
 
 
@@ -132,7 +127,6 @@ def summarise(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "predicted_tokens": sum({s["text"]: s["predicted_tokens"] for s in base}.values()),
         "points": {name: means(samples, name) for name in (BASE, *CHANGES)},
         "bd_rate": {name: bd(samples, name, base, 0, np.inf) for name in CHANGES},
-        "windows": {f"window {w}": means(samples, f"window {w}") for w in WINDOWS},
     }
 
 
@@ -153,16 +147,4 @@ def section(result: Result) -> str:
         for name, rows in summary["points"].items()
     ]  # fmt: skip
     heads = ("change", "times smaller, KL", "bytes at equal KL", "artifacts")
-    parts = [f"{found} {bound} {note}", table(heads, cells)]
-    if summary["windows"][f"window {WINDOWS[0]}"]:
-        parts += [f"Whole files of {LONG:,} tokens by how many of the last are stored raw:", windows_table(summary)]
-    return "\n\n".join(parts)
-
-
-def windows_table(summary: dict[str, Any]) -> str:
-    cells = [
-        [name.removeprefix("window "), f"{row['at']:g}", megabytes(row["cache_bytes"]), f"{row['ratio']:.1f}x", f"{row['kl']:.4f}"]
-        for name, rows in summary["windows"].items()
-        for row in rows
-    ]  # fmt: skip
-    return table(("window", "quality", "file", "ratio", "KL"), cells)
+    return f"{found} {bound} {note}\n\n{table(heads, cells)}"

@@ -55,7 +55,7 @@ def run(quick: bool) -> Outcome:
         weighed = calibration.learnt(
             files, [kvtc_weighted.Settings(ratio, rank=size.get("rank")) for ratio in ratios[::2]]
         )
-        bounded = KVTCCacheCodec(calibrate(files, kvtc_rd.Settings(limit)))
+        bounded = KVTCCacheCodec(calibrate(files, kvtc_rd.Settings(limit)), raw_window=True)  # as the others have
     variants = [coded(KVTCCacheCodec(found), f"kvtc {ratio}", "float16") for ratio, found in zip(ratios, published)]
     variants += [
         coded(KVTCCacheCodec(found), f"kvtc-weighted {ratio}", "float16") for ratio, found in zip(ratios[::2], weighed)

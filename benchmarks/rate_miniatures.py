@@ -65,7 +65,7 @@ def learnt(model: Any, name: str, stretches: int, quick: bool) -> list[Variant]:
                 except InputError:
                     continue
                 variants.append(coded(codec, f"{kind.METHOD} {ratio}", "float16"))
-        codec = KVTCCacheCodec(calibrate(files, kvtc_rd.Settings()), w=WINDOW)
+        codec = KVTCCacheCodec(calibrate(files, kvtc_rd.Settings()), w=WINDOW, raw_window=True)
     qualities = QUALITIES[::2] if quick else QUALITIES
     return [*variants, *(coded(codec.at(quality), f"kvtc-rd {quality}", "float16") for quality in qualities)]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from synthetic import PLAIN, rd_artifacts, toy_dump
 
-from benchmarks import rate_ablation, rate_distortion, rate_miniatures
+from benchmarks import rate_ablation, rate_distortion, rate_miniatures, rate_window
 from benchmarks.paired import bd_rate
 from benchmarks.rate_ablation import CHANGES, changed_variant
 from benchmarks.rate_variants import water_filling
@@ -105,10 +105,28 @@ def test_an_ablation_says_what_each_idea_earned():
     shown = rate_ablation.section({"summary": summary, "config": {"basis_bytes": 40_000_000}})
     assert shown.startswith("The dearest to leave out: no shift a token, +10% bytes")
     assert "+10% (+10% to +10%)" in shown
-    assert "stored raw" not in shown
-    samples += [sample(f"window {w}", at, "a", size, kl) for w in (128, 32, 0) for at, size, kl in points]
-    shown = rate_ablation.section({"summary": rate_ablation.summarise(samples), "config": {"basis_bytes": 40_000_000}})
-    assert "| 128 | 22 | 0.0 MB | 2.0x | 0.0400 |" in shown
+
+
+def test_a_window_is_compared_by_whole_files():
+    points = ((22, 3000, 0.04), (38, 12_000, 0.01))
+    samples = [
+        sample(name, at, text, 1, kl, cache_bytes=size * (2 if name == rate_window.RAW else 1))
+        for name in rate_window.WINDOWS for text in "ab" for at, size, kl in points
+    ]  # fmt: skip
+    summary = rate_window.summarise(samples)
+    assert {rate["bd_rate"] for rate in summary["bd_rate"].values()} == {-0.5}
+    shown = rate_window.section({"summary": summary, "config": {"held": 2048}, "samples": samples})
+    assert "Against a raw window that is -50% bytes at equal KL. 2 held-out texts" in shown
+    assert "| the last 128 raw | 22 | 0.0 MB | 2.0x | 0.0 MB | 0.0400 | - |" in shown
+
+
+def test_windows_of_the_benchmark_are_the_codecs(tmp_path):
+    codec = KVTCCacheCodec(rd_artifacts(tmp_path), w=8)
+    assert rate_window.WINDOWS[next(iter(rate_window.WINDOWS))] == (128, codec.coder.window_finer)
+    for name, (tokens, finer) in rate_window.WINDOWS.items():
+        made = rate_window.variant(codec, name, 40).settings
+        assert (made["w"], made["quality"]) == (tokens, 40), name
+        assert made["window_quality"] == (None if finer is None else 40 + finer), name
 
 
 def test_the_miniatures_table_counts_those_that_agree():

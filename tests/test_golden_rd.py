@@ -42,7 +42,7 @@ def regenerated(tmp_path_factory):
 
 def integers(reader, artifacts):
     return {
-        f"{name}{index}": entropy.decode(
+        f"{name}.{index}": entropy.decode(
             [
                 entropy.Section(
                     reader.read(f"{name}.{index}"),
@@ -52,7 +52,7 @@ def integers(reader, artifacts):
                 )
             ]
         )[0]
-        for index, tokens in enumerate((16, 16, 1))
+        for index, tokens in (("0", 16), ("1", 16), ("2", 1), ("window.0", W))
         for name in STREAMS
     }
 
@@ -78,7 +78,7 @@ def test_the_old_file_decodes_to_the_same_integers_and_the_same_cache(artifacts,
     with Reader(FOLDER / "cache.mlxkv") as reader:
         for name, found in integers(reader, artifacts).items():
             assert np.array_equal(found, expected[name]), name
-        assert reader.header["quality"] == QUALITY
+        assert (reader.header["quality"], reader.header["window_quality"]) == (QUALITY, QUALITY + 30)
         assert reader.header["layout"] == {"batch": 1, "length": LENGTH, "s": S, "w": W, "block": BLOCK}
     dump = KVTCCacheCodec(artifacts).decompress_dump(FOLDER / "cache.mlxkv")
     assert np.array_equal(dump.tokens, expected["tokens"])

@@ -18,8 +18,11 @@ def command(
     npz: Annotated[Path, typer.Option(help="The dump to compress.", show_default=False)],
     artifacts: Artifacts,
     out: Annotated[Path, typer.Option(help="The container to write.", show_default=False)],
-    w: Annotated[int, typer.Option(min=0, help="Newest tokens to keep exactly.")] = 128,
+    w: Annotated[int, typer.Option(min=0, help="Newest tokens (window) to keep exactly, by kvtc-rd nearly so.")] = 128,
     s: Annotated[int, typer.Option(min=0, help="First tokens (sinks) to keep exactly.")] = 4,
+    raw_window: Annotated[
+        bool, typer.Option("--raw-window", help="Keep the window exactly by kvtc-rd as well.")
+    ] = False,
     lossless: Annotated[
         str, typer.Option(help="Last stage of kvtc: deflate, rans (smaller, slower on a CPU) or raw.")
     ] = "deflate",
@@ -54,7 +57,8 @@ def command(
     if (model is None) == ("kl" in given) or (append and given.keys() - {"quality"}):
         raise InputError("--model goes with --target-kl; --append takes no target, but the file's own --quality")
     check_out_file(out, source=npz)
-    codec = KVTCCacheCodec(CalibrationArtifacts.from_dir(artifacts), w=w, s=s, lossless=lossless, quality=quality)
+    found = CalibrationArtifacts.from_dir(artifacts)
+    codec = KVTCCacheCodec(found, w=w, s=s, lossless=lossless, quality=quality, raw_window=raw_window)
     dump = read_dump(npz)
     start = time.perf_counter()
     if append:

@@ -1,15 +1,15 @@
 """The codec: a cache to one container and back, block of tokens by block of tokens.
 
-Sinks (the first s tokens) and the window (the last w) are stored as they are; the tokens between are coded by the
-method of the artifacts. A block's streams are sections of their own, so memory stays at a few blocks.
+Sinks (the first s tokens) and the window (the last w) are stored as they are, or the window at a higher quality; the tokens
+between are coded by the method of the artifacts. A block's streams are sections of their own, so memory stays at a few blocks.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,34 +20,32 @@ import numpy as np
 import mlxkv
 from mlxkv import container
 from mlxkv.cache import STREAMS, KVDump, Rope, is_whole
-from mlxkv.codec import raw, reading
+from mlxkv.codec import raw, reading, writing
 from mlxkv.codec.artifacts import CalibrationArtifacts, check_rope
-from mlxkv.codec.layout import BLOCK, Layers, Layout, shape_of
+from mlxkv.codec.layout import BLOCK, Layers, Layout, Piece, shape_of
 from mlxkv.codec.rows import from_rows, to_rows
+from mlxkv.codec.writing import Progress
 from mlxkv.container import Reader, Section, Source, encode_section
 from mlxkv.errors import FormatError, InputError, MismatchError
 from mlxkv.files import replace_rest
-from mlxkv.kernels import metal
 from mlxkv.lossless import CODINGS
 
-Progress = Callable[[int], None]
-SINKS = ("k.sink", "v.sink")
 TABLE_ROW = 70  # bytes of a section's row in the header, about
-PENDING = 8  # sections that may wait for their coding
 
 
 class KVTCCacheCodec:
     """Compress and decompress caches of one model with one calibration.
 
     artifacts: the calibration. w, s, lossless: raw window, raw sinks and lossless coding (one of lossless.CODINGS) for
-    compressing; quality: for methods that have one, see their file. A blob decodes with those it was written with.
+    compressing; quality: for methods that have one, which also code the window, at a higher one, unless it is to be a
+    raw_window. A blob decodes with those it was written with.
     rope_cfg, mode: optional statements about the model (a preset's), refused when the artifacts differ. Raises
     MismatchError for artifacts, geometry or model that do not belong together.
     """
 
     def __init__(self, artifacts: CalibrationArtifacts, w: int = 128, s: int = 4,
                  rope_cfg: Rope | Mapping[str, Any] | None = None, mode: str | None = None,
-                 lossless: str = "deflate", quality: float | None = None) -> None:  # fmt: skip
+                 lossless: str = "deflate", quality: float | None = None, raw_window: bool = False) -> None:  # fmt: skip
         if not is_whole(w) or not is_whole(s):
             raise InputError(f"window and sinks must be 0 or more, got w={w} and s={s}")
         if lossless not in CODINGS:
@@ -61,6 +59,13 @@ class KVTCCacheCodec:
         self.coder = artifacts.method.Coder(artifacts)
         self.quality = self.coder.default_quality if quality is None else quality
         self.coder.check_quality(self.quality)
+        self.raw_window = raw_window
+
+    @property
+    def window_quality(self) -> float | None:
+        """Of the last w tokens; None where they are stored as they are."""
+        finer = self.coder.window_finer
+        return None if finer is None or self.raw_window else min(100.0, self.quality + finer)
 
     def at(self, quality: float) -> KVTCCacheCodec:
         """The same codec with another quality."""
@@ -89,19 +94,21 @@ class KVTCCacheCodec:
         extras, meta = self._travelling(dump)
         header, arrays, layout = self._described({"k": list(dump.k), "v": list(dump.v)}, extras, meta)
         sections = self._stored(arrays)
-        table = TABLE_ROW * (len(sections) + len(self.streams) * len(list(layout.blocks())))
+        table = TABLE_ROW * (len(sections) + len(self.streams) * len(self._pieces(layout)))
         return sum(section.stored for section, _ in sections.values()) + len(str(header)) + table
 
     def coded_bytes(self, dump: KVDump, blocks: int) -> float:
-        """About what the coded tokens take, from the code lengths of so many blocks, spread evenly."""
+        """About what the coded tokens take, from the code lengths of so many blocks, spread evenly, and of the window."""
         layers = {"k": list(dump.k), "v": list(dump.v)}
-        every = list(self._described(layers, {}, {})[2].blocks())
+        layout = self._described(layers, {}, {})[2]
+        every, found = list(layout.pieces(self.quality, None)), []
+        window = self._pieces(layout)[len(every) :]
         chosen = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, blocks).astype(int))] if every else []
-        found = 0.0
-        for _, start, stop in chosen:
-            codes = self.coder.encode(self._rows(layers, start, stop), self.quality)
-            found += sum(self.coder.estimate(name, each) for name, each in codes.items())
-        return found * sum(b - a for _, a, b in every) / max(1, sum(b - a for _, a, b in chosen))
+        for piece in (*chosen, *window):
+            codes = self.coder.encode(self._rows(layers, piece), piece.quality)
+            found.append(sum(self.coder.estimate(name, each) for name, each in codes.items()))
+        tokens, measured = (sum(piece.stop - piece.start for piece in pieces) for pieces in (every, chosen))
+        return sum(found[: len(chosen)]) * tokens / max(1, measured) + sum(found[len(chosen) :])
 
     def append_dump(self, path: str | Path, dump: KVDump, progress: Progress | None = None) -> None:
         """Bring a file of `compress_dump` up to a dump of the same conversation gone on: the file becomes what
@@ -118,11 +125,11 @@ class KVTCCacheCodec:
             if not np.array_equal(raw.read_extra(reader, "tokens"), dump.tokens[:, : old.length]):
                 raise MismatchError(f"{path} is of other tokens than those that the dump begins with")
             expected = {**header, "layout": {**header["layout"], "length": old.length}, "raw": reader.header["raw"]}
-            if changed := [key for key, value in reader.header.items() if value != expected.get(key)]:
+            if changed := [key for key in {**expected, **reader.header} if reader.header.get(key) != expected.get(key)]:
                 raise MismatchError(f"{path} was made with another {', '.join(changed)}: compress the dump anew")
             whole = sum(stop - start == layout.block for _, start, stop in old.blocks())
             names = [f"{name}.{index}" for index in range(whole) for name in (stream.name for stream in self.streams)]
-            names = [*SINKS, *names] if old.middle.start == layout.middle.start else []
+            names = [*raw.SINKS, *names] if old.middle.start == layout.middle.start else []
             kept = list(reader.sections.values())[: len(names)]
             if [section.name for section in kept] != names:
                 raise FormatError(f"{path} has its sections in another order than they are written in")
@@ -147,6 +154,7 @@ class KVTCCacheCodec:
             "artifacts": self.artifacts.fingerprint,
             "layout": dataclasses.asdict(layout),
             **({} if self.quality is None else {"quality": self.quality}),
+            **({} if self.window_quality is None else {"window_quality": self.window_quality}),
             "dtype": dtype,
             "raw": described,
             "meta": dict(meta),
@@ -156,9 +164,12 @@ class KVTCCacheCodec:
     def _sections(self, layers: Mapping[str, Layers], layout: Layout, arrays: Mapping[str, bytes], first: int,
                   progress: Progress | None) -> list[tuple[Section, bytes]]:  # fmt: skip
         """In the file's order: sinks, blocks from the `first` on, and last what changes when a file grows."""
-        stored = self._stored(arrays)
-        blocks = self._coded(layers, list(layout.blocks())[first:], progress)
-        return [*(stored.pop(name) for name in SINKS), *blocks, *stored.values()]
+        stored, pieces = self._stored(arrays), self._pieces(layout)[first:]
+        coded = writing.sections(self.coder, partial(self._rows, layers), pieces, self.lossless, progress)
+        return [*(stored.pop(name) for name in raw.SINKS), *coded, *stored.values()]
+
+    def _pieces(self, layout: Layout) -> list[Piece]:
+        return list(layout.pieces(self.quality, self.window_quality))
 
     def _stored(self, arrays: Mapping[str, bytes]) -> dict[str, tuple[Section, bytes]]:
         """Extras are stored plain: on reading, nothing but the file's own size bounds them."""
@@ -167,30 +178,8 @@ class KVTCCacheCodec:
             for name, data in arrays.items()
         }
 
-    def _rows(self, layers: Mapping[str, Layers], start: int, stop: int) -> dict[str, mx.array]:
-        return {stream.name: to_rows(stream, layers[stream.name], start, stop) for stream in self.streams}
-
-    def _coded(
-        self, layers: Mapping[str, Layers], blocks: Sequence[tuple[int, int, int]], progress: Progress | None
-    ) -> list[tuple[Section, bytes]]:
-        """The sections of all blocks. What a block's codes take to bytes goes on beside the next block's arithmetic."""
-        coding = self.lossless if self.coder.leaves_lossless else "raw"
-        kernels = metal.available() and not (self.coder.leaves_lossless and coding != "rans")
-
-        def section(name: str, index: int, codes: Any) -> tuple[Section, bytes]:
-            return encode_section(f"{name}.{index}", self.coder.pack(name, codes), coding)
-
-        with ThreadPoolExecutor(2) as pool:
-            submit = _at_once if kernels else pool.submit
-            futures: list[Future[tuple[Section, bytes]]] = []
-            for index, start, stop in blocks:
-                for name, codes in self.coder.encode(self._rows(layers, start, stop), self.quality).items():
-                    if len(futures) >= PENDING:  # wait for the coding rather than let codes pile up
-                        futures[-PENDING].result()
-                    futures.append(submit(section, name, index, codes))
-                if progress:
-                    progress(stop - start)
-            return [future.result() for future in futures]
+    def _rows(self, layers: Mapping[str, Layers], piece: Piece) -> dict[str, mx.array]:
+        return {stream.name: to_rows(stream, layers[stream.name], piece.start, piece.stop) for stream in self.streams}
 
     def decompress(
         self, blob: Source, *, tokens: tuple[int, int] | None = None, progress: Progress | None = None
@@ -249,8 +238,7 @@ class KVTCCacheCodec:
         """The k and v streams, `[layers, B, H, T, D]` each, and which tokens they are."""
         reading.check_origin(reader, self.artifacts)
         layout, dtype = reading.layout_of(reader), reading.dtype_of(reader)
-        quality = reading.quality_of(reader, self.coder)
-        reading.check_lengths(reader, layout, self.artifacts.spec, self.coder)
+        every = reading.checked_pieces(reader, layout, self.artifacts.spec, self.coder)
         first, last = tokens or (0, layout.length)
         if not 0 <= first < last <= layout.length:
             raise InputError(f"{reader.name} holds tokens 0 to {layout.length}; {first} to {last} is no part of them")
@@ -266,34 +254,28 @@ class KVTCCacheCodec:
             stream = self.artifacts.spec.stream(name)
             outputs[name] = np.empty((stream.layers, layout.batch, stream.heads, last - first, stream.dim), dtype)
             place(name, 0, ends[f"{name}.sink"])
-            place(name, layout.middle.stop, ends[f"{name}.window"])
+            if f"{name}.window" in ends:
+                place(name, layout.middle.stop, ends[f"{name}.window"])
         target = mx.float16 if dtype == np.float16 else mx.float32
-        for blocks in layout.groups(first, last):
-            payloads = [{s.name: reader.read(f"{s.name}.{index}") for s in self.streams} for index, _, _ in blocks]
-            counts = [layout.batch * (stop - start) for _, start, stop in blocks]
-            for codes, count, (_, start, stop) in zip(self.coder.unpack(payloads, counts), counts, blocks):
-                rows = self.coder.decode(codes, count, quality)
+        for pieces in layout.groups(every, first, last):
+            payloads = [{s.name: reader.read(f"{s.name}.{piece.name}") for s in self.streams} for piece in pieces]
+            counts = [layout.batch * (piece.stop - piece.start) for piece in pieces]
+            for codes, count, piece in zip(self.coder.unpack(payloads, counts), counts, pieces):
+                rows = self.coder.decode(codes, count, piece.quality)
                 for stream in self.streams:
-                    restored = from_rows(stream, rows[stream.name], layout.batch, start, target)
-                    place(stream.name, start, np.array(restored))
+                    restored = from_rows(stream, rows[stream.name], layout.batch, piece.start, target)
+                    place(stream.name, piece.start, np.array(restored))
                 if progress:
-                    progress(stop - start)
+                    progress(piece.stop - piece.start)
         return outputs, (first, last)
 
     def _raw_arrays(
         self, layers: Mapping[str, Layers], layout: Layout, extras: Mapping[str, np.ndarray]
     ) -> Iterator[tuple[str, np.ndarray]]:
-        for name in raw.ENDS:
+        for name in raw.ENDS if self.window_quality is None else raw.SINKS:
             tokens = slice(0, layout.middle.start) if name.endswith("sink") else slice(layout.middle.stop, None)
             yield name, np.stack([raw.widened(layer[:, :, tokens]) for layer in layers[name[0]]])
         clash = [name for name in extras if name.startswith(("k.", "v."))]
         if clash:
             raise InputError(f"extras may not be called k.… or v.…, the codec's own names: {', '.join(clash)}")
         yield from extras.items()
-
-
-def _at_once(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-    """An executor's `submit` in this thread: rANS may launch kernels, which belong where the others are launched."""
-    future: Future[Any] = Future()
-    future.set_result(function(*arguments))
-    return future

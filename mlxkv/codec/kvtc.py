@@ -95,7 +95,7 @@ class Coder:
     """One block of rows to bytes and back, by the artifacts of this method."""
 
     leaves_lossless = True  # its bytes go through one of lossless.CODINGS
-    default_quality = None
+    default_quality = window_finer = None  # one ratio, and a raw window
 
     def __init__(self, artifacts: CalibrationArtifacts) -> None:
         self._parts = {name: artifacts.stream(name) for name in STREAMS}

@@ -111,6 +111,7 @@ class Coder:
 
     leaves_lossless = False
     default_quality = 35.0
+    window_finer: float | None = 30.0  # points of quality: the newest tokens are looked at most
 
     def __init__(self, artifacts: CalibrationArtifacts) -> None:
         self._parts: dict[str, StreamArtifacts] = {name: artifacts.stream(name) for name in STREAMS}

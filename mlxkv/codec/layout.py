@@ -1,9 +1,10 @@
-"""Which tokens of a cache are raw sinks, coded blocks and raw window."""
+"""Which tokens of a cache are raw sinks, coded blocks and window."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +16,15 @@ Layers = Sequence[np.ndarray] | Sequence[mx.array]
 BLOCK = 512  # rows, batch times tokens, in a coded block: bounds the memory of both directions
 ROWS_AT_ONCE = 4 * BLOCK  # whose lanes are decoded together
 MAX_ROWS = 2**16  # that a reader accepts
+
+
+class Piece(NamedTuple):
+    """Tokens start .. stop that are coded together, in each stream's section of this name."""
+
+    name: str
+    start: int
+    stop: int
+    quality: float | None
 
 
 @dataclass(frozen=True)
@@ -44,9 +54,17 @@ class Layout:
         for index, start in enumerate(range(self.middle.start, self.middle.stop, self.block)):
             yield index, start, min(start + self.block, self.middle.stop)
 
-    def groups(self, first: int, last: int) -> Iterator[list[tuple[int, int, int]]]:
-        """The blocks that have tokens of first .. last, as many together as are decoded at once."""
-        chosen = [(index, start, stop) for index, start, stop in self.blocks() if start < last and stop > first]
+    def pieces(self, quality: float | None, window_quality: float | None) -> Iterator[Piece]:
+        """All that is coded: the blocks and, where it has a quality, the window."""
+        for index, start, stop in self.blocks():
+            yield Piece(str(index), start, stop, quality)
+        starts = range(self.middle.stop, 0 if window_quality is None else self.length, self.block)
+        for index, start in enumerate(starts):
+            yield Piece(f"window.{index}", start, min(start + self.block, self.length), window_quality)
+
+    def groups(self, pieces: Sequence[Piece], first: int, last: int) -> Iterator[list[Piece]]:
+        """Those that have tokens of first .. last, as many together as are decoded at once."""
+        chosen = [piece for piece in pieces if piece.start < last and piece.stop > first]
         size = max(1, ROWS_AT_ONCE // (self.batch * self.block))
         return (chosen[i : i + size] for i in range(0, len(chosen), size))
 

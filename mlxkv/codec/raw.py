@@ -11,7 +11,8 @@ from mlxkv.cache import is_whole
 from mlxkv.container import Reader
 from mlxkv.errors import FormatError, InputError
 
-ENDS = ("k.sink", "v.sink", "k.window", "v.window")
+SINKS = ("k.sink", "v.sink")
+ENDS = (*SINKS, "k.window", "v.window")
 _TYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "int32": "<i4"}
 _MAX_AXES = 8
 

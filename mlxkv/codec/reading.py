@@ -9,7 +9,7 @@ import numpy as np
 from mlxkv.cache import STREAMS, CacheSpec
 from mlxkv.codec import raw
 from mlxkv.codec.artifacts import CalibrationArtifacts
-from mlxkv.codec.layout import Layout
+from mlxkv.codec.layout import Layout, Piece
 from mlxkv.container import Reader
 from mlxkv.errors import FormatError, InputError, MismatchError
 
@@ -53,36 +53,36 @@ def check_origin(reader: Reader, artifacts: CalibrationArtifacts) -> None:
         )
 
 
-def quality_of(reader: Reader, coder: Any) -> float | None:
-    """The quality that the file was coded with, which must be one that the method has."""
-    quality = reader.header.get("quality")
+def checked_pieces(reader: Reader, layout: Layout, spec: CacheSpec, coder: Any) -> list[Piece]:
+    """What is coded, each with its quality, which must be one that the method has. Every coded section must be there with a
+    size that fits its tokens, and no other section."""
+    quality, window = reader.header.get("quality"), reader.header.get("window_quality")
     try:
-        coder.check_quality(quality)
+        for each in (quality,) if window is None else (quality, window):
+            coder.check_quality(each)
     except InputError as error:
         raise FormatError(f"{reader.name}: {error}") from None
-    return quality
-
-
-def check_lengths(reader: Reader, layout: Layout, spec: CacheSpec, coder: Any) -> None:
-    """Every coded section must be there with a size that fits its tokens, and no other section."""
-    unknown = set(reader.sections) - set(field(reader, "raw"))
-    for index, start, stop in layout.blocks():
+    unknown, found = set(reader.sections) - set(field(reader, "raw")), []
+    for piece in layout.pieces(quality, window):  # one by one: a forged layout may have far more than sections
         for name in (name for name in STREAMS if spec.stream(name).width):
-            section, tokens = reader.sections.get(f"{name}.{index}"), layout.batch * (stop - start)
+            key, tokens = f"{name}.{piece.name}", layout.batch * (piece.stop - piece.start)
+            section = reader.sections.get(key)
             if section is None or not coder.is_size(name, tokens, section.size, section.coding):
-                found = f"has {section.size} bytes" if section else "is missing"
-                raise FormatError(f"{reader.name}: section {name}.{index} of {tokens} tokens {found}")
-            unknown.discard(section.name)
+                claim = f"has {section.size} bytes" if section else "is missing"
+                raise FormatError(f"{reader.name}: section {key} of {tokens} tokens {claim}")
+            unknown.discard(key)
+        found.append(piece)
     if unknown:
         raise FormatError(
             f"{reader.name} has sections that its header does not describe: {', '.join(sorted(unknown)[:5])}"
         )
+    return found
 
 
 def read_ends(reader: Reader, layout: Layout, spec: CacheSpec) -> dict[str, np.ndarray]:
-    """Sinks and windows. Their shapes, too, must fit the layout."""
+    """Sinks, and windows that are not coded. Their shapes, too, must fit the layout."""
     ends: dict[str, np.ndarray] = {}
-    for name in raw.ENDS:
+    for name in raw.ENDS if reader.header.get("window_quality") is None else raw.SINKS:
         stream = spec.stream(name[0])
         tokens = layout.middle.start if name.endswith("sink") else layout.length - layout.middle.stop
         needed = (stream.layers, layout.batch, stream.heads, tokens, stream.dim)

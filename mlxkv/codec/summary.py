@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlxkv.codec.layout import Layout
-from mlxkv.codec.raw import ENDS, described
+from mlxkv.codec.raw import ENDS, SINKS, described
 from mlxkv.container import Reader
 from mlxkv.errors import FormatError
 
@@ -17,18 +17,18 @@ def summary(reader: Reader) -> dict[str, Any]:
     """
     try:
         layout = Layout(**reader.header["layout"])
-        shapes = {name: described(reader, name)[1] for name in ENDS}
-        width = sum(shapes[name][0] * shapes[name][2] * shapes[name][4] for name in ENDS[:2])
+        shapes = [described(reader, name)[1] for name in SINKS]
+        width = sum(layers * heads * dim for layers, _, heads, _, dim in shapes)
         fp16 = 2 * width * layout.batch * layout.length
         middle = 2 * width * layout.batch * len(layout.middle)
         ratio = fp16 / reader.size
-        ends = sum(reader.sections[name].stored for name in ENDS)
-    except (KeyError, TypeError, IndexError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"{reader.name} is no compressed cache: {error!r}") from None
     raw_names = set(reader.header["raw"])
     stored = {name: section.stored for name, section in reader.sections.items()}
-    coded = sum(size for name, size in stored.items() if name not in raw_names)
-    other = sum(size for name, size in stored.items() if name in raw_names and name not in ENDS)
+    ends = sum(size for name, size in stored.items() if name.startswith(ENDS))
+    coded = sum(size for name, size in stored.items() if name not in raw_names and not name.startswith(ENDS))
+    other = sum(size for name, size in stored.items() if name in raw_names and not name.startswith(ENDS))
     return {
         "tokens": layout.length,
         "batch": layout.batch,

@@ -104,9 +104,10 @@ def coded(codec: KVTCCacheCodec, name: str, dtype: str = "auto") -> Variant:
         held = {key: layout[key] for key in ("tokens", "fp16_bytes", "ratio")} | {"cache_bytes": layout["file_bytes"]}
         return Held(lm.restore(model, decoded), held, details)
 
-    return Variant(
-        name, {"artifacts": codec.artifacts.fingerprint, "w": codec.w, "s": codec.s}, hold, begins_whole=True
-    )
+    settings: dict[str, Any] = {"artifacts": codec.artifacts.fingerprint, "w": codec.w, "s": codec.s}
+    if codec.quality is not None:
+        settings |= {"quality": codec.quality, "window_quality": codec.window_quality}
+    return Variant(name, settings, hold, begins_whole=True)
 
 
 def each(model: Any, variants: Sequence[Variant], tokens: Sequence[int]) -> Iterator[tuple[Variant, Held]]:
