@@ -116,7 +116,8 @@ def test_the_commands_take_targets_parts_and_appending(model_dir, tmp_path, says
     assert abs(ratio["ratio"] / goal["ratio"] - 1) <= 0.02
     close = says(*common, "--target-kl", 1e-4, "--model", model_dir)
     assert 10 < close["quality"] < 90
-    says(*common, "--quality", 45)
+    exact, coded = says(*common, "--quality", 45, "--raw-window"), says(*common, "--quality", 45)
+    assert exact["sink_and_window_bytes"] > 1.5 * coded["sink_and_window_bytes"]
     grown = says(
         "compress",
         "--npz",

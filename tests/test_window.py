@@ -125,3 +125,9 @@ def test_a_window_that_is_missing_or_claimed_raw_is_refused(artifacts):
     rows = [["k.other", *row[1:]] if row[0] == "k.window.0" else row for row in found["sections"]]
     with pytest.raises(FormatError, match=r"k\.window\.0 of 10 tokens is missing"):
         codec.decompress_dump(forge({**found, "sections": rows}, body))
+
+
+def test_what_a_file_takes_is_foretold_with_its_window(artifacts):
+    codec, dump = KVTCCacheCodec(artifacts, w=60, s=4), toy_dump(PLAIN, length=200, seed=9)
+    foretold = codec.fixed_bytes(dump) + codec.coded_bytes(dump, 4)
+    assert foretold == pytest.approx(len(codec.compress_dump(dump)), rel=0.05)
