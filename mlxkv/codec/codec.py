@@ -101,14 +101,15 @@ class KVTCCacheCodec:
         """About what the coded tokens take, from the code lengths of so many blocks, spread evenly, and of the window."""
         layers = {"k": list(dump.k), "v": list(dump.v)}
         layout = self._described(layers, {}, {})[2]
-        every, found = list(layout.pieces(self.quality, None)), []
-        window = self._pieces(layout)[len(every) :]
+        every = list(layout.pieces(self.quality, None))
         chosen = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, blocks).astype(int))] if every else []
-        for piece in (*chosen, *window):
-            codes = self.coder.encode(self._rows(layers, piece), piece.quality)
-            found.append(sum(self.coder.estimate(name, each) for name, each in codes.items()))
-        tokens, measured = (sum(piece.stop - piece.start for piece in pieces) for pieces in (every, chosen))
-        return sum(found[: len(chosen)]) * tokens / max(1, measured) + sum(found[len(chosen) :])
+
+        def taken(pieces: list[Piece]) -> float:
+            coded = (self.coder.encode(self._rows(layers, piece), piece.quality) for piece in pieces)
+            return sum(self.coder.estimate(name, codes) for streams in coded for name, codes in streams.items())
+
+        measured = sum(piece.stop - piece.start for piece in chosen)
+        return taken(chosen) * len(layout.middle) / max(1, measured) + taken(self._pieces(layout)[len(every) :])
 
     def append_dump(self, path: str | Path, dump: KVDump, progress: Progress | None = None) -> None:
         """Bring a file of `compress_dump` up to a dump of the same conversation gone on: the file becomes what
