@@ -45,7 +45,7 @@ def compress_to_bytes(
     reached = f"quality {codec.quality:.4g} makes {len(blob):,}, and " if blob else ""
     advice = "ask for less" if 0 < len(blob) < target else "a shorter window makes smaller files"
     raise InputError(
-        f"{target:,.0f} bytes are not met: {reached}sinks, window and tokens, which no quality changes, take about {fixed:,};"
+        f"{target:,.0f} bytes are not met: {reached}sinks, tokens and a raw window, which no quality changes, take about {fixed:,};"
         f" {advice}"
     )
 

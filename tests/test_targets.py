@@ -118,6 +118,7 @@ def test_the_commands_take_targets_parts_and_appending(model_dir, tmp_path, says
     assert 10 < close["quality"] < 90
     exact, coded = says(*common, "--quality", 45, "--raw-window"), says(*common, "--quality", 45)
     assert exact["sink_and_window_bytes"] > 1.5 * coded["sink_and_window_bytes"]
+    assert says("inspect", tmp_path / "a.mlxkv")["window_quality"] == 75
     grown = says(
         "compress",
         "--npz",

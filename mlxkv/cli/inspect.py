@@ -91,7 +91,7 @@ def _container(file: Path) -> dict[str, Any]:
         header = reader.header
         if header.get("kind") == "live cache":
             return _live_cache(reader)
-        facts = {key: header.get(key) for key in ("method", "quality", "mlxkv", "dtype", "artifacts")}
+        facts = {key: header.get(key) for key in ("method", "quality", "window_quality", "mlxkv", "dtype", "artifacts")}
         origin = header.get("meta")
         return {
             **facts,
