@@ -24,7 +24,7 @@ def chunks(tokens, sizes):
         start += size
 
 
-CHUNKS = [100, *[7] * 6, *[1] * 24]  # one longer than what is kept, some that fill it up, and decoding
+CHUNKS = [100, *[7] * 4, *[1] * 12]  # one longer than what is kept, some that fill it up, and decoding
 
 
 @pytest.mark.parametrize("architecture", DIFFERENT)
