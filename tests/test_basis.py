@@ -130,3 +130,10 @@ def test_a_bound_that_nothing_fits_is_refused(tmp_path):
 def test_settings_of_another_type_or_range_are_refused(wrong):
     with pytest.raises(InputError):
         Settings(**wrong)
+
+
+def test_a_sparse_component_with_large_integers_is_kept_however_wide_it_is():
+    entries = np.zeros((2, 40_000), np.float32)
+    entries[0], entries[1, 7] = 2.0, 150.0  # the second's mean square is below 1
+    found = basis._rounded(entries, np.ones(2, np.float32), 1.0)
+    assert np.array_equal(np.array(found.matrix), entries)

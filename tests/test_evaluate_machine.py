@@ -66,7 +66,7 @@ def test_a_method_that_keeps_copies_is_found_out():
 def test_memory_of_a_hybrid_model_shows_the_convolutions_state():
     row = held(60, model=tiny_model("lfm2"))["whole"]
     assert row["cache_bytes"] == 2 * 2 * 256 * 2 * 16 * 4  # layers x slots x a step of tokens x heads x dims, float32
-    # Each of two convolutions has 62 tokens of 64 dims, of which its state is a view; a layer of keys has 64 KiB.
+    # Each of two convolutions has 62 tokens of 64 dims, of which its state is a view; a layer's keys have 32 KiB.
     assert 0 < row["resident_bytes"] - row["cache_bytes"] < 60e3
 
 

@@ -24,18 +24,20 @@ def chunks(tokens, sizes):
         start += size
 
 
-CHUNKS = [100, *[7] * 4, *[1] * 12]  # one longer than what is kept, some that fill it up, and decoding
+CHUNKINGS = {"one chunk": [100, 1, 1], "filled bit by bit": [*[7] * 6, *[1] * 12]}
 
 
+@pytest.mark.parametrize("chunking", CHUNKINGS)
 @pytest.mark.parametrize("architecture", DIFFERENT)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_query_sees_the_stored_tokens_as_stored_and_its_chunk_exactly(method, architecture):
+def test_a_query_sees_the_stored_tokens_as_stored_and_its_chunk_exactly(method, architecture, chunking):
     model = tiny_model(architecture)
     caches = checked_cache(model, method)
-    for chunk in chunks([tiny_tokens(sum(CHUNKS))], CHUNKS):
+    sizes = CHUNKINGS[chunking]
+    for chunk in chunks([tiny_tokens(sum(sizes))], sizes):
         mx.eval(model(chunk, cache=caches))
     live = [entry for entry in caches if hasattr(entry, "attended")]
-    assert [(entry.attended, entry.offset) for entry in live] == [(len(CHUNKS), sum(CHUNKS))] * len(live)
+    assert [(entry.attended, entry.offset) for entry in live] == [(len(sizes), sum(sizes))] * len(live)
     assert len({entry.kept for entry in live}) == 1, "one mask serves all layers, so they keep equally many tokens"
 
 

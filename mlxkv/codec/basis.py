@@ -135,7 +135,7 @@ def _rounded(entries: np.ndarray, spread: np.ndarray, step: float) -> Basis:
     wide = int(np.flatnonzero(np.r_[True, (np.abs(integers) > 127).any(axis=1)])[-1])
     # Weaker components would be mostly the rounding's own noise, which takes up what belongs to others.
     told = np.square(integers, dtype=np.float32).mean(axis=1) >= 1
-    rank = max(1, int(np.flatnonzero(np.r_[True, told])[-1]))
+    rank = max(1, wide, int(np.flatnonzero(np.r_[True, told])[-1]))
     low = integers[:rank].astype(np.int8)
     high = (integers[:wide] - low[:wide]) // 256
     data = low.tobytes() + high.astype(np.int8).tobytes()
