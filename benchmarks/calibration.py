@@ -1,4 +1,4 @@
-"""Calibrating kvtc for benchmarks: on Python's documentation, at several ratios from one set of dumps."""
+"""Calibrating codecs for benchmarks: on Python's documentation, at several ratios from one set of dumps."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from rich.progress import track
 from benchmarks import texts
 from benchmarks.held_out import MODEL
 from mlxkv import lm
-from mlxkv.codec import kvtc, pca
+from mlxkv.codec import kvtc, kvtc_rd, pca
 from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.codec.calibrate import calibrate
+from mlxkv.codec.codec import KVTCCacheCodec
 from mlxkv.codec.kvtc import MAX_DEFAULT_RANK, Settings
 from mlxkv.files import write_dump
+from mlxkv.sensitivity import sensitivity
 
 FULL = {"texts": 20, "tokens": 1536}
 QUICK = {"texts": 2, "tokens": 768, "rank": 512}
@@ -32,6 +34,17 @@ def calibrated(
     """`kvtc` artifacts for each ratio. size: texts, tokens of each, and the rank where it is not the method's own."""
     with dumps(model, tokenizer, size) as files:
         return dict(zip(ratios, learnt(files, [Settings(ratio, rank=size.get("rank")) for ratio in ratios])))
+
+
+def codecs(
+    model: Any, tokenizer: Any, size: dict[str, int], ratios: Sequence[float], qualities: Sequence[float]
+) -> dict[str, KVTCCacheCodec]:
+    """`kvtc` at each ratio and one `kvtc-rd` at each quality, by name, calibrated on the same texts."""
+    with dumps(model, tokenizer, size, sensitivity) as files:
+        published = learnt(files, [Settings(ratio, rank=size.get("rank")) for ratio in ratios])
+        ours = KVTCCacheCodec(calibrate(files, kvtc_rd.Settings()))
+    made = {f"kvtc-{ratio}": KVTCCacheCodec(found) for ratio, found in zip(ratios, published)}
+    return made | {f"kvtc-rd-{quality}": ours.at(quality) for quality in qualities}
 
 
 @contextmanager

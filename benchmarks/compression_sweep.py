@@ -246,7 +246,7 @@ def figure(result: Result) -> Figure:
 
     rows = result["summary"]["rows"]
     drawn, axes = figures.panes(columns=3)
-    for i, (method, color, marker) in enumerate(zip(RECIPES, figures.COLORS, figures.MARKERS)):
+    for i, method in enumerate(RECIPES):
         points = [row for row in rows if row["method"] == method]
         x = np.array([row["ratio"] for row in points]) * 1.015 ** (i - len(RECIPES) // 2)  # so that bars stand apart
         growth, digits, chance = (
@@ -256,9 +256,7 @@ def figure(result: Result) -> Figure:
         bars = (growth - growth / spread, growth * spread - growth)
         keys, chances = ([row[key] for row in points] for key in ("key_deviation", "chance_deviation"))
         for pane, y, error in zip(axes[0], (growth, digits, chance), (bars, keys, chances)):
-            pane.errorbar(
-                x, y, error, label=method, color=color, marker=marker, ms=5, lw=1.2, elinewidth=0.5, capsize=1.5
-            )
+            pane.errorbar(x, y, error, label=method, ms=5, lw=1.2, elinewidth=0.5, capsize=1.5, **figures.look(method))
     ratios = list(dict.fromkeys(row["ratio"] for row in rows[1:]))
     names = ("perplexity, of the full cache's", "digits put first", "log-probability of a digit (nats)")
     levels = (1, rows[0]["digits_first"], rows[0]["log_probability"])

@@ -201,11 +201,11 @@ def figure(result: Result) -> Figure:
     from benchmarks import figures
 
     looked, dims = by_variant(result["samples"]), result["config"]["dims"]
-    style = dict(zip(looked, zip(("#000000", *figures.COLORS), figures.MARKERS)))
     drawn, panes = figures.panes(2, 2, width=5.2, height=3.7)
     for name, records in looked.items():
-        color, marker = style[name]
-        options: dict[str, Any] = {"color": color, "marker": marker, "ms": 4, "lw": 1, "label": name}
+        options: dict[str, Any] = {"ms": 4, "lw": 1, "label": name, **figures.look(name)}
+        if name == UNCOUNTED:
+            options |= {"ls": "--", "mfc": "white"}
         panes[0, 0].plot(np.mean([record["mass_by_position"] for record in records], axis=(0, 1)), **options)
         if name not in (whole().name, UNCOUNTED):
             panes[0, 1].plot(np.mean([record["by_layer"]["kl"] for record in records], axis=0), **options)

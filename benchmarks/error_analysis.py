@@ -291,9 +291,10 @@ def figure(result: Result) -> Figure:
     heat.set_yticks(range(len(rows)), [row["method"] for row in rows])
     heat.grid(False)
     heat.set_title("KL to the full cache (nats a token)", loc="left", fontsize=9)
-    for row, color, marker in zip(rows, figures.COLORS, figures.MARKERS):
+    for row in rows:
         parts = row["entropy_deciles"]
-        lines.plot([p["entropy"] for p in parts], [p["kl"] for p in parts], color=color, marker=marker, ms=4, label=row["method"])  # fmt: skip
+        entropy, kl = ([part[key] for part in parts] for key in ("entropy", "kl"))
+        lines.plot(entropy, kl, ms=4, label=row["method"], **figures.look(row["method"]))
     lines.set(yscale="log", xlabel="entropy of the full cache's prediction (nats), deciles", ylabel="KL (nats a token)")
     lines.legend(fontsize=7)
     return drawn

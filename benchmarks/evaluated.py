@@ -8,11 +8,10 @@ from typing import Any
 from rich.progress import Progress
 
 from benchmarks import paired, tables
-from benchmarks.calibration import calibrated
+from benchmarks.calibration import codecs
 from benchmarks.held_out import MODEL
 from benchmarks.schema import Outcome, Result
 from mlxkv import lm
-from mlxkv.codec.codec import KVTCCacheCodec
 from mlxkv.evaluate._run import run
 from mlxkv.evaluate._variants import coded, live
 
@@ -20,13 +19,16 @@ CALIBRATION = {"texts": 4, "tokens": 1536}
 SURE = 0.05
 
 
-def outcome(name: str, presets: Sequence[str], options: Any, seeds: int, codecs: Sequence[int] = ()) -> Outcome:
-    """An evaluation of the untouched cache, of live presets, and of kvtc at ratios, calibrated on text of another kind."""
+def outcome(
+    name: str, presets: Sequence[str], options: Any, seeds: int, ratios: Sequence[int] = (),
+    qualities: Sequence[int] = (),
+) -> Outcome:  # fmt: skip
+    """An evaluation of the untouched cache, of live presets, and of kvtc and kvtc-rd, calibrated on text of another kind."""
     model, tokenizer = lm.load(MODEL)
     variants = [live(preset) for preset in presets]
-    if codecs:
-        learnt = calibrated(model, tokenizer, CALIBRATION, codecs)
-        variants += [coded(KVTCCacheCodec(made), f"kvtc-{ratio}", "float16") for ratio, made in learnt.items()]
+    if ratios or qualities:
+        made = codecs(model, tokenizer, CALIBRATION, ratios, qualities)
+        variants += [coded(codec, label, "float16") for label, codec in made.items()]
     with Progress(transient=True) as progress:
         task = progress.add_task(name, total=None)
         result = run(

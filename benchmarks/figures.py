@@ -18,6 +18,17 @@ from matplotlib.figure import Figure
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#332288", "#999933", "#8C8C8C")
 MARKERS = "os^Dv<>PX*"
 STYLES = ("-", "--", "-.", ":")
+BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK, INDIGO, OLIVE, GRAY = COLORS
+# The same for a method in every figure; those of one family share a colour.
+LOOKS = {
+    "full": (BLACK, "o"), "whole": (BLACK, "o"),
+    "kvtc": (ORANGE, "s"), "kvtc-weighted": (SKY, "v"), "kvtc-rd": (BLUE, "*"),
+    "smartkv": (RED, "o"), "mp-kvm": (GREEN, "^"), "kivi": (PINK, "D"),
+    "uniform": (GRAY, "P"), "int": (GRAY, "P"), "mx.quantize": (GRAY, "P"),
+    "h2o": (INDIGO, "X"), "streaming-llm": (OLIVE, "<"), "sliding-window": (OLIVE, ">"), "random": (BLACK, "x"),
+    "sketch-topk": (SKY, "p"), "sketch-aggregate": (ORANGE, "h"),
+    "": (GRAY, "."),  # any other
+}  # fmt: skip
 RECALL = ("#F0496E", "#EBB839", "#0CD79F")  # of needle heatmaps, from 0 to 1
 
 mpl.rcParams.update(
@@ -32,6 +43,12 @@ def panes(
     return plt.subplots(
         rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False, **options
     )
+
+
+def look(name: str) -> dict[str, str]:
+    """Colour and marker of the method that a preset or variant is named after, as options of matplotlib's plots."""
+    color, marker = LOOKS[max((method for method in LOOKS if name.startswith(method)), key=len)]
+    return {"color": color, "marker": marker}
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -2,9 +2,9 @@
 
 SmolLM2 and the trained miniatures read 1,024 tokens in one chunk, then the next 64 in chunks of 16 through each
 method's cache: KL, top-1 agreement and perplexity against `full`, and measured bytes against 2 an element. On SmolLM2
-kvtc is calibrated on other text, files each text's cache after the context, and restores it. Uniform quantization and
-KIVI at all their bits, kvtc at all its ratios, and methods that give up tokens at all their sizes, are curves that
-others are compared with at equal bytes, text by text.
+the codecs kvtc and kvtc-rd are calibrated on other text, file each text's cache after the context, and restore it. Uniform
+quantization and KIVI at all their bits, kvtc at all its ratios, and methods that give up tokens at all their sizes, are
+curves that others are compared with at equal bytes, text by text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from benchmarks.held_out import CONTEXT, MODEL, PREDICT
 from benchmarks.live_runs import Variants, continued, possible
 from benchmarks.schema import Outcome, Result
 from mlxkv import lm, miniatures
-from mlxkv.codec.codec import KVTCCacheCodec
 from mlxkv.presets import live_methods, live_settings, method_preset, names
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ Found = dict[tuple[str, ...], dict[str, Any]]  # comparisons by model, variant, 
 Picks = dict[str, list[tuple[str, ...]]]
 
 PHASE = 1
-RATIOS = (2, 4, 8, 16)
+RATIOS, QUALITIES = (2, 4, 8, 16), (15, 22, 30, 38, 46)
 QUICK = (
     "full", "int8", "int4", "kivi-2", "kivi-4", "smartkv-0.3", "smartkv-0.5", "h2o-96", "h2o-256", "streaming-llm-96",
     "random-96", "mp-kvm-96", "uniform-3", "uniform-16",
@@ -41,10 +40,10 @@ FLOAT16 = "uniform-16"  # the end of all curves
 CURVES = ("uniform", "kivi", "kvtc", "h2o", "streaming-llm", "random")
 READINGS = {"between points": paired.at_bytes, "largest that fits": paired.within_bytes}
 LINE, FITS = READINGS
-OURS = ("smartkv", "kvtc", "mp-kvm", "sketch-aggregate", "sketch-topk")
+OURS = ("smartkv", "kvtc", "kvtc-rd", "mp-kvm", "sketch-aggregate", "sketch-topk")
 QUANTIZED = (("uniform", LINE), ("uniform", FITS), ("kivi", LINE), ("kivi", FITS), ("kvtc", LINE))
 EVICTED = (("h2o", LINE), ("streaming-llm", LINE), ("random", LINE), ("kvtc", LINE))
-COLUMNS = dict(zip(OURS, (QUANTIZED, QUANTIZED, EVICTED, EVICTED, EVICTED)))  # of the section's tables, by method
+COLUMNS = dict(zip(OURS, (*[QUANTIZED] * 3, *[EVICTED] * 3)))  # of the section's tables, by method
 ON_MINIATURES = (
     ("smartkv-0.3", "uniform", LINE), ("smartkv-0.5", "uniform", LINE), ("smartkv-0.5", "uniform", FITS),
     ("smartkv-0.5", "kivi", LINE), ("mp-kvm-96", "h2o", LINE), ("mp-kvm-96", "random", LINE),
@@ -60,22 +59,22 @@ def run(quick: bool) -> Outcome:
     variants = {
         name: settings for name, settings in {**presets(), **references()}.items() if name in QUICK or not quick
     }
-    ratios = RATIOS[1::2] if quick else RATIOS
+    ratios, qualities = (RATIOS[1::2], QUALITIES[1::2]) if quick else (RATIOS, QUALITIES)
     samples: list[dict[str, Any]] = []
-    kvtc: dict[str, Any] = {}
+    filed: dict[str, Any] = {}
     for name in [MODEL, *miniatures.names()[: 1 if quick else None]]:
         model, tokenizer = lm.load(name)
         kinds, rows = held_out.rows(name, tokenizer, context + predict + 1)
         if quick:
             kinds, rows = kinds[::6], rows[::6]
-        learnt = calibration.calibrated(model, tokenizer, size, ratios) if name == MODEL else {}
-        codecs = {f"kvtc-{ratio}": KVTCCacheCodec(artifacts) for ratio, artifacts in learnt.items()}
-        for preset, codec in codecs.items():
-            kvtc[preset] = {**codec.artifacts.meta, "w": codec.w, "artifact_bytes": codec.artifacts.nbytes}
+        codecs = calibration.codecs(model, tokenizer, size, ratios, qualities) if name == MODEL else {}
+        for label, codec in codecs.items():
+            facts = {"w": codec.w, "quality": codec.quality, "artifact_bytes": codec.artifacts.nbytes}
+            filed[label] = {**codec.artifacts.meta, **facts}
         records = continued(model, rows, context, possible(model, {**variants, **codecs}), name)
         samples += [{"model": name, **record, "text": kinds[record["text"]]} for record in records]
     config = {
-        "context": context, "predict": predict, "calibration": size, "kvtc": kvtc,
+        "context": context, "predict": predict, "calibration": size, "codecs": filed,
         "settings": {name: str(settings) for name, settings in variants.items()},
     }  # fmt: skip
     return Outcome(config, samples, {"fidelity": fidelity(samples), "paired": comparisons(samples)})
@@ -103,7 +102,7 @@ def method_of(variant: str) -> str:
     if variant.startswith(("int", "uniform")):
         return "uniform"
     if variant.startswith("kvtc"):
-        return "kvtc"
+        return variant.rpartition("-")[0]
     settings = {**presets(), **references()}[variant]
     return str(type(settings).__module__).rpartition(".")[2].replace("_", "-")
 
@@ -162,7 +161,7 @@ def section(result: Result) -> str:
         tables.table(["method", "bytes", "KL", "top-1", "perplexity"], cells),
         "Bytes are shares of float16's (on a CPU `full` holds float32, so more than 1). `uniform-N`, `kivi-3` and"
         " `kivi-8` are no presets but points of curves. Live methods compute with what they hold."
-        f"{about_kvtc(config)}",
+        f"{about_files(config)}",
         "At equal bytes, text by text: KL in geometric means, 95 % intervals, and on how many texts it is lower."
         " Between its settings a method's KL is read off a straight line in the logarithms of bytes and KL, up to"
         " float16, which loses nothing; beyond its ends the nearest setting counts."
@@ -179,14 +178,14 @@ def section(result: Result) -> str:
     return "\n\n".join([*parts, compared(heads, picks, found)])
 
 
-def about_kvtc(config: dict[str, Any]) -> str:
-    """What its rows in the table mean; nothing where it was not run."""
-    artifacts = [codec["artifact_bytes"] for codec in config.get("kvtc", {}).values()]
+def about_files(config: dict[str, Any]) -> str:
+    """What the codecs' rows in the table mean; nothing where none was run."""
+    artifacts = [codec["artifact_bytes"] for codec in config.get("codecs", {}).values()]
     if not artifacts:
         return ""
     return (
-        " kvtc is a file, counted whole, that is restored to full size to be used; tokens after it count 2 bytes an"
-        f" element. It was calibrated on {config['calibration']['texts']} other texts; not counted are its artifacts,"
+        " kvtc and kvtc-rd are files, counted whole, that are restored to full size to be used; tokens after them count 2 bytes an"
+        f" element. They were calibrated on {config['calibration']['texts']} other texts; not counted are their artifacts,"
         f" which all caches of the model share: {tables.megabytes(min(artifacts))} to {tables.megabytes(max(artifacts))}."
     )
 
@@ -210,14 +209,17 @@ def judged(summary: dict[str, Any]) -> Found:
 
 
 def best_within(rows: Sequence[dict[str, Any]]) -> str:
-    """Which row has the least KL within each of SHARES."""
-    said = []
-    for share in SHARES:
-        fitting = [row for row in rows if row["share_of_fp16"] <= share]
-        if fitting:
-            best = min(fitting, key=lambda row: row["kl_geometric"])
-            said.append(f"`{best['variant']}` within {share:g}")
-    return f"Least KL by share of float16's bytes: {', '.join(said)}."
+    """Which live cache, and which file, has the least KL within each of SHARES."""
+    said = {"live caches": "", "files": ""}
+    for kind in said:
+        alike = [row for row in rows if row["method"].startswith("kvtc") == (kind == "files")]
+        best = []
+        for share in SHARES:
+            fitting = [row for row in alike if row["share_of_fp16"] <= share]
+            if fitting:
+                best.append(f"`{min(fitting, key=lambda row: row['kl_geometric'])['variant']}` within {share:g}")
+        said[kind] = ", ".join(best)
+    return f"Least KL by share of float16's bytes: {'; '.join(f'of {kind} {best}' for kind, best in said.items() if best)}."
 
 
 def counted(found: Found, groups: Iterable[str]) -> str:
@@ -263,14 +265,10 @@ def figure(result: Result) -> Figure:
     columns = min(3, len(models) + 1)
     drawn, panes = figures.panes(columns, len(models) // columns + 1, width=3.6)
     for axes, model in zip(panes.flat, models):
-        for i, method in enumerate(methods):
+        for method in methods:
             alike = [row for row in rows if (row["model"], row["method"]) == (model, method)]
             points = sorted((row["share_of_fp16"], row["kl_geometric"]) for row in alike if row["share_of_fp16"] < 0.97)
-            again, color = divmod(i, len(figures.COLORS))
-            axes.plot(
-                *zip(*points), figures.STYLES[again], color=figures.COLORS[color],
-                marker=figures.MARKERS[(color + again) % len(figures.MARKERS)], ms=5, label=method,
-            )  # fmt: skip
+            axes.plot(*zip(*points), ms=5, label=method, **figures.look(method))
         axes.set(xscale="log", yscale="log", xlabel="bytes, of fp16's")
         axes.set_xticks(ticks := [0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0], [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()

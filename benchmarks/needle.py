@@ -36,7 +36,7 @@ HEADS = {"digits_first": "digits first", "found": "whole key", "log_probability"
 def run(quick: bool) -> Outcome:
     if quick:
         return evaluated.outcome("needle", QUICK, needle.Options((160, 320), (0.2, 0.8)), seeds=1)
-    return evaluated.outcome("needle", PRESETS, needle.Options((256, 512, 1024), (0.1, 0.5, 0.9)), 3, (8, 16))
+    return evaluated.outcome("needle", PRESETS, needle.Options((256, 512, 1024), (0.1, 0.5, 0.9)), 3, (16,), (22, 35))
 
 
 def section(result: Result) -> str:

@@ -43,10 +43,9 @@ def figure(result: Result) -> Figure:
     axes = panes[0, 0]
     x, y = ([row[key] for row in best] for key in ("share_of_fp16", "kl_geometric"))
     axes.step(x, y, where="post", color="#B0B0B0", lw=4, zorder=1, label="front")
-    for i, method in enumerate(sorted({row["method"] for row in rows})):
+    for method in sorted({row["method"] for row in rows}):
         x, y = ([row[key] for row in rows if row["method"] == method] for key in ("share_of_fp16", "kl_geometric"))
-        color, marker = figures.COLORS[i % 10], figures.MARKERS[(i + i // 10) % 10]  # the eleventh differs in shape
-        axes.plot(x, y, marker, color=color, ms=6, label=method)
+        axes.plot(x, y, ls="", ms=6, label=method, **figures.look(method))
     for row in best:  # below the front is nothing that a name could cover
         place = row["share_of_fp16"], row["kl_geometric"]
         axes.annotate(row["variant"], place, (-5, -9), textcoords="offset points", ha="right", fontsize=7)

@@ -215,12 +215,9 @@ def figure(result: Result) -> Figure:
     from benchmarks import figures
 
     drawn, ((axes,),) = figures.panes(width=7, height=4.2)
-    names = ("kvtc", "kvtc-weighted", "kvtc-rd", "mx.quantize")
-    for name, color, marker in zip(names, figures.COLORS, figures.MARKERS):
-        rows = result["summary"]["points"].get(name, [])
-        axes.plot(
-            [row["ratio_middle"] for row in rows], [row["kl"] for row in rows], color=color, marker=marker, label=name
-        )
+    for name in ("kvtc-rd", "kvtc-weighted", "kvtc", "mx.quantize"):
+        ratio, kl = ([row[key] for row in result["summary"]["points"].get(name, [])] for key in ("ratio_middle", "kl"))
+        axes.plot(ratio, kl, label=name, **figures.look(name))
     axes.set(
         xscale="log", yscale="log", xlabel="times smaller than fp16, in file bytes (coded tokens)",
         ylabel="KL to the untouched cache (nats a token)", ylim=(1e-4, 1),

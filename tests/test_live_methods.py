@@ -211,6 +211,7 @@ def result():
             samples += [sample(model, "smartkv-0.3", text, 0.5, (1e-2, 4e-2)[text % 2])]
             if model == "smollm2-135m":
                 samples += [sample(model, "smartkv-0.5", text, 0.5, 1e-2), sample(model, "kvtc-4", text, 0.5, 5e-3)]
+                samples += [sample(model, "kvtc-rd-30", text, 0.6, 5e-3)]
     summary = {"fidelity": live_methods.fidelity(samples), "paired": live_methods.comparisons(samples)}
     return {"config": {"context": 1024, "predict": 64}, "summary": summary, "quick": False}
 
@@ -218,11 +219,12 @@ def result():
 def test_the_section_counts_what_is_beyond_chance_after_correction(result):
     text = live_methods.section(result)
     # smartkv: two budgets against uniform read in two ways and kvtc. kvtc: uniform in two ways.
-    assert "lower in 2 and higher in 2 of 6 for `smartkv`, lower in 2 and higher in 0 of 2 for `kvtc`." in text
+    assert "lower in 2 and higher in 2 of 6 for `smartkv`, lower in 2 and higher in 0 of 2 for `kvtc`, " in text
+    assert "of 3 for `kvtc-rd`." in text
     assert "lower in 0 and higher in 0 of 1 for `miniature/glm`." in text
     assert "| `smartkv-0.5` | **0.5 (0.5 to 0.5)**, 10 of 10 |" in text
     assert "| `smartkv-0.3` | 1 (" in text
-    assert "`uniform-2` within 0.3, `kvtc-4` within 0.5." in text
+    assert "of live caches `uniform-2` within 0.3, `smartkv-0.5` within 0.5; of files `kvtc-4` within 0.5." in text
 
 
 def test_corrected_p_is_of_the_comparisons_shown_of_one_method(result):
@@ -237,8 +239,8 @@ def test_corrected_p_is_of_the_comparisons_shown_of_one_method(result):
 def test_the_figure_tells_every_method_apart(result):
     lines = live_methods.figure(result).axes[0].lines
     looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
-    assert [line.get_label() for line in lines] == ["uniform", "smartkv", "kvtc"]
-    assert len(looks) == 3
+    assert [line.get_label() for line in lines] == ["uniform", "smartkv", "kvtc", "kvtc-rd"]
+    assert len(looks) == 4
 
 
 def test_components_found_once_give_the_plans_of_each_ratio_alone(tmp_path, monkeypatch):
