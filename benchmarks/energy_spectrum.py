@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from benchmarks import mp_kvm_variants, paired
+from benchmarks import mp_kvm_variants
 from benchmarks.live_runs import caches_of
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import percent, table
@@ -24,6 +24,7 @@ from mlxkv import lm
 from mlxkv.cache import CacheSpec
 from mlxkv.evaluate import _texts, attention
 from mlxkv.evaluate._run import run as evaluate
+from mlxkv.evaluate._statistics import sign_flip
 from mlxkv.evaluate._variants import Held, Variant, live, sizes, whole
 from mlxkv.models import cache_spec
 from mlxkv.presets import live_settings
@@ -150,7 +151,7 @@ def middle(looked: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
         "counted": float(counted.mean()),
         "uncounted": float(without.mean()),
         "samples": len(exact),
-        "p": paired.sign_flip(np.abs(counted - exact) - np.abs(without - exact)),
+        "p": sign_flip(np.abs(counted - exact) - np.abs(without - exact)),
     }
 
 

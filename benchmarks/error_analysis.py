@@ -23,6 +23,7 @@ from benchmarks.live_runs import followed, prefilled
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import percent, table
 from mlxkv import lm
+from mlxkv.evaluate._statistics import sign_flip
 from mlxkv.presets import live_settings
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def correlates(method: str, samples: Sequence[dict[str, Any]]) -> list[dict[str,
             if len(set(values)) > 1:
                 rhos.append(float(spearmanr(values, [s["kl"][method] for s in own]).statistic))
         if rhos:
-            p = paired.sign_flip(np.array(rhos))
+            p = sign_flip(np.array(rhos))
             rows.append({"method": method, "with": name, "rho": fmean(rhos), "rhos": rhos, "p": p})
     for row, p in zip(rows, paired.holm([row["p"] for row in rows])):
         row["p_holm"] = p

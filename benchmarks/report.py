@@ -22,6 +22,7 @@ from markdown_it import MarkdownIt
 
 from benchmarks import pareto, run, tables
 from benchmarks.schema import FOLDER, QUICK, RESULTS, Result, read_result
+from mlxkv.evaluate._statistics import MOST_FLIPS
 
 README, INDEX = FOLDER.parent / "README.md", FOLDER / "README.md"
 REPORT, PAGE = FOLDER / "REPORT.md", FOLDER / "report.html"
@@ -49,8 +50,8 @@ the geometry of a larger model, its arrays are made up. {missing}
 
 **How methods are compared.** At equal bytes, counted as they are held or written, scales and raw tokens included. On the same
 held-out texts, which calibration never saw, text by text: the ratio is a geometric mean, its 95 % interval comes from resampling the texts, and
-p from all flips of the signs of the differences, exact and two-sided. Where a table has several p they are corrected together,
-as Holm does, and its text says so. Seeds are in the JSON.
+p, two-sided, from flips of the signs of the differences: all of them up to {flips} samples, drawn ones beyond. Where a table has several
+p they are corrected together, as Holm does, and its text says so. Seeds are in the JSON.
 
 A `+` after a commit says that files differed from it when the benchmark ran. Quick settings are fewer texts and variants."""
 
@@ -142,7 +143,9 @@ def head(benchmarks: Sequence[Benchmark]) -> str:
     machines = "; ".join(sorted({machine(result) for result in results}))
     mac = "" if any(result["machine"]["metal"] for result in results) else "Nothing in this report is from a Mac."
     missing = ", ".join(f"`{benchmark.name}`" for benchmark in benchmarks if not benchmark.result)
-    return HEAD.format(measured=f"{measured}{machines}.", mac=mac, missing=missing and f"Not run: {missing}.")
+    return HEAD.format(
+        measured=f"{measured}{machines}.", mac=mac, missing=missing and f"Not run: {missing}.", flips=MOST_FLIPS
+    )
 
 
 def overview(benchmarks: Iterable[Benchmark]) -> list[Benchmark]:

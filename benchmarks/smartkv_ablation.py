@@ -21,6 +21,7 @@ from benchmarks.held_out import MODEL
 from benchmarks.live_runs import Variants, continued
 from benchmarks.schema import Outcome, Result
 from mlxkv import lm
+from mlxkv.evaluate._statistics import sign_flip
 from mlxkv.methods import smartkv
 from mlxkv.presets import live_settings
 
@@ -130,7 +131,7 @@ def summarise(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     "kl_deviation": float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None,
                     **paired.compare(scores["kl"], original["kl"]),
                     "top1_loss": float(np.mean(np.subtract(original["top1_agreement"], scores["top1_agreement"]))),
-                    "top1_p": paired.sign_flip(np.subtract(original["top1_agreement"], scores["top1_agreement"])),
+                    "top1_p": sign_flip(np.subtract(original["top1_agreement"], scores["top1_agreement"])),
                 }
             )
     return rows

@@ -237,6 +237,12 @@ def test_groups_count_alike_in_the_row_of_all_and_have_rows_of_their_own():
     ]
 
 
+def test_p_counts_the_flips_that_go_as_far():
+    assert _statistics.sign_flip(np.array([-1.0, -2, -3, -4])) == 2 / 16
+    assert _statistics.sign_flip(np.array([1.0, 1, 1, -1])) == 10 / 16  # sums of +-2 or +-4
+    assert _statistics.sign_flip(np.zeros(3)) == 1
+
+
 @pytest.mark.parametrize("n", [6, 14])
 def test_p_is_scipys(n):
     differences = np.random.default_rng(0).normal(0.4, 1, n)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 10_000
-MOST_FLIPS = 14  # samples up to which all sign flips are tried; above, RESAMPLES of them
+MOST_FLIPS = 16  # samples up to which all sign flips are tried; above, RESAMPLES of them
 
 
 def summarise(records: Sequence[dict[str, Any]], scores: Sequence[str]) -> list[dict[str, Any]]:
