@@ -1,12 +1,13 @@
 """Which of `kvtc-rd`'s ideas earned how much: each left out alone, in bytes at equal KL on held-out texts.
 
 Calibrated and judged as `rate_distortion` does it, at two qualities, without bound on the artifacts except where that is the
-idea, on every other text. Quick: two texts, a small calibration.
+idea, on every other text. Quick: two texts, a small calibration, and few changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -57,18 +58,21 @@ CHANGES: dict[str, dict[str, Any] | None] = {
     "no shift a token": {"SHIFTS": 0},
 }
 
+QUICK_CHANGES = ("no weights at all", "rounding to the nearest")
+
 
 def run(quick: bool) -> Outcome:
     model, tokenizer = lm.load(MODEL)
     size, predict, limit = QUICK if quick else FULL, 64 if quick else PREDICT, artifact_limit(model)
+    changes = {name: CHANGES[name] for name in QUICK_CHANGES} if quick else CHANGES
     once = calibration.components_found_once(basis, cache_spec(model).stream("k").width)
     with calibration.dumps(model, tokenizer, size, sensitivity) as files, once:
         base = judged(calibrate(files, kvtc_rd.Settings()))
-        others = learn_changed(files, limit)
+        others = learn_changed(files, limit, changes)
     variants = [coded(base.at(quality), f"{BASE} {quality}", "float16") for quality in QUALITIES]
     variants += [
         changed_variant(name, quality, others.get(name, base), constants)
-        for name, constants in CHANGES.items()
+        for name, constants in changes.items()
         for quality in QUALITIES
     ]
     samples = []
@@ -78,7 +82,7 @@ def run(quick: bool) -> Outcome:
         for record in fidelity.evaluate(model, [whole(), *variants], tokens, LENGTH, chunk=predict)[1:]:
             samples.append({"text": name, "kind": kind_of(name), **named(record)})
     config = {"model": MODEL, "calibration": size, "predict": predict, "held": LENGTH, "basis_bytes": limit}
-    return Outcome(config, samples, summarise(samples))
+    return Outcome(config, samples, summarise(samples, list(changes)))
 
 
 def judged(artifacts: CalibrationArtifacts) -> KVTCCacheCodec:
@@ -86,8 +90,8 @@ def judged(artifacts: CalibrationArtifacts) -> KVTCCacheCodec:
     return KVTCCacheCodec(artifacts, raw_window=True)
 
 
-def learn_changed(files: Sequence[Any], limit: int) -> dict[str, KVTCCacheCodec]:
-    """Codecs whose calibration is another."""
+def learn_changed(files: Sequence[Any], limit: int, names: Container[str]) -> dict[str, KVTCCacheCodec]:
+    """Codecs of those changes whose calibration is another."""
     learn = weighting.learn
 
     def flat(samples: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -96,13 +100,19 @@ def learn_changed(files: Sequence[Any], limit: int) -> dict[str, KVTCCacheCodec]
             (0, 0), np.float32
         )
 
-    made = {"artifacts bounded": judged(calibrate(files, kvtc_rd.Settings(limit)))}
-    with mock.patch.object(kvtc_rd, "BASIS_QUALITY", kvtc_rd.BASIS_QUALITY + 30):
-        made["a basis eight times finer"] = judged(calibrate(files, kvtc_rd.Settings()))
-    with mock.patch.object(weighting, "learn", flat):
-        made["no weights at all"] = judged(calibrate(files, kvtc_rd.Settings()))
-    with mock.patch.object(weighting, "learn", lambda samples: learn(samples, foretell=False)):
-        made["no attention foretold"] = judged(calibrate(files, kvtc_rd.Settings()))
+    finer = mock.patch.object(kvtc_rd, "BASIS_QUALITY", kvtc_rd.BASIS_QUALITY + 30)
+    unforetold = mock.patch.object(weighting, "learn", lambda samples: learn(samples, foretell=False))
+    patches: dict[str, tuple[Any, kvtc_rd.Settings]] = {
+        "artifacts bounded": (nullcontext(), kvtc_rd.Settings(limit)),
+        "a basis eight times finer": (finer, kvtc_rd.Settings()),
+        "no weights at all": (mock.patch.object(weighting, "learn", flat), kvtc_rd.Settings()),
+        "no attention foretold": (unforetold, kvtc_rd.Settings()),
+    }
+    made = {}
+    for name, (patch, settings) in patches.items():
+        if name in names:
+            with patch:
+                made[name] = judged(calibrate(files, settings))
     return made
 
 
@@ -120,13 +130,13 @@ def changed_variant(name: str, quality: float, codec: KVTCCacheCodec, constants:
     return replace(variant, hold=hold)
 
 
-def summarise(samples: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(samples: list[dict[str, Any]], changes: Sequence[str]) -> dict[str, Any]:
     """Points of every change, and its BD-rate against all ideas together."""
     base = [sample for sample in samples if sample["variant"] == BASE]
     return {
         "predicted_tokens": sum({s["text"]: s["predicted_tokens"] for s in base}.values()),
-        "points": {name: means(samples, name) for name in (BASE, *CHANGES)},
-        "bd_rate": {name: bd(samples, name, base, 0, np.inf) for name in CHANGES},
+        "points": {name: means(samples, name) for name in (BASE, *changes)},
+        "bd_rate": {name: bd(samples, name, base, 0, np.inf) for name in changes},
     }
 
 

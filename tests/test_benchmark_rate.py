@@ -100,7 +100,7 @@ def test_an_ablation_says_what_each_idea_earned():
         sample(name, at, text, size * (1.1 if name == "no shift a token" else 1), kl)
         for name in ("kvtc-rd", *CHANGES) for text in "abc" for at, size, kl in points
     ]  # fmt: skip
-    summary = rate_ablation.summarise(samples)
+    summary = rate_ablation.summarise(samples, list(CHANGES))
     assert summary["bd_rate"]["no shift a token"]["bd_rate"] == pytest.approx(0.1, abs=1e-3)
     shown = rate_ablation.section({"summary": summary, "config": {"basis_bytes": 40_000_000}})
     assert shown.startswith("The dearest to leave out: no shift a token, +10% bytes")
