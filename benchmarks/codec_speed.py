@@ -123,6 +123,11 @@ def summarise(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def brief(result: Result) -> str:
+    """What the README shows: the finding without its table."""
+    return section(result).partition("\n")[0]
+
+
 def section(result: Result) -> str:
     rows, config = result["summary"], result["config"]
     back = [row["times_faster_than_prefill"] for row in rows if row["step"].endswith("restore into mlx-lm")]

@@ -10,18 +10,17 @@ curves that others are compared with at equal bytes, text by text.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cache
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks import calibration, held_out, paired, tables, uniform
+from benchmarks import calibration, held_out, paired, tables
 from benchmarks.held_out import CONTEXT, MODEL, PREDICT
-from benchmarks.live_runs import Variants, continued, possible
+from benchmarks.live_runs import continued, possible
+from benchmarks.live_variants import method_of, presets, references
 from benchmarks.schema import Outcome, Result
 from mlxkv import lm, miniatures
-from mlxkv.presets import live_methods, live_settings, method_preset, names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +34,6 @@ QUICK = (
     "full", "int8", "int4", "kivi-2", "kivi-4", "smartkv-0.3", "smartkv-0.5", "h2o-96", "h2o-256", "streaming-llm-96",
     "random-96", "mp-kvm-96", "uniform-3", "uniform-16",
 )  # fmt: skip
-KEEPS_ALL = f"-{CONTEXT}"  # of presets with nothing to give up in this context
 FLOAT16 = "uniform-16"  # the end of all curves
 CURVES = ("uniform", "kivi", "kvtc", "h2o", "streaming-llm", "random")
 READINGS = {"between points": paired.at_bytes, "largest that fits": paired.within_bytes}
@@ -49,7 +47,9 @@ ON_MINIATURES = (
     ("smartkv-0.5", "kivi", LINE), ("mp-kvm-96", "h2o", LINE), ("mp-kvm-96", "random", LINE),
 )  # fmt: skip
 SHARES = (0.1, 0.2, 0.3, 0.5)  # of float16's bytes, within which the section names the best
+THIRD = 0.333
 SURE = 0.05
+ABOUT_BYTES = "Bytes are shares of float16's (on a CPU `full` holds float32, so more than 1). Live methods compute with what they hold."
 
 
 def run(quick: bool) -> Outcome:
@@ -78,33 +78,6 @@ def run(quick: bool) -> Outcome:
         "settings": {name: str(settings) for name, settings in variants.items()},
     }  # fmt: skip
     return Outcome(config, samples, {"fidelity": fidelity(samples), "paired": comparisons(samples)})
-
-
-@cache
-def presets() -> Variants:
-    """Every live preset but those that would keep the context whole; `full` first."""
-    smaller = [name for name in names("methods") if not name.endswith(KEEPS_ALL)]
-    live = [name for name in smaller if method_preset(name).method in live_methods()]
-    return {name: live_settings(name) for name in sorted(live, key=lambda name: (name != "full", name))}
-
-
-@cache
-def references() -> Variants:
-    """What the curves of uniform quantization and KIVI have besides presets."""
-    return {
-        **{f"uniform-{bits}": uniform.Settings(bits) for bits in (2, 3, 16)},
-        **{f"kivi-{bits}": live_settings("kivi", bits=bits) for bits in (3, 8)},
-    }
-
-
-def method_of(variant: str) -> str:
-    """The line of the picture that a variant is a point of."""
-    if variant.startswith(("int", "uniform")):
-        return "uniform"
-    if variant.startswith("kvtc"):
-        return variant.rpartition("-")[0]
-    settings = {**presets(), **references()}[variant]
-    return str(type(settings).__module__).rpartition(".")[2].replace("_", "-")
 
 
 def fidelity(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -145,23 +118,51 @@ def curve_of(samples: Sequence[dict[str, Any]], method: str, text: str) -> list[
     ]
 
 
-def section(result: Result) -> str:
-    rows, config = result["summary"]["fidelity"], result["config"]
-    ours = sorted((row for row in rows if row["model"] == MODEL), key=lambda row: -row["share_of_fp16"])
+def brief(result: Result) -> str:
+    """What the README shows: each method's closest preset of a third of float16's bytes or fewer, and what holds more."""
+    ours = on_model(result)
+    small = [row for row in ours if row["share_of_fp16"] <= THIRD and row["variant"] not in references()]
+    best = {row["method"]: row for row in sorted(small, key=lambda row: -row["kl_geometric"])}
+    chosen = sorted(best.values(), key=lambda row: row["kl_geometric"])
+    more = [row for row in ours if row["variant"] in ("full", "int8", "smartkv-0.5")]
+    return (
+        f"{setting(result)} Of each method the preset with the least KL in a third of float16's bytes or fewer, and three"
+        f" that hold more:\n\n{scores([*more, *chosen])}\n\n{ABOUT_BYTES}{about_files(result['config'])}"
+    )
+
+
+def on_model(result: Result) -> list[dict[str, Any]]:
+    """The rows of MODEL, most bytes first."""
+    rows = [row for row in result["summary"]["fidelity"] if row["model"] == MODEL]
+    return sorted(rows, key=lambda row: -row["share_of_fp16"])
+
+
+def setting(result: Result) -> str:
+    config, texts = result["config"], on_model(result)[0]["texts"]
+    return (
+        f"SmolLM2 after {config['context']:,} tokens of {texts} held-out texts, the next {config['predict']} read through each"
+        " cache."
+    )
+
+
+def scores(rows: Sequence[dict[str, Any]]) -> str:
     cells = [
         (f"`{row['variant']}`", f"{row['share_of_fp16']:.2f}", f"{row['kl']:.2g}",
          tables.percent(row["top1_agreement"]), f"{row['perplexity_reference']:.1f} {row['perplexity_delta']:+.2f}")
-        for row in ours
+        for row in rows
     ]  # fmt: skip
+    return tables.table(["method", "bytes", "KL", "top-1", "perplexity"], cells)
+
+
+def section(result: Result) -> str:
+    rows, config = result["summary"]["fidelity"], result["config"]
+    ours = on_model(result)
     found = judged(result["summary"])
     parts = [
         f"{best_within(ours)} {counted(found, OURS)}",
-        f"SmolLM2 after {config['context']:,} tokens of {ours[0]['texts']} held-out texts,"
-        f" the next {config['predict']} read through each cache:",
-        tables.table(["method", "bytes", "KL", "top-1", "perplexity"], cells),
-        "Bytes are shares of float16's (on a CPU `full` holds float32, so more than 1). `uniform-N`, `kivi-3` and"
-        " `kivi-8` are no presets but points of curves. Live methods compute with what they hold."
-        f"{about_files(config)}",
+        setting(result),
+        scores(ours),
+        f"{ABOUT_BYTES} `uniform-N`, `kivi-3` and `kivi-8` are no presets but points of curves.{about_files(config)}",
         "At equal bytes, text by text: KL in geometric means, 95 % intervals, and on how many texts it is lower."
         " Between its settings a method's KL is read off a straight line in the logarithms of bytes and KL, up to"
         " float16, which loses nothing; beyond its ends the nearest setting counts."

@@ -74,6 +74,11 @@ def artifacts() -> CalibrationArtifacts:
     return CalibrationArtifacts(part, part, spec, {"method": "kvtc"})
 
 
+def brief(result: Result) -> str:
+    """What the README shows: the finding without its table."""
+    return section(result).partition("\n")[0]
+
+
 def section(result: Result) -> str:
     steps, config = {sample["step"]: sample for sample in result["samples"]}, result["config"]
     found = (

@@ -39,6 +39,11 @@ def run(quick: bool) -> Outcome:
     return evaluated.outcome("needle", PRESETS, needle.Options((256, 512, 1024), (0.1, 0.5, 0.9)), 3, (16,), (22, 35))
 
 
+def brief(result: Result) -> str:
+    """What the README shows beside the figure."""
+    return evaluated.verdict(result, "digits_first")
+
+
 def section(result: Result) -> str:
     return "\n\n".join(
         [evaluated.verdict(result, "digits_first"), evaluated.table(result, HEADS), evaluated.note(result)]

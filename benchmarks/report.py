@@ -109,7 +109,7 @@ def draw(benchmarks: Iterable[Benchmark], folder: Path = RESULTS) -> None:
 def documents(benchmarks: Sequence[Benchmark]) -> dict[Path, str]:
     """What each generated file has to hold. Reads the READMEs, for what is around their generated parts, and the figures."""
     report = written(benchmarks)
-    sections = {b.name: f"**{b.title}**\n\n{measured(b, README.parent)}" for b in benchmarks}
+    sections = {b.name: measured(b, README.parent, "brief") for b in benchmarks if hasattr(b.module, "brief")}
     return {
         REPORT: report,
         PAGE: page(report),
@@ -165,7 +165,7 @@ def contents(benchmarks: Sequence[Benchmark]) -> str:
     return "\n".join(lines)
 
 
-def measured(benchmark: Benchmark, folder: Path) -> str:
+def measured(benchmark: Benchmark, folder: Path, part: str = "section") -> str:
     """What a benchmark says, and where it comes from with links relative to `folder`."""
     result = benchmark.result
     if result is None:
@@ -180,7 +180,7 @@ def measured(benchmark: Benchmark, folder: Path) -> str:
         f"commit {result['machine']['commit']}",
         machine(result),
     ]
-    return f"{benchmark.made('section').strip()}\n\n> {' · '.join(origin)}"
+    return f"{benchmark.made(part).strip()}\n\n> {' · '.join(origin)}"
 
 
 def machine(result: Result) -> str:

@@ -5,6 +5,7 @@ A benchmark is a module of this package with PHASE, the number of the plans' pha
     run(quick) -> Outcome           measures; quick means minutes on two cores
     section(result) -> str          Markdown of the report, from the result file's content alone
     figure(result) -> Figure        a matplotlib figure from the same, for those that have something to draw
+    brief(result) -> str            Markdown for the README, for those whose numbers it shows
 
 Its name is the file's, its title the first line of its docstring. `benchmarks.run` finds, runs and writes it;
 `benchmarks.report` shows it.

@@ -216,6 +216,19 @@ def test_the_section_counts_what_is_beyond_chance_after_correction(result):
     assert "of live caches `uniform-2` within 0.3, `smartkv-0.5` within 0.5; of files `kvtc-4` within 0.5." in text
 
 
+def test_the_readme_shows_of_each_method_what_is_closest_within_a_third():
+    points = {"full": (2.3, 0), "smartkv-0.5": (0.49, 1e-4), "smartkv-0.3": (0.29, 2e-3), "uniform-2": (0.2, 1e-5),
+              "h2o-256": (0.25, 0.05), "h2o-96": (0.09, 0.15), "kvtc-rd-22": (0.03, 0.02)}  # fmt: skip
+    rows = [
+        {"model": "smollm2-135m", "variant": name, "method": live_methods.method_of(name), "texts": 10, "share_of_fp16": share,
+         "kl": kl, "kl_geometric": kl, "top1_agreement": 1, "perplexity_reference": 9, "perplexity_delta": 0}
+        for name, (share, kl) in points.items()
+    ]  # fmt: skip
+    text = live_methods.brief({"summary": {"fidelity": rows}, "config": {"context": 1024, "predict": 64}})
+    shown = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert shown == ["full", "smartkv-0.5", "smartkv-0.3", "kvtc-rd-22", "h2o-256"]
+
+
 def test_corrected_p_is_of_the_comparisons_shown_of_one_method(result):
     found = live_methods.judged(result["summary"])
     ours = [row for row in found.values() if row["group"] == "smartkv"]
