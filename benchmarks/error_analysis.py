@@ -293,8 +293,7 @@ def figure(result: Result) -> Figure:
     heat.grid(False)
     heat.set_title("KL to the full cache (nats a token)", loc="left", fontsize=9)
     for row in rows:
-        parts = row["entropy_deciles"]
-        entropy, kl = ([part[key] for part in parts] for key in ("entropy", "kl"))
+        entropy, kl = ([part[key] for part in row["entropy_deciles"]] for key in ("entropy", "kl"))
         lines.plot(entropy, kl, ms=4, label=row["method"], **figures.look(row["method"]))
     lines.set(yscale="log", xlabel="entropy of the full cache's prediction (nats), deciles", ylabel="KL (nats a token)")
     lines.legend(fontsize=7)

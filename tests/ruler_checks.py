@@ -17,9 +17,9 @@ class Words:
         marks = re.findall(r"\w+|[^\w\s]", text)
         return [0] * add_special_tokens + [zlib.crc32(mark.encode()) % 97 for mark in marks]
 
-    def decode(self, tokens):
+    def decode(self, tokens, skip_special_tokens=False):
         return " ".join(map(str, tokens))
 
 
 def sample(name, length=2000, *, seed=0, index=0, sources=None):
-    return list(samples(ruler.TASKS[name], Words(), length, index + 1, seed, sources or Sources()))[index]
+    return list(samples(ruler.TASKS[name], name, Words(), length, index + 1, seed, sources or Sources()))[index]

@@ -29,6 +29,26 @@ def test_a_haystack_has_its_length_and_the_needle_at_its_depth(tokenizer, depth)
     assert len(before) == pytest.approx(depth * room, abs=2)
 
 
+class WithFirst:
+    """Another tokenizer with a first token of its own, and a blank before a text that it is given alone, as SentencePiece has."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def encode(self, text, add_special_tokens=True):
+        return [1] * add_special_tokens + self.tokenizer.encode(f" {text}")
+
+
+def test_a_needle_at_the_start_comes_after_the_tokenizers_first_token_and_without_a_blank(tokenizer):
+    tokens = needle.haystack(WithFirst(tokenizer), Sources(), 300, 0, "48213")
+    assert tokens[0] == 1
+    assert tokenizer.decode(tokens[1:]).startswith(needle.NEEDLE.format("48213"))
+
+
+def test_a_key_does_not_depend_on_how_its_depth_is_written():
+    assert needle.drawn_key(100, 0, 0) == needle.drawn_key(100, 0.0, 0)
+
+
 def test_a_text_longer_than_the_essays_begins_again(tokenizer):
     assert len(needle.haystack(tokenizer, Sources(), 5000, 0.5, "48213")) == 5000
 

@@ -12,7 +12,7 @@ from mlxkv.errors import InputError
 from mlxkv.evaluate import _variants as variants
 from mlxkv.evaluate import ruler
 from mlxkv.evaluate._run import run, units
-from mlxkv.evaluate.ruler.samples import samples
+from mlxkv.evaluate.ruler.samples import samples, write_rows
 from mlxkv.evaluate.ruler.sources import Sources
 
 
@@ -43,6 +43,25 @@ def test_seeds_draw_other_samples():
     ]
 
 
+def test_lengths_are_summarised_apart():
+    one = units("ruler", Words(), ruler.Options(("fwe",), (300,), samples=1))
+    two = units("ruler", Words(), ruler.Options(("fwe",), (300, 400), samples=1))
+    assert [unit.group for unit in one] == ["fwe"]
+    assert [unit.group for unit in two] == ["fwe 300", "fwe 400"]
+
+
+def test_rows_that_ruler_wrote_are_asked_in_place_of_made_ones(tmp_path):
+    made = [sample("vt", 900, index=index) for index in range(2)]
+    (tmp_path / "vt").mkdir()
+    write_rows(tmp_path / "vt" / "validation.jsonl", made)
+    drawn = units("ruler", Words(), ruler.Options(("vt",), rows=tmp_path), seeds=3)
+    assert [unit.measure.args[1] for unit in drawn] == made
+    with pytest.raises(InputError, match=r"cannot read .*fwe.validation\.jsonl"):
+        units("ruler", Words(), ruler.Options(("vt", "fwe"), rows=tmp_path))
+    with pytest.raises(InputError, match="rows are asked as they are"):
+        ruler.Options(rows=tmp_path, squad=tmp_path)
+
+
 def test_mistakes_show_before_the_model_runs():
     for tasks in (("fwe", "niah"), ()):
         with pytest.raises(InputError, match=r"unknown RULER tasks (niah|\(none\));"):
@@ -54,6 +73,6 @@ def test_mistakes_show_before_the_model_runs():
 def test_a_damaged_cache_scores_worse(smollm2):
     model, tokenizer = smollm2
     task = replace(ruler.TASKS["niah_single_1"], tokens=10)
-    (row,) = samples(task, tokenizer, 130, 1, 0, Sources())
+    (row,) = samples(task, "niah_single_1", tokenizer, 130, 1, 0, Sources())
     ways = [variants.whole(), variants.live("full"), shuffled()]
     assert [record["score"] for record in ruler.ask(task, row, model, tokenizer, ways)] == [1, 1, 0]

@@ -32,7 +32,7 @@ def test_rows_come_back_as_the_samples_that_were_written(name, tmp_path):
 
 def test_rows_of_ruler_have_the_beginning_of_the_answer_apart(tmp_path):
     made = sample("niah_single_1", 1000)
-    asked, prefix = made.question.split("?")
+    asked, prefix = made.question.rsplit("?", 1)
     row = {
         "index": 7,
         "input": made.context.replace("\n", " ") + asked + "?",
@@ -73,6 +73,7 @@ def test_a_line_may_hold_any_character(tmp_path):
                 {"outputs": []},
                 {"outputs": "A"},
                 {"outputs": [""]},
+                {"outputs": [" "]},
                 {"outputs": [1]},
                 {"outputs": None},
                 {"input": 3},
@@ -136,7 +137,16 @@ def test_squad_is_read_as_published_and_unanswerable_questions_are_left_out(tmp_
     path = written(tmp_path / "dev-v2.0.json", {"version": "v2.0", "data": articles})
     questions, documents = Sources(squad=path).questions("squad")
     assert documents == ["x", "y", "z"]
-    assert questions == [Question("Who?", ("Bo", "old Bo"), (2,), (1,))]
+    assert questions == [Question("Who?", ("Bo", "old Bo"), (2,), (2, 1))]
+    assert questions[0].related == [1]
+
+
+def test_questions_of_an_article_share_what_says_so(tmp_path):
+    parts = [{"context": f"c{i}", "qas": [SQUAD_QA]} for i in range(50)]
+    path = written(tmp_path / "s.json", {"data": [{"paragraphs": parts}]})
+    questions, _ = Sources(squad=path).questions("squad")
+    assert len({id(question.article) for question in questions}) == 1
+    assert len(questions[0].related) == 49
 
 
 def test_blank_answers_are_none_since_they_would_be_found_in_anything(tmp_path):

@@ -97,6 +97,9 @@ def test_bleu_and_rouge_are_those_worked_by_hand():
     assert text.bleu(said, reference) == pytest.approx((5 / 6 * 3 / 5 * 1 / 4 * 1 / 6) ** 0.25)
     assert text.rouge_l(said, reference) == pytest.approx(5 / 6)
     assert text.rouge_l("the mat", reference) == pytest.approx(2 * 2 / 8)
+    assert text.rouge_l(
+        "\u043a\u043e\u0442 \u0438 \u0434\u043e\u043c", "\u043a\u043e\u0442 \u0438 \u043b\u0435\u0441"
+    ) == pytest.approx(2 / 3)  # Cyrillic
 
 
 def test_equal_texts_score_1_even_without_words():

@@ -115,3 +115,16 @@ def test_sizes_count_attention_layers_and_both_slots_alone(name):
     sizes = variants.live("streaming-llm", sinks=4, window=26).hold(tiny_model(name), CONTEXT).sizes
     assert sizes["fp16_bytes"] == 2 * 90 * {"lfm2": 2 * 2 * 2 * 16, "glm4_moe_lite": 3 * (16 + 8)}[name]
     assert sizes["ratio"] == 3
+
+
+def test_a_question_has_the_tokens_that_it_has_after_its_context():
+    class Pairs:
+        """Two letters a token, with a first token and a blank before every text."""
+
+        def encode(self, text):
+            text = f" {text}"
+            return ["first", *(text[i : i + 2] for i in range(0, len(text), 2))]
+
+    assert variants.encode(Pairs(), "abc", "def") == (["first", " a", "bc"], ["de", "f"])
+    assert variants.encode(Pairs(), "abcd", "ef") == (["first", " a", "bc"], ["de", "f"])
+    assert variants.encode(Pairs(), "abc", "") == (["first", " a", "bc"], [])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import operator
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -167,8 +168,13 @@ def follow(model: Any, cache: list[Any], tokens: Sequence[int], chunk: int) -> I
 
 
 def encode(tokenizer: Any, context: str, question: str) -> tuple[list[int], list[int]]:
-    """Tokens of both, apart. Only the context begins with the tokenizer's own first token, if it has one."""
-    return tokenizer.encode(context), tokenizer.encode(question, add_special_tokens=False)
+    """Tokens of the whole text, cut where they are no longer those of the context alone.
+
+    So the question has the tokens that it has after the context; on its own, some tokenizers would put a blank before it.
+    """
+    tokens, alone = tokenizer.encode(context + question), tokenizer.encode(context)
+    place = sum(itertools.takewhile(bool, map(operator.eq, tokens, alone)))
+    return tokens[:place], tokens[place:]
 
 
 def answer(model: Any, tokenizer: Any, held: Held, question: Sequence[int], max_tokens: int) -> list[int]:

@@ -1,15 +1,15 @@
 """LongBench: 21 tasks on real texts in English and Chinese, https://arxiv.org/abs/2308.14508.
 
-Nothing of it is shipped here. A folder holds it as github.com/THUDM/LongBench does, with its data unpacked inside:
+Nothing of it is shipped here. A folder holds it as the folder LongBench of github.com/THUDM/LongBench does, with its data unpacked inside:
 `config/dataset2prompt.json`, `config/dataset2maxlen.json` and `data/<task>.jsonl`.
 
 The prompt up to the end of its `{context}` is held; what comes after it, the question, is asked then. A prompt that is
 too long loses its middle. The metrics are in `scores`; tokens to generate and the first lines that alone count are the
 published ones. Departures:
-- context and question are tokenised apart, since one is held before the other is asked;
 - prompts have no chat template, which LongBench adds for chat models in 15 of the tasks;
 - the answer has its room within the length, and a prompt that was cut is not decoded and tokenised again;
-- samsum's answers do not end at a new line. Their first line counts either way; LongBench forbids an empty one.
+- samsum's answers do not end at a new line. Their first line counts either way; LongBench forbids an empty one;
+- the row of all tasks is the mean of tasks, both languages together; LongBench's is the mean of six kinds of tasks, by language.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def ask(sample: Sample, length: int, model: Any, tokenizer: Any, variants: Seque
     context, question = prompt(tokenizer, sample, length)
     records = []
     for variant, held in each(model, variants, context):
-        said = tokenizer.decode(answer(model, tokenizer, held, question, sample.tokens))
+        said = tokenizer.decode(answer(model, tokenizer, held, question, sample.tokens), skip_special_tokens=True)
         records.append(
             {
                 "variant": variant.name,
@@ -164,6 +164,8 @@ def read(folder: str | Path, task: str) -> list[Sample]:
     rows = [_sample(row, name, task, template, tokens) for name, row in _rows(path)]
     if not rows:
         raise FormatError(f"{path} has no samples")
+    if len({row.id for row in rows}) < len(rows):
+        raise FormatError(f"{path} has two samples with one _id")
     return rows
 
 

@@ -19,12 +19,13 @@ import mlx.core as mx
 from mlxkv import lm
 from mlxkv.errors import InputError
 from mlxkv.evaluate._run import Unit, option, positive
-from mlxkv.evaluate._variants import Variant, each
+from mlxkv.evaluate._variants import Variant, each, encode
 from mlxkv.evaluate.ruler.sources import Sources
 
 SCORES = ("found", "digits_first", "log_probability")
 DIGITS = 5
 NEEDLE = "\n\nThe pass key is {}. Remember it.\n\n"
+WORD = "a"  # what comes before a needle and a question is encoded as after a word
 QUESTION = "\n\nWhat is the pass key? The pass key is "
 
 
@@ -69,12 +70,12 @@ def _measure(
 
 def drawn_key(length: int, depth: float, seed: int) -> str:
     """The key hidden in so many tokens at this depth."""
-    return "".join(Random(f"{seed} {length} {depth}").choices("123456789", k=DIGITS))
+    return "".join(Random(f"{seed} {length} {float(depth)}").choices("123456789", k=DIGITS))
 
 
 def haystack(tokenizer: Any, sources: Sources, length: int, depth: float, key: str) -> list[int]:
     """`length` tokens of the essays with the needle in them."""
-    needle = tokenizer.encode(NEEDLE.format(key), add_special_tokens=False)
+    _, needle = encode(tokenizer, WORD, NEEDLE.format(key))
     room = length - len(needle)
     if room < 1:
         raise InputError(f"a length of {length} tokens has no room for a needle of {len(needle)}")
@@ -83,15 +84,16 @@ def haystack(tokenizer: Any, sources: Sources, length: int, depth: float, key: s
     while len(hay) < room:
         words += room
         hay = tokenizer.encode(" ".join(sources.essay_words(words)))
-    place = round(depth * room)
+    first = len(tokenizer.encode(WORD)) - len(tokenizer.encode(WORD, add_special_tokens=False))
+    place = max(first, round(depth * room))  # not before the tokenizer's own first token
     return [*hay[:place], *needle, *hay[place:room]]
 
 
 def digits(model: Any, tokenizer: Any, cache: list[Any], key: str) -> dict[str, float]:
     """The share of the key's tokens that the model puts first after the question, given those before, and the mean of
     their log-probabilities."""
-    question = tokenizer.encode(QUESTION, add_special_tokens=False)
-    asked = tokenizer.encode(QUESTION + key, add_special_tokens=False)
+    _, question = encode(tokenizer, WORD, QUESTION)
+    _, asked = encode(tokenizer, WORD, QUESTION + key)
     answer = len(asked) - len(question)
     if asked[: len(question)] != question:
         raise InputError("this tokenizer joins the question with the key's first digit, so the key cannot be scored")

@@ -6,6 +6,7 @@ reference, and both by words of alphabets that put spaces between them. The othe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -84,5 +85,12 @@ def bleu(said: str, reference: str) -> float:
 
 def rouge_l(said: str, reference: str) -> float:
     """F1 of rouge-score's ROUGE-L, without stemming; 1 for equal texts, ones without words too."""
-    score = library("rouge_score.rouge_scorer").RougeScorer(["rougeL"]).score(reference, said)["rougeL"].fmeasure
-    return 1.0 if said == reference else score
+    scorer = library("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=_Words())
+    return 1.0 if said == reference else scorer.score(reference, said)["rougeL"].fmeasure
+
+
+class _Words:
+    """rouge-score's own words are those of ASCII letters and digits; these are the same in any alphabet."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[^\W_]+", text.lower())

@@ -18,7 +18,7 @@ from mlxkv.evaluate._run import Unit, option, positive
 from mlxkv.evaluate._variants import Variant, answer, each, encode
 from mlxkv.evaluate.ruler.niah import Needles
 from mlxkv.evaluate.ruler.qa import Answering
-from mlxkv.evaluate.ruler.samples import Sample, samples
+from mlxkv.evaluate.ruler.samples import Sample, read_rows, samples
 from mlxkv.evaluate.ruler.sources import Sources
 from mlxkv.evaluate.ruler.task import Task
 from mlxkv.evaluate.ruler.tracing import Tracing
@@ -42,6 +42,7 @@ TASKS: dict[str, Task] = {
 
 
 SCORES = ("score",)
+ROWS = "validation.jsonl"  # RULER's name for the file in each task's folder
 
 
 @dataclass(frozen=True)
@@ -50,20 +51,35 @@ class Options:
     lengths: tuple[int, ...] = option((1024,), "tokens of context, question and answer together")
     samples: int = option(5, "samples of each task and length, for each seed")
     essays: Path | None = option(
-        None, "text file, folder of .txt files or RULER's JSON; if not given, a built-in essay"
+        None,
+        "text file, folder of .txt files or RULER's JSON; if not given, a built-in essay of 1,500 tokens, again and again",
     )
     squad: Path | None = option(None, "SQuAD's JSON, for qa_1; if not given, a few built-in questions")
     hotpotqa: Path | None = option(None, "HotpotQA's JSON, for qa_2; if not given, a few built-in questions")
+    rows: Path | None = option(
+        None, f"folder in which RULER wrote its own rows, TASK/{ROWS}; these are then asked, and none are made"
+    )
 
     def __post_init__(self) -> None:
         positive(self, "lengths", "samples")
+        if self.rows and (self.essays or self.squad or self.hotpotqa):
+            raise InputError("rows are asked as they are: essays, squad and hotpotqa are for rows that are made here")
         unknown = [name for name in self.tasks if name not in TASKS]
         if unknown or not self.tasks:
             raise InputError(f"unknown RULER tasks {', '.join(unknown) or '(none)'}; known: {', '.join(TASKS)}")
 
 
 def units(tokenizer: Any, options: Options, seed: int) -> list[Unit]:
-    """`samples` of each task and length; groups are tasks. Raises InputError for a length that is too short for a task."""
+    """`samples` of each task and length, or RULER's own rows; groups are tasks, at a length where there are several.
+
+    Raises InputError for a length that is too short for a task, FormatError for rows that are not RULER's.
+    """
+    if options.rows:
+        return [
+            Unit({"task": name, "row": number, "length": row.length}, partial(ask, TASKS[name], row), group=name)
+            for name in options.tasks
+            for number, row in enumerate(read_rows(options.rows / name / ROWS, TASKS[name]))
+        ]
     sources = Sources(options.essays, options.squad, options.hotpotqa)
     drawn = []
     for name in options.tasks:
@@ -71,12 +87,13 @@ def units(tokenizer: Any, options: Options, seed: int) -> list[Unit]:
         text = sources.name(task.reads) if task.reads else None
         for length in options.lengths:
             try:
-                rows = list(samples(task, tokenizer, length, options.samples, seed, sources))
+                rows = list(samples(task, name, tokenizer, length, options.samples, seed, sources))
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
+            group = f"{name} {length}" if len(options.lengths) > 1 else name
             for row in rows:
                 key = {"task": name, "length": length, "index": row.index, "text": text, "seed": seed}
-                drawn.append(Unit(key, partial(ask, task, row), group=name))
+                drawn.append(Unit(key, partial(ask, task, row), group=group))
     return drawn
 
 
@@ -85,7 +102,7 @@ def ask(task: Task, sample: Sample, model: Any, tokenizer: Any, variants: Sequen
     context, question = encode(tokenizer, sample.context, sample.question)
     records = []
     for variant, held in each(model, variants, context):
-        said = tokenizer.decode(answer(model, tokenizer, held, question, task.tokens))
+        said = tokenizer.decode(answer(model, tokenizer, held, question, task.tokens), skip_special_tokens=True)
         records.append(
             {
                 "variant": variant.name,

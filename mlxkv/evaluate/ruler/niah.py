@@ -2,7 +2,6 @@
 
 https://arxiv.org/abs/2404.06654, section 3.1. Quoted from RULER, since they define the task: the sentence of a needle,
 the five sentences of noise, the instruction and the question. Departures:
-- keys are compounds of the project's own word lists (`vocabulary`), RULER's an adjective and a noun of a word list;
 - sentences of an essay end at a full stop, question or exclamation mark before white space, RULER's where NLTK says;
 - keys are all different, and so are values, so that no distractor can be an answer.
 """
@@ -14,8 +13,8 @@ from dataclasses import dataclass
 from random import Random
 from uuid import UUID
 
+from mlxkv.evaluate.ruler import vocabulary
 from mlxkv.evaluate.ruler.task import Draft, Request, Task
-from mlxkv.evaluate.ruler.vocabulary import compounds
 
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -88,7 +87,7 @@ class Needles(Task):
 def draw(rng: Random, kind: str, count: int) -> list[str]:
     """`count` different words, 7-digit numbers or UUIDs of version 4."""
     if kind == "words":
-        return compounds(rng, count, "-")
+        return vocabulary.keys(rng, count)
     if kind == "numbers":
         return [str(number) for number in rng.sample(range(10**6, 10**7), count)]
     return [str(UUID(int=rng.getrandbits(128), version=4)) for _ in range(count)]

@@ -2,7 +2,8 @@
 
 https://arxiv.org/abs/2404.06654, section 3.4. Quoted from RULER, since they define the task: the instruction, the
 question and the headings of documents. Departures: questions are drawn in an order that depends on the seed, RULER's
-are those of the file in turn; the files are the user's, or else a few of the project's own (`sources`).
+are those of the file in turn; the files are the user's, or else a few of the project's own (`sources`), with so little text
+that beyond about 700 tokens documents come again, the one with the answer too.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ class Answering(Task):
         order = Random(request.seed).sample(range(len(questions)), len(questions))
         asked = questions[order[request.index % len(order)]]
         rng = request.random()
-        near = rng.sample(asked.related, min(size, len(asked.related)))
-        known = {*asked.own, *asked.related}
+        related = asked.related
+        near = rng.sample(related, min(size, len(related)))
+        known = {*asked.own, *related}
         others = [i for i in range(len(documents)) if i not in known]
         far = rng.sample(others, min(size - len(near), len(others)))
         # When there are no more documents, all of them come again, as in RULER.

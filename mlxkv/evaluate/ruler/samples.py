@@ -28,13 +28,15 @@ class Sample:
     index: int
 
 
-def samples(task: Task, tokenizer: Any, length: int, count: int, seed: int, sources: Sources) -> Iterator[Sample]:
+def samples(
+    task: Task, name: str, tokenizer: Any, length: int, count: int, seed: int, sources: Sources
+) -> Iterator[Sample]:
     """`count` samples of at most `length` tokens, each with as much haystack as fits.
 
-    A sample depends on its index and the seed, not on how many there are. Raises InputError when nothing fits.
+    A sample depends on its index, the seed and the name of its task, not on how many there are. Raises InputError when nothing fits.
     """
     for index in range(count):
-        yield fit(task, tokenizer, Request(length, seed, index, sources))
+        yield fit(task, tokenizer, Request(name, length, seed, index, sources))
 
 
 def fit(task: Task, tokenizer: Any, request: Request) -> Sample:
@@ -88,8 +90,12 @@ def _sample(line: str, task: Task, name: str) -> Sample:
     row = parse_json(line, name)
     index, length, answers = row.get("index"), row.get("length"), row.get("outputs")
     text, prefix = row.get("input"), row.get("answer_prefix", "")
-    if not isinstance(answers, list) or not answers or not all(isinstance(part, str) and part for part in answers):
-        raise FormatError(f"{name}: outputs should be a list of strings, not {answers!r:.80}")
+    if (
+        not isinstance(answers, list)
+        or not answers
+        or not all(isinstance(part, str) and part.strip() for part in answers)
+    ):
+        raise FormatError(f"{name}: outputs should be a list of words, not {answers!r:.80}")
     if type(index) is not int or type(length) is not int or min(index, length) < 0:
         raise FormatError(f"{name}: index and length should be numbers, not {index!r:.80} and {length!r:.80}")
     if not isinstance(text, str) or not isinstance(prefix, str):

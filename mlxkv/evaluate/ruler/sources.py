@@ -24,12 +24,18 @@ _SHAPE_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
 
 @dataclass(frozen=True)
 class Question:
-    """answers: ways to say the same. own: numbers of the documents it needs. related: of the same article's others."""
+    """answers: ways to say the same. own: numbers of the documents it needs. article: of all in the same article, if
+    there is one."""
 
     query: str
     answers: tuple[str, ...]
     own: tuple[int, ...]
-    related: tuple[int, ...] = ()
+    article: tuple[int, ...] = ()  # one tuple for all questions of an article
+
+    @property
+    def related(self) -> list[int]:
+        """The article's other documents."""
+        return [number for number in self.article if number not in self.own]
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ def read_text(path: Path, limit: int = LIMIT) -> str:
     if len(data) > limit:
         raise InputError(f"{path} has more than {limit >> 20} MiB; give a part of it")
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise FormatError(f"{path} is not UTF-8 text: {error}") from None
 
@@ -135,14 +141,14 @@ def _text(value: Any) -> str:
 def _squad_questions(articles: list[Any], number: dict[str, int]) -> Iterator[Question]:
     """Questions that have an answer; SQuAD 2 has others too."""
     for parts in articles:
-        article = dict.fromkeys(number[part["context"]] for part in parts)
+        article = tuple(dict.fromkeys(number[part["context"]] for part in parts))
         for part in parts:
             own = number[part["context"]]
             for asked in part["qas"]:
                 texts = dict.fromkeys(_text(answer["text"]) for answer in asked["answers"])
                 answers = tuple(text for text in texts if text.strip())
                 if answers and not asked.get("is_impossible"):
-                    yield Question(_text(asked["question"]), answers, (own,), tuple(i for i in article if i != own))
+                    yield Question(_text(asked["question"]), answers, (own,), article)
 
 
 def _document(title: Any, sentences: list[Any]) -> str:

@@ -12,8 +12,9 @@ from mlxkv.evaluate.ruler.sources import Sources
 
 @dataclass(frozen=True)
 class Request:
-    """Which sample is wanted. length: in tokens, what is generated included. sources: essays and questions."""
+    """Which sample is wanted. task: its name. length: in tokens, what is generated included. sources: essays and questions."""
 
+    task: str
     length: int
     seed: int
     index: int
@@ -21,7 +22,7 @@ class Request:
 
     def random(self) -> Random:
         """The sample's own random numbers, from the start: the same at every size that is tried."""
-        return Random(f"{self.seed} {self.index}")
+        return Random(f"{self.task} {self.seed} {self.index}")
 
 
 @dataclass(frozen=True)

@@ -44,12 +44,14 @@ class Tracing(Task):
         values = rng.sample(range(10_000, 100_000), 2)
         example = self._chain(rng, _EXAMPLE_NOISE, values[0], letters=3)
         asked = self._chain(rng, size, values[1], letters=5)
-        shown = example.context + example.question + " ".join(example.answers) + "\n\n"
+        # After the question's last blank comes another one, as in RULER: so the answer begins with the token that the
+        # model is to go on with.
+        shown = example.context + example.question + " " + " ".join(example.answers) + "\n\n"
         return Draft(shown + asked.context, asked.question, asked.answers)
 
     def _chain(self, rng: Random, size: int, value: int, letters: int) -> Draft:
         names = letter_words(rng, self.hops + 1, letters, string.ascii_uppercase)
-        lines = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a}" for a, b in pairwise(names))]
+        lines = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a} " for a, b in pairwise(names))]
         text = "\n".join(among(rng, [NOISE] * size, lines))
         return Draft(_BEFORE + text + "\n", _QUESTION.format(value=value, count=len(names)), tuple(names))
 

@@ -1,46 +1,40 @@
-"""Made-up compound words, for keys of needles and for lists of words: "amberfield", or "amber-field" as a key.
+"""Words for keys of needles and for lists: those of the package wonderwords, as in RULER.
 
-RULER draws from published word lists (wonderwords, and a larger one for long lists). These are written for the
-project. No first part ends like another and no second part begins like another, so no word is inside another.
+Departure: a list of more words than there are has compounds of an adjective and a noun; RULER then draws from another,
+larger list.
 """
 
 from __future__ import annotations
 
-import math
+from functools import cache
+from importlib.resources import files
 from random import Random
 
-_FIRST = """
-amber apple arrow autumn badger bamboo barley basil beacon birch bishop bramble bronze butter cabin candle canvas
-canyon cedar cherry chimney cinder clover cobalt copper coral cotton crystal dagger desert dolphin dragon eagle ember
-falcon feather fennel fern ginger glacier golden granite hammer harbor hazel helmet heron hollow honey indigo ivory
-jasper juniper kettle lantern laurel lemon linen lobster lunar magnet maple marble meadow mirror mosaic moss nettle
-nickel oak olive opal orchid otter oyster paper pebble pepper pillow plum pocket poplar puzzle quartz rabbit raven
-ribbon rocket saddle saffron salmon scarlet shadow silver spruce sugar summer thistle thunder timber tulip turtle
-velvet violet walnut willow winter zephyr
-"""
-_SECOND = """
-acre alley arch bank barn basin bay bell bench berg board bowl bridge brook cape cart castle cave chest cliff coast
-cove crest crown cup dale deck den dock door drift dune edge falls farm field flag flute forge fork fort gate glen
-grove guild hall hatch haven hill hook house inlet island jar jetty key kiln knoll lake lane ledge lock loft lodge
-mill mine mound nest notch pass path peak pier plaza point pond porch quay rail ranch reef ridge road roof rope sail
-shelf ship shore shrine spire spring stair stone tavern tent tide tower trail vale vault view vine wagon wall ward
-well wharf wheel yard
-"""
+from mlxkv.evaluate._scores import library
 
 
-def compounds(rng: Random, count: int, joint: str = "") -> list[str]:
-    """`count` different words of two parts; of three, when there are not as many of two."""
-    lists = [_FIRST.split(), _SECOND.split()]
-    if count > math.prod(map(len, lists)):
-        lists.insert(0, lists[0])
-    total = math.prod(map(len, lists))
-    return [joint.join(_parts(number, lists)) for number in rng.sample(range(total), count)]
+def keys(rng: Random, count: int) -> list[str]:
+    """`count` different pairs of an adjective and a noun, such as "hushed-lamp"."""
+    return _pairs(rng, count, "-")
 
 
-def _parts(number: int, lists: list[list[str]]) -> list[str]:
-    """The `number`-th choice of one part from each list."""
-    parts = []
-    for options in lists:
-        number, which = divmod(number, len(options))
-        parts.append(options[which])
-    return parts
+def listed(rng: Random, count: int) -> list[str]:
+    """`count` different nouns, adjectives and verbs, or compounds where there are not as many."""
+    known = words("noun", "adjective", "verb")
+    return rng.sample(known, count) if count <= len(known) else _pairs(rng, count, "")
+
+
+@cache
+def words(*kinds: str) -> tuple[str, ...]:
+    """All words of these kinds. Raises MlxkvError where the package is missing."""
+    library("wonderwords")
+    lists = [files("wonderwords") / "assets" / f"{kind}list.txt" for kind in kinds]
+    return tuple(sorted({word for path in lists for word in path.read_text("utf-8").splitlines() if word}))
+
+
+def _pairs(rng: Random, count: int, joint: str) -> list[str]:
+    adjectives, nouns = words("adjective"), words("noun")
+    drawn: dict[str, None] = {}  # two pairs can read alike
+    while len(drawn) < count:
+        drawn[rng.choice(adjectives) + joint + rng.choice(nouns)] = None
+    return list(drawn)

@@ -1,8 +1,7 @@
 """Counting words: the ten common words of a list (cwe), the three most frequent of a coded text (fwe).
 
 https://arxiv.org/abs/2404.06654, section 3.3. Quoted from RULER, since they define the tasks: the instructions and the
-questions. Common words: those of the list are compounds of the project's own word lists (`vocabulary`), RULER's come
-from published lists; an example with its answer comes first. Frequent words: as in RULER, six random letters a word,
+questions. Common words: an example with its answer comes first, of other words than the list. Frequent words: as in RULER, six random letters a word,
 the word of rank k written in proportion to 1 / k^2, and the first rank is three dots that do not count.
 """
 
@@ -16,7 +15,7 @@ from random import Random
 from mlxkv.errors import InputError
 from mlxkv.evaluate.ruler.task import Draft, Request, Task
 from mlxkv.evaluate.ruler.tracing import letter_words
-from mlxkv.evaluate.ruler.vocabulary import compounds
+from mlxkv.evaluate.ruler.vocabulary import listed
 
 _CWE_BEFORE = (
     "Below is a numbered list of words. In these words, some appear more often than others."
@@ -59,7 +58,7 @@ class Common(Task):
         rng = request.random()
         short = request.length < _SHORT
         shown, often, seldom = (10, 3, 1) if short else (30, 10, 3)
-        words = compounds(rng, _COMMON + shown + _COMMON + size)
+        words = listed(rng, _COMMON + shown + _COMMON + size)
         example, asked = words[: _COMMON + shown], words[_COMMON + shown :]
         before = (
             _CWE_BEFORE + word_list(rng, example, often, seldom) + f"\n{_CWE_QUESTION} " + numbered(example[:_COMMON])
