@@ -48,6 +48,7 @@ def test_a_table_has_a_row_for_each_variant_with_its_deviation_over_seeds(model_
     assert "whole" in out
     assert "int8" in out
     assert "±" in out
+    assert "18 samples; p: of a difference in found" in " ".join(out.split())
 
 
 def test_tasks_have_rows_of_their_own_under_the_same_heads(model_dir, capsys):
@@ -58,6 +59,17 @@ def test_tasks_have_rows_of_their_own_under_the_same_heads(model_dir, capsys):
     rows = [[cell.strip() for cell in line.split("│")[1:3]] for line in lines if line.startswith("│")]
     assert ["whole", "all"] in rows
     assert ["whole", "fwe"] in rows
+
+
+def test_a_single_sample_has_no_p_and_numbers_have_their_own_units(model_dir, capsys):
+    words = ["--context", "64", "--tokens", "2", "--rounds", "1", "--cache", "int8"]
+    assert run("eval", "latency", "--model", model_dir, *words) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert "1 sample" in " ".join(out.split())
+    heads = " ".join(" ".join(line.split("┃")) for line in lines if line.startswith("┃")).split()
+    assert "p" not in heads
+    assert [line for line in lines if " ms " in line]
 
 
 def test_samples_of_a_text_that_has_changed_are_not_gone_on_with(model_dir, tmp_path, monkeypatch, capsys):

@@ -47,9 +47,9 @@ def show_rows(rows: list[dict[str, Any]], as_json: bool, title: str = "") -> Non
     if as_json:
         print(json.dumps(rows))
         return
-    table = Table(
-        *(key.replace("_", " ") for key in rows[0]), title=_cell(title) if title else None, title_justify="left"
-    )
+    table = Table(title=_cell(title) if title else None, title_justify="left")
+    for key in rows[0]:
+        table.add_column(key.replace("_", " "), overflow="fold")
     for row in rows:
         table.add_row(*(_cell(text(key, value)) for key, value in row.items()))
     Console().print(table)
@@ -64,7 +64,7 @@ def text(key: str, value: Any) -> str:
     if key.startswith("ratio"):
         return f"{value:.2f}x"
     if key.endswith("seconds"):
-        return f"{value:.2f} s"
+        return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list | tuple):

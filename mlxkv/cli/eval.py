@@ -170,7 +170,11 @@ def _evaluate(
         rows = result["summary"]
         if any("group" in row for row in rows):
             rows = [{"group": "all", **row} for row in rows]
-        show_rows([_row(row, evaluation(name).SCORES) for row in rows], as_json=False, title=f"{name} of {model}")
+        scores, samples = evaluation(name).SCORES, rows[0]["samples"]
+        title = f"{name} of {model}, {samples} sample{'s' * (samples > 1)}"
+        if samples > 1:
+            title += f"; p: of a difference in {scores[0].replace('_', ' ')}"
+        show_rows([_row(row, scores, with_p=samples > 1) for row in rows], as_json=False, title=title)
 
 
 def _variants(
@@ -205,10 +209,11 @@ def _journal(out: Path | None, facts: dict[str, Any]) -> Iterator[Journal | None
             raise
 
 
-def _row(row: dict[str, Any], scores: tuple[str, ...]) -> dict[str, Any]:
-    """Of a summary's row what fits into a terminal: means with their deviation over seeds, and the first score's p."""
-    cells: dict[str, Any] = {key: row[key] for key in ("variant", "group", "samples", "ratio") if key in row}
+def _row(row: dict[str, Any], scores: tuple[str, ...], with_p: bool) -> dict[str, Any]:
+    """Of a summary's row what fits into a terminal: means with their deviation over seeds, and the first score's p, which
+    of a single sample says nothing."""
+    cells: dict[str, Any] = {key: row[key] for key in ("variant", "group", "ratio") if key in row}
     for score in scores:
         deviation = row.get(f"{score}_deviation")
         cells[score] = row[score] if deviation is None else f"{row[score]:.4g} ± {deviation:.2g}"
-    return {**cells, f"p of {scores[0]}": row.get(f"{scores[0]}_p")}
+    return cells | ({"p": row.get(f"{scores[0]}_p") if row["samples"] > 1 else None} if with_p else {})
