@@ -51,6 +51,11 @@ def look(name: str) -> dict[str, str]:
     return {"color": color, "marker": marker}
 
 
+def named(method: str) -> str:
+    """A method in a legend, where files stand beside live caches."""
+    return f"{method} (files)" if method.startswith("kvtc") else method
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG that depends on nothing but the figure."""
     figure.savefig(path, dpi=150, metadata={"Software": None})

@@ -48,6 +48,7 @@ ON_MINIATURES = (
 )  # fmt: skip
 SHARES = (0.1, 0.2, 0.3, 0.5)  # of float16's bytes, within which the section names the best
 THIRD = 0.333
+NEAR = 0.97  # of the least bytes of a curve: from there on it is read as if at its end
 SURE = 0.05
 ABOUT_BYTES = "Bytes are shares of float16's (on a CPU `full` holds float32, so more than 1). Live methods compute with what they hold."
 
@@ -165,7 +166,7 @@ def section(result: Result) -> str:
         f"{ABOUT_BYTES} `uniform-N`, `kivi-3` and `kivi-8` are no presets but points of curves.{about_files(config)}",
         "At equal bytes, text by text: KL in geometric means, 95 % intervals, and on how many texts it is lower."
         " Between its settings a method's KL is read off a straight line in the logarithms of bytes and KL, up to"
-        " float16, which loses nothing; beyond its ends the nearest setting counts."
+        " float16, which loses nothing; †: it has no setting of so few bytes, and its smallest counts, with more."
         f" Bold: p < {SURE}, Holm-corrected over the comparisons of a method, or of a miniature.",
     ]
     for columns in (QUANTIZED, EVICTED):
@@ -192,9 +193,13 @@ def about_files(config: dict[str, Any]) -> str:
 
 
 def judged(summary: dict[str, Any]) -> Found:
-    """The comparisons that the section shows: each with its group, which is a method or a miniature, and p corrected
-    within it."""
+    """The comparisons that the section shows: each with its group, which is a method or a miniature, p corrected within it,
+    and whether the other method has no setting of so few bytes."""
     methods = {row["variant"]: row["method"] for row in summary["fidelity"]}
+    sizes = {(row["model"], row["variant"]): row["share_of_fp16"] for row in summary["fidelity"]}
+    least: dict[tuple[str, str], float] = {}
+    for (model, variant), size in sizes.items():
+        least[model, methods[variant]] = min(size, least.get((model, methods[variant]), size))
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in summary["paired"]:
         column, method = (row["against"], row["read"]), methods[row["variant"]]
@@ -203,7 +208,12 @@ def judged(summary: dict[str, Any]) -> Found:
         elif row["model"] != MODEL and (row["variant"], *column) in ON_MINIATURES:
             groups.setdefault(row["model"], []).append(row)
     return {
-        (row["model"], row["variant"], row["against"], row["read"]): {**row, "group": group, "p_holm": p}
+        (row["model"], row["variant"], row["against"], row["read"]): {
+            **row,
+            "group": group,
+            "p_holm": p,
+            "beyond": sizes[row["model"], row["variant"]] < NEAR * least[row["model"], row["against"]],
+        }
         for group, rows in groups.items()
         for row, p in zip(rows, paired.holm([row["p"] for row in rows]))
     }
@@ -249,7 +259,7 @@ def compared(
 def _ratio(row: dict[str, Any]) -> str:
     low, high = row["kl_ratio_interval"]
     ratio = f"{row['kl_ratio']:.2g} ({tables.interval(low, high)})"
-    return f"{f'**{ratio}**' if row['p_holm'] < SURE else ratio}, {row['better_on']} of {row['texts']}"
+    return f"{f'**{ratio}**' if row['p_holm'] < SURE else ratio}, {row['better_on']} of {row['texts']}{' †' * row['beyond']}"
 
 
 def _curve(against: str, read: str) -> str:
@@ -269,9 +279,9 @@ def figure(result: Result) -> Figure:
         for method in methods:
             alike = [row for row in rows if (row["model"], row["method"]) == (model, method)]
             points = sorted((row["share_of_fp16"], row["kl_geometric"]) for row in alike if row["share_of_fp16"] < 0.97)
-            axes.plot(*zip(*points), ms=5, label=method, **figures.look(method))
+            axes.plot(*zip(*points), ms=5, label=figures.named(method), **figures.look(method))
         axes.set(xscale="log", yscale="log", xlabel="bytes, of fp16's")
-        axes.set_xticks(ticks := [0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0], [f"{tick:g}" for tick in ticks])
+        axes.set_xticks(ticks := [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0], [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.set_title(model, loc="left", fontsize=10)
     for axes in panes[:, 0]:

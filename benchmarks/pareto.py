@@ -45,11 +45,18 @@ def figure(result: Result) -> Figure:
     axes.step(x, y, where="post", color="#B0B0B0", lw=4, zorder=1, label="front")
     for method in sorted({row["method"] for row in rows}):
         x, y = ([row[key] for row in rows if row["method"] == method] for key in ("share_of_fp16", "kl_geometric"))
-        axes.plot(x, y, ls="", ms=6, label=method, **figures.look(method))
+        axes.plot(x, y, ls="", ms=6, label=figures.named(method), **figures.look(method))
     for row in best:  # below the front is nothing that a name could cover
         place = row["share_of_fp16"], row["kl_geometric"]
         axes.annotate(row["variant"], place, (-5, -9), textcoords="offset points", ha="right", fontsize=7)
-    axes.set(xscale="log", yscale="log", xlabel="bytes, of float16's", ylabel="KL to the full cache (nats a token)")
+    left = 0.7 * rows[0]["share_of_fp16"]  # room for the first name
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlim=(left, 1),
+        xlabel="bytes, of float16's",
+        ylabel="KL to the full cache (nats a token)",
+    )
     axes.set_xticks(ticks := [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0], [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     figure.legend(loc="outside right upper")

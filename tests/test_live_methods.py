@@ -213,7 +213,17 @@ def test_the_section_counts_what_is_beyond_chance_after_correction(result):
     assert "lower in 0 and higher in 0 of 1 for `miniature/glm`." in text
     assert "| `smartkv-0.5` | **0.5 (0.5 to 0.5)**, 10 of 10 |" in text
     assert "| `smartkv-0.3` | 1 (" in text
-    assert "of live caches `uniform-2` within 0.3, `smartkv-0.5` within 0.5; of files `kvtc-4` within 0.5." in text
+    assert " † |" not in text
+
+
+def test_a_comparison_with_a_method_that_has_no_setting_so_small_is_marked(result):
+    def smaller(row):
+        return {**row, "share_of_fp16": 0.1} if row["variant"] == "kvtc-rd-30" else row
+
+    summary = {**result["summary"], "fidelity": [smaller(row) for row in result["summary"]["fidelity"]]}
+    lines = live_methods.section({**result, "summary": summary}).splitlines()
+    marked = {line.split("`")[1]: line.count(" † |") for line in lines if " † |" in line}
+    assert marked == {"kvtc-rd-30": 3}  # uniform in two ways, and kvtc
 
 
 def test_the_readme_shows_of_each_method_what_is_closest_within_a_third():
@@ -241,7 +251,7 @@ def test_corrected_p_is_of_the_comparisons_shown_of_one_method(result):
 def test_the_figure_tells_every_method_apart(result):
     lines = live_methods.figure(result).axes[0].lines
     looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
-    assert [line.get_label() for line in lines] == ["uniform", "smartkv", "kvtc", "kvtc-rd"]
+    assert [line.get_label() for line in lines] == ["uniform", "smartkv", "kvtc (files)", "kvtc-rd (files)"]
     assert len(looks) == 4
 
 

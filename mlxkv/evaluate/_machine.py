@@ -31,10 +31,14 @@ def describe() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The checked-out commit of mlxkv, with "+" when files differ from it; None for an installed release."""
-    package = Path(mlxkv.__file__).parent
-    if not (package.parent / ".git").exists():
+    """The checked-out commit of mlxkv, with "+" when files other than results differ from it; None for an installed release."""
+    checkout = Path(mlxkv.__file__).parents[1]
+    if not (checkout / ".git").exists():
         return None
-    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=10"]
-    out = subprocess.run(command, cwd=package, capture_output=True, text=True, check=False)
-    return out.stdout.strip() or None
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=checkout, capture_output=True, text=True, check=False).stdout.strip()
+
+    found = git("rev-parse", "--short=10", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return f"{found}{'+' if changed else ''}" if found else None
