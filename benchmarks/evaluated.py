@@ -88,9 +88,13 @@ def verdict(result: Result, score: str) -> str:
         seen = f"the worst is `{worst['variant']}`" if worst[f"{score}_change"] < 0 else "none was seen"
         return f"{first['samples']} samples are too few to be sure of a difference (p cannot be below {min(1, least):.2g}); {seen}."
     ps = paired.holm([row[f"{score}_p"] for row in found])
-    sure = [row["variant"] for row, p in zip(found, ps) if p < SURE and row[f"{score}_change"] < 0]
+    sure = {row["variant"]: row[f"{score}_change"] for row, p in zip(found, ps) if p < SURE}
+    worse, better = ([name for name, change in sure.items() if sign * change > 0] for sign in (-1, 1))
     others = [row["variant"] for row in found if row["variant"] not in sure]
-    return f"Worse than the untouched cache beyond chance: {_listed(sure)}. No sure difference: {_listed(others)}."
+    gains = f" Better: {_listed(better)}." if better else ""
+    return (
+        f"Worse than the untouched cache beyond chance: {_listed(worse)}.{gains} No sure difference: {_listed(others)}."
+    )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -220,3 +220,10 @@ def test_samples_are_stretches_of_the_text_and_records_fit_into_json(smollm2):
 def test_impossible_options_are_refused():
     with pytest.raises(InputError, match="queries"):
         attention.Options(queries=0)
+
+
+def test_what_looks_is_what_follows(monkeypatch):
+    looked, looks, tokens = [], attention.looks, tiny_tokens(40)
+    monkeypatch.setattr(attention, "looks", lambda *given: looked.append(list(given[-1])) or looks(*given))
+    attention._measure(30, tokens, tiny_model("llama"), None, [whole(), live("int8")])
+    assert looked == [tokens[30:]] * 2

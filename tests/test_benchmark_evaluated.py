@@ -78,3 +78,21 @@ def test_the_keys_tokens_are_compared_with_the_text_around_them():
     assert (found["needle_bits"], found["other_bits"], found["difference"]) == (8, 3, 5)
     shown = {"config": {"preset": "smartkv-0.3", "length": 200, "ends": 32}, "summary": found, "samples": samples}
     assert "get more bits than" in precision_map.section(shown)
+
+
+def test_a_verdict_corrects_for_the_rows_and_takes_no_gain_for_a_loss():
+    found = [("a", 0.03, -1), ("b", 0.04, -1), ("gain", 1e-4, 1)]
+    rows = [{"variant": "whole", "samples": 20}]
+    rows += [{"variant": name, "s_p": p, "s_change": change} for name, p, change in found]
+    assert evaluated.verdict({"summary": rows}, "s") == (
+        "Worse than the untouched cache beyond chance: none. Better: `gain`. No sure difference: `a`, `b`."
+    )
+
+
+def test_an_outcome_is_of_every_seed(monkeypatch):
+    def ran(*given, seeds=1, **named):
+        return {"samples": [], "summary": [], "seeds": seeds}
+
+    monkeypatch.setattr(evaluated.lm, "load", lambda name: (None, None))
+    monkeypatch.setattr(evaluated, "run", ran)
+    assert evaluated.outcome("needle", ["int4"], None, seeds=3).config["seeds"] == 3

@@ -91,6 +91,37 @@ def test_samples_of_a_text_that_has_changed_are_not_gone_on_with(model_dir, tmp_
     assert run(*words) == 0
 
 
+def test_samples_of_a_folder_that_has_changed_are_not_gone_on_with(model_dir, tmp_path, monkeypatch, capsys):
+    essays = tmp_path / "essays"
+    essays.mkdir()
+    (essays / "a.txt").write_text("A cache that forgets nothing is a memory. " * 20)
+    words = [
+        "eval",
+        "needle",
+        "--model",
+        model_dir,
+        "--essays",
+        essays,
+        "--lengths",
+        120,
+        "--depths",
+        "0.5",
+        "--out",
+        tmp_path / "o",
+    ]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mlxkv.files.atomic_write", killed)
+        assert run(*words) == 130
+    (essays / "a.txt").write_text("One that forgets the right things understands. " * 20)
+    capsys.readouterr()
+    assert run(*words) == 4
+    assert "another files; remove it" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize("words", [["--lengths", "a"], ["--depths", "0.5,x"]])
 def test_a_list_that_is_none_is_a_usage_error(words, capsys):
     assert run("eval", "needle", "--model", "any", *words) == 2

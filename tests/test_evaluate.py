@@ -161,3 +161,39 @@ def swapped(layer):
     keys, values = layer
     rope = dataclasses.replace(keys.rope, traditional=True)
     return dataclasses.replace(keys, rope=rope), values
+
+
+def test_every_number_of_a_comparison_is_worse_where_the_first_prediction_is():
+    right = mx.array(5 * np.eye(4, dtype=np.float32)[1:])
+    wrong = mx.concatenate([mx.array([[2.0, 0, 0, 0]]), right[1:]])
+    found = fidelity.compare(right, wrong, [0, 1, 2, 3])
+    p, q = (np.exp(x) / np.exp(x).sum() for x in np.array([[0, 5.0, 0, 0], [2.0, 0, 0, 0]]))
+    assert found["next_token_cosine"] == 0
+    assert found["next_token_kl"] == pytest.approx((p * np.log(p / q)).sum(), rel=1e-4)
+    assert found["kl"] == pytest.approx(found["next_token_kl"] / 3)
+    assert found["top1_agreement"] == pytest.approx(2 / 3)
+    assert 0 < found["perplexity_delta"] == found["perplexity"] - found["perplexity_reference"]
+
+
+@pytest.mark.parametrize("module", [fidelity, perplexity])
+def test_what_the_options_say_is_what_is_held_and_fed(text_file, module):
+    model, way = tiny_model("llama"), live("sliding-window", window=5)
+    options = module.Options(text_file, 60, 20, samples=1, chunk=1)
+    found = run(module.__name__.rpartition(".")[2], model, Numbers(), [way], options)["samples"][1]
+    tokens = Numbers().encode(text_file.read_text())[found["start"] :][:81]
+    expected = fidelity.evaluate(model, [whole(), way], tokens, 60, chunk=1)[1]
+    for score in ("tokens", "predicted_tokens", "perplexity", "perplexity_delta"):
+        assert found[score] == pytest.approx(expected[score], rel=1e-4), score
+
+
+def test_a_damaged_cache_is_noticed_in_perplexity_and_int8_is_not(smollm2):
+    options = perplexity.Options(at=128, predict=16, samples=1)
+    rows = run("perplexity", *smollm2, [live("full"), live("int8"), zeroed(), shuffled()], options)["samples"]
+    assert [row["verdict"] for row in rows] == ["excellent"] * 3 + ["noticed"] * 2
+    assert min(row["perplexity_delta"] for row in rows[3:]) > 1
+
+
+def test_every_seed_has_stretches_of_its_own(text_file):
+    options = perplexity.Options(text_file, at=20, predict=10)
+    first, second = ({unit.key["start"] for unit in perplexity.units(Numbers(), options, seed)} for seed in (0, 1))
+    assert not first & second

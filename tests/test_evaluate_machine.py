@@ -10,7 +10,7 @@ from conftest import tiny_model
 from mlxkv.errors import InputError
 from mlxkv.evaluate import _texts, latency, memory
 from mlxkv.evaluate._run import run
-from mlxkv.evaluate._variants import live, whole
+from mlxkv.evaluate._variants import Variant, live, whole
 
 
 class Words:
@@ -119,3 +119,19 @@ def test_impossible_options_are_refused(options):
     module, values = options
     with pytest.raises(InputError, match=next(iter(values))):
         module.Options(**values)
+
+
+def test_decoding_a_token_takes_little_beside_what_is_held():
+    for row in held(800, live("full")).values():
+        assert 0 < row["decode_peak_bytes"] < row["resident_bytes"] / 10
+
+
+def test_a_slow_prefill_is_told():
+    def hold(model, tokens, exact=None):
+        time.sleep(0.3)
+        return whole().hold(model, tokens)
+
+    options = latency.Options(context=20, tokens=1, rounds=1)
+    _, late = run("latency", tiny_model("llama"), Words(), [Variant("late", {}, hold)], options)["samples"]
+    assert late["prefill_seconds"] > 0.3
+    assert late["prefill_relative"] < 0.8

@@ -55,6 +55,27 @@ WHOLE = Variant("whole", {}, held)
 OTHER = Variant("other", {"size": 3}, held)
 
 
+def test_each_seed_draws_its_own_of_a_limit(asked):
+    drawn = [unit.key for unit in units("any", None, Options(), seeds=3, limit=2)]
+    assert len({tuple(key["number"] for key in drawn if key["seed"] == seed) for seed in range(3)}) == 3
+
+
+def test_samples_of_a_variant_of_other_settings_are_refused(asked, tmp_path):
+    with Journal(tmp_path / "partial", {}) as journal:
+        run("any", None, None, [OTHER], journal=journal)
+    changed = Variant("other", {"size": 4}, held)
+    with Journal(tmp_path / "partial", {}) as journal, pytest.raises(MismatchError, match="another variants"):
+        run("any", None, None, [changed], journal=journal)
+
+
+def test_facts_that_an_older_journal_does_not_have_are_another_run(tmp_path):
+    with Journal(tmp_path / "partial", {"model": "m"}) as journal:
+        journal.begin({})
+    newer = Journal(tmp_path / "partial", {"model": "m", "files": {}})
+    with newer as journal, pytest.raises(MismatchError, match="another files"):
+        journal.begin({})
+
+
 def test_every_sample_is_asked_of_the_whole_cache_first(asked):
     result = run("any", None, None, [OTHER])
     assert asked == [
@@ -263,3 +284,15 @@ def test_the_interval_is_near_scipys():
     values = np.random.default_rng(2).normal(0, 1, 40)
     expected = stats.bootstrap((values,), np.mean, method="percentile", random_state=0).confidence_interval
     assert _statistics.interval(values) == pytest.approx(list(expected), abs=0.03)
+
+
+def test_groups_count_alike_in_changes_and_deviations_too():
+    scores = {"whole": (1,) * 8, "other": (1, 1, 1, 0, 0, 0, 0, 0)}
+    records = [record(v, s, "aaab"[i % 4], i // 4) for v, row in scores.items() for i, s in enumerate(row)]
+    other = _statistics.summarise(records, ("score",))[1]
+    assert other["score_change"] == pytest.approx(other["score"] - 1) == -0.75
+    assert other["score_deviation"] == pytest.approx(0.5 / 2**0.5)  # of 0.5 and 0
+
+
+def test_p_of_drawn_flips_is_never_0():
+    assert _statistics.sign_flip(np.ones(40)) == 1 / _statistics.RESAMPLES

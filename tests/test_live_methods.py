@@ -103,6 +103,14 @@ def test_what_fits_is_a_point_of_the_curve():
     assert [paired.within_bytes(size, curve) for size in (50, 100, 399, 400)] == [1e-2, 1e-2, 1e-3, 1e-4]
 
 
+def test_holm_is_the_textbooks():
+    assert paired.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_what_is_exact_is_compared_by_the_least_kl():
+    assert paired.compare([0.0, -1e-9], [1e-8, 1e-8])["kl_ratio"] == pytest.approx(0.1)
+
+
 def test_a_comparison_is_of_geometric_means():
     result = paired.compare([1e-3, 4e-3, 1e-2], [2e-3, 8e-3, 5e-3])
     assert result["kl_ratio"] == pytest.approx(0.5 ** (1 / 3))

@@ -182,17 +182,18 @@ def test_a_long_prompt_loses_its_middle():
     assert longbench.cut([0], question, 10) == ([0], [100, 101, 102, 103, 115, 116, 117, 118, 119])
 
 
-def test_only_the_context_begins_with_the_tokenizers_own_token():
+def test_only_the_context_begins_with_the_tokenizers_own_token_and_only_it_is_held():
+    (found,) = longbench.ask(sample(), 100, tiny_model("llama"), Letters(), [variants.whole()])
+    assert found["tokens"] == len("Text: abc") + 1
     context, question = longbench.prompt(Letters(), sample(), 100)
-    assert context == Letters().encode("Text: abc") == [96, *Letters().encode("Text: abc", add_special_tokens=False)]
+    assert (context[0], context) == (96, Letters().encode("Text: abc"))
     assert question == Letters().encode("\nWhich? ", add_special_tokens=False)
 
 
 def test_the_question_is_what_follows_the_context_and_the_input_is_in_it(folder):
     where = folder("qasper", row("qasper", input="{context} {0}", context="{input}", answers=["y", "z"]))
-    expected = sample(
-        "qasper", ["y", "z"], id="i0", context="Read: {input}", question="\nAnswer {context} {0}: ", length=9
-    )
+    question = "\nAnswer {context} {0}: "
+    expected = sample("qasper", ["y", "z"], id="i0", context="Read: {input}", question=question, length=9)
     assert longbench.read(where, "qasper") == [expected]
 
 

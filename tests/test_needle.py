@@ -97,3 +97,11 @@ def test_impossible_places_are_refused(lengths, depths):
 def test_a_length_has_room_for_the_needle(smollm2):
     with pytest.raises(InputError, match="no room for a needle"):
         needle.units(smollm2[1], needle.Options((10,), (0.5,)), 0)
+
+
+def test_a_sample_holds_the_length_and_the_key_at_the_depth_that_it_says(tokenizer):
+    for unit in needle.units(tokenizer, needle.Options((80, 120), (0, 1)), 0):
+        context, key = unit.measure.args
+        before, after = tokenizer.decode(context).split(key)
+        assert (len(context), key) == (unit.key["length"], unit.key["key"])
+        assert (len(before) < len(after)) == (unit.key["depth"] == 0)

@@ -121,3 +121,16 @@ def test_the_section_names_what_does_not_agree_and_what_is_refused():
     assert "cannot convert a prefix for h2o-256" in said
     assert "refuses 1 of 3 caches" in said
     assert "| prefix | h2o-256 | - | 0.01 | - | 0.100 | - | 8.000 |" in said
+
+
+def test_bytes_per_token_are_those_of_keys_and_values_at_16_bits():
+    model = tiny_model("llama")
+    held = live("int4").hold(model, tiny_tokens(50)).sizes
+    told = LiveMethod(model, "int4").bytes_per_token(n_layers=2, n_kv_heads=2, head_dim=8)
+    assert told == held["fp16_bytes"] / held["tokens"]
+
+
+def test_measured_bytes_are_those_of_attention_alone():
+    model = tiny_model("lfm2")
+    held = live("int8").hold(model, tiny_tokens(50))
+    assert LiveMethod(model, "int8").measured_bytes(held.cache) == held.sizes["cache_bytes"]

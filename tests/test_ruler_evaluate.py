@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import tiny_model
-from damage import shuffled
+from damage import shuffled, zeroed
 from ruler_checks import Words, sample
 
 from mlxkv.errors import InputError
@@ -74,5 +74,13 @@ def test_a_damaged_cache_scores_worse(smollm2):
     model, tokenizer = smollm2
     task = replace(ruler.TASKS["niah_single_1"], tokens=10)
     (row,) = samples(task, "niah_single_1", tokenizer, 130, 1, 0, Sources())
-    ways = [variants.whole(), variants.live("full"), shuffled()]
-    assert [record["score"] for record in ruler.ask(task, row, model, tokenizer, ways)] == [1, 1, 0]
+    ways = [variants.whole(), variants.live("full"), variants.live("int8"), shuffled(), zeroed()]
+    assert [record["score"] for record in ruler.ask(task, row, model, tokenizer, ways)] == [1, 1, 1, 0, 0]
+
+
+def test_as_many_tokens_are_generated_as_published_and_the_question_is_not_held():
+    options = ruler.Options(("fwe", "qa_1"), (300,), samples=1)
+    for found in run("ruler", tiny_model("llama"), Words(), [], options)["samples"]:
+        made = sample(found["task"], 300)
+        assert len(found["answer"].split()) == ruler.TASKS[found["task"]].tokens
+        assert found["tokens"] == len(Words().encode(made.context))

@@ -1,9 +1,12 @@
 """What is evaluated: every way to hold a context answers as the same steps by hand do."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 from conftest import tiny_model, tiny_tokens
 from mlx_lm.models.cache import make_prompt_cache
+from synthetic import PLAIN, toy_dump
 
 from mlxkv import KVTCCacheCodec, calibrate, lm, write_dump
 from mlxkv.codec.kvtc import Settings
@@ -128,3 +131,11 @@ def test_a_question_has_the_tokens_that_it_has_after_its_context():
     assert variants.encode(Pairs(), "abc", "def") == (["first", " a", "bc"], ["de", "f"])
     assert variants.encode(Pairs(), "abcd", "ef") == (["first", " a", "bc"], ["de", "f"])
     assert variants.encode(Pairs(), "abc", "") == (["first", " a", "bc"], [])
+
+
+def test_errors_are_of_the_coded_tokens_alone():
+    dump = toy_dump(PLAIN, length=60)
+    decoded = replace(dump, k=dump.k.copy(), v=dump.v.copy())
+    decoded.k[..., :4, :] = decoded.v[..., -16:, :] = 9
+    found = variants.errors({"s": 4, "w": 16, "tokens": 60}, dump, decoded)
+    assert found["k_relative_error"] == found["v_relative_error"] == 0

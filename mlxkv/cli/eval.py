@@ -143,10 +143,10 @@ def _evaluate(
     if out:
         check_out_file(out)
     texts = {}
-    for path in (value for value in vars(options).values() if isinstance(value, Path)):
-        if not path.exists():
-            raise InputError(f"cannot read {path}: there is no such file or folder")
-        if path.is_file():
+    for given in (value for value in vars(options).values() if isinstance(value, Path)):
+        if not given.exists():
+            raise InputError(f"cannot read {given}: there is no such file or folder")
+        for path in sorted(found for found in (given, *given.rglob("*")) if found.is_file()):
             with open_input(path) as file:
                 texts[str(path)] = digest(file.read()).hex()
     variants = _variants(cache or [], artifacts or [], {"w": w, "s": s}, dtype)
