@@ -124,6 +124,12 @@ def test_marked_parts_are_replaced_and_nothing_else():
 
 def test_the_front_is_what_nothing_beats_in_both():
     points = rows((0.5, 0.01), (0.1, 0.5), (0.2, 0.6), (0.2, 0.1), (0.6, 0.01), (1.0, 0.0))
-    everything, best = pareto.front({"summary": {"fidelity": points}})
+    everything = pareto.ways({"summary": {"fidelity": points}})
     assert [row["variant"] for row in everything] == ["v1", "v3", "v2", "v0", "v4"]
-    assert [row["variant"] for row in best] == ["v1", "v3", "v0"]
+    assert [row["variant"] for row in pareto.front(everything)] == ["v1", "v3", "v0"]
+
+
+def test_files_have_a_front_of_their_own():
+    points = [*rows((0.5, 0.01)), {**rows((0.1, 0.001))[0], "variant": "kvtc-rd-30", "method": "kvtc-rd"}]
+    said = pareto.section({"summary": {"fidelity": points}})
+    assert said.endswith("Of 1 live caches: `v0` (0.50). Of 1 files: `kvtc-rd-30` (0.10).")
