@@ -30,6 +30,7 @@ PRESETS = (
     "sketch-topk-256",
 )
 QUICK = ("smartkv-0.3", "h2o-96", "mp-kvm-96")
+MOST_COLUMNS = 7
 HEADS = {"digits_first": "digits first", "found": "whole key", "log_probability": "log-probability of a digit"}
 
 
@@ -41,13 +42,23 @@ def run(quick: bool) -> Outcome:
 
 def brief(result: Result) -> str:
     """What the README shows beside the figure."""
-    return evaluated.verdict(result, "digits_first")
+    return f"{smallest(result)} {evaluated.verdict(result, 'digits_first')}"
+
+
+def smallest(result: Result) -> str:
+    """Which live cache and which file have the fewest bytes of those that put every digit first."""
+    sharp = [row for row in evaluated.rows(result)[1:] if row["digits_first"] == 1]
+    said = []
+    for kind in ("live caches", "files"):
+        alike = [row for row in sharp if row["variant"].startswith("kvtc") == (kind == "files")]
+        if alike:
+            least = max(alike, key=lambda row: row["ratio"])
+            said.append(f"of {kind} `{least['variant']}` in {1 / least['ratio']:.2f} of float16's bytes")
+    return f"Smallest that puts every digit of every key first: {'; '.join(said) or 'none'}."
 
 
 def section(result: Result) -> str:
-    return "\n\n".join(
-        [evaluated.verdict(result, "digits_first"), evaluated.table(result, HEADS), evaluated.note(result)]
-    )
+    return "\n\n".join([brief(result), evaluated.table(result, HEADS), evaluated.note(result)])
 
 
 def figure(result: Result) -> Figure:
@@ -59,14 +70,16 @@ def figure(result: Result) -> Figure:
     samples = result["samples"]
     variants = list(dict.fromkeys(sample["variant"] for sample in samples))
     lengths, depths = result["config"]["options"]["lengths"], result["config"]["options"]["depths"]
-    columns = min(6, len(variants))
-    rows = -(-len(variants) // columns)
+    rows = -(-len(variants) // MOST_COLUMNS)
+    columns = -(-len(variants) // rows)
     made, panes = figures.panes(
         columns, rows, 1.0 + 0.5 * len(lengths), 0.8 + 0.5 * len(depths), sharex=True, sharey=True
     )
     colors = LinearSegmentedColormap.from_list("recall", figures.RECALL)
     for axes in panes.flat[len(variants) :]:
         axes.set_axis_off()
+    for axes in panes.flat[len(variants) - columns : len(variants)]:
+        axes.tick_params(labelbottom=True)  # the last of each column, with nothing or an empty place below
     for axes, variant in zip(panes.flat, variants):
         means = np.array([[_mean(samples, variant, length, depth) for length in lengths] for depth in depths])
         image = axes.imshow(means, cmap=colors, vmin=0, vmax=1, aspect="auto")

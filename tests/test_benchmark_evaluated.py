@@ -54,6 +54,22 @@ def test_the_heatmap_has_a_pane_for_each_cache_with_means_by_place():
     assert panes[0].images[0].get_array().tolist() == [[0.8, 1.0]]
 
 
+def test_the_smallest_that_lost_no_digit_are_named_live_and_filed():
+    scores = {
+        "whole": (1, 2.0),
+        "int8": (1, 1.9),
+        "smartkv-0.3": (0.99, 3.5),
+        "kvtc-16": (1, 4.0),
+        "kvtc-rd-22": (1, 25.0),
+    }
+    rows = [{"variant": name, "digits_first": score, "ratio": ratio} for name, (score, ratio) in scores.items()]
+    said = needle.smallest({"summary": rows})
+    assert said.endswith(
+        "of live caches `int8` in 0.53 of float16's bytes; of files `kvtc-rd-22` in 0.04 of float16's bytes."
+    )
+    assert needle.smallest({"summary": rows[:1]}).endswith("first: none.")
+
+
 def test_tasks_stand_in_a_table_of_their_own():
     text = ruler.section(result(10, "score"))
     assert "| task-0 | 1.00 | 1.00 | 0.20 |" in text
