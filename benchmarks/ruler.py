@@ -11,7 +11,7 @@ from benchmarks.schema import Outcome, Result
 from mlxkv.evaluate import ruler
 
 PHASE = 1
-PRESETS = ("int4", "smartkv-0.3", "h2o-96", "mp-kvm-96", "streaming-llm-96")
+PRESETS = ("smartkv-0.3", "h2o-96", "mp-kvm-96")
 QUICK = ("smartkv-0.3", "h2o-96")
 QUICK_TASKS = ("fwe", "qa_1")
 LENGTH, QUICK_LENGTH = 1024, 400
@@ -20,7 +20,7 @@ LENGTH, QUICK_LENGTH = 1024, 400
 def run(quick: bool) -> Outcome:
     if quick:
         return evaluated.outcome("ruler", QUICK, ruler.Options(QUICK_TASKS, (QUICK_LENGTH,), samples=1), seeds=1)
-    return evaluated.outcome("ruler", PRESETS, ruler.Options(lengths=(LENGTH,), samples=1), 3, (16,), (22, 35))
+    return evaluated.outcome("ruler", PRESETS, ruler.Options(lengths=(LENGTH,), samples=1), 3, (), (22,))
 
 
 def section(result: Result) -> str:
