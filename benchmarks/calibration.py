@@ -41,7 +41,7 @@ def codecs(
 ) -> dict[str, KVTCCacheCodec]:
     """`kvtc` at each ratio and one `kvtc-rd` at each quality, by name, calibrated on the same texts."""
     with dumps(model, tokenizer, size, sensitivity) as files:
-        published = learnt(files, [Settings(ratio, rank=size.get("rank")) for ratio in ratios])
+        published = learnt(files, [Settings(ratio, rank=size.get("rank")) for ratio in ratios]) if ratios else []
         ours = KVTCCacheCodec(calibrate(files, kvtc_rd.Settings()))
     made = {f"kvtc-{ratio}": KVTCCacheCodec(found) for ratio, found in zip(ratios, published)}
     return made | {f"kvtc-rd-{quality}": ours.at(quality) for quality in qualities}

@@ -263,6 +263,14 @@ def test_the_figure_tells_every_method_apart(result):
     assert len(looks) == 4
 
 
+def test_codecs_of_benchmarks_are_named_by_ratio_and_quality(monkeypatch):
+    model = tiny_model("llama")
+    monkeypatch.setattr(calibration.texts, "calibration", lambda *_: [tiny_tokens(200)])
+    made = calibration.codecs(model, None, calibration.QUICK, (), (22, 35))
+    assert {name: codec.quality for name, codec in made.items()} == {"kvtc-rd-22": 22, "kvtc-rd-35": 35}
+    assert list(calibration.codecs(model, None, calibration.QUICK, (4,), (22,))) == ["kvtc-4", "kvtc-rd-22"]
+
+
 def test_components_found_once_give_the_plans_of_each_ratio_alone(tmp_path, monkeypatch):
     model, stretches = tiny_model("llama"), [tiny_tokens(200, seed=seed) for seed in range(2)]
     monkeypatch.setattr(calibration.texts, "calibration", lambda *_: stretches)
