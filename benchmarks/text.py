@@ -22,6 +22,12 @@ def run(quick: bool) -> Outcome:
     return evaluated.outcome("text", PRESETS, text.Options(max_tokens=96, samples=3), 3, (16,), (22, 35))
 
 
+def brief(result: Result) -> str:
+    """What the README shows."""
+    tokens = result["config"]["options"]["max_tokens"]
+    verdict = evaluated.verdict(result, "equal_leading_tokens")
+    return f"How many of {tokens} tokens of a continuation are the same up to the first that is not. {verdict}"
+
+
 def section(result: Result) -> str:
-    found = f"Of {result['config']['options']['max_tokens']} tokens of each continuation: {evaluated.verdict(result, 'equal_leading_tokens')}"
-    return "\n\n".join([found, evaluated.table(result, HEADS), evaluated.note(result)])
+    return "\n\n".join([brief(result), evaluated.table(result, HEADS), evaluated.note(result)])
