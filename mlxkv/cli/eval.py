@@ -146,7 +146,8 @@ def _evaluate(
     for given in (value for value in vars(options).values() if isinstance(value, Path)):
         if not given.exists():
             raise InputError(f"cannot read {given}: there is no such file or folder")
-        for path in sorted(found for found in (given, *given.rglob("*")) if found.is_file()):
+        # Only a run that can be gone on with has to know that they are the same; a folder can be large.
+        for path in sorted(found for found in (given, *given.rglob("*")) if found.is_file()) if out else ():
             with open_input(path) as file:
                 texts[str(path)] = digest(file.read()).hex()
     variants = _variants(cache or [], artifacts or [], {"w": w, "s": s}, dtype)
