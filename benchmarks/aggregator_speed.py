@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import megabytes, table
-from mlxkv.clustering import OnlineClustering, Rules
+from mlxkv.live.clustering import ClusteringConfig, OnlineClustering
 
 PHASE = 8
 HEADS = 8  # of a layer; a batch has as many clusterings for each of its rows
@@ -49,7 +49,7 @@ def inserting(batch: int, dim: int, centroids: int, tokens: int) -> list[dict[st
     N = batch * HEADS
     x = np.random.default_rng(0).normal(size=(2, N, centroids + tokens, dim)).astype(np.float32)
     keys, values = (mx.array(part) for part in x)
-    ours = OnlineClustering(Rules(centroids=centroids), N, dim, dim)
+    ours = OnlineClustering(ClusteringConfig(centroids=centroids), N, dim, dim)
     ours.insert(keys[:, :centroids], values[:, :centroids])
     mx.eval(ours.state)
     before = mx.get_active_memory()
@@ -106,7 +106,7 @@ def streaming(flush: int, tokens: int) -> dict[str, Any]:
     batch, dim, centroids = STREAM
     N = batch * HEADS
     x = mx.random.normal((2, tokens, N, 1, dim), key=mx.random.key(0))
-    ours = OnlineClustering(Rules(centroids=centroids), N, dim, dim)
+    ours = OnlineClustering(ClusteringConfig(centroids=centroids), N, dim, dim)
     mx.eval(x)
     waits, buffer = [], []
     for token in range(tokens):

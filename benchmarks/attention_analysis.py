@@ -19,11 +19,13 @@ from rich.progress import track
 from benchmarks import paired, texts
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import interval, percent, table
-from mlxkv import lm, metrics
+from mlxkv import lm
+from mlxkv.evaluate import metrics
 from mlxkv.kernels.bits import pack, unpack
-from mlxkv.live import attach, causal
-from mlxkv.methods import full
-from mlxkv.methods._packing import per_token
+from mlxkv.live.base import causal_mask
+from mlxkv.live.methods import full
+from mlxkv.live.packing import quantize_per_token
+from mlxkv.live.seam import attach
 from mlxkv.models import cache_spec
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ SHARES = {  # of what `statistics` finds, those between 0 and 1
 }
 
 
-class Recorder(full.Cache):
+class Recorder(full.FullCache):
     """mlx-lm's cache that remembers of its last chunk what the last QUERIES queries attended to."""
 
     def attend(
@@ -84,7 +86,7 @@ class Recorder(full.Cache):
         H, T = keys.shape[1:3]
         last = queries[:, :, -QUERIES:].reshape(B, H, -1, min(L, QUERIES), D)
         scores = scale * last @ keys[:, :, None].swapaxes(-1, -2)
-        weights = mx.softmax(mx.where(causal(last.shape[-2], T), scores, -mx.inf), axis=-1)
+        weights = mx.softmax(mx.where(causal_mask(last.shape[-2], T), scores, -mx.inf), axis=-1)
         self.entropy = -(weights * mx.log(mx.maximum(weights, 1e-12))).sum(axis=-1).mean(axis=-1).reshape(B, Hq)
         self.mass = weights.mean(axis=(2, 3))  # [B, Hkv, T]
         output = super().attend(queries, keys, values, scale, mask)
@@ -128,7 +130,7 @@ def analyse(
 def recording(model: Any) -> list[Any]:
     spec = cache_spec(model)
     attach(model)
-    return [Recorder(full.Settings(), spec, layer) for layer in spec.attention_layers]
+    return [Recorder(full.FullConfig(), spec, layer) for layer in spec.attention_layers]
 
 
 def mixed(keys: mx.array, values: mx.array, case: Case, past: mx.array, future: mx.array) -> KVCache:
@@ -144,8 +146,8 @@ def mixed(keys: mx.array, values: mx.array, case: Case, past: mx.array, future: 
         # In any order: keys have been rotated, so attention does not ask where they stand.
         k, v = (mx.take_along_axis(x, tokens[..., None], axis=-2) for x in (keys, values))
         if tokens.size:
-            packed = pack(k, key_bits, case.tile, 1) if case.tile > 1 else per_token(k, key_bits)
-            cache.update_and_fetch(unpack(packed, k.dtype), unpack(per_token(v, value_bits), v.dtype))
+            packed = pack(k, key_bits, case.tile, 1) if case.tile > 1 else quantize_per_token(k, key_bits)
+            cache.update_and_fetch(unpack(packed, k.dtype), unpack(quantize_per_token(v, value_bits), v.dtype))
     mx.eval(cache.state)
     return cache
 

@@ -16,12 +16,13 @@ from rich.progress import track
 from benchmarks import texts
 from benchmarks.held_out import MODEL
 from mlxkv import lm
-from mlxkv.codec import kvtc, kvtc_rd, pca
 from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.codec.calibrate import calibrate
-from mlxkv.codec.codec import KVTCCacheCodec
-from mlxkv.codec.kvtc import MAX_DEFAULT_RANK, Settings
-from mlxkv.files import write_dump
+from mlxkv.codec.methods import kvtc, kvtc_rd
+from mlxkv.codec.methods.kvtc import MAX_DEFAULT_RANK, KVTCConfig
+from mlxkv.codec.session import CacheCodec
+from mlxkv.codec.stages import pca
+from mlxkv.dump import write_dump
 from mlxkv.sensitivity import sensitivity
 
 FULL = {"texts": 20, "tokens": 1536}
@@ -33,18 +34,18 @@ def calibrated(
 ) -> dict[float, CalibrationArtifacts]:
     """`kvtc` artifacts for each ratio. size: texts, tokens of each, and the rank where it is not the method's own."""
     with dumps(model, tokenizer, size) as files:
-        return dict(zip(ratios, learnt(files, [Settings(ratio, rank=size.get("rank")) for ratio in ratios])))
+        return dict(zip(ratios, learnt(files, [KVTCConfig(ratio, rank=size.get("rank")) for ratio in ratios])))
 
 
 def codecs(
     model: Any, tokenizer: Any, size: dict[str, int], ratios: Sequence[float], qualities: Sequence[float]
-) -> dict[str, KVTCCacheCodec]:
+) -> dict[str, CacheCodec]:
     """`kvtc` at each ratio and one `kvtc-rd` at each quality, by name, calibrated on the same texts."""
     with dumps(model, tokenizer, size, sensitivity) as files:
-        published = learnt(files, [Settings(ratio, rank=size.get("rank")) for ratio in ratios]) if ratios else []
-        ours = KVTCCacheCodec(calibrate(files, kvtc_rd.Settings()))
-    made = {f"kvtc-{ratio}": KVTCCacheCodec(found) for ratio, found in zip(ratios, published)}
-    return made | {f"kvtc-rd-{quality}": ours.at(quality) for quality in qualities}
+        published = learnt(files, [KVTCConfig(ratio, rank=size.get("rank")) for ratio in ratios]) if ratios else []
+        ours = CacheCodec(calibrate(files, kvtc_rd.KVTCRDConfig()))
+    made = {f"kvtc-{ratio}": CacheCodec(found) for ratio, found in zip(ratios, published)}
+    return made | {f"kvtc-rd-{quality}": ours.with_quality(quality) for quality in qualities}
 
 
 @contextmanager
@@ -61,7 +62,7 @@ def dumps(
         yield files
 
 
-def learnt(files: list[Path], settings: Sequence[Settings]) -> list[CalibrationArtifacts]:
+def learnt(files: list[Path], settings: Sequence[KVTCConfig]) -> list[CalibrationArtifacts]:
     """Artifacts by each of some settings that differ in their ratio.
 
     Principal components and errors of groups are the same for all ratios, and most of the seconds: they are found once.

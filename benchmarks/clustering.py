@@ -17,8 +17,8 @@ import numpy as np
 
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import percent, table
-from mlxkv.clustering import BLOCK, Clusters, Rules, inserted
 from mlxkv.kernels.centroids import assign
+from mlxkv.live.clustering import BLOCK, ClusteringConfig, Clusters, insert
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +30,7 @@ SPREADS = (0.5, 1.0, 1.5)  # of a cluster, in each dim, where centers spread by 
 BUDGETS = (16, 32, 64, 128)
 SEEDS = 3
 KMEANS_STARTS = 4  # of which scikit-learn keeps the best
-BASE = Rules(centroids=64)
+BASE = ClusteringConfig(centroids=64)
 SWEEPS: dict[str, dict[str, dict[str, Any]]] = {
     "block": {str(n): {} for n in (32, 64, 128, 256, 512)},
     "similarity": {str(s): {"metric": "cosine", "similarity": s} for s in (0.3, 0.5, 0.7, 0.8, 0.9)},
@@ -64,7 +64,7 @@ def measure(seeds: int, tokens: int) -> list[dict[str, Any]]:
         x, truth = stream(seed, SPREADS[1], tokens, sorted_by_cluster)
         for sweep, settings in SWEEPS.items():
             for value, changed in settings.items():
-                rules = Rules(**{"centroids": BASE.centroids, **changed})
+                rules = ClusteringConfig(**{"centroids": BASE.centroids, **changed})
                 block = int(value) if sweep == "block" else BLOCK
                 where = {"part": "sweep", "name": sweep, "value": value, "sorted": sorted_by_cluster, "seed": seed}
                 samples.append({**where, **scores(x, truth, *online(x, rules, block))})
@@ -100,21 +100,21 @@ def finders(budget: int, seed: int) -> dict[str, Callable[[np.ndarray], tuple[np
         return x[np.random.default_rng(seed).choice(len(x), budget, replace=False)], np.ones(budget)
 
     return {
-        "online, euclidean": lambda x: online(x, Rules(centroids=budget)),
-        "online, cosine": lambda x: online(x, Rules(centroids=budget, metric="cosine")),
+        "online, euclidean": lambda x: online(x, ClusteringConfig(centroids=budget)),
+        "online, cosine": lambda x: online(x, ClusteringConfig(centroids=budget, metric="cosine")),
         "k-means": whole,
         "mini-batch k-means": batches,
         "random tokens": chance,
     }
 
 
-def online(x: np.ndarray, rules: Rules, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray]:
+def online(x: np.ndarray, rules: ClusteringConfig, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray]:
     """Ours, in one pass over blocks of this many tokens."""
     state = None
     for start in range(0, len(x), block):
         keys = mx.array(x[None, start : start + block])
         ones = mx.ones(keys.shape[:2])
-        state = inserted(state, Clusters(keys, keys[..., :0], ones, ones, ones), rules)
+        state = insert(state, Clusters(keys, keys[..., :0], ones, ones, ones), rules)
     assert state is not None
     mx.eval(state)
     return np.array(state.keys[0]), np.array((state.counts * (state.counts >= rules.min_count))[0])

@@ -27,16 +27,17 @@ from benchmarks.held_out import MODEL
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import interval, megabytes, table
 from mlxkv import lm
-from mlxkv.cache import STREAMS, CacheSpec, KVDump, Stream
 from mlxkv.codec.artifacts import CalibrationArtifacts
-from mlxkv.codec.codec import KVTCCacheCodec
-from mlxkv.codec.kvtc import MAX_ERROR_TOKENS, Settings, StreamArtifacts, group_errors
-from mlxkv.codec.pca import principal_components
-from mlxkv.codec.plan import ErrorTable, Group, Plan, allocate, cost
-from mlxkv.codec.rows import to_rows
-from mlxkv.evaluate import fidelity
-from mlxkv.evaluate._variants import coded, whole
+from mlxkv.codec.methods.kvtc import MAX_ERROR_TOKENS, KVTCConfig, KVTCStream, group_errors
+from mlxkv.codec.session import CacheCodec
+from mlxkv.codec.stages.pca import principal_components
+from mlxkv.codec.stages.plan import ErrorTable, Group, Plan, allocate, cost
+from mlxkv.codec.stages.rows import to_rows
+from mlxkv.dump import KVDump
+from mlxkv.evaluate.tasks import fidelity
+from mlxkv.evaluate.variants import baseline, codec_variant
 from mlxkv.kernels.groups import BITS
+from mlxkv.spec import STREAMS, CacheSpec, Stream
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,7 +97,7 @@ def run(quick: bool) -> Outcome:
         chosen = {**CURVE, **{name: CHANGES[name] for name in QUICK}}
         calibration = {"texts": 2, "tokens": 768}
     made = codecs(chosen, dumps(model, tokenizer, calibration), rank)
-    variants = [whole(), *(coded(codec, name, "float16") for name, codec in made.items())]
+    variants = [baseline(), *(codec_variant(codec, name, "float16") for name, codec in made.items())]
     samples = [
         {"text": kind, **record}
         for kind, row in track(list(zip(kinds, rows.tolist())), "held-out texts")
@@ -115,17 +116,17 @@ def dumps(model: Any, tokenizer: Any, calibration: dict[str, int]) -> list[KVDum
     return [lm.dump(model, tokens, name=MODEL, dtype="float16") for tokens in track(stretches, "calibration")]
 
 
-def codecs(changes: dict[str, Change], seen: Sequence[KVDump], rank: int) -> dict[str, KVTCCacheCodec]:
+def codecs(changes: dict[str, Change], seen: Sequence[KVDump], rank: int) -> dict[str, CacheCodec]:
     """A codec for each change. What several of them need is learnt once."""
     learn = cache(partial(directions, seen, rank))
-    made: dict[str, KVTCCacheCodec] = {}
+    made: dict[str, CacheCodec] = {}
     for name, change in track(changes.items(), "bases and plans"):
         spec = unrotated(seen[0].spec) if change.rotated else seen[0].spec
         parts = {}
         for stream in map(spec.stream, STREAMS):
             found = learn(stream, change.layered)
-            plan = PLANS[change.plan](found, Settings(change.ratio).budget(stream.width))
-            parts[stream.name] = StreamArtifacts(found.mean, found.V[:, : plan.rank], plan)
+            plan = PLANS[change.plan](found, KVTCConfig(change.ratio).budget(stream.width))
+            parts[stream.name] = KVTCStream(found.mean, found.V[:, : plan.rank], plan)
         artifacts = CalibrationArtifacts(
             **parts, spec=spec, meta={"method": "kvtc", "model_fingerprint": seen[0].fingerprint}
         )
@@ -139,7 +140,7 @@ def unrotated(spec: CacheSpec) -> CacheSpec:
     return replace(spec, layers=tuple(layers))
 
 
-class AsGiven(KVTCCacheCodec):
+class AsGiven(CacheCodec):
     """Codes dumps of `spec` and believes its artifacts about their rotation."""
 
     def __init__(self, artifacts: CalibrationArtifacts, change: Change, spec: CacheSpec) -> None:
@@ -155,7 +156,7 @@ class AsGiven(KVTCCacheCodec):
 
 def directions(seen: Sequence[KVDump], rank: int, stream: Stream, layered: bool) -> Directions:
     """Principal components of a stream's rows, as `calibrate` finds them, or those of each layer's part alone."""
-    parts = [to_rows(stream, list(dump.stream(stream.name)), Settings.s, dump.length) for dump in seen]
+    parts = [to_rows(stream, list(dump.stream(stream.name)), KVTCConfig.s, dump.length) for dump in seen]
     rows = np.concatenate([np.array(part) for part in parts])
     mean, V = by_layer(rows, stream.layers) if layered else principal_components(rows, rank)
     coefficients = rows @ V

@@ -20,13 +20,14 @@ from benchmarks.rate_distortion import FULL, QUICK
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import table
 from mlxkv import lm
-from mlxkv.cache import STREAMS, KVDump
-from mlxkv.codec import kvtc_rd
 from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.codec.calibrate import calibrate
-from mlxkv.codec.codec import KVTCCacheCodec
-from mlxkv.codec.kvtc import Settings
+from mlxkv.codec.methods import kvtc_rd
+from mlxkv.codec.methods.kvtc import KVTCConfig
+from mlxkv.codec.session import CacheCodec
+from mlxkv.dump import KVDump
 from mlxkv.sensitivity import sensitivity
+from mlxkv.spec import STREAMS
 
 PHASE = 8
 RATIOS, QUALITIES = (4, 16), (35, 25)
@@ -40,11 +41,11 @@ def run(quick: bool) -> Outcome:
     tokens = texts.same_kind(tokenizer, length, 1)[0]
     dump = lm.dump(model, tokens, name=MODEL, dtype="float16")
     with calibration.dumps(model, tokenizer, size, sensitivity) as files:
-        published = calibration.learnt(files, [Settings(ratio, rank=size.get("rank")) for ratio in RATIOS])
-        ours = KVTCCacheCodec(calibrate(files, kvtc_rd.Settings()))
-        theirs = peer(calibrate(files, Settings(RATIOS[-1], rank=PEER_RANK)))
-    codecs: dict[str, Any] = {f"{ratio}x": KVTCCacheCodec(learnt) for ratio, learnt in zip(RATIOS, published)}
-    codecs |= {f"kvtc-rd {quality}": ours.at(quality) for quality in QUALITIES}
+        published = calibration.learnt(files, [KVTCConfig(ratio, rank=size.get("rank")) for ratio in RATIOS])
+        ours = CacheCodec(calibrate(files, kvtc_rd.KVTCRDConfig()))
+        theirs = peer(calibrate(files, KVTCConfig(RATIOS[-1], rank=PEER_RANK)))
+    codecs: dict[str, Any] = {f"{ratio}x": CacheCodec(learnt) for ratio, learnt in zip(RATIOS, published)}
+    codecs |= {f"kvtc-rd {quality}": ours.with_quality(quality) for quality in QUALITIES}
     samples: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as saved:
         published[-1].save(saved)
@@ -65,7 +66,7 @@ def run(quick: bool) -> Outcome:
     return Outcome(config, samples, summarise(samples))
 
 
-def timed(model: Any, dump: KVDump, name: str, codec: KVTCCacheCodec) -> list[dict[str, Any]]:
+def timed(model: Any, dump: KVDump, name: str, codec: CacheCodec) -> list[dict[str, Any]]:
     """There, back, and back into mlx-lm."""
     start = perf_counter()
     blob = codec.compress_dump(dump)

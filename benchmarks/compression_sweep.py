@@ -22,11 +22,11 @@ from benchmarks.live_runs import Variants, continued, prefilled
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import interval, percent, table
 from mlxkv import lm
-from mlxkv.cache import CacheSpec
-from mlxkv.evaluate import needle
-from mlxkv.evaluate.ruler.sources import Sources
+from mlxkv.evaluate.tasks import needle
+from mlxkv.evaluate.tasks.ruler.sources import Sources
+from mlxkv.live import live_config
 from mlxkv.models import cache_spec
-from mlxkv.presets import live_settings
+from mlxkv.spec import CacheSpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,7 +79,7 @@ def sized(
 ) -> dict[str, tuple[dict[str, Any], Any]]:
     """By the variant's name its method, ratio and seed, and its settings; `full` first."""
     points: dict[str, tuple[dict[str, Any], Any]] = {
-        "full": ({"method": "full", "ratio": 1, "seed": 0}, live_settings("full"))
+        "full": ({"method": "full", "ratio": 1, "seed": 0}, live_config("full"))
     }
     for ratio in ratios:
         for method in RECIPES:
@@ -87,7 +87,7 @@ def sized(
             for seed in range(seeds) if method == "random" else (0,):
                 drawn = {"seed": seed} if method == "random" else {}
                 name = f"{method} {ratio}:1" + (f", seed {seed}" if drawn else "")
-                settings = live_settings(method, **recipe, **drawn)
+                settings = live_config(method, **recipe, **drawn)
                 points[name] = {"method": method, "ratio": ratio, "seed": seed}, settings
     return points
 

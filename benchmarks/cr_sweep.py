@@ -17,9 +17,9 @@ from benchmarks.held_out import MODEL
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import megabytes, percent, table
 from mlxkv import lm
-from mlxkv.codec.codec import KVTCCacheCodec
-from mlxkv.evaluate import fidelity
-from mlxkv.evaluate._variants import coded, whole
+from mlxkv.codec.session import CacheCodec
+from mlxkv.evaluate.tasks import fidelity
+from mlxkv.evaluate.variants import baseline, codec_variant
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,12 +34,12 @@ def run(quick: bool) -> Outcome:
     size = calibration.QUICK if quick else calibration.FULL
     ratios = (4, 16) if quick else RATIOS
     artifacts = calibration.calibrated(model, tokenizer, size, ratios)
-    variants = [coded(KVTCCacheCodec(learnt), f"{ratio}x", "float16") for ratio, learnt in artifacts.items()]
+    variants = [codec_variant(CacheCodec(learnt), f"{ratio}x", "float16") for ratio, learnt in artifacts.items()]
     long, predict = (LENGTH, 64) if quick else (LONG, PREDICT)
     chosen = held_out(tokenizer, long, predict)[:: 6 if quick else 1]
     samples = []
     for kind, text, length, tokens in track(chosen, "held-out texts"):
-        records = fidelity.evaluate(model, [whole(), *variants], tokens, length, chunk=predict)[1:]
+        records = fidelity.evaluate(model, [baseline(), *variants], tokens, length, chunk=predict)[1:]
         for ratio, record in zip(ratios, records):
             samples.append({"compression_ratio": ratio, "kind": kind, "text": text, **record})
     config = {"model": MODEL, "dtype": "float16", "calibration": size, "predict": predict, "seed": 0}

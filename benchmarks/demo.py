@@ -19,14 +19,13 @@ from rich.markup import escape
 
 from benchmarks import texts
 from mlxkv import lm
-from mlxkv.cache import KVDump
 from mlxkv.cli import build
-from mlxkv.cli._output import show
+from mlxkv.cli._output import print_record
 from mlxkv.codec.artifacts import CalibrationArtifacts
-from mlxkv.codec.codec import KVTCCacheCodec
-from mlxkv.evaluate import fidelity
-from mlxkv.evaluate._variants import coded, whole
-from mlxkv.files import read_dump, write_dump
+from mlxkv.codec.session import CacheCodec
+from mlxkv.dump import KVDump, read_dump, write_dump
+from mlxkv.evaluate.tasks import fidelity
+from mlxkv.evaluate.variants import baseline, codec_variant
 from mlxkv.models import cache_spec
 
 MODEL = "smollm2-135m"
@@ -52,8 +51,8 @@ def main() -> None:
         _run("calibrate --method kvtc-8 --rank 2048 --preset smollm2 --out", folder / "artifacts", "--npz", *files)
         console.print(f"[bold]3.[/] Prefill {LENGTH} held-out tokens, dump the cache, compress it and get it back")
         held_out = texts.same_kind(tokenizer, LENGTH + PREDICT + 1, 1)[0]
-        exact = whole().hold(model, held_out[:LENGTH])
-        taken = lm.take(
+        exact = baseline().build(model, held_out[:LENGTH])
+        taken = lm.extract_cache(
             exact.cache,
             cache_spec(model),
             [held_out[:LENGTH]],
@@ -68,12 +67,12 @@ def main() -> None:
         _run("decompress", folder / "cache.mlxkv", "--artifacts", folder / "artifacts", "--out", folder / "back.npz")
         console.print("[bold]4.[/] Restore the cache into mlx-lm and let the model go on from both")
         _speak(model, tokenizer, held_out[LENGTH], exact.cache, read_dump(folder / "back.npz"))
-        codec = KVTCCacheCodec(CalibrationArtifacts.from_dir(folder / "artifacts"))
+        codec = CacheCodec(CalibrationArtifacts.from_dir(folder / "artifacts"))
         # Both begin with what has just been prefilled.
-        ways = [replace(whole(), hold=lambda *_: exact), coded(codec, "kvtc-8", "float16")]
+        ways = [replace(baseline(), build=lambda *_: exact), codec_variant(codec, "kvtc-8", "float16")]
         first, record = fidelity.evaluate(model, ways, held_out, LENGTH, chunk=PREDICT)
         facts = {**record, "prefill_seconds": first["prefill_seconds"]}
-        show({key: facts[key] for key in SHOWN}, as_json=False, title="does the model notice?")
+        print_record({key: facts[key] for key in SHOWN}, as_json=False, title="does the model notice?")
     console.print(f"{perf_counter() - begin:.0f} seconds in all, without set-up")
 
 

@@ -11,8 +11,8 @@ from time import perf_counter
 import numpy as np
 
 from benchmarks.schema import Outcome, Result
-from mlxkv.codec.kvtc import MAX_ERROR_TOKENS, group_errors
-from mlxkv.codec.plan import allocate
+from mlxkv.codec.methods.kvtc import MAX_ERROR_TOKENS, group_errors
+from mlxkv.codec.stages.plan import allocate
 
 PHASE = 8
 WIDTH, RANK, RATIO = 24_576, 2_048, 4

@@ -21,13 +21,14 @@ from benchmarks.live_runs import caches_of
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import percent, table
 from mlxkv import lm
-from mlxkv.cache import CacheSpec
-from mlxkv.evaluate import _texts, attention
-from mlxkv.evaluate._run import run as evaluate
-from mlxkv.evaluate._statistics import sign_flip
-from mlxkv.evaluate._variants import Held, Variant, live, sizes, whole
+from mlxkv.evaluate import texts
+from mlxkv.evaluate.runner import run as evaluate
+from mlxkv.evaluate.statistics import sign_flip_test
+from mlxkv.evaluate.tasks import attention
+from mlxkv.evaluate.variants import CachedContext, Variant, baseline, cache_sizes, live_variant
+from mlxkv.live import live_config
 from mlxkv.models import cache_spec
-from mlxkv.presets import live_settings
+from mlxkv.spec import CacheSpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,16 +49,16 @@ REGIONS = {  # of `attention.mass_by_position`
 
 def run(quick: bool) -> Outcome:
     model, tokenizer = lm.load(MODEL)
-    options = attention.Options(at=256, samples=1) if quick else attention.Options(samples=2)
+    options = attention.AttentionOptions(at=256, samples=1) if quick else attention.AttentionOptions(samples=2)
     seeds = 1 if quick else 3
-    variants = [live(COUNTED), uncounted(), *(live(name) for name in OTHERS)]
+    variants = [live_variant(COUNTED), uncounted(), *(live_variant(name) for name in OTHERS)]
     looked = evaluate("attention", model, tokenizer, variants, options, seeds=seeds)
     samples = [{"part": "attention", **record} for record in looked["samples"]]
     for seed in range(seeds):
-        stretches = _texts.windows(tokenizer, None, options.at + options.queries, options.samples, seed)
+        stretches = texts.draw_stretches(tokenizer, None, options.at + options.queries, options.samples, seed)
         for start, tokens in stretches.items():
             shares = spectrum(model, tokens[: options.at])
-            samples.append({"part": "spectrum", "text": _texts.name(None), "start": start, "seed": seed, **shares})
+            samples.append({"part": "spectrum", "text": texts.text_name(None), "start": start, "seed": seed, **shares})
     config = {
         "model": MODEL,
         "at": options.at,
@@ -71,12 +72,12 @@ def run(quick: bool) -> Outcome:
 
 def uncounted() -> Variant:
     """COUNTED with nothing added to the scores of its centroids."""
-    settings = mp_kvm_variants.Settings(**asdict(live_settings(COUNTED)), counted=False)
+    settings = mp_kvm_variants.Settings(**asdict(live_config(COUNTED)), counted=False)
 
-    def hold(model: Any, tokens: Sequence[int], exact: Held | None = None) -> Held:
+    def hold(model: Any, tokens: Sequence[int], exact: CachedContext | None = None) -> CachedContext:
         cache = caches_of(model, settings)
         lm.prefill(model, tokens, cache)
-        return Held(cache, sizes(model, cache))
+        return CachedContext(cache, cache_sizes(model, cache))
 
     return Variant(UNCOUNTED, asdict(settings), hold)
 
@@ -84,8 +85,8 @@ def uncounted() -> Variant:
 def spectrum(model: Any, tokens: Sequence[int]) -> dict[str, list[list[float]]]:
     """By layer, means over heads: the shares of variance in the first DIMS of all principal components, `[L, dims]`."""
     spec = cache_spec(model)
-    held = whole().hold(model, tokens)
-    entries = [attention.stored(held.cache[layer]) for layer in spec.attention_layers]
+    held = baseline().build(model, tokens)
+    entries = [attention.stored_entries(held.cache[layer]) for layer in spec.attention_layers]
     parts = {
         "keys": [_unrotated(entry.keys, spec, layer) for layer, entry in zip(spec.attention_layers, entries)],
         "rotated keys": [entry.keys for entry in entries],
@@ -144,14 +145,14 @@ def middle(looked: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
     others is, paired over samples."""
     exact, counted, without = (
         np.array([regions(record)["middle"].sum() for record in looked[name]])
-        for name in (whole().name, COUNTED, UNCOUNTED)
+        for name in (baseline().name, COUNTED, UNCOUNTED)
     )
     return {
         "whole": float(exact.mean()),
         "counted": float(counted.mean()),
         "uncounted": float(without.mean()),
         "samples": len(exact),
-        "p": sign_flip(np.abs(counted - exact) - np.abs(without - exact)),
+        "p": sign_flip_test(np.abs(counted - exact) - np.abs(without - exact)),
     }
 
 
@@ -208,9 +209,9 @@ def figure(result: Result) -> Figure:
         if name == UNCOUNTED:
             options |= {"ls": "--", "mfc": "white"}
         panes[0, 0].plot(np.mean([record["mass_by_position"] for record in records], axis=(0, 1)), **options)
-        if name not in (whole().name, UNCOUNTED):
+        if name not in (baseline().name, UNCOUNTED):
             panes[0, 1].plot(np.mean([record["by_layer"]["kl"] for record in records], axis=0), **options)
-        if name in (whole().name, COUNTED, UNCOUNTED):
+        if name in (baseline().name, COUNTED, UNCOUNTED):
             mass = np.mean([record["mass_by_position"] for record in records], axis=0)
             panes[1, 0].plot(mass[:, REGIONS["middle"]].sum(axis=-1), **options)
     for kind, color in zip(("keys", "rotated keys", "values"), figures.COLORS):

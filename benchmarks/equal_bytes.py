@@ -10,9 +10,9 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks.live_runs import CHUNK
-from mlxkv.cache import CacheSpec
-from mlxkv.live import cache_of
-from mlxkv.presets import live_settings
+from mlxkv.live import live_config
+from mlxkv.live.base import cache_class_of
+from mlxkv.spec import CacheSpec
 
 LEAST = 10  # the size from which on all recipes exist
 SINKS = 4
@@ -41,7 +41,7 @@ def largest(method: str, share: float, spec: CacheSpec, context: int, predict: i
     bytes while `predict` tokens follow a context; of the smallest size where none does."""
 
     def measured(n: int) -> float:
-        return share_held(live_settings(method, **RECIPES[method](n)), spec, context, predict)
+        return share_held(live_config(method, **RECIPES[method](n)), spec, context, predict)
 
     sizes = range(LEAST, round(share * (context + predict)) + 1)  # no token takes less than its keys and values
     return RECIPES[method](sizes[max(1, bisect_right(sizes, share, key=measured)) - 1])
@@ -53,12 +53,12 @@ def share_held(settings: Any, spec: CacheSpec, context: int, predict: int) -> fl
     They depend on how many tokens came, not on which, so zeros are enough, and nothing is ever computed.
     """
     layer = spec.attention_layers[0]
-    cache = cache_of(settings)(settings, spec, layer)
+    cache = cache_class_of(settings)(settings, spec, layer)
     shares = []
     for count in (context, *[CHUNK] * ((predict - 1) // CHUNK)):
         keys, values = (mx.zeros((1, slot.heads, count, slot.dim), mx.float16) for slot in cache.slots)
         mass = mx.zeros((1, cache.slots[0].heads, cache.kept + count))
         cache.offset += count
-        cache.absorb(keys, values, mass if cache.mass_queries else None)
+        cache.absorb(keys, values, mass if cache.observation_window else None)
         shares.append(cache.nbytes / (2 * cache.offset * sum(slot.heads * slot.dim for slot in cache.slots)))
     return float(np.mean(shares))

@@ -23,8 +23,8 @@ from benchmarks.live_runs import followed, prefilled
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import percent, table
 from mlxkv import lm
-from mlxkv.evaluate._statistics import sign_flip
-from mlxkv.presets import live_settings
+from mlxkv.evaluate.statistics import sign_flip_test
+from mlxkv.live import live_config
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,7 +53,7 @@ def run(quick: bool) -> Outcome:
     kinds, rows = held_out.rows(MODEL, tokenizer, max(LENGTHS) + predict + 1)
     if quick:
         kinds, rows = kinds[::4], rows[::4]
-    variants = {"full": watched.Settings(), **{method: live_settings(method) for method in METHODS}}
+    variants = {"full": watched.Settings(), **{method: live_config(method) for method in METHODS}}
     samples = []
     for length in lengths:
         tokens = rows[:, max(LENGTHS) - length :]
@@ -171,7 +171,7 @@ def correlates(method: str, samples: Sequence[dict[str, Any]]) -> list[dict[str,
             if len(set(values)) > 1:
                 rhos.append(float(spearmanr(values, [s["kl"][method] for s in own]).statistic))
         if rhos:
-            p = sign_flip(np.array(rhos))
+            p = sign_flip_test(np.array(rhos))
             rows.append({"method": method, "with": name, "rho": fmean(rhos), "rhos": rhos, "p": p})
     for row, p in zip(rows, paired.holm([row["p"] for row in rows])):
         row["p_holm"] = p

@@ -12,8 +12,8 @@ from benchmarks.calibration import codecs
 from benchmarks.held_out import MODEL
 from benchmarks.schema import Outcome, Result
 from mlxkv import lm
-from mlxkv.evaluate._run import run
-from mlxkv.evaluate._variants import coded, live
+from mlxkv.evaluate.runner import run
+from mlxkv.evaluate.variants import codec_variant, live_variant
 
 CALIBRATION = {"texts": 4, "tokens": 1536}
 SURE = 0.05
@@ -25,10 +25,10 @@ def outcome(
 ) -> Outcome:  # fmt: skip
     """An evaluation of the untouched cache, of live presets, and of kvtc and kvtc-rd, calibrated on text of another kind."""
     model, tokenizer = lm.load(MODEL)
-    variants = [live(preset) for preset in presets]
+    variants = [live_variant(preset) for preset in presets]
     if ratios or qualities:
         made = codecs(model, tokenizer, CALIBRATION, ratios, qualities)
-        variants += [coded(codec, label, "float16") for label, codec in made.items()]
+        variants += [codec_variant(codec, label, "float16") for label, codec in made.items()]
     with Progress(transient=True) as progress:
         task = progress.add_task(name, total=None)
         result = run(

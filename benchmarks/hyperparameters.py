@@ -20,7 +20,7 @@ from benchmarks.live_runs import Variants, continued
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import interval, percent, table
 from mlxkv import lm
-from mlxkv.presets import live_settings
+from mlxkv.live import live_config
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,7 +73,7 @@ def run(quick: bool) -> Outcome:
     second = measured(model, kinds[1::2], rows[1::2], context, "other", chosen)
     config = {
         "model": MODEL, "context": context, "predict": predict, "tuning": kinds[::2], "other": kinds[1::2],
-        "chosen": chosen, "settings": {preset: str(live_settings(preset)) for preset in AXES},
+        "chosen": chosen, "settings": {preset: str(live_config(preset)) for preset in AXES},
     }  # fmt: skip
     return Outcome(config, first + second, {"sweep": swept, "other": confirmed(second, swept)})
 
@@ -92,12 +92,12 @@ def single_changes(axes: dict[str, Sequence[Any]], most: int | None) -> dict[str
 
 def configured(preset: str, overrides: dict[str, Any]) -> Any:
     """The preset with settings replaced, and as many more or fewer centroids as its tail got shorter or longer."""
-    settings = live_settings(preset, **overrides)
+    settings = live_config(preset, **overrides)
     if not hasattr(settings, "centroids"):
         return settings
-    base = live_settings(preset)
+    base = live_config(preset)
     room = round(tail(base) - tail(settings))
-    return live_settings(preset, **overrides, centroids=base.centroids + room)
+    return live_config(preset, **overrides, centroids=base.centroids + room)
 
 
 def tail(settings: Any) -> float:
@@ -115,7 +115,7 @@ def measured(
         for preset, of_preset in configurations.items()
         for name, overrides in of_preset.items()
     }
-    variants: Variants = {"full": live_settings("full"), **{name: settings for name, (_, _, settings) in named.items()}}
+    variants: Variants = {"full": live_config("full"), **{name: settings for name, (_, _, settings) in named.items()}}
     return [
         {"half": half, "preset": named[r["variant"]][0], "configuration": named[r["variant"]][1], **r, "text": kinds[r["text"]]}
         for r in continued(model, rows, context, variants, half)

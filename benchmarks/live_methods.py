@@ -20,7 +20,8 @@ from benchmarks.held_out import CONTEXT, MODEL, PREDICT
 from benchmarks.live_runs import continued, possible
 from benchmarks.live_variants import method_of, presets, references
 from benchmarks.schema import Outcome, Result
-from mlxkv import lm, miniatures
+from mlxkv import lm
+from mlxkv.bundled import miniatures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,7 +71,7 @@ def run(quick: bool) -> Outcome:
             kinds, rows = kinds[::6], rows[::6]
         codecs = calibration.codecs(model, tokenizer, size, ratios, qualities) if name == MODEL else {}
         for label, codec in codecs.items():
-            facts = {"w": codec.w, "quality": codec.quality, "artifact_bytes": codec.artifacts.nbytes}
+            facts = {"w": codec.recent, "quality": codec.quality, "artifact_bytes": codec.artifacts.nbytes}
             filed[label] = {**codec.artifacts.meta, **facts}
         records = continued(model, rows, context, possible(model, {**variants, **codecs}), name)
         samples += [{"model": name, **record, "text": kinds[record["text"]]} for record in records]

@@ -18,11 +18,13 @@ import numpy as np
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from rich.progress import track
 
-from mlxkv import live, lm, metrics
-from mlxkv.cache import STREAMS, KVDump
-from mlxkv.codec.codec import KVTCCacheCodec
+from mlxkv import live, lm
+from mlxkv.codec.session import CacheCodec
+from mlxkv.dump import KVDump
 from mlxkv.errors import UnsupportedError
+from mlxkv.evaluate import metrics
 from mlxkv.models import cache_spec
+from mlxkv.spec import STREAMS
 
 Variants = Mapping[str, Any]
 CHUNK = 16  # tokens: far faster than single ones, and nearly the same, as every method keeps the newest as they are
@@ -32,7 +34,7 @@ def caches_of(model: Any, settings: Any) -> list[Any]:
     """A prompt cache of these settings, which may be of a method outside mlxkv."""
     caches, spec = make_prompt_cache(model), cache_spec(model)
     for layer in spec.attention_layers:
-        caches[layer] = live.cache_of(settings)(settings, spec, layer)
+        caches[layer] = live.cache_class_of(settings)(settings, spec, layer)
     live.attach(model)
     return caches
 
@@ -41,7 +43,7 @@ def possible(model: Any, variants: Variants) -> Variants:
     """Those that this model can have; says which it cannot and why."""
     left = dict(variants)
     for name, settings in variants.items():
-        if isinstance(settings, KVTCCacheCodec):
+        if isinstance(settings, CacheCodec):
             continue
         try:
             caches_of(model, settings)
@@ -103,7 +105,7 @@ class SharedPrefill:
 
 def prefilled(model: Any, rows: mx.array, variants: Variants) -> dict[str, list[Any]]:
     """Each variant's caches after `rows` `[B, T]` in one chunk, from a single run of the model."""
-    codecs = {name: variant for name, variant in variants.items() if isinstance(variant, KVTCCacheCodec)}
+    codecs = {name: variant for name, variant in variants.items() if isinstance(variant, CacheCodec)}
     caches = {name: caches_of(model, settings) for name, settings in variants.items() if name not in codecs}
     shared, spec = make_prompt_cache(model), cache_spec(model)
     for layer in spec.attention_layers:
@@ -117,13 +119,13 @@ def prefilled(model: Any, rows: mx.array, variants: Variants) -> dict[str, list[
         return caches
     whole = [entry.exact if isinstance(entry, SharedPrefill) else entry for entry in shared]
     tokens: Any = rows.tolist()
-    dump = lm.take(whole, spec, tokens, fingerprint=lm.fingerprint(model), dtype="float16")
+    dump = lm.extract_cache(whole, spec, tokens, fingerprint=lm.fingerprint(model), dtype="float16")
     del shared, whole
     filed = {name: restored(model, codec, dump) for name, codec in codecs.items()}
     return {name: (caches | filed)[name] for name in variants}
 
 
-def restored(model: Any, codec: KVTCCacheCodec, dump: KVDump) -> list[Any]:
+def restored(model: Any, codec: CacheCodec, dump: KVDump) -> list[Any]:
     """mlx-lm's caches of the dump's texts, each compressed into a file of its own and read back."""
     sizes, decoded = [], []
     for i in range(len(dump.tokens)):

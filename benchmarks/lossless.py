@@ -19,9 +19,9 @@ from benchmarks.held_out import MODEL
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import megabytes, percent, table
 from mlxkv import lm
-from mlxkv.codec.codec import KVTCCacheCodec
+from mlxkv.codec.session import CacheCodec
 from mlxkv.codec.summary import summary
-from mlxkv.container import Reader
+from mlxkv.io.container import Reader
 from mlxkv.kernels import rans
 
 PHASE = 8
@@ -68,9 +68,7 @@ def caches(tokens: int, rounds: int, size: dict[str, int]) -> list[dict[str, Any
     model, tokenizer = lm.load(MODEL)
     artifacts = calibration.calibrated(model, tokenizer, size, RATIOS)
     dump = lm.dump(model, texts.same_kind(tokenizer, tokens, 1)[0], name=MODEL, dtype="float16")
-    codecs = {
-        (ratio, coding): KVTCCacheCodec(artifacts[ratio], lossless=coding) for ratio in RATIOS for coding in CODINGS
-    }
+    codecs = {(ratio, coding): CacheCodec(artifacts[ratio], lossless=coding) for ratio in RATIOS for coding in CODINGS}
     samples = []
     for _ in range(rounds):
         for (ratio, coding), codec in codecs.items():

@@ -27,8 +27,8 @@ from benchmarks.mp_kvm_ablation import BASE, owners
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import percent, table
 from mlxkv import lm
-from mlxkv.cache import Rope
-from mlxkv.presets import live_settings
+from mlxkv.live import live_config
+from mlxkv.spec import Rope
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,7 +49,7 @@ def run(quick: bool) -> Outcome:
     seeds, length = (1, QUICK_LENGTH) if quick else (SEEDS, LENGTH)
     stretches = {topic: tokenizer.encode(texts.OTHER_KINDS[topic]()) for topic in TOPICS}
     drawn = [composed(stretches, length, seed) for seed in range(seeds)]
-    variants = {"full": live_settings("full"), BASE: live_settings(BASE)}
+    variants = {"full": live_config("full"), BASE: live_config(BASE)}
     caches = prefilled(model, mx.array([tokens for tokens, _ in drawn]), variants)
     layers = PICTURED if quick else range(len(caches["full"]))
     samples = []

@@ -21,12 +21,12 @@ import numpy as np
 
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import megabytes, table
-from mlxkv.cache import CacheSpec, Rope
 from mlxkv.codec.artifacts import CalibrationArtifacts
-from mlxkv.codec.codec import KVTCCacheCodec
-from mlxkv.codec.kvtc import StreamArtifacts
-from mlxkv.codec.plan import Group, Plan
-from mlxkv.models import keys_and_values
+from mlxkv.codec.methods.kvtc import KVTCStream
+from mlxkv.codec.session import CacheCodec
+from mlxkv.codec.stages.plan import Group, Plan
+from mlxkv.models import kv_slots
+from mlxkv.spec import CacheSpec, Rope
 
 PHASE = 8
 LAYERS, HEADS, DIM, RANK = 48, 4, 128, 512
@@ -48,7 +48,7 @@ def run(quick: bool) -> Outcome:
 
 def measured(step: str, tokens: int, file: Path) -> dict[str, Any]:
     """Seconds of a step, and the peak of the process that this runs in."""
-    codec = KVTCCacheCodec(artifacts())
+    codec = CacheCodec(artifacts())
     start = perf_counter()
     if step == "compress":
         random = np.random.default_rng(0)
@@ -65,12 +65,10 @@ def measured(step: str, tokens: int, file: Path) -> dict[str, Any]:
 
 
 def artifacts() -> CalibrationArtifacts:
-    spec = CacheSpec("qwen3_moe", (keys_and_values(HEADS, DIM, Rope(DIM, base=1e6)),) * LAYERS)
+    spec = CacheSpec("qwen3_moe", (kv_slots(HEADS, DIM, Rope(DIM, base=1e6)),) * LAYERS)
     width = LAYERS * HEADS * DIM
     basis = np.random.default_rng(1).standard_normal((width, RANK), dtype=np.float32) / np.sqrt(width)
-    part = StreamArtifacts(
-        np.zeros(width, np.float32), basis.astype(np.float16), Plan((Group(64, "int4"),) * (RANK // 64))
-    )
+    part = KVTCStream(np.zeros(width, np.float32), basis.astype(np.float16), Plan((Group(64, "int4"),) * (RANK // 64)))
     return CalibrationArtifacts(part, part, spec, {"method": "kvtc"})
 
 

@@ -31,7 +31,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import miniature_texts as texts
-from mlxkv import miniatures
+from mlxkv.bundled import miniatures
 from mlxkv.errors import InputError
 
 BALANCE = 0.002  # an expert's bias moves by this much a step

@@ -20,7 +20,8 @@ from mlx_lm.sample_utils import make_sampler
 from benchmarks import miniature_texts as texts
 from benchmarks import tables
 from benchmarks.schema import Outcome, Result
-from mlxkv import lm, miniatures
+from mlxkv import lm
+from mlxkv.bundled import miniatures
 
 PHASE = 1
 LONG = 2048  # bytes of a measured window

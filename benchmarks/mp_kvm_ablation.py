@@ -25,11 +25,11 @@ from benchmarks.live_runs import Variants, continued
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import interval, percent, table
 from mlxkv import live, lm
-from mlxkv.cache import CacheSpec
-from mlxkv.clustering import energy_loss
 from mlxkv.kernels.centroids import assign
+from mlxkv.live import live_config
+from mlxkv.live.clustering import energy_loss
 from mlxkv.models import cache_spec
-from mlxkv.presets import live_settings
+from mlxkv.spec import CacheSpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,10 +74,10 @@ def run(quick: bool) -> Outcome:
         kinds, rows = kinds[::5], rows[::5]
     variants = ours(QUICK if quick else CHANGES)
     others = {
-        name: live_settings(_unseeded(name), **settings)
+        name: live_config(_unseeded(name), **settings)
         for name, settings in list(OTHERS.items())[: 2 if quick else None]
     }
-    records = continued(model, rows, context, {"full": live_settings("full"), **others, **variants}, MODEL)
+    records = continued(model, rows, context, {"full": live_config("full"), **others, **variants}, MODEL)
     samples = [{"measure": "fidelity", **record, "text": kinds[record["text"]]} for record in records]
     samples += [{"measure": "energy", **record} for record in energies(model, rows[0, :context], variants)]
     config = {
@@ -89,8 +89,8 @@ def run(quick: bool) -> Outcome:
 
 def ours(changes: Iterable[str]) -> Variants:
     """The preset, and the preset with one thing changed."""
-    base = asdict(live_settings(BASE))
-    return {BASE: live_settings(BASE)} | {
+    base = asdict(live_config(BASE))
+    return {BASE: live_config(BASE)} | {
         change: mp_kvm_variants.Settings(**{**base, **CHANGES[change]}) for change in changes
     }
 
@@ -128,10 +128,10 @@ def energies(model: Any, tokens: np.ndarray, variants: Variants) -> list[dict[st
         if settings.partition == "shared":  # its clusters are of all heads' keys together
             continue
         for layer in spec.attention_layers:
-            cache = live.cache_of(settings)(settings, spec, layer)
+            cache = live.cache_class_of(settings)(settings, spec, layer)
             keys, values, queries, mass = caches[layer].seen
             cache.offset = len(tokens)
-            cache.absorb(keys, values, mass if cache.mass_queries else None)
+            cache.absorb(keys, values, mass if cache.observation_window else None)
             records.append({"variant": name, "layer": layer, **energy(cache, keys, values, queries)})
     return records
 

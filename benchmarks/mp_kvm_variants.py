@@ -7,21 +7,21 @@ from unittest import mock
 
 import mlx.core as mx
 
-from mlxkv.clustering import Clusters, Rules, pooled
-from mlxkv.methods import mp_kvm
+from mlxkv.live.clustering import ClusteringConfig, Clusters, merge_by_owner
+from mlxkv.live.methods import mp_kvm
 
 METHOD = "mp-kvm-variants"
 
 
 @dataclass(frozen=True)
-class Settings(mp_kvm.Settings):
+class Settings(mp_kvm.MPKVMConfig):
     """counted: whether counts are added to the scores. chance: the seed by which is drawn what is merged with what."""
 
     counted: bool = True
     chance: int | None = None
 
 
-class Cache(mp_kvm.Cache):
+class Cache(mp_kvm.MPKVMCache):
     """MP-KVM but for that."""
 
     settings: Settings
@@ -38,7 +38,7 @@ class Cache(mp_kvm.Cache):
             return super()._flush(block, first)
 
 
-def by_chance(old: Clusters | None, new: Clusters, rules: Rules, draw: mx.array) -> Clusters:
+def by_chance(old: Clusters | None, new: Clusters, rules: ClusteringConfig, draw: mx.array) -> Clusters:
     """As `inserted`, but slots drawn at random go into others drawn at random."""
     both = new if old is None else Clusters(*(mx.concatenate([*pair], axis=1) for pair in zip(old, new)))
     N, M = both.counts.shape
@@ -50,4 +50,4 @@ def by_chance(old: Clusters | None, new: Clusters, rules: Rules, draw: mx.array)
     stays = mx.put_along_axis(mx.ones((N, M), mx.bool_), going, mx.array(False), axis=1)
     place = mx.cumsum(stays.astype(mx.int32), axis=1) - 1
     owner = mx.put_along_axis(place, going, mx.take_along_axis(place, into, axis=1), axis=1)
-    return pooled(both, owner, rules.centroids)
+    return merge_by_owner(both, owner, rules.centroids)

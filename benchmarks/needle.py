@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks import evaluated
 from benchmarks.schema import Outcome, Result
-from mlxkv.evaluate import needle
+from mlxkv.evaluate.tasks import needle
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,8 +36,10 @@ HEADS = {"digits_first": "digits first", "found": "whole key", "log_probability"
 
 def run(quick: bool) -> Outcome:
     if quick:
-        return evaluated.outcome("needle", QUICK, needle.Options((160, 320), (0.2, 0.8)), seeds=1)
-    return evaluated.outcome("needle", PRESETS, needle.Options((256, 512, 1024), (0.1, 0.5, 0.9)), 3, (16,), (22, 35))
+        return evaluated.outcome("needle", QUICK, needle.NeedleOptions((160, 320), (0.2, 0.8)), seeds=1)
+    return evaluated.outcome(
+        "needle", PRESETS, needle.NeedleOptions((256, 512, 1024), (0.1, 0.5, 0.9)), 3, (16,), (22, 35)
+    )
 
 
 def brief(result: Result) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxkv.evaluate._statistics import interval, sign_flip
+from mlxkv.evaluate.statistics import bootstrap_interval, sign_flip_test
 
 Curve = Sequence[tuple[float, float]]
 LEAST_KL = 1e-9  # below, rounding decides, even about the sign
@@ -38,9 +38,9 @@ def compare(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     return {
         "texts": len(differences),
         "kl_ratio": float(np.exp(differences.mean())),
-        "kl_ratio_interval": np.exp(interval(differences)).tolist(),
+        "kl_ratio_interval": np.exp(bootstrap_interval(differences)).tolist(),
         "better_on": int((differences < 0).sum()),
-        "p": sign_flip(differences),
+        "p": sign_flip_test(differences),
     }
 
 

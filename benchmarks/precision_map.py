@@ -15,10 +15,10 @@ from benchmarks import tables
 from benchmarks.held_out import MODEL
 from benchmarks.schema import Outcome, Result
 from mlxkv import lm
-from mlxkv.evaluate import attention, needle
-from mlxkv.evaluate._statistics import interval, sign_flip
-from mlxkv.evaluate._variants import live, whole
-from mlxkv.evaluate.ruler.sources import Sources
+from mlxkv.evaluate.statistics import bootstrap_interval, sign_flip_test
+from mlxkv.evaluate.tasks import attention, needle
+from mlxkv.evaluate.tasks.ruler.sources import Sources
+from mlxkv.evaluate.variants import baseline, live_variant
 from mlxkv.models import cache_spec
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def run(quick: bool) -> Outcome:
 def measured(model: Any, tokenizer: Any, tokens: list[int], key: str) -> dict[str, Any]:
     """Bits of every token, and which of them are the needle's."""
     layers = cache_spec(model).attention_layers
-    exact, held = (variant.hold(model, tokens).cache for variant in (whole(), live(PRESET)))
+    exact, held = (variant.build(model, tokens).cache for variant in (baseline(), live_variant(PRESET)))
     bits = np.mean([of_tokens(held[layer], exact[layer]) for layer in layers], axis=0)
     hidden = tokenizer.encode(needle.NEEDLE.format(key), add_special_tokens=False)
     start = next(i for i in range(len(tokens)) if tokens[i : i + len(hidden)] == hidden)
@@ -61,7 +61,7 @@ def of_tokens(cache: Any, exact: Any) -> np.ndarray:
     """Bits of each token's keys and values in one layer, `[T]`, a mean over heads. exact: mlx-lm's cache of the same tokens."""
     widths = [(16 if k.raw else k.bits) / 2 + (16 if v.raw else v.bits) / 2 for k, v in cache.buckets()]
     of_entries = np.repeat(widths, [k.shape[-2] for k, _ in cache.buckets()])
-    shares = attention.stands_for(attention.stored(cache), attention.stored(exact))
+    shares = attention.entry_shares(attention.stored_entries(cache), attention.stored_entries(exact))
     return (of_entries @ shares).mean(axis=0)
 
 
@@ -80,8 +80,8 @@ def summarise(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "needle_bits": float(np.mean(pairs, axis=0)[0]),
         "other_bits": float(np.mean(pairs, axis=0)[1]),
         "difference": float(differences.mean()),
-        "interval": interval(differences),
-        "p": sign_flip(differences),
+        "interval": bootstrap_interval(differences),
+        "p": sign_flip_test(differences),
         "quantiles": np.mean(spread, axis=0).tolist(),
     }
 

@@ -14,34 +14,34 @@ import mlx.core as mx
 
 from mlxkv import live
 from mlxkv.kernels.examples import arrays
-from mlxkv.methods import _packing, _selection, _sketching, h2o, int4, int8, kivi, mp_kvm, smartkv
-from mlxkv.sketches import CountMin
+from mlxkv.live.methods import h2o, int4, int8, kivi, mp_kvm, smartkv
+from mlxkv.live.sketches import CountMin
 
 PARTS = {
     "attention": (
         (live, "decode_attention"),
         (mx.fast, "scaled_dot_product_attention"),
-        (live.LayerCache, "_after_stored"),
+        (live.LayerCache, "_concat_stored"),
     ),
     "weights again": ((live, "attention_mass"),),
-    "importance": ((smartkv.Cache, "_weigh"), (mp_kvm.Cache, "_weighed"), (CountMin, "update")),
+    "importance": ((smartkv.SmartKVCache, "_weigh"), (mp_kvm.MPKVMCache, "_weighed"), (CountMin, "update")),
     "reallocation": (
-        (smartkv.Cache, "_settle"),
-        (h2o.Cache, "_survivors"),
-        (mp_kvm.Cache, "_flush"),
-        (_sketching.SketchingCache, "_settle"),
+        (smartkv.SmartKVCache, "_flush_tail"),
+        (h2o.H2OCache, "_evict"),
+        (mp_kvm.MPKVMCache, "_flush"),
+        (sketching.SketchingCache, "_flush_tail"),
         (CountMin, "query"),
         *((module.Cache, "pack") for module in (int4, int8, kivi)),
     ),
     "storing": tuple(
         (owner, "absorb")
         for owner in (
-            smartkv.Cache,
-            h2o.Cache,
-            mp_kvm.Cache,
-            _sketching.SketchingCache,
-            _packing.PackingCache,
-            _selection.SelectingCache,
+            smartkv.SmartKVCache,
+            h2o.H2OCache,
+            mp_kvm.MPKVMCache,
+            sketching.SketchingCache,
+            packing.PackingCache,
+            selection.SelectingCache,
         )
     ),
 }

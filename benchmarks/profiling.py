@@ -24,7 +24,8 @@ from benchmarks.schema import Outcome, Result
 from benchmarks.tables import megabytes, percent, table
 from benchmarks.theory import theory
 from mlxkv import lm
-from mlxkv.evaluate import _texts, _variants, latency, memory
+from mlxkv.evaluate import texts
+from mlxkv.evaluate.tasks import latency, memory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,34 +66,34 @@ QUICK = Sizes(
 def run(quick: bool) -> Outcome:
     sizes = QUICK if quick else FULL
     model, tokenizer = lm.load(MODEL)
-    variants = [_variants.whole(), *(_variants.live(preset) for preset in sizes.presets)]
+    chosen = [variants.baseline(), *(variants.live_variant(preset) for preset in sizes.presets)]
     samples = []
-    (unit,) = memory.units(tokenizer, memory.Options(lengths=(sizes.context,)), 0)
-    for record in unit.measure(model, tokenizer, variants):
+    (unit,) = memory.units(tokenizer, memory.MemoryOptions(lengths=(sizes.context,)), 0)
+    for record in unit.measure(model, tokenizer, chosen):
         samples.append(
             {"measured": "memory", **record, "theory_bytes": theory(model, record["variant"], sizes.context)}
         )
-    options = latency.Options(context=sizes.context, tokens=sizes.tokens, rounds=sizes.rounds)
+    options = latency.LatencyOptions(context=sizes.context, tokens=sizes.tokens, rounds=sizes.rounds)
     (unit,) = latency.units(tokenizer, options, 0)
     caches: dict[str, list[Any]] = {}
-    for record in unit.measure(model, tokenizer, [remembered(variant, caches) for variant in variants]):
+    for record in unit.measure(model, tokenizer, [remembered(variant, caches) for variant in chosen]):
         samples.append({"measured": "latency", **record})
     start = sizes.context + sizes.rounds * sizes.tokens
-    tokens = _texts.repeated(tokenizer, None, start + sizes.counted + sizes.followed + sizes.chunk)[start:]
+    tokens = texts.repeated_tokens(tokenizer, None, start + sizes.counted + sizes.followed + sizes.chunk)[start:]
     for name in list(caches):
         samples += dissected(model, name, caches.pop(name), tokens, sizes)
     return Outcome({"model": MODEL, **dataclasses.asdict(sizes)}, samples, summarised(samples))
 
 
-def remembered(variant: _variants.Variant, caches: dict[str, list[Any]]) -> _variants.Variant:
+def remembered(variant: variants.Variant, caches: dict[str, list[Any]]) -> variants.Variant:
     """The variant, whose caches can be gone on with."""
 
-    def hold(model: Any, tokens: Sequence[int], exact: _variants.Held | None = None) -> _variants.Held:
-        held = variant.hold(model, tokens, exact)
+    def hold(model: Any, tokens: Sequence[int], exact: variants.CachedContext | None = None) -> variants.CachedContext:
+        held = variant.build(model, tokens, exact)
         caches[variant.name] = held.cache
         return held
 
-    return dataclasses.replace(variant, hold=hold)
+    return dataclasses.replace(variant, build=hold)
 
 
 def dissected(model: Any, name: str, cache: list[Any], tokens: Sequence[int], sizes: Sizes) -> Iterator[dict[str, Any]]:

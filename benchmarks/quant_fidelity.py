@@ -27,10 +27,10 @@ from benchmarks.schema import Outcome, Result
 from benchmarks.tables import table
 from mlxkv import lm
 from mlxkv.errors import UnsupportedError
-from mlxkv.evaluate import fidelity
-from mlxkv.evaluate._variants import follow
-from mlxkv.live import make_cache
-from mlxkv.quant_fidelity import InChunks, LiveMethod
+from mlxkv.evaluate.tasks import fidelity
+from mlxkv.evaluate.variants import iter_logits
+from mlxkv.integrations.quant_fidelity import InChunks, LiveMethod
+from mlxkv.live.seam import make_cache
 
 PHASE = 1
 MODEL = "smollm2-135m"
@@ -78,7 +78,7 @@ def logits(model: Any, cache: list[Any], tokens: Sequence[int], held: int, chunk
     """Of all but the last token after the first `held`, `[n, vocabulary]`; those held are one chunk."""
     if held:
         model(mx.array([list(tokens[:held])]), cache=cache)
-    return mx.concatenate([*follow(model, cache, tokens[held:], chunk)])
+    return mx.concatenate([*iter_logits(model, cache, tokens[held:], chunk)])
 
 
 def theirs(model: Any, preset: str, tokens: Sequence[int], held: int, chunk: int) -> dict[str, Any]:

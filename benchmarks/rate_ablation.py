@@ -32,12 +32,13 @@ from benchmarks.rate_distortion import (
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import megabytes, table
 from mlxkv import lm
-from mlxkv.codec import basis, entropy, kvtc_rd, weighting
 from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.codec.calibrate import calibrate
-from mlxkv.codec.codec import KVTCCacheCodec
-from mlxkv.evaluate import fidelity
-from mlxkv.evaluate._variants import Held, Variant, coded, whole
+from mlxkv.codec.methods import kvtc_rd
+from mlxkv.codec.session import CacheCodec
+from mlxkv.codec.stages import basis, entropy, weighting
+from mlxkv.evaluate.tasks import fidelity
+from mlxkv.evaluate.variants import CachedContext, Variant, baseline, codec_variant
 from mlxkv.models import cache_spec
 from mlxkv.sensitivity import sensitivity
 
@@ -67,9 +68,9 @@ def run(quick: bool) -> Outcome:
     changes = {name: CHANGES[name] for name in QUICK_CHANGES} if quick else CHANGES
     once = calibration.components_found_once(basis, cache_spec(model).stream("k").width)
     with calibration.dumps(model, tokenizer, size, sensitivity) as files, once:
-        base = judged(calibrate(files, kvtc_rd.Settings()))
+        base = judged(calibrate(files, kvtc_rd.KVTCRDConfig()))
         others = learn_changed(files, limit, changes)
-    variants = [coded(base.at(quality), f"{BASE} {quality}", "float16") for quality in QUALITIES]
+    variants = [codec_variant(base.with_quality(quality), f"{BASE} {quality}", "float16") for quality in QUALITIES]
     variants += [
         changed_variant(name, quality, others.get(name, base), constants)
         for name, constants in changes.items()
@@ -79,34 +80,34 @@ def run(quick: bool) -> Outcome:
     held = list(texts.OTHER_KINDS.items())[:: 4 if quick else 2]
     for name, read in track(held, "held-out texts"):
         tokens = tokenizer.encode(read())[: LENGTH + predict + 1]
-        for record in fidelity.evaluate(model, [whole(), *variants], tokens, LENGTH, chunk=predict)[1:]:
+        for record in fidelity.evaluate(model, [baseline(), *variants], tokens, LENGTH, chunk=predict)[1:]:
             samples.append({"text": name, "kind": kind_of(name), **named(record)})
     config = {"model": MODEL, "calibration": size, "predict": predict, "held": LENGTH, "basis_bytes": limit}
     return Outcome(config, samples, summarise(samples, list(changes)))
 
 
-def judged(artifacts: CalibrationArtifacts) -> KVTCCacheCodec:
+def judged(artifacts: CalibrationArtifacts) -> CacheCodec:
     """With a raw window, which no idea changes."""
-    return KVTCCacheCodec(artifacts, raw_window=True)
+    return CacheCodec(artifacts, raw_window=True)
 
 
-def learn_changed(files: Sequence[Any], limit: int, names: Container[str]) -> dict[str, KVTCCacheCodec]:
+def learn_changed(files: Sequence[Any], limit: int, names: Container[str]) -> dict[str, CacheCodec]:
     """Codecs of those changes whose calibration is another."""
-    learn = weighting.learn
+    learn = weighting.learn_weights
 
     def flat(samples: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        found, _ = learn(samples, foretell=False)
+        found, _ = learn(samples, predict_attention=False)
         return {name: np.broadcast_to(np.eye(w.shape[1]), w.shape) for name, w in found.items()}, np.zeros(
             (0, 0), np.float32
         )
 
     finer = mock.patch.object(kvtc_rd, "BASIS_QUALITY", kvtc_rd.BASIS_QUALITY + 30)
-    unforetold = mock.patch.object(weighting, "learn", lambda samples: learn(samples, foretell=False))
-    patches: dict[str, tuple[Any, kvtc_rd.Settings]] = {
-        "artifacts bounded": (nullcontext(), kvtc_rd.Settings(limit)),
-        "a basis eight times finer": (finer, kvtc_rd.Settings()),
-        "no weights at all": (mock.patch.object(weighting, "learn", flat), kvtc_rd.Settings()),
-        "no attention foretold": (unforetold, kvtc_rd.Settings()),
+    unforetold = mock.patch.object(weighting, "learn", lambda samples: learn(samples, predict_attention=False))
+    patches: dict[str, tuple[Any, kvtc_rd.KVTCRDConfig]] = {
+        "artifacts bounded": (nullcontext(), kvtc_rd.KVTCRDConfig(limit)),
+        "a basis eight times finer": (finer, kvtc_rd.KVTCRDConfig()),
+        "no weights at all": (mock.patch.object(weighting, "learn", flat), kvtc_rd.KVTCRDConfig()),
+        "no attention foretold": (unforetold, kvtc_rd.KVTCRDConfig()),
     }
     made = {}
     for name, (patch, settings) in patches.items():
@@ -116,18 +117,18 @@ def learn_changed(files: Sequence[Any], limit: int, names: Container[str]) -> di
     return made
 
 
-def changed_variant(name: str, quality: float, codec: KVTCCacheCodec, constants: dict[str, Any] | None) -> Variant:
+def changed_variant(name: str, quality: float, codec: CacheCodec, constants: dict[str, Any] | None) -> Variant:
     """`kvtc-rd` with one idea changed."""
-    variant = coded(codec.at(quality), f"{name} {quality}", "float16")
+    variant = codec_variant(codec.with_quality(quality), f"{name} {quality}", "float16")
     if constants is None:
         return variant
     module = entropy if "SHIFTS" in constants else kvtc_rd
 
-    def hold(model: Any, tokens: Sequence[int], exact: Held | None = None) -> Held:
+    def hold(model: Any, tokens: Sequence[int], exact: CachedContext | None = None) -> CachedContext:
         with mock.patch.multiple(module, **constants):
-            return variant.hold(model, tokens, exact)
+            return variant.build(model, tokens, exact)
 
-    return replace(variant, hold=hold)
+    return replace(variant, build=hold)
 
 
 def summarise(samples: list[dict[str, Any]], changes: Sequence[str]) -> dict[str, Any]:

@@ -23,19 +23,19 @@ from benchmarks.rate_variants import SINKS, WINDOW, gaussian, quantized
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import megabytes, percent, table
 from mlxkv import lm
-from mlxkv.codec import kvtc, kvtc_rd, kvtc_weighted
 from mlxkv.codec.calibrate import calibrate
-from mlxkv.codec.codec import KVTCCacheCodec
-from mlxkv.evaluate import fidelity
-from mlxkv.evaluate._variants import coded, whole
-from mlxkv.sensitivity import FOLLOWING, HELD, sensitivity
+from mlxkv.codec.methods import kvtc, kvtc_rd, kvtc_weighted
+from mlxkv.codec.session import CacheCodec
+from mlxkv.evaluate.tasks import fidelity
+from mlxkv.evaluate.variants import baseline, codec_variant
+from mlxkv.sensitivity import CONTEXT_TOKENS, PREDICTED_TOKENS, sensitivity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PHASE = 3
-FULL = {"texts": 20, "tokens": HELD + FOLLOWING}
-QUICK = {"texts": 1, "tokens": HELD + FOLLOWING, "rank": 512}
+FULL = {"texts": 20, "tokens": CONTEXT_TOKENS + PREDICTED_TOKENS}
+QUICK = {"texts": 1, "tokens": CONTEXT_TOKENS + PREDICTED_TOKENS, "rank": 512}
 RATIOS, QUALITIES, BITS = (4, 8, 16, 32, 64), (15, 22, 30, 38, 46), (8, 4, 3, 2)
 SHARE = 0.15  # of fp16 weights, for artifacts
 LENGTH, LONG, PREDICT = 768, 2048, 256
@@ -51,30 +51,31 @@ def run(quick: bool) -> Outcome:
     bits, predict = ((4,), 64) if quick else (BITS, PREDICT)
     limit = artifact_limit(model)
     with calibration.dumps(model, tokenizer, size, sensitivity) as files:
-        published = calibration.learnt(files, [kvtc.Settings(ratio, rank=size.get("rank")) for ratio in ratios])
+        published = calibration.learnt(files, [kvtc.KVTCConfig(ratio, rank=size.get("rank")) for ratio in ratios])
         weighed = calibration.learnt(
-            files, [kvtc_weighted.Settings(ratio, rank=size.get("rank")) for ratio in ratios[::2]]
+            files, [kvtc_weighted.KVTCWeightedConfig(ratio, rank=size.get("rank")) for ratio in ratios[::2]]
         )
-        bounded = KVTCCacheCodec(calibrate(files, kvtc_rd.Settings(limit)), raw_window=True)  # as the others have
-    variants = [coded(KVTCCacheCodec(found), f"kvtc {ratio}", "float16") for ratio, found in zip(ratios, published)]
+        bounded = CacheCodec(calibrate(files, kvtc_rd.KVTCRDConfig(limit)), raw_window=True)  # as the others have
+    variants = [codec_variant(CacheCodec(found), f"kvtc {ratio}", "float16") for ratio, found in zip(ratios, published)]
     variants += [
-        coded(KVTCCacheCodec(found), f"kvtc-weighted {ratio}", "float16") for ratio, found in zip(ratios[::2], weighed)
+        codec_variant(CacheCodec(found), f"kvtc-weighted {ratio}", "float16")
+        for ratio, found in zip(ratios[::2], weighed)
     ]
-    ours = [coded(bounded.at(quality), f"kvtc-rd {quality}", "float16") for quality in qualities]
-    as_written = KVTCCacheCodec(bounded.artifacts)
-    filed = [coded(as_written.at(quality), f"kvtc-rd {quality}", "float16") for quality in qualities]
+    ours = [codec_variant(bounded.with_quality(quality), f"kvtc-rd {quality}", "float16") for quality in qualities]
+    as_written = CacheCodec(bounded.artifacts)
+    filed = [codec_variant(as_written.with_quality(quality), f"kvtc-rd {quality}", "float16") for quality in qualities]
     samples = []
     held = list(texts.OTHER_KINDS.items())[:: 8 if quick else 1]
     for name, read in track(held, "held-out texts"):
         tokens = tokenizer.encode(read())[: LENGTH + predict + 1]
-        rows = [whole(), *variants, *ours, *(quantized(each) for each in bits)]
+        rows = [baseline(), *variants, *ours, *(quantized(each) for each in bits)]
         for record in fidelity.evaluate(model, rows, tokens, LENGTH, chunk=predict)[1:]:
             samples.append({"text": name, "kind": kind_of(name), **named(record)})
         for quality in qualities:
             samples.append({"text": name, **gaussian(model, tokens[:LENGTH], bounded, quality)})
     for name in () if quick else ("code", "reference"):
         tokens = tokenizer.encode(texts.OTHER_KINDS[name]())[: LONG + PREDICT + 1]
-        rows = [whole(), *variants[: len(ratios)], *filed]
+        rows = [baseline(), *variants[: len(ratios)], *filed]
         for record in fidelity.evaluate(model, rows, tokens, LONG, chunk=PREDICT)[1:]:
             samples.append({"text": name, "kind": "long", **named(record)})
     config = {

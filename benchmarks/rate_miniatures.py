@@ -19,15 +19,16 @@ from benchmarks import held_out, miniature_texts, texts
 from benchmarks.rate_distortion import bd, means, named, rate_cell
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import table
-from mlxkv import lm, miniatures
-from mlxkv.codec import kvtc, kvtc_rd, kvtc_weighted
+from mlxkv import lm
+from mlxkv.bundled import miniatures
 from mlxkv.codec.calibrate import calibrate
-from mlxkv.codec.codec import KVTCCacheCodec
+from mlxkv.codec.methods import kvtc, kvtc_rd, kvtc_weighted
+from mlxkv.codec.session import CacheCodec
+from mlxkv.dump import write_dump
 from mlxkv.errors import InputError
-from mlxkv.evaluate import fidelity
-from mlxkv.evaluate._variants import Variant, coded, whole
-from mlxkv.files import write_dump
-from mlxkv.sensitivity import FOLLOWING, HELD, sensitivity
+from mlxkv.evaluate.tasks import fidelity
+from mlxkv.evaluate.variants import Variant, baseline, codec_variant
+from mlxkv.sensitivity import CONTEXT_TOKENS, PREDICTED_TOKENS, sensitivity
 
 PHASE = 3
 RATIOS, QUALITIES = (4, 8, 16, 32, 64, 128), (10, 20, 30, 40, 50, 60)
@@ -43,7 +44,7 @@ def run(quick: bool) -> Outcome:
         variants = learnt(model, name, CALIBRATED // 3 if quick else CALIBRATED, quick)
         kinds, rows = held_out.rows(name, tokenizer, LENGTH + PREDICT + 1)
         for kind, tokens in track(list(zip(kinds, rows.tolist()))[:: 4 if quick else 1], name):
-            for record in fidelity.evaluate(model, [whole(), *variants], tokens, LENGTH, chunk=PREDICT)[1:]:
+            for record in fidelity.evaluate(model, [baseline(), *variants], tokens, LENGTH, chunk=PREDICT)[1:]:
                 samples.append({"model": name, "text": kind, "kind": kind.rpartition("-")[0], **named(record)})
     config = {"held": LENGTH, "predict": PREDICT, "window": WINDOW, "calibrated": CALIBRATED, "kl": [LEAST_KL, MOST_KL]}
     return Outcome(config, samples, summarise(samples))
@@ -55,19 +56,22 @@ def learnt(model: Any, name: str, stretches: int, quick: bool) -> list[Variant]:
     variants = []
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{i}.npz" for i in range(stretches)]
-        cut: Sequence[list[int]] = texts.spread(stream.tolist(), HELD + FOLLOWING, stretches)
+        cut: Sequence[list[int]] = texts.spread(stream.tolist(), CONTEXT_TOKENS + PREDICTED_TOKENS, stretches)
         for file, tokens in zip(files, track(cut, f"{name}: calibration dumps")):
             write_dump(file, replace(lm.dump(model, tokens, name=name), sensitivity=sensitivity(model, tokens)))
         for ratio in RATIOS[::2] if quick else RATIOS:
             for kind in (kvtc, kvtc_weighted):
                 try:
-                    codec = KVTCCacheCodec(calibrate(files, kind.Settings(ratio)), w=WINDOW)
+                    codec = CacheCodec(calibrate(files, kind.Settings(ratio)), recent=WINDOW)
                 except InputError:
                     continue
-                variants.append(coded(codec, f"{kind.METHOD} {ratio}", "float16"))
-        codec = KVTCCacheCodec(calibrate(files, kvtc_rd.Settings()), w=WINDOW, raw_window=True)
+                variants.append(codec_variant(codec, f"{kind.METHOD} {ratio}", "float16"))
+        codec = CacheCodec(calibrate(files, kvtc_rd.KVTCRDConfig()), recent=WINDOW, raw_window=True)
     qualities = QUALITIES[::2] if quick else QUALITIES
-    return [*variants, *(coded(codec.at(quality), f"kvtc-rd {quality}", "float16") for quality in qualities)]
+    return [
+        *variants,
+        *(codec_variant(codec.with_quality(quality), f"kvtc-rd {quality}", "float16") for quality in qualities),
+    ]
 
 
 def summarise(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:

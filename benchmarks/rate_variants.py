@@ -10,11 +10,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlxkv import lm
-from mlxkv.codec import kvtc_rd
-from mlxkv.codec.codec import KVTCCacheCodec
 from mlxkv.codec.layout import Layout
-from mlxkv.codec.rows import to_rows
-from mlxkv.evaluate._variants import Held, Variant, whole
+from mlxkv.codec.methods import kvtc_rd
+from mlxkv.codec.session import CacheCodec
+from mlxkv.codec.stages.rows import to_rows
+from mlxkv.evaluate.variants import CachedContext, Variant, baseline
 from mlxkv.models import cache_spec
 
 SINKS, WINDOW, GROUP = 4, 128, 64
@@ -23,9 +23,9 @@ SINKS, WINDOW, GROUP = 4, 128, 64
 def quantized(bits: int) -> Variant:
     """mlx's own quantization of what is between sinks and window, by token in groups of 64, on rotated keys."""
 
-    def hold(model: Any, tokens: Sequence[int], exact: Held | None = None) -> Held:
-        spec, cache = cache_spec(model), (exact or whole().hold(model, tokens)).cache
-        dump = lm.take(cache, spec, [list(tokens)], fingerprint=lm.fingerprint(model), dtype="float16")
+    def hold(model: Any, tokens: Sequence[int], exact: CachedContext | None = None) -> CachedContext:
+        spec, cache = cache_spec(model), (exact or baseline().build(model, tokens)).cache
+        dump = lm.extract_cache(cache, spec, [list(tokens)], fingerprint=lm.fingerprint(model), dtype="float16")
         middle, stored = slice(SINKS, len(tokens) - WINDOW), 0
         arrays = {}
         for name in "kv":
@@ -35,15 +35,15 @@ def quantized(bits: int) -> Variant:
             arrays[name][..., middle, :] = np.array(mx.dequantize(*packed, group_size=GROUP, bits=bits))
         ends = dump.fp16_bytes * (SINKS + WINDOW) // len(tokens)
         sizes = {"tokens": len(tokens), "fp16_bytes": dump.fp16_bytes, "cache_bytes": stored + ends}
-        return Held(
+        return CachedContext(
             lm.restore(model, replace(dump, k=arrays["k"], v=arrays["v"])), {**sizes, "ratio": dump.fp16_bytes / (stored + ends)},
             {"coded_bytes": stored, "ratio_middle": (dump.fp16_bytes - ends) / stored},
         )  # fmt: skip
 
-    return Variant(f"mx.quantize {bits}", {"bits": bits}, hold, begins_whole=True)
+    return Variant(f"mx.quantize {bits}", {"bits": bits}, hold, needs_baseline=True)
 
 
-def gaussian(model: Any, tokens: Sequence[int], codec: KVTCCacheCodec, quality: float) -> dict[str, Any]:
+def gaussian(model: Any, tokens: Sequence[int], codec: CacheCodec, quality: float) -> dict[str, Any]:
     """Bytes of the middle, and those that reverse water-filling would take for Gaussian coefficients of the text's own
     variances at the same squared error."""
     dump = lm.dump(model, tokens, dtype="float16")
@@ -53,10 +53,10 @@ def gaussian(model: Any, tokens: Sequence[int], codec: KVTCCacheCodec, quality: 
     for _, start, stop in layout.blocks():
         rows = {name: to_rows(dump.spec.stream(name), list(dump.stream(name)), start, stop) for name in "kv"}
         for name, coefficients in coder.coefficients(rows, quality).items():
-            step = kvtc_rd.step_of(quality, name)
+            step = kvtc_rd.step_size(quality, name)
             found[name].append(np.array(coefficients))
             errors[name].append(
-                np.array(coefficients - kvtc_rd._restored(kvtc_rd._quantized(coefficients, step), step))
+                np.array(coefficients - kvtc_rd._dequantize(kvtc_rd._quantize(coefficients, step), step))
             )
     bits = 0.0
     for name in "kv":

@@ -16,11 +16,11 @@ from benchmarks.rate_distortion import FULL, LONG, QUICK, artifact_limit, bd, me
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import megabytes, table
 from mlxkv import lm
-from mlxkv.codec import kvtc_rd
 from mlxkv.codec.calibrate import calibrate
-from mlxkv.codec.codec import KVTCCacheCodec
-from mlxkv.evaluate import fidelity
-from mlxkv.evaluate._variants import Variant, coded, whole
+from mlxkv.codec.methods import kvtc_rd
+from mlxkv.codec.session import CacheCodec
+from mlxkv.evaluate.tasks import fidelity
+from mlxkv.evaluate.variants import Variant, baseline, codec_variant
 from mlxkv.sensitivity import sensitivity
 
 PHASE = 4
@@ -43,7 +43,7 @@ def run(quick: bool) -> Outcome:
     model, tokenizer = lm.load(MODEL)
     size, length, limit = QUICK if quick else FULL, LONG // 4 if quick else LONG, artifact_limit(model)
     with calibration.dumps(model, tokenizer, size, sensitivity) as files:
-        base = KVTCCacheCodec(calibrate(files, kvtc_rd.Settings(limit)))
+        base = CacheCodec(calibrate(files, kvtc_rd.KVTCRDConfig(limit)))
     variants = [
         variant(base, name, quality)
         for i, name in enumerate(WINDOWS)
@@ -53,19 +53,19 @@ def run(quick: bool) -> Outcome:
     for text in track(TEXTS[:1] if quick else TEXTS, "held-out texts"):
         tokens = tokenizer.encode(texts.OTHER_KINDS[text]())[: length + PREDICT + 1]
         at = len(tokens) - PREDICT - 1
-        for record in fidelity.evaluate(model, [whole(), *variants], tokens, at, chunk=PREDICT)[1:]:
+        for record in fidelity.evaluate(model, [baseline(), *variants], tokens, at, chunk=PREDICT)[1:]:
             samples.append({"text": text, "kind": "long", **named(record)})
     config = {"model": MODEL, "calibration": size, "held": length, "predict": PREDICT, "basis_bytes": limit}
     return Outcome(config, samples, summarise(samples))
 
 
-def variant(base: KVTCCacheCodec, name: str, quality: float) -> Variant:
+def variant(base: CacheCodec, name: str, quality: float) -> Variant:
     """The codec with another window."""
     tokens, finer = WINDOWS[name]
-    codec = KVTCCacheCodec(base.artifacts, w=tokens, quality=quality, raw_window=finer is None)
+    codec = CacheCodec(base.artifacts, recent=tokens, quality=quality, raw_window=finer is None)
     if finer is not None:
-        codec.coder.window_finer = finer
-    return coded(codec, f"{name} {quality}", "float16")
+        codec.coder.window_quality_bonus = finer
+    return codec_variant(codec, f"{name} {quality}", "float16")
 
 
 def summarise(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from markdown_it import MarkdownIt
 
 from benchmarks import pareto, run, tables
 from benchmarks.schema import FOLDER, QUICK, RESULTS, Result, read_result
-from mlxkv.evaluate._statistics import MOST_FLIPS
+from mlxkv.evaluate.statistics import MOST_FLIPS
 
 README, INDEX = FOLDER.parent / "README.md", FOLDER / "README.md"
 REPORT, PAGE = FOLDER / "REPORT.md", FOLDER / "report.html"

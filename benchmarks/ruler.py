@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from benchmarks import evaluated, tables
 from benchmarks.schema import Outcome, Result
-from mlxkv.evaluate import ruler
+from mlxkv.evaluate.tasks import ruler
 
 PHASE = 1
 PRESETS = ("smartkv-0.3", "h2o-96", "mp-kvm-96")
@@ -19,8 +19,8 @@ LENGTH, QUICK_LENGTH = 1024, 400
 
 def run(quick: bool) -> Outcome:
     if quick:
-        return evaluated.outcome("ruler", QUICK, ruler.Options(QUICK_TASKS, (QUICK_LENGTH,), samples=1), seeds=1)
-    return evaluated.outcome("ruler", PRESETS, ruler.Options(lengths=(LENGTH,), samples=1), 3, (), (22,))
+        return evaluated.outcome("ruler", QUICK, ruler.RulerOptions(QUICK_TASKS, (QUICK_LENGTH,), samples=1), seeds=1)
+    return evaluated.outcome("ruler", PRESETS, ruler.RulerOptions(lengths=(LENGTH,), samples=1), 3, (), (22,))
 
 
 def brief(result: Result) -> str:

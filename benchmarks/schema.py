@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mlxkv.evaluate._machine import describe
-from mlxkv.files import atomic_write
+from mlxkv.evaluate.machine import describe
+from mlxkv.io.atomic import atomic_write
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"

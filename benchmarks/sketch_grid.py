@@ -23,9 +23,9 @@ from benchmarks.live_runs import Variants, continued
 from benchmarks.schema import Outcome, Result
 from benchmarks.tables import interval, percent, table
 from mlxkv import lm
-from mlxkv.live import make_cache
-from mlxkv.presets import live_settings
-from mlxkv.sketches import SKETCHES, Race
+from mlxkv.live import live_config
+from mlxkv.live.seam import make_cache
+from mlxkv.live.sketches import SKETCHES, Race
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,9 +72,9 @@ def run(quick: bool) -> Outcome:
 
 def variants(kept: Sequence[int]) -> Variants:
     """`full`, the curves to compare with, the grid, and CHANGES of one of its points."""
-    found = {"full": live_settings("full")}
-    found |= {f"h2o {n}": live_settings("h2o", heavy=n // 2, recent=n // 2) for n in CURVE}
-    found |= {f"streaming-llm {n}": live_settings("streaming-llm", sinks=4, window=n - 4) for n in CURVE}
+    found = {"full": live_config("full")}
+    found |= {f"h2o {n}": live_config("h2o", heavy=n // 2, recent=n // 2) for n in CURVE}
+    found |= {f"streaming-llm {n}": live_config("streaming-llm", sinks=4, window=n - 4) for n in CURVE}
     for n, strategy, width, depth in product(kept, STRATEGIES, WIDTHS, DEPTHS):
         found[f"{strategy} {n}, {width} x {depth}"] = sketching(strategy, n, width=width, depth=depth)
     found |= {f"topk 256, {change}": sketching("topk", 256, **overrides) for change, overrides in CHANGES.items()}
@@ -86,7 +86,7 @@ def sketching(strategy: str, kept: int, **overrides: Any) -> Any:
     entries = {"entries": 16} if strategy == "aggregate" else {}
     recent = kept // (4 if entries else 2)
     heavy = kept - recent - 4 - sum(entries.values())
-    return live_settings(f"sketch-{strategy}", heavy=heavy, recent=recent - 8, **entries, **overrides)
+    return live_config(f"sketch-{strategy}", heavy=heavy, recent=recent - 8, **entries, **overrides)
 
 
 def streams(model: Any, rows: np.ndarray) -> Iterator[dict[str, Any]]:

@@ -21,9 +21,9 @@ from benchmarks.held_out import MODEL
 from benchmarks.live_runs import Variants, continued
 from benchmarks.schema import Outcome, Result
 from mlxkv import lm
-from mlxkv.evaluate._statistics import sign_flip
-from mlxkv.methods import smartkv
-from mlxkv.presets import live_settings
+from mlxkv.evaluate.statistics import sign_flip_test
+from mlxkv.live import live_config
+from mlxkv.live.methods import smartkv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,13 +50,13 @@ SURE = 0.05
 
 
 @dataclass(frozen=True)
-class Settings(smartkv.Settings):
+class Settings(smartkv.SmartKVConfig):
     """static: whether a token keeps the importance that it had after the chunk it came with."""
 
     static: bool = False
 
 
-class Cache(smartkv.Cache):
+class Cache(smartkv.SmartKVCache):
     """SmartKV but for that."""
 
     settings: Settings
@@ -78,21 +78,21 @@ def run(quick: bool) -> Outcome:
         kinds, rows = kinds[::6], rows[::6]
     samples = []
     for base in BASES[: 1 if quick else None]:
-        variants = {"full": live_settings("full"), **changed(base, quick)}
+        variants = {"full": live_config("full"), **changed(base, quick)}
         for record in continued(model, rows, context, variants, base):
             if record["variant"] != "full":
                 samples.append({"base": base, **record, "text": kinds[record["text"]]})
     config = {
         "model": MODEL, "context": context, "predict": predict, "seeds": 1 if quick else SEEDS,
-        "settings": {base: str(live_settings(base)) for base in BASES}, "parts": PARTS,
+        "settings": {base: str(live_config(base)) for base in BASES}, "parts": PARTS,
     }  # fmt: skip
     return Outcome(config, samples, summarise(samples))
 
 
 def changed(base: str, quick: bool) -> Variants:
     """The preset by its own name, and with one thing changed; where chance decides, once for each seed."""
-    original = asdict(live_settings(base))
-    variants: dict[str, Any] = {base: live_settings(base)}
+    original = asdict(live_config(base))
+    variants: dict[str, Any] = {base: live_config(base)}
     for changes in PARTS.values():
         for change, fields in list(changes.items())[: 1 if quick else None]:
             if fields.get("order") == "random":
@@ -131,7 +131,7 @@ def summarise(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     "kl_deviation": float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None,
                     **paired.compare(scores["kl"], original["kl"]),
                     "top1_loss": float(np.mean(np.subtract(original["top1_agreement"], scores["top1_agreement"]))),
-                    "top1_p": sign_flip(np.subtract(original["top1_agreement"], scores["top1_agreement"])),
+                    "top1_p": sign_flip_test(np.subtract(original["top1_agreement"], scores["top1_agreement"])),
                 }
             )
     return rows

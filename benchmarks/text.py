@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from benchmarks import evaluated
 from benchmarks.schema import Outcome, Result
-from mlxkv.evaluate import text
+from mlxkv.evaluate.tasks import text
 
 PHASE = 1
 PRESETS = ("full", "int8", "int4", "kivi-2", "smartkv-0.5", "smartkv-0.3", "h2o-96", "mp-kvm-96", "streaming-llm-96")
@@ -18,8 +18,8 @@ HEADS = {"equal_leading_tokens": "equal from the start", "exact": "all equal", "
 
 def run(quick: bool) -> Outcome:
     if quick:
-        return evaluated.outcome("text", QUICK, text.Options(max_tokens=24, samples=3), seeds=1)
-    return evaluated.outcome("text", PRESETS, text.Options(max_tokens=96, samples=3), 3, (16,), (22, 35))
+        return evaluated.outcome("text", QUICK, text.TextOptions(max_tokens=24, samples=3), seeds=1)
+    return evaluated.outcome("text", PRESETS, text.TextOptions(max_tokens=96, samples=3), 3, (16,), (22, 35))
 
 
 def brief(result: Result) -> str:

@@ -8,8 +8,8 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from mlxkv.live import live_config
 from mlxkv.models import cache_spec
-from mlxkv.presets import live_settings
 
 BLOCK = 64  # tokens that are packed together
 STEP = 256  # tokens by which the whole cache grows
@@ -20,7 +20,7 @@ def theory(model: Any, name: str, tokens: int) -> int:
     spec = cache_spec(model)
     parameters = cast(dict[str, mx.array], tree_flatten(model.parameters(), destination={}))
     wide = max(parameter.dtype.size for parameter in parameters.values())
-    settings = live_settings("full" if name == "whole" else name)
+    settings = live_config("full" if name == "whole" else name)
     return round(
         sum(
             layer_bytes(settings, tokens, sum(slot.heads * slot.dim for slot in slots), slots[0].heads, wide)

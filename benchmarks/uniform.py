@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlxkv.kernels.decode_attention import Bucket
-from mlxkv.methods._packing import PackingCache, per_token
+from mlxkv.live.packing import PackingCache, quantize_per_token
 
 METHOD = "uniform"
 
@@ -28,4 +28,4 @@ class Cache(PackingCache):
     settings: Settings
 
     def pack(self, keys: mx.array, values: mx.array) -> Bucket:
-        return per_token(keys, self.settings.bits), per_token(values, self.settings.bits)
+        return quantize_per_token(keys, self.settings.bits), quantize_per_token(values, self.settings.bits)

@@ -8,24 +8,24 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxkv.live import causal
-from mlxkv.methods import full
+from mlxkv.live.base import causal_mask
+from mlxkv.live.methods import full
 
 METHOD = "watched"
 
 
 @dataclass(frozen=True)
-class Settings(full.Settings):
+class Settings(full.FullConfig):
     """The yardstick, watched."""
 
 
-class Cache(full.Cache):
+class Cache(full.FullCache):
     """Everything as it is; notes how spread the attention of each query is, but for those of the context.
 
     entropies: in nats, a mean over heads, `[B, L]` of each chunk.
     """
 
-    HELD = (*full.Cache.HELD, "entropies")  # type: ignore[assignment]  # so they are evaluated with the state
+    state_fields = (*full.FullCache.state_fields, "entropies")  # type: ignore[assignment]  # so they are evaluated with the state
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -42,7 +42,7 @@ class Cache(full.Cache):
 def attention_entropy(queries: mx.array, keys: mx.array, scale: float) -> mx.array:
     """In nats, a mean over heads, `[B, L]`: of queries `[B, Hq, L, D]`, the last ones of keys `[B, H, T, D]`."""
     repeated = mx.repeat(keys, queries.shape[1] // keys.shape[1], axis=1).astype(mx.float32)
-    seen = causal(queries.shape[2], keys.shape[2])
+    seen = causal_mask(queries.shape[2], keys.shape[2])
     scores = mx.where(seen, scale * queries.astype(mx.float32) @ repeated.swapaxes(-1, -2), -mx.inf)
     return entropy(scores).mean(axis=1)
 

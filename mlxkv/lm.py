@@ -6,7 +6,6 @@ mlx-lm never exposes a model's cache, so every function here owns the `prompt_ca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,13 +15,15 @@ from mlx.utils import tree_flatten
 from mlx_lm import load as mlx_lm_load
 from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 
-from mlxkv import miniatures, smollm2
-from mlxkv.cache import CacheSpec, KVDump
+from mlxkv.bundled import miniatures, smollm2
+from mlxkv.dump import KVDump
 from mlxkv.errors import InputError, MismatchError, MlxkvError, ModelNotFoundError, UnsupportedError
 from mlxkv.models import cache_spec
+from mlxkv.spec import CacheSpec
+from mlxkv.spec import fingerprint as fingerprint
 
 PREFILL_CHUNK = 256
-LIVE_TYPES = ("float16", "bfloat16", "float32")
+CACHE_DTYPES = ("float16", "bfloat16", "float32")
 Progress = Callable[[int], None]
 
 
@@ -53,21 +54,6 @@ def load(name: str) -> tuple[Any, Any]:
         model.set_dtype(mx.float32)
         mx.eval(model.parameters())
     return model, tokenizer
-
-
-def fingerprint(model: Any) -> str:
-    """A short name for these weights: every parameter's name, shape and first 64 values, hashed.
-
-    Equal for float16 or bfloat16 weights and the same weights widened to float32.
-    """
-    digest = blake2b(digest_size=8)
-    parameters = cast(dict[str, mx.array], tree_flatten(model.parameters(), destination={}))
-    for name, value in sorted(parameters.items()):
-        head = value.reshape(-1)[:64]
-        if mx.issubdtype(head.dtype, mx.floating):
-            head = head.astype(mx.float32)
-        digest.update(f"{name} {value.shape} ".encode() + np.array(head).tobytes())
-    return digest.hexdigest()
 
 
 def prefill(model: Any, tokens: Sequence[int], cache: list[Any], progress: Progress | None = None) -> mx.array:
@@ -101,7 +87,7 @@ def dump(model: Any, tokens: Sequence[int], *, max_tokens: int = 0, stop: Sequen
     """Prefill `tokens`, generate up to `max_tokens` more, and take the cache out of the model."""
     spec = cache_spec(model)
     cache = make_prompt_cache(model)
-    _check_whole(cache, spec)
+    _check_full_cache(cache, spec)
     taken = list(tokens)
     logits = prefill(model, taken, cache, progress)
     generated = continue_greedily(model, cache, logits, stop)
@@ -109,10 +95,10 @@ def dump(model: Any, tokens: Sequence[int], *, max_tokens: int = 0, stop: Sequen
         taken.append(token)
         if progress:
             progress(1)
-    return take(cache, spec, [taken], model=name, fingerprint=fingerprint(model), dtype=dtype)
+    return extract_cache(cache, spec, [taken], model=name, fingerprint=fingerprint(model), dtype=dtype)
 
 
-def take(cache: list[Any], spec: CacheSpec, tokens: Sequence[Sequence[int]], *, model: str = "",
+def extract_cache(cache: list[Any], spec: CacheSpec, tokens: Sequence[Sequence[int]], *, model: str = "",
          fingerprint: str = "", dtype: str = "auto") -> KVDump:  # fmt: skip
     """Copy a live mlx-lm cache into a KVDump: exactly `offset` tokens, not the preallocated 256-token steps.
 
@@ -120,7 +106,7 @@ def take(cache: list[Any], spec: CacheSpec, tokens: Sequence[Sequence[int]], *, 
     Raises MismatchError when tokens and offsets differ, UnsupportedError for caches that drop tokens.
     """
     token_array = np.array(tokens, dtype=np.int32)
-    _check_whole(cache, spec)
+    _check_full_cache(cache, spec)
     live = [cache[i] for i in spec.attention_layers]
     for index, entry in zip(spec.attention_layers, live):
         if entry.offset != token_array.shape[1]:
@@ -141,7 +127,7 @@ def take(cache: list[Any], spec: CacheSpec, tokens: Sequence[Sequence[int]], *, 
     return KVDump(k, v, spec, token_array, model, fingerprint, source, states)
 
 
-def _check_whole(cache: list[Any], spec: CacheSpec) -> None:
+def _check_full_cache(cache: list[Any], spec: CacheSpec) -> None:
     """Raises UnsupportedError where a layer keeps anything but all its keys and values, or states that are no tokens."""
     for index, entry in enumerate(cache):
         if type(entry) is not KVCache and (index in spec.attention_layers or not isinstance(entry, ArraysCache)):
@@ -181,8 +167,8 @@ def restore(model: Any, dump: KVDump) -> list[Any]:
         raise MismatchError("the cache's layers, heads or rotation differ from this model's")
     if dump.start:
         raise MismatchError(f"the dump starts at token {dump.start}: only one that starts at 0 can be gone on from")
-    if dump.dtype not in LIVE_TYPES:
-        raise MismatchError(f"the dump's dtype is {dump.dtype!r}; a live cache holds {', '.join(LIVE_TYPES)}")
+    if dump.dtype not in CACHE_DTYPES:
+        raise MismatchError(f"the dump's dtype is {dump.dtype!r}; a live cache holds {', '.join(CACHE_DTYPES)}")
     cache = make_prompt_cache(model)
     kept = {
         f"{i}.{slot}"

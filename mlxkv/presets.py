@@ -13,14 +13,15 @@ import dataclasses
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from mlxkv.cache import MODES, CacheSpec, Rope
-from mlxkv.codec.artifacts import check_rope
-from mlxkv.errors import MismatchError, MlxkvError, PresetError
-from mlxkv.registry import method_module
-from mlxkv.resources import resource_dir
+from mlxkv import _deprecated
+from mlxkv.bundled.resources import resource_dir
+from mlxkv.config import Config
+from mlxkv.errors import InputError, MismatchError, MlxkvError, PresetError
+from mlxkv.spec import MODES, CacheSpec, Rope, check_rope
+
+C = TypeVar("C", bound=Config)
 
 
 @dataclass(frozen=True)
@@ -60,72 +61,63 @@ class ModelPreset:
 
 @dataclass(frozen=True)
 class MethodPreset:
-    """Named settings of a method; `settings` is the method's own validated dataclass."""
+    """Named settings of a method; `values` are those that differ from its defaults, by the keys that TOML has."""
 
     name: str
     description: str
     method: str
-    settings: Any
+    values: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_text(self, "description")
+        _check_text(self, "description", "method")
+        if not isinstance(self.values, Mapping):
+            raise PresetError(f"preset {self.name!r}: settings must be a table, not {self.values!r}")
+
+    def config(self, kind: type[C]) -> C:
+        """The method's own settings, checked. Raises PresetError for a key or value that it has not."""
+        try:
+            return kind.from_dict(self.values)
+        except InputError as error:
+            raise PresetError(f"preset {self.name!r}: {error}") from None
+
+    @property
+    def settings(self) -> Config:
+        """Old name for `config` of the method's own class; warns."""
+        return _deprecated.preset_settings(self)
 
 
 def model_preset(name: str) -> ModelPreset:
     """One model preset. Raises PresetError listing the known names."""
-    return _build(ModelPreset, name, _read("models", name))
+    data = _read("models", name)
+    try:
+        return ModelPreset(name=name, **data)
+    except TypeError as error:
+        known = ", ".join(f.name for f in dataclasses.fields(ModelPreset) if f.name != "name")
+        raise PresetError(f"preset {name!r} has unknown or missing keys ({error}); the keys are {known}") from None
+    except MlxkvError as error:
+        raise PresetError(f"preset {name!r}: {error}") from None
 
 
 def method_preset(name: str) -> MethodPreset:
-    """One method preset, its settings checked by the method. Raises PresetError listing the known names."""
+    """One method preset, as its file has it. Raises PresetError listing the known names."""
     data = _read("methods", name)
-    data["settings"] = _build(
-        _settings_of(name, data.get("method")), f"{name}.settings", data.get("settings", {}), named=False
-    )
-    return _build(MethodPreset, name, data)
-
-
-def live_settings(name: str, **overrides: Any) -> Any:
-    """Settings of the live method that a preset names, or else of the method of that name; overrides replace single ones.
-
-    Raises PresetError listing presets and methods for another name, for a codec's preset and for unknown settings.
-    """
-    if name in names("methods"):
-        settings = method_preset(name).settings
-    elif name in live_methods():
-        settings = _settings_of(name, name)()
-    else:
-        known = ", ".join(sorted({*names("methods"), *live_methods()}))
-        raise PresetError(f"no preset or live method {name!r}; there are {known}")
-    if not type(settings).__module__.startswith("mlxkv.methods."):
+    values = data.pop("settings", {})
+    if set(data) != {"description", "method"}:
+        found = ", ".join(sorted(data)) or "none"
         raise PresetError(
-            f"{name!r} compresses whole caches and is not a live method: those are {', '.join(live_methods())}"
+            f"preset {name!r} has unknown or missing keys ({found}); the keys are description, method, settings"
         )
-    return _build(type(settings), name, {**dataclasses.asdict(settings), **overrides}, named=False)
+    return MethodPreset(name, data["description"], data["method"], values)
 
 
-def _settings_of(name: str, method: Any) -> type[Any]:
-    """The Settings of the method: of the file in mlxkv/codec/ or mlxkv/methods/ that calls itself by that name."""
-    module = method_module(method)
-    if module is None:
-        raise PresetError(f"method preset {name!r}: there is no method {method!r}")
-    return module.Settings  # type: ignore[no-any-return]
-
-
-def live_methods() -> list[str]:
-    """Names of all live methods: the files of mlxkv/methods/ but for those that start with an underscore."""
-    files = (Path(__file__).parent / "methods").glob("[!_]*.py")
-    return sorted(file.stem.replace("_", "-") for file in files)
-
-
-def names(kind: str) -> list[str]:
+def preset_names(kind: str) -> list[str]:
     """Names of all presets of a kind: "models" or "methods"."""
     return sorted(path.stem for path in (resource_dir("presets") / kind).glob("*.toml"))
 
 
 def _read(kind: str, name: str) -> dict[str, Any]:
-    if name not in names(kind):
-        raise PresetError(f"no preset {name!r} in presets/{kind}; there are {', '.join(names(kind))}")
+    if name not in preset_names(kind):
+        raise PresetError(f"no preset {name!r} in presets/{kind}; there are {', '.join(preset_names(kind))}")
     try:
         return tomllib.loads((resource_dir("presets") / kind / f"{name}.toml").read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
@@ -138,13 +130,3 @@ def _check_text(preset: ModelPreset | MethodPreset, *keys: str) -> None:
     for key in keys:
         if not isinstance(getattr(preset, key), str):
             raise PresetError(f"{key} must be text, not {getattr(preset, key)!r}")
-
-
-def _build(kind: type[Any], name: str, data: Mapping[str, Any], named: bool = True) -> Any:
-    try:
-        return kind(**data, **({"name": name} if named else {}))
-    except TypeError as error:
-        known = ", ".join(f.name for f in dataclasses.fields(kind) if f.name != "name")
-        raise PresetError(f"preset {name!r} has unknown or missing keys ({error}); the keys are {known}") from None
-    except MlxkvError as error:
-        raise PresetError(f"preset {name!r}: {error}") from None

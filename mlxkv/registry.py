@@ -1,25 +1,129 @@
-"""Methods by name: each is one file of mlxkv/codec/ or mlxkv/methods/ that calls itself so in METHOD."""
+"""Things of one kind by name: methods, model adapters, evaluations, kernels, commands. One file adds one.
+
+Every file of a kind's folder is imported when somebody first asks for a name, and so is every installed package that
+announces itself under the kind's entry point group; each registers what it defines. A name that was read from a file is
+only ever looked up, so no file can make anything be imported.
+"""
 
 from __future__ import annotations
 
-import re
-from importlib import import_module
-from importlib.util import find_spec
-from types import ModuleType
+import importlib
+import pkgutil
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
 
-PACKAGES = ("mlxkv.codec", "mlxkv.methods")
+from mlxkv.errors import InputError
+
+T = TypeVar("T")
+METHOD_GROUP = "mlxkv.methods"
 
 
-def method_module(name: object, packages: tuple[str, ...] = PACKAGES) -> ModuleType | None:
-    """The file whose METHOD is `name` and that defines its own Settings; None when there is none, whatever `name` is."""
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        return None
-    for package in packages:
-        path = f"{package}.{name.replace('-', '_')}"
-        module = import_module(path) if find_spec(path) else None
-        if (
-            getattr(module, "METHOD", None) == name
-            and getattr(getattr(module, "Settings", None), "__module__", None) == path
-        ):
-            return module
-    return None
+class Registry(Generic[T]):
+    """All things of one kind, by name.
+
+    Parameters
+    ----------
+    kind
+        A noun for messages, such as "live method".
+    folder
+        The package whose modules register such things; those that begin with an underscore are passed over.
+    group
+        The entry point group of packages outside mlxkv, if they can add such things.
+
+    Examples
+    --------
+    >>> shapes: Registry[type] = Registry("shape", "mlxkv.errors")
+    >>> @shapes.register("round")
+    ... class Round: ...
+    >>> shapes.names()
+    ['round']
+    >>> shapes.name_of(Round)
+    'round'
+    """
+
+    def __init__(self, kind: str, folder: str, group: str | None = None) -> None:
+        self.kind, self.folder, self.group = kind, folder, group
+        self._things: dict[str, T] = {}
+        self._loaded = False
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Return a decorator that adds a class, function or object under a name.
+
+        Raises
+        ------
+        InputError
+            When another thing has the name.
+        """
+
+        def add(thing: T) -> T:
+            taken = self._things.get(name)
+            if taken is not None and _identity(taken) != _identity(thing):
+                raise InputError(f"there are two {self.kind}s of the name {name!r}: {taken!r} and {thing!r}")
+            self._things[name] = thing
+            return thing
+
+        return add
+
+    def names(self) -> list[str]:
+        """Return all names, sorted."""
+        self._load()
+        return sorted(self._things)
+
+    def find(self, name: object) -> T | None:
+        """Return the thing of that name, or None, whatever `name` is."""
+        self._load()
+        return self._things.get(name) if isinstance(name, str) else None
+
+    def get(self, name: str) -> T:
+        """Return the thing of that name.
+
+        Raises
+        ------
+        InputError
+            When there is none; the message lists those there are.
+        """
+        found = self.find(name)
+        if found is None:
+            raise InputError(f"no {self.kind} {name!r}; there are {', '.join(self.names())}")
+        return found
+
+    def name_of(self, thing: T) -> str:
+        """Return the name a thing was registered under.
+
+        Raises
+        ------
+        InputError
+            When it never was.
+        """
+        for name, registered in self.items():
+            if registered is thing:
+                return name
+        raise InputError(f"{thing!r} is no registered {self.kind}")
+
+    def items(self) -> Iterator[tuple[str, T]]:
+        """Return names and things, sorted by name."""
+        self._load()
+        return iter(sorted(self._things.items()))
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True  # first: a file may ask for names while it is imported
+        package = importlib.import_module(self.folder)
+        for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
+            if not module.name.startswith("_"):
+                importlib.import_module(f"{self.folder}.{module.name}")
+        for entry in entry_points(group=self.group) if self.group else ():
+            try:
+                entry.load()
+            except Exception as error:  # noqa: BLE001  # a broken package of somebody else's must not take ours along
+                warnings.warn(
+                    f"{entry.value} of group {self.group} is left out: {error!r}", RuntimeWarning, stacklevel=2
+                )
+
+
+def _identity(thing: object) -> tuple[object, object]:
+    """Return what stays the same when a module is imported anew."""
+    return getattr(thing, "__module__", None), getattr(thing, "__qualname__", thing)

@@ -17,13 +17,13 @@ import numpy as np
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
 from mlxkv import lm
-from mlxkv.cache import STREAMS, CacheSpec, Slot
 from mlxkv.errors import InputError
 from mlxkv.models import cache_spec
+from mlxkv.spec import STREAMS, CacheSpec, Slot
 
-HELD, FOLLOWING = 512, 160  # tokens of one stretch of text
+CONTEXT_TOKENS, PREDICTED_TOKENS = 512, 160  # tokens of one stretch of text
 # Sinks and the newest quarter of what is held: codecs keep both as they are, and they matter several times as much.
-SINKS, RECENT = 4, 4
+SKIPPED_SINKS, SKIPPED_RECENT_DIVISOR = 4, 4
 Progress = Callable[[int], None]
 Pairs = list[tuple[mx.array, mx.array]]
 
@@ -40,14 +40,14 @@ def sensitivity(
     a text of fewer than 16 tokens.
     """
     spec = cache_spec(model)
-    if len(tokens) < 4 * SINKS:
-        raise InputError(f"sensitivity needs at least {4 * SINKS} tokens, the text has {len(tokens)}")
+    if len(tokens) < 4 * SKIPPED_SINKS:
+        raise InputError(f"sensitivity needs at least {4 * SKIPPED_SINKS} tokens, the text has {len(tokens)}")
     sums = {name: _zeros(spec, name) for name in STREAMS}
     energies = {name: np.zeros((*sums[name].shape[:2], len(tokens)), np.float32) for name in STREAMS}
     count = first = 0
     for index, stretch in enumerate(_stretches(tokens)):
-        held = len(stretch) * HELD // (HELD + FOLLOWING)
-        counted = _measured(held)
+        held = len(stretch) * CONTEXT_TOKENS // (CONTEXT_TOKENS + PREDICTED_TOKENS)
+        counted = _counted_tokens(held)
         gradients = _gradients(model, spec, stretch[:held], stretch[held:], mx.random.key(seed + index))
         for name, of_layers in zip(STREAMS, gradients):
             for layer, gradient in enumerate(of_layers):
@@ -61,9 +61,9 @@ def sensitivity(
     return means | {f"{name}.energy": energy for name, energy in energies.items()}
 
 
-def _measured(held: int) -> range:
+def _counted_tokens(held: int) -> range:
     """The tokens whose gradients count, of so many that are held."""
-    return range(SINKS, held - held // RECENT)
+    return range(SKIPPED_SINKS, held - held // SKIPPED_RECENT_DIVISOR)
 
 
 def _zeros(spec: CacheSpec, name: str) -> np.ndarray:
@@ -73,7 +73,7 @@ def _zeros(spec: CacheSpec, name: str) -> np.ndarray:
 
 def _stretches(tokens: Sequence[int]) -> Iterator[list[int]]:
     """Whole stretches; what is left over only when it is all there is."""
-    size = HELD + FOLLOWING
+    size = CONTEXT_TOKENS + PREDICTED_TOKENS
     for start in range(0, max(1, len(tokens) - size + 1), size):
         yield list(tokens[start : start + size])
 
@@ -89,13 +89,13 @@ def _gradients(
     inputs = mx.array([following])
 
     def loss(errors: Pairs) -> mx.array:
-        changed = [_changed(pair, error, slot) for pair, error, slot in zip(pairs, errors, slots)]
-        logits = model(inputs, cache=_refilled(model, spec, cache, changed))[0].astype(mx.float32)
+        changed = [_perturb(pair, error, slot) for pair, error, slot in zip(pairs, errors, slots)]
+        logits = model(inputs, cache=_rebuild_cache(model, spec, cache, changed))[0].astype(mx.float32)
         labels = mx.random.categorical(mx.stop_gradient(logits), key=key)
         return nn.losses.cross_entropy(logits, labels, reduction="sum")
 
     found: Pairs = mx.grad(loss)([(mx.zeros_like(keys), mx.zeros_like(values)) for keys, values in pairs])
-    joined, counted = spec.mode == "single_stream", _measured(len(held))
+    joined, counted = spec.mode == "single_stream", _counted_tokens(len(held))
     k = [mx.concatenate(list(pair), axis=-1) if joined else pair[0] for pair in found]
     v = [pair[1][..., :0] if joined else pair[1] for pair in found]
     cut = [[each[0, :, counted.start : counted.stop].astype(mx.float32) for each in stream] for stream in (k, v)]
@@ -103,12 +103,12 @@ def _gradients(
     return cut[0], cut[1]
 
 
-def _changed(pair: tuple[mx.array, mx.array], error: tuple[mx.array, mx.array], slots: tuple[Slot, Slot]) -> Pairs:
+def _perturb(pair: tuple[mx.array, mx.array], error: tuple[mx.array, mx.array], slots: tuple[Slot, Slot]) -> Pairs:
     """What is held plus its error, which is given before rotation."""
     return [array + (slot.rope.rotate(e) if slot.rope else e) for array, e, slot in zip(pair, error, slots)]  # type: ignore[misc]
 
 
-def _refilled(model: Any, spec: CacheSpec, cache: list[Any], pairs: Sequence[Any]) -> list[Any]:
+def _rebuild_cache(model: Any, spec: CacheSpec, cache: list[Any], pairs: Sequence[Any]) -> list[Any]:
     """A new prompt cache that holds these pairs, and the other layers' states of `cache`."""
     fresh = make_prompt_cache(model)
     for layer, pair in zip(spec.attention_layers, pairs):

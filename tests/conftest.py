@@ -173,8 +173,8 @@ def model_dir(request, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct and its tokenizer."""
+    from mlxkv.bundled.smollm2 import find_gguf
     from mlxkv.lm import load
-    from mlxkv.smollm2 import find_gguf
 
     try:
         find_gguf()

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from mlxkv.evaluate._variants import Variant, whole
+from mlxkv.evaluate.variants import Variant, baseline
 
 
 def shuffled():
@@ -22,7 +22,7 @@ def zeroed():
 
 def _damaged(name, change):
     def hold(model, tokens, exact=None):
-        held = whole().hold(model, tokens)
+        held = baseline().build(model, tokens)
         for i, entry in enumerate(held.cache):
             if hasattr(entry, "keys_and_values"):
                 used = slice(0, entry.offset)

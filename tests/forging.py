@@ -3,7 +3,7 @@
 import json
 import struct
 
-from mlxkv.container import END, MAGIC, VERSION, digest
+from mlxkv.io.container import END_MAGIC, MAGIC, VERSION, digest
 
 PREAMBLE, FOOTER = 12, 28
 
@@ -15,7 +15,7 @@ def header_of(blob):
     return json.loads(blob[end : end + length]), blob[PREAMBLE:end]
 
 
-def forge(header, body=b"", version=VERSION, reserved=0, length=None, magic=MAGIC, end=END):
+def forge(header, body=b"", version=VERSION, reserved=0, length=None, magic=MAGIC, end=END_MAGIC):
     """The container of a header, JSON or its text, and the sections' bytes."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     length = len(text) if length is None else length

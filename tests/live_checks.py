@@ -7,24 +7,24 @@ import mlx.core as mx
 import numpy as np
 
 from mlxkv.kernels.bits import unpack
-from mlxkv.live import LayerCache, cache_of, make_cache
-from mlxkv.presets import live_methods, live_settings
+from mlxkv.live import live_config, live_methods, make_cache
+from mlxkv.live.base import LayerCache, cache_class_of
 
-METHODS = live_methods()
+METHODS = live_methods.names()
 # So that texts of a hundred tokens are more than a method keeps exactly; each method has some of these.
 SMALL = {"sinks": 2, "window": 20, "tokens": 24, "recent": 8, "heavy": 12, "residual": 8, "centroids": 12, "flush": 8}
 
 
 def small(method):
     """Overrides for a tiny text."""
-    known = {field.name for field in dataclasses.fields(live_settings(method))}
+    known = {field.name for field in dataclasses.fields(live_config(method))}
     return {key: value for key, value in SMALL.items() if key in known}
 
 
 def lone_cache(method, spec, layer=0, **overrides):
     """A cache without a model."""
-    settings = live_settings(method, **(overrides or small(method)))
-    return cache_of(settings)(settings, spec, layer)
+    settings = live_config(method, **(overrides or small(method)))
+    return cache_class_of(settings)(settings, spec, layer)
 
 
 def feed(cache, keys, values, queries=None):

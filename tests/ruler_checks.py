@@ -3,9 +3,9 @@
 import re
 import zlib
 
-from mlxkv.evaluate import ruler
-from mlxkv.evaluate.ruler.samples import samples
-from mlxkv.evaluate.ruler.sources import Sources
+from mlxkv.evaluate.tasks import ruler
+from mlxkv.evaluate.tasks.ruler.samples import samples
+from mlxkv.evaluate.tasks.ruler.sources import Sources
 
 
 class Words:

@@ -5,11 +5,11 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
-from mlxkv.cache import STREAMS, CacheSpec, KVDump, Rope, Slot
-from mlxkv.codec import kvtc_rd
 from mlxkv.codec.calibrate import calibrate
-from mlxkv.codec.kvtc import Settings
-from mlxkv.files import write_dump
+from mlxkv.codec.methods import kvtc_rd
+from mlxkv.codec.methods.kvtc import KVTCConfig
+from mlxkv.dump import KVDump, write_dump
+from mlxkv.spec import STREAMS, CacheSpec, Rope, Slot
 
 ROPE = Rope(8, base=10000.0)
 DUAL = CacheSpec("toy", (None, *((Slot("keys", 2, 8, ROPE), Slot("values", 2, 8)),) * 3))
@@ -55,7 +55,7 @@ def toy_artifacts(folder, spec=DUAL, ratio=4.0, seeds=(0, 1, 2), **settings):
     paths = [folder / f"calibration{seed}.npz" for seed in seeds]
     for seed, path in zip(seeds, paths):
         write_dump(path, toy_dump(spec, seed=seed))
-    return calibrate(paths, Settings(compression_ratio=ratio, **settings))
+    return calibrate(paths, KVTCConfig(compression_ratio=ratio, **settings))
 
 
 def toy_sensitivity(dump, seed=0):
@@ -77,4 +77,4 @@ def rd_artifacts(folder, spec=PLAIN, seeds=(0, 1, 2), **settings):
     for seed, path in zip(seeds, paths):
         dump = toy_dump(spec, seed=seed)
         write_dump(path, replace(dump, sensitivity=toy_sensitivity(dump)))
-    return calibrate(paths, kvtc_rd.Settings(**settings))
+    return calibrate(paths, kvtc_rd.KVTCRDConfig(**settings))

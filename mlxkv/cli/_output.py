@@ -29,7 +29,7 @@ Model = Annotated[
 ]
 
 
-def show(facts: Mapping[str, Any], as_json: bool, title: str = "") -> None:
+def print_record(facts: Mapping[str, Any], as_json: bool, title: str = "") -> None:
     """One record: JSON as it is, or a table of two columns."""
     if as_json:
         print(json.dumps(facts))
@@ -38,11 +38,11 @@ def show(facts: Mapping[str, Any], as_json: bool, title: str = "") -> None:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for key, value in facts.items():
-        table.add_row(key.replace("_", " "), _cell(text(key, value)))
+        table.add_row(key.replace("_", " "), _cell(format_value(key, value)))
     Console().print(table)
 
 
-def show_rows(rows: list[dict[str, Any]], as_json: bool, title: str = "") -> None:
+def print_table(rows: list[dict[str, Any]], as_json: bool, title: str = "") -> None:
     """Several records with the same keys."""
     if as_json:
         print(json.dumps(rows))
@@ -51,11 +51,11 @@ def show_rows(rows: list[dict[str, Any]], as_json: bool, title: str = "") -> Non
     for key in rows[0]:
         table.add_column(key.replace("_", " "), overflow="fold")
     for row in rows:
-        table.add_row(*(_cell(text(key, value)) for key, value in row.items()))
+        table.add_row(*(_cell(format_value(key, value)) for key, value in row.items()))
     Console().print(table)
 
 
-def text(key: str, value: Any) -> str:
+def format_value(key: str, value: Any) -> str:
     """A value as a person reads it; the key tells the unit."""
     if value is None:
         return "-"
@@ -79,7 +79,7 @@ def _cell(value: str) -> Text:
 
 
 @contextmanager
-def bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on standard error with an estimate; yields a function that takes how much was done."""
     with counter(description, total) as (progress, task):
         yield lambda done: progress.advance(task, done)

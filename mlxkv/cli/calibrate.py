@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mlxkv.cli._checks import check_out_folder
-from mlxkv.cli._output import Json, show, steps
+from mlxkv.cli._output import Json, print_record, steps
+
+if TYPE_CHECKING:
+    from mlxkv.codec.methods.base import CodecConfig
 
 
 def command(
@@ -31,44 +34,42 @@ def command(
 
     Example: mlxkv calibrate --npz a.npz b.npz --compression-ratio 16 --out artifacts
     """
-    from mlxkv.codec.calibrate import calibrate
-    from mlxkv.codec.kvtc import Settings
+    from mlxkv.codec.calibrate import calibrate, codec_config
+    from mlxkv.codec.methods.kvtc import KVTCConfig
+    from mlxkv.dump import read_dump
     from mlxkv.errors import InputError
-    from mlxkv.files import read_dump
-    from mlxkv.presets import method_preset, model_preset
+    from mlxkv.presets import model_preset
 
     files = [*(npz or []), *(more or [])]
     if (compression_ratio is None) == (method is None):
         raise InputError("give either --compression-ratio or --method")
-    base = method_preset(method).settings if method else Settings(compression_ratio or 0)
+    base: CodecConfig = codec_config(method) if method else KVTCConfig(compression_ratio or 0)
     given = {"rank": rank, "max_bit_budget": max_bit_budget, "samples_per_file": samples_per_file}
-    settings = _replaced(base, {**given, "basis_bytes": basis_bytes})
+    config = _with_given(base, {**given, "basis_bytes": basis_bytes})
     checked = model_preset(preset) if preset else None
     check_out_folder(out)
     if checked and files:
         checked.check(read_dump(files[0]).spec)  # calibrate() holds the other files against the first
     with steps(3 * len(files) + 5) as start:
-        artifacts = calibrate(files, settings, start)
+        artifacts = calibrate(files, config, start)
     artifacts.save(out)
     facts = {
         "folder": str(out),
-        "method": artifacts.method.METHOD,
+        "method": artifacts.method_name,
         "artifact_bytes": artifacts.nbytes,
         "calibration_tokens": artifacts.meta["calibration_tokens"],
-        **artifacts.method.explain(artifacts),
+        **artifacts.explain(),
         "fingerprint": artifacts.fingerprint,
     }
-    show(facts, json)
+    print_record(facts, json)
 
 
-def _replaced(settings: Any, given: dict[str, Any]) -> Any:
+def _with_given(config: CodecConfig, given: dict[str, Any]) -> CodecConfig:
     """The preset's settings with those that were given in their place."""
-    from dataclasses import fields, replace
-
     from mlxkv.errors import InputError
 
     changes = {name: value for name, value in given.items() if value is not None}
-    if unknown := changes.keys() - {field.name for field in fields(settings)}:
+    if unknown := changes.keys() - config.stored_keys().keys():
         options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(unknown))
         raise InputError(f"this method has no {options}")
-    return replace(settings, **changes)
+    return config.replace(**changes)

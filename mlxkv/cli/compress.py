@@ -7,19 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlxkv.cli._checks import check_out_file
-from mlxkv.cli._output import Artifacts, Json, bar, show
+from mlxkv.cli._output import Artifacts, Json, print_record, progress_bar
 
 if TYPE_CHECKING:
-    from mlxkv.cache import KVDump
-    from mlxkv.codec.codec import KVTCCacheCodec
+    from mlxkv.codec.session import CacheCodec
+    from mlxkv.dump import KVDump
 
 
 def command(
     npz: Annotated[Path, typer.Option(help="The dump to compress.", show_default=False)],
     artifacts: Artifacts,
     out: Annotated[Path, typer.Option(help="The container to write.", show_default=False)],
-    w: Annotated[int, typer.Option(min=0, help="Newest tokens (window) to keep exactly, by kvtc-rd nearly so.")] = 128,
-    s: Annotated[int, typer.Option(min=0, help="First tokens (sinks) to keep exactly.")] = 4,
+    recent: Annotated[
+        int, typer.Option(min=0, help="Newest tokens (the window) to keep exactly; by kvtc-rd at a higher quality.")
+    ] = 128,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens to keep exactly.")] = 4,
     raw_window: Annotated[
         bool, typer.Option("--raw-window", help="Keep the window exactly by kvtc-rd as well.")
     ] = False,
@@ -44,11 +46,12 @@ def command(
     Example: mlxkv compress --npz notes.npz --artifacts artifacts --out notes.mlxkv
     """
     from mlxkv.codec.artifacts import CalibrationArtifacts
-    from mlxkv.codec.codec import KVTCCacheCodec
+    from mlxkv.codec.session import CacheCodec
     from mlxkv.codec.summary import summary
-    from mlxkv.container import Reader
+    from mlxkv.dump import read_dump
     from mlxkv.errors import InputError
-    from mlxkv.files import atomic_write, read_dump
+    from mlxkv.io.atomic import atomic_write
+    from mlxkv.io.container import Reader
 
     targets = {"quality": quality, "ratio": target_ratio, "bytes": target_bytes, "kl": target_kl}
     given = {name: value for name, value in targets.items() if value is not None}
@@ -58,11 +61,11 @@ def command(
         raise InputError("--model goes with --target-kl; --append takes no target, but the file's own --quality")
     check_out_file(out, source=npz)
     found = CalibrationArtifacts.from_dir(artifacts)
-    codec = KVTCCacheCodec(found, w=w, s=s, lossless=lossless, quality=quality, raw_window=raw_window)
+    codec = CacheCodec(found, recent=recent, sinks=sinks, lossless=lossless, quality=quality, raw_window=raw_window)
     dump = read_dump(npz)
     start = time.perf_counter()
     if append:
-        with bar("appending", dump.length) as advance:
+        with progress_bar("appending", dump.length) as advance:
             codec.append_dump(out, dump, advance)
     else:
         codec, blob = _compressed(codec, dump, given, model)
@@ -71,27 +74,25 @@ def command(
     seconds = time.perf_counter() - start
     with Reader(out) as reader:
         facts = {"file": str(out), "quality": codec.quality, **summary(reader)}
-    show({**facts, "artifact_bytes": codec.artifacts.nbytes, "compress_seconds": seconds}, json)
+    print_record({**facts, "artifact_bytes": codec.artifacts.nbytes, "compress_seconds": seconds}, json)
 
 
-def _compressed(
-    codec: KVTCCacheCodec, dump: KVDump, given: dict[str, Any], model: str | None
-) -> tuple[KVTCCacheCodec, bytes]:
+def _compressed(codec: CacheCodec, dump: KVDump, given: dict[str, Any], model: str | None) -> tuple[CacheCodec, bytes]:
     """The container that meets what was asked for, and the codec that made it."""
     from mlxkv import lm
     from mlxkv.errors import InputError
-    from mlxkv.targets import compress_to_bytes, quality_for_kl
+    from mlxkv.evaluate.targets import compress_to_bytes, quality_for_kl
 
     if model is not None:
         loaded, _ = lm.load(model)
         if lm.fingerprint(loaded) != dump.fingerprint or dump.tokens.shape[0] != 1:
             raise InputError(f"--target-kl needs the model that made the dump, {dump.model}, and a batch of 1")
-        with bar("measuring divergence", 1):
-            codec = codec.at(quality_for_kl(codec, loaded, dump.tokens[0].tolist(), given["kl"]))
+        with progress_bar("measuring divergence", 1):
+            codec = codec.with_quality(quality_for_kl(codec, loaded, dump.tokens[0].tolist(), given["kl"]))
     goal = given.get("bytes", dump.fp16_bytes / given["ratio"] if given.get("ratio", 0) > 0 else None)
     if "ratio" in given and goal is None:
         raise InputError(f"--target-ratio must be above 0, not {given['ratio']}")
-    with bar("compressing", dump.length) as advance:
+    with progress_bar("compressing", dump.length) as advance:
         if goal is not None:
             return compress_to_bytes(codec, dump, goal, advance)
         return codec, codec.compress_dump(dump, advance)

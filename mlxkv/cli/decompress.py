@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mlxkv.cli._checks import check_out_file
-from mlxkv.cli._output import Artifacts, Json, bar, show
+from mlxkv.cli._output import Artifacts, Json, print_record, progress_bar
 
 
 def command(
@@ -26,23 +26,23 @@ def command(
     Example: mlxkv decompress notes.mlxkv --artifacts artifacts --out restored.npz
     """
     from mlxkv.codec.artifacts import CalibrationArtifacts
-    from mlxkv.codec.codec import KVTCCacheCodec
+    from mlxkv.codec.session import CacheCodec
     from mlxkv.codec.summary import summary
-    from mlxkv.container import Reader
-    from mlxkv.files import write_dump
+    from mlxkv.dump import write_dump
+    from mlxkv.io.container import Reader
 
     check_out_file(out, source=file)
-    codec = KVTCCacheCodec(CalibrationArtifacts.from_dir(artifacts))
+    codec = CacheCodec(CalibrationArtifacts.from_dir(artifacts))
     with Reader(file) as reader:
         length = summary(reader)["tokens"]
     part = _part(tokens, length) if tokens is not None else None
     start = time.perf_counter()
-    with bar("decompressing", part[1] - part[0] if part else length) as advance:
+    with progress_bar("decompressing", part[1] - part[0] if part else length) as advance:
         dump = codec.decompress_dump(file, advance, tokens=part)
     seconds = time.perf_counter() - start
     write_dump(out, dump)
     facts = {"file": str(out), "file_bytes": out.stat().st_size, "k": str(dump.k.shape), "v": str(dump.v.shape)}
-    show({**facts, "tokens": dump.length, "decompress_seconds": seconds}, json)
+    print_record({**facts, "tokens": dump.length, "decompress_seconds": seconds}, json)
 
 
 def _part(text: str, length: int) -> tuple[int, int]:

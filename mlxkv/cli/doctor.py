@@ -14,7 +14,7 @@ import typer
 
 import mlxkv
 from mlxkv import blas
-from mlxkv.cli._output import Json, show_rows
+from mlxkv.cli._output import Json, print_table
 from mlxkv.errors import InputError, ModelNotFoundError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def command(json: Json = False) -> None:
     for check in (_device, _blas, _kernels, _model, _models, _resources):
         with suppress(ImportError):  # the package's own row tells
             rows.append(check())
-    show_rows(rows, json)
+    print_table(rows, json)
     if any(row["status"] == "problem" for row in rows):
         raise typer.Exit(1)
 
@@ -101,7 +101,7 @@ def _agrees(example: Example) -> bool:
 
 
 def _model() -> dict[str, Any]:
-    from mlxkv import smollm2
+    from mlxkv.bundled import smollm2
 
     try:
         return _row(smollm2.NAME, str(smollm2.find_gguf()))
@@ -135,9 +135,9 @@ def _model_type(config: Path) -> Any:
 
 
 def _resources() -> dict[str, Any]:
-    from mlxkv.presets import names
+    from mlxkv.presets import preset_names
 
     try:
-        return _row("presets", f"{len(names('models'))} models, {len(names('methods'))} methods")
+        return _row("presets", f"{len(preset_names('models'))} models, {len(preset_names('methods'))} methods")
     except InputError as error:
         return _row("presets", "missing", str(error))

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mlxkv.cli._checks import Dtype, check_out_file
-from mlxkv.cli._output import Json, Model, bar, show
+from mlxkv.cli._output import Json, Model, print_record, progress_bar
 
 
 def command(
@@ -32,8 +32,8 @@ def command(
     from dataclasses import replace
 
     from mlxkv import lm
+    from mlxkv.dump import write_dump
     from mlxkv.errors import InputError
-    from mlxkv.files import write_dump
     from mlxkv.models import cache_spec
     from mlxkv.presets import model_preset
     from mlxkv.sensitivity import sensitivity as measure
@@ -48,10 +48,10 @@ def command(
     if not tokens:
         raise InputError("the prompt has no tokens")
     stop = sorted(tokenizer.eos_token_ids)
-    with bar("running", len(tokens) + max_tokens) as advance:
+    with progress_bar("running", len(tokens) + max_tokens) as advance:
         taken = lm.dump(loaded, tokens, max_tokens=max_tokens, stop=stop, name=model, dtype=dtype, progress=advance)
     if sensitivity:
-        with bar("measuring sensitivity", len(tokens)) as advance:
+        with progress_bar("measuring sensitivity", len(tokens)) as advance:
             taken = replace(taken, sensitivity=measure(loaded, tokens, progress=advance))
     write_dump(out, taken)
     facts = {
@@ -66,7 +66,7 @@ def command(
         "sensitivity": "measured" if taken.sensitivity else None,
         "fingerprint": taken.fingerprint,
     }
-    show(facts, json)
+    print_record(facts, json)
 
 
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:

@@ -13,12 +13,12 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from mlxkv.cli._checks import Dtype, check_out_file
-from mlxkv.cli._output import Json, Model, counter, show, show_rows
+from mlxkv.cli._output import Json, Model, counter, print_record, print_table
 from mlxkv.evaluate import evaluation, names
 
 if TYPE_CHECKING:
-    from mlxkv.evaluate._journal import Journal
-    from mlxkv.evaluate._variants import Variant
+    from mlxkv.evaluate.journal import Journal
+    from mlxkv.evaluate.variants import Variant
 
 PARTIAL = ".partial"  # beside the result, until it is complete
 
@@ -92,8 +92,10 @@ def _shared(
     artifacts: Annotated[
         list[Path] | None, typer.Option(help="A folder of mlxkv calibrate: its codec; may be repeated.")
     ] = None,
-    w: Annotated[int | None, typer.Option(min=0, help="Newest tokens a codec keeps exactly, 128 if not given.")] = None,
-    s: Annotated[int | None, typer.Option(min=0, help="First tokens (sinks) likewise, 4 if not given.")] = None,
+    recent: Annotated[
+        int | None, typer.Option(min=0, help="Newest tokens a codec keeps exactly, 128 if not given.")
+    ] = None,
+    sinks: Annotated[int | None, typer.Option(min=0, help="First tokens likewise, 4 if not given.")] = None,
     dtype: Dtype = "auto",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Samples of each kind for each seed, at most; drawn by the seed.")
@@ -128,17 +130,18 @@ def _list_of(item: type) -> Callable[[str], tuple[Any, ...]]:
 
 
 def _evaluate(
-    name: str, options: Any, *, model: str, cache: list[str] | None, artifacts: list[Path] | None, w: int | None, s: int | None,
+    name: str, options: Any, *, model: str, cache: list[str] | None, artifacts: list[Path] | None, recent: int | None, sinks: int | None,
     dtype: str, limit: int | None, seeds: int, out: Path | None, json: bool,
 ) -> None:  # fmt: skip
     from json import dumps
 
     from mlxkv import lm
-    from mlxkv.container import digest
     from mlxkv.errors import InputError
-    from mlxkv.evaluate._machine import describe
-    from mlxkv.evaluate._run import run
-    from mlxkv.files import atomic_write, open_input
+    from mlxkv.evaluate.machine import describe
+    from mlxkv.evaluate.runner import run
+    from mlxkv.io.atomic import atomic_write
+    from mlxkv.io.container import digest
+    from mlxkv.io.inputs import open_input
 
     if out:
         check_out_file(out)
@@ -150,7 +153,7 @@ def _evaluate(
         for path in sorted(found for found in (given, *given.rglob("*")) if found.is_file()) if out else ():
             with open_input(path) as file:
                 texts[str(path)] = digest(file.read()).hex()
-    variants = _variants(cache or [], artifacts or [], {"w": w, "s": s}, dtype)
+    variants = _variants(cache or [], artifacts or [], {"recent": recent, "sinks": sinks}, dtype)
     loaded, tokenizer = lm.load(model)
     facts = {"model": model, "fingerprint": lm.fingerprint(loaded), "quantization": lm.quantization(loaded)}
     # Samples of another text, commit or machine are not gone on with.
@@ -166,7 +169,7 @@ def _evaluate(
                 file.write(dumps(record, indent=1).encode())
             journal.finish()
     if json:
-        show(record, as_json=True)
+        print_record(record, as_json=True)
     else:
         rows = result["summary"]
         if any("group" in row for row in rows):
@@ -175,7 +178,7 @@ def _evaluate(
         title = f"{name} of {model}, {samples} sample{'s' * (samples > 1)}"
         if samples > 1:
             title += f"; p: of a difference in {scores[0].replace('_', ' ')}"
-        show_rows([_row(row, scores, with_p=samples > 1) for row in rows], as_json=False, title=title)
+        print_table([_row(row, scores, with_p=samples > 1) for row in rows], as_json=False, title=title)
 
 
 def _variants(
@@ -183,21 +186,23 @@ def _variants(
 ) -> list[Variant]:
     """What is evaluated beside the untouched cache. Raises InputError for options that do not go together."""
     from mlxkv.codec.artifacts import CalibrationArtifacts
-    from mlxkv.codec.codec import KVTCCacheCodec
+    from mlxkv.codec.session import CacheCodec
     from mlxkv.errors import InputError
-    from mlxkv.evaluate._variants import coded, live
+    from mlxkv.evaluate.variants import codec_variant, live_variant
 
     given: dict[str, Any] = {key: value for key, value in codec_options.items() if value is not None}
     if not folders and (given or dtype != "auto"):
-        raise InputError("--w, --s and --dtype say how to compress, with --artifacts; --cache takes none of them")
-    codecs = {str(folder): KVTCCacheCodec(CalibrationArtifacts.from_dir(folder), **given) for folder in folders}
-    return [*map(live, caches), *(coded(codec, folder, dtype) for folder, codec in codecs.items())]
+        raise InputError(
+            "--recent, --sinks and --dtype say how to compress, with --artifacts; --cache takes none of them"
+        )
+    codecs = {str(folder): CacheCodec(CalibrationArtifacts.from_dir(folder), **given) for folder in folders}
+    return [*map(live_variant, caches), *(codec_variant(codec, folder, dtype) for folder, codec in codecs.items())]
 
 
 @contextmanager
 def _journal(out: Path | None, facts: dict[str, Any]) -> Iterator[Journal | None]:
     """Where finished samples are kept until the result is complete; says so when it is interrupted."""
-    from mlxkv.evaluate._journal import Journal
+    from mlxkv.evaluate.journal import Journal
 
     if out is None:
         yield None

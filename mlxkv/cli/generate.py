@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlxkv.cli._output import Json, Model, show, text
+from mlxkv.cli._output import Json, Model, format_value, print_record
 
 if TYPE_CHECKING:
-    from mlxkv.cache import KVDump
+    from mlxkv.dump import KVDump
 
 
 def command(
@@ -30,8 +30,8 @@ def command(
 
     from mlxkv import lm
     from mlxkv.errors import InputError
-    from mlxkv.evaluate._variants import sizes
-    from mlxkv.live import make_cache
+    from mlxkv.evaluate.variants import cache_sizes
+    from mlxkv.live.seam import make_cache
 
     _check(file, artifacts, cache)
     dump = None if file is None else _read(file, artifacts)
@@ -55,33 +55,34 @@ def command(
     if dump is not None:
         facts["cached_tokens"] = dump.length
     else:
-        held = sizes(loaded, caches)
+        held = cache_sizes(loaded, caches)
         facts |= {key: held[key] for key in ("cache_bytes", "fp16_bytes", "ratio")}
     if json:
-        show({"text": written, **facts}, as_json=True)
+        print_record({"text": written, **facts}, as_json=True)
     else:
-        print("\n\n" + ", ".join(f"{key.replace('_', ' ')} {text(key, value)}" for key, value in facts.items()))
+        print("\n\n" + ", ".join(f"{key.replace('_', ' ')} {format_value(key, value)}" for key, value in facts.items()))
 
 
 def _check(file: Path | None, artifacts: Path | None, cache: str | None) -> None:
     """Raises InputError for options that do not go together, PresetError for a cache that is not there."""
     from mlxkv.errors import InputError
-    from mlxkv.presets import live_settings
+    from mlxkv.live import live_config
 
     if (file is None) == (cache is None):
         raise InputError("give either the FILE of a cache to go on from, or --cache with a live preset to start in")
     if cache is not None:
         if artifacts is not None:
             raise InputError("--artifacts belongs to a compressed FILE: a live --cache takes none")
-        live_settings(cache)
+        live_config(cache)
 
 
 def _read(file: Path, artifacts: Path | None) -> KVDump:
     from mlxkv.codec.artifacts import CalibrationArtifacts
-    from mlxkv.codec.codec import KVTCCacheCodec
-    from mlxkv.container import MAGIC
+    from mlxkv.codec.session import CacheCodec
+    from mlxkv.dump import read_dump
     from mlxkv.errors import InputError
-    from mlxkv.files import open_input, read_dump
+    from mlxkv.io.container import MAGIC
+    from mlxkv.io.inputs import open_input
 
     with open_input(file) as opened:
         compressed = opened.read(len(MAGIC)) == MAGIC
@@ -89,4 +90,4 @@ def _read(file: Path, artifacts: Path | None) -> KVDump:
         return read_dump(file)
     if artifacts is None:
         raise InputError(f"{file} is compressed: name its artifacts folder with --artifacts")
-    return KVTCCacheCodec(CalibrationArtifacts.from_dir(artifacts)).decompress_dump(file)
+    return CacheCodec(CalibrationArtifacts.from_dir(artifacts)).decompress_dump(file)

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlxkv.cli._output import Json, show
+from mlxkv.cli._output import Json, print_record
 
 if TYPE_CHECKING:
-    from mlxkv.container import Reader
+    from mlxkv.io.container import Reader
 
 
 def command(
@@ -19,25 +19,25 @@ def command(
 
     Example: mlxkv inspect notes.mlxkv
     """
-    from mlxkv.container import MAGIC
     from mlxkv.errors import FormatError
-    from mlxkv.files import open_input
+    from mlxkv.io.container import MAGIC
+    from mlxkv.io.inputs import open_input
 
     if file.is_dir():
-        show(_artifacts(file), json, f"artifacts {file}")
+        print_record(_artifacts(file), json, f"artifacts {file}")
         return
     with open_input(file) as opened:
         start = opened.read(8)
     if start == MAGIC:
-        show(_container(file), json, f"compressed cache {file}")
+        print_record(_container(file), json, f"compressed cache {file}")
     elif start[:4] == b"PK\x03\x04":
-        show(_dump(file), json, f"dump {file}")
+        print_record(_dump(file), json, f"dump {file}")
     else:
         raise FormatError(f"{file} is neither a dump (.npz), an artifacts folder nor a compressed cache")
 
 
 def _dump(file: Path) -> dict[str, Any]:
-    from mlxkv.files import read_dump
+    from mlxkv.dump import read_dump
 
     dump = read_dump(file)
     return {
@@ -64,7 +64,7 @@ def _artifacts(folder: Path) -> dict[str, Any]:
 
     artifacts = CalibrationArtifacts.from_dir(folder)
     keys = ("method", "mlxkv", "model", "model_fingerprint", "mode", "calibration_tokens")
-    facts = {key: artifacts.meta.get(key) for key in keys} | artifacts.method.explain(artifacts)
+    facts = {key: artifacts.meta.get(key) for key in keys} | artifacts.explain()
     return {**facts, "artifact_bytes": artifacts.nbytes, "fingerprint": artifacts.fingerprint}
 
 
@@ -84,7 +84,7 @@ def _live_cache(reader: Reader) -> dict[str, Any]:
 
 def _container(file: Path) -> dict[str, Any]:
     from mlxkv.codec.summary import summary
-    from mlxkv.container import Reader
+    from mlxkv.io.container import Reader
 
     with Reader(file) as reader:
         reader.verify()

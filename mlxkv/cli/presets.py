@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlxkv.cli._output import Json, show_rows
+from mlxkv.cli._output import Json, print_table
 
 
 def command(json: Json = False) -> None:
@@ -12,20 +12,21 @@ def command(json: Json = False) -> None:
     """
     from dataclasses import asdict
 
-    from mlxkv.presets import live_methods, method_preset, model_preset, names
+    from mlxkv.live import live_methods
+    from mlxkv.presets import method_preset, model_preset, preset_names
 
     rows: list[dict[str, Any]] = []
-    for name in names("models"):
+    for name in preset_names("models"):
         model = model_preset(name)
         use = {"kind": "model", "option": "--preset", "for": ", ".join(model.model_types), "settings": {}}
         rows.append({"preset": name, **use, "description": model.description})
-    for name in names("methods"):
+    for name in preset_names("methods"):
         method = method_preset(name)
-        option = "--cache" if method.method in live_methods() else "--method"
+        option = "--cache" if method.method in live_methods.names() else "--method"
         use = {"kind": "method", "option": option, "for": method.method, "settings": asdict(method.settings)}
         rows.append({"preset": name, **use, "description": method.description})
     if not json:
         for row in rows:
             del row["kind"]
             row["settings"] = ", ".join(f"{key} {value}" for key, value in row["settings"].items() if value is not None)
-    show_rows(rows, json)
+    print_table(rows, json)

@@ -9,20 +9,21 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
-from mlxkv.cache import STREAMS, CacheSpec, Rope
-from mlxkv.codec.plan import Plan
-from mlxkv.container import digest
+from mlxkv.codec.methods.base import BlockCoder, CodecMethod, StreamArtifacts, codec_methods
+from mlxkv.codec.stages.plan import Plan
 from mlxkv.errors import ChecksumError, FormatError, InputError, MismatchError, VersionError
-from mlxkv.files import atomic_write, open_input, parse_json, read_npy
-from mlxkv.registry import method_module
+from mlxkv.io.atomic import atomic_write
+from mlxkv.io.container import digest
+from mlxkv.io.inputs import open_input, parse_json
+from mlxkv.io.npz import read_npy
+from mlxkv.spec import STREAMS, CacheSpec
 
 VERSION = 1
 
@@ -32,8 +33,8 @@ class CalibrationArtifacts:
     """Everything a codec needs beside the file. k, v: the streams' parts, as the method defines them. meta: method,
     settings, model, tokens and versions."""
 
-    k: Any
-    v: Any
+    k: StreamArtifacts
+    v: StreamArtifacts
     spec: CacheSpec
     meta: Mapping[str, Any]
 
@@ -43,20 +44,41 @@ class CalibrationArtifacts:
             if width != found:
                 raise MismatchError(f"the {name} artifacts are {found} wide; the model's cache is {width} wide")
 
-    def stream(self, name: str) -> Any:
+    def stream(self, name: str) -> StreamArtifacts:
         """The k or v part."""
         return self.k if name == "k" else self.v
 
     @property
-    def method(self) -> ModuleType:
-        """The file of the codec method that made them. Raises FormatError when there is none."""
+    def streams(self) -> dict[str, StreamArtifacts]:
+        """Both parts by name."""
+        return {name: self.stream(name) for name in STREAMS}
+
+    @property
+    def method_name(self) -> str:
+        """The name of the codec method that made them."""
+        return str(self.meta.get("method"))
+
+    @property
+    def method(self) -> CodecMethod:
+        """The codec method that made them. Raises FormatError when it is not installed."""
         return _method(self.meta, "these artifacts")
+
+    def coder(self) -> BlockCoder:
+        """A coder of blocks by these artifacts."""
+        return self.method.coder(self.streams)
+
+    def explain(self) -> dict[str, Any]:
+        """What each stream is coded with, for people."""
+        return self.method.explain(self.streams, self.meta)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays: shared by all files, so reported beside their ratios."""
         return sum(
-            value.nbytes for name in STREAMS for value in _fields(self.stream(name)).values() if _is_array(value)
+            value.nbytes
+            for name in STREAMS
+            for value in _fields(self.stream(name)).values()
+            if isinstance(value, np.ndarray)
         )
 
     @cached_property
@@ -65,7 +87,7 @@ class CalibrationArtifacts:
         parts = [json.dumps(self.spec.to_json(), sort_keys=True).encode()]
         for name in STREAMS:
             for value in _fields(self.stream(name)).values():
-                if _is_array(value):
+                if isinstance(value, np.ndarray):
                     parts.append(digest(value.tobytes()))
                 else:
                     parts.append(json.dumps(value.to_json(), sort_keys=True).encode())
@@ -81,8 +103,8 @@ class CalibrationArtifacts:
         checksums = {}
         for name in STREAMS:
             for key, value in _fields(self.stream(name)).items():
-                data = _npy(value) if _is_array(value) else json.dumps(value.to_json()).encode()
-                file_name = f"{name}_{key}.{'npy' if _is_array(value) else 'json'}"
+                data = _npy(value) if isinstance(value, np.ndarray) else json.dumps(value.to_json()).encode()
+                file_name = f"{name}_{key}.{'npy' if isinstance(value, np.ndarray) else 'json'}"
                 checksums[file_name] = digest(data).hex()
                 with atomic_write(directory / file_name) as file:
                     file.write(data)
@@ -114,25 +136,12 @@ class CalibrationArtifacts:
                 f"{directory} has artifacts of version {meta.get('version')!r}; this mlxkv reads {VERSION}"
             )
         checksums = meta.pop("checksums", None)
-        kind, known = _method(meta, str(directory)).StreamArtifacts, checksums if isinstance(checksums, dict) else {}
+        kind, known = _method(meta, str(directory)).artifacts_class, checksums if isinstance(checksums, dict) else {}
         parts = [_read_part(kind, directory, name, known) for name in STREAMS]
         artifacts = cls(parts[0], parts[1], CacheSpec.from_json(meta.pop("spec", {})), meta)
         if meta.get("fingerprint") != artifacts.fingerprint:
             raise ChecksumError(f"{directory}/meta.json does not describe the files beside it; calibrate again")
         return artifacts
-
-
-def check_rope(spec: CacheSpec, stated: Rope | Mapping[str, Any]) -> None:
-    """Compare a preset's rope facts (any of Rope's fields) with the model's. Raises MismatchError on a difference."""
-    facts = stated.to_json() if isinstance(stated, Rope) else stated
-    for rope in set(spec.stream("k").ropes):
-        found = {} if rope is None else rope.to_json()
-        wrong = {key: value for key, value in facts.items() if found.get(key) != value}
-        if wrong:
-            shown = {key: found.get(key) for key in wrong}
-            raise MismatchError(
-                f"the rotation differs: expected {wrong}, the cache has {shown if rope else 'no rope at all'}"
-            )
 
 
 def _geometry(spec: CacheSpec, name: str) -> dict[str, int]:
@@ -151,10 +160,13 @@ def _read(path: Path) -> bytes:
         return file.read()
 
 
-def _read_part(kind: type[Any], directory: Path, name: str, checksums: Mapping[str, Any]) -> Any:
+def _read_part(
+    kind: type[StreamArtifacts], directory: Path, name: str, checksums: Mapping[str, Any]
+) -> StreamArtifacts:
     values: dict[str, Any] = {}
-    for field in fields(kind):
-        is_plan = field.type == Plan.__name__
+    types = get_type_hints(kind)
+    for field in _dataclass_fields(kind):
+        is_plan = types[field.name] is Plan
         path = directory / f"{name}_{field.name}.{'json' if is_plan else 'npy'}"
         data = _read(path)
         if digest(data).hex() != checksums.get(path.name):
@@ -166,16 +178,17 @@ def _read_part(kind: type[Any], directory: Path, name: str, checksums: Mapping[s
     return kind(**values)
 
 
-def _fields(part: Any) -> dict[str, Any]:
-    return {field.name: getattr(part, field.name) for field in fields(part)}
+def _dataclass_fields(part: StreamArtifacts | type[StreamArtifacts]) -> tuple[Field[Any], ...]:
+    assert is_dataclass(part)
+    return fields(part)
 
 
-def _is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray)
+def _fields(part: StreamArtifacts) -> dict[str, np.ndarray | Plan]:
+    return {field.name: getattr(part, field.name) for field in _dataclass_fields(part)}
 
 
-def _method(meta: Mapping[str, Any], name: str) -> ModuleType:
-    module = method_module(meta.get("method"), ("mlxkv.codec",))
-    if module is None:
+def _method(meta: Mapping[str, Any], name: str) -> CodecMethod:
+    method = codec_methods.find(meta.get("method"))
+    if method is None:
         raise FormatError(f"{name} are of method {meta.get('method')!r}, which this mlxkv does not have: upgrade mlxkv")
-    return module
+    return method()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from mlxkv.cache import STREAMS, CacheSpec, is_whole
+from mlxkv.config import is_int
 from mlxkv.errors import FormatError, MismatchError
+from mlxkv.spec import STREAMS, CacheSpec
 
 Layers = Sequence[np.ndarray] | Sequence[mx.array]
 BLOCK = 512  # rows, batch times tokens, in a coded block: bounds the memory of both directions
@@ -33,21 +34,31 @@ class Layout:
 
     batch: int
     length: int
-    s: int
-    w: int
+    sinks: int
+    recent: int
     block: int
 
     def __post_init__(self) -> None:
-        counts, positive = (self.s, self.w), (self.batch, self.length, self.block)
-        valid = all(is_whole(n) for n in counts) and all(is_whole(n, least=1) for n in positive)
+        counts, positive = (self.sinks, self.recent), (self.batch, self.length, self.block)
+        valid = all(is_int(n) for n in counts) and all(is_int(n, least=1) for n in positive)
         if not valid or self.batch * min(self.block, self.length) > MAX_ROWS:
             raise FormatError(f"not a layout of tokens: {self}")
+
+    def to_json(self) -> dict[str, int]:
+        """By the keys of a container's header."""
+        return {"batch": self.batch, "length": self.length, "s": self.sinks, "w": self.recent, "block": self.block}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Layout:
+        """The inverse of `to_json`. Raises TypeError for other keys, FormatError for impossible numbers."""
+        names = {"s": "sinks", "w": "recent", "sinks": "(sinks)", "recent": "(recent)"}
+        return cls(**{names.get(key, key): value for key, value in data.items()})
 
     @property
     def middle(self) -> range:
         """The coded tokens; empty when sinks and window cover everything."""
-        sink = min(self.s, self.length)
-        return range(sink, max(sink, self.length - self.w))
+        sink = min(self.sinks, self.length)
+        return range(sink, max(sink, self.length - self.recent))
 
     def blocks(self) -> Iterator[tuple[int, int, int]]:
         """(index, start, stop) of every coded block."""
@@ -69,7 +80,7 @@ class Layout:
         return (chosen[i : i + size] for i in range(0, len(chosen), size))
 
 
-def shape_of(layers: Mapping[str, Layers], spec: CacheSpec) -> tuple[int, int, str]:
+def cache_shape(layers: Mapping[str, Layers], spec: CacheSpec) -> tuple[int, int, str]:
     """Batch, length and dtype of keys and values. Raises MismatchError when they are not one cache of this description."""
     shapes, dtypes = set(), set()
     for name in STREAMS:

@@ -7,9 +7,9 @@ import math
 import mlx.core as mx
 import numpy as np
 
-from mlxkv.cache import is_whole
-from mlxkv.container import Reader
+from mlxkv.config import is_int
 from mlxkv.errors import FormatError, InputError
+from mlxkv.io.container import Reader
 
 SINKS = ("k.sink", "v.sink")
 ENDS = (*SINKS, "k.window", "v.window")
@@ -17,7 +17,7 @@ _TYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "int32": "<i4"}
 _MAX_AXES = 8
 
 
-def widened(array: np.ndarray | mx.array) -> np.ndarray:
+def to_numpy(array: np.ndarray | mx.array) -> np.ndarray:
     """As NumPy; bfloat16, which NumPy lacks, as float32."""
     if isinstance(array, mx.array) and array.dtype == mx.bfloat16:
         array = array.astype(mx.float32)
@@ -40,12 +40,12 @@ def encode(array: np.ndarray) -> tuple[str, bytes]:
     return "float32", array.astype("<f4").tobytes()
 
 
-def described(reader: Reader, name: str) -> tuple[str, list[int]]:
+def read_description(reader: Reader, name: str) -> tuple[str, list[int]]:
     """Type and shape of a raw section by the header. Raises FormatError for anything but [type, shape]."""
     table = reader.header.get("raw")
     entry = table.get(name) if isinstance(table, dict) else None
     kind, shape = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-    valid = isinstance(shape, list) and len(shape) <= _MAX_AXES and all(map(is_whole, shape))
+    valid = isinstance(shape, list) and len(shape) <= _MAX_AXES and all(map(is_int, shape))
     if not isinstance(kind, str) or kind not in _TYPES or not valid:
         raise FormatError(f"{reader.name}: {name} is described as {str(entry)[:80]}, not as [type, shape]")
     return kind, shape  # type: ignore[return-value]
@@ -53,7 +53,7 @@ def described(reader: Reader, name: str) -> tuple[str, list[int]]:
 
 def read(reader: Reader, name: str) -> np.ndarray:
     """One raw section as an array. Raises FormatError when its bytes and its described shape disagree."""
-    kind, shape = described(reader, name)
+    kind, shape = read_description(reader, name)
     size = math.prod(shape) * np.dtype(_TYPES[kind]).itemsize
     flat = np.frombuffer(reader.read(name, size), dtype=_TYPES[kind])
     if kind == "bfloat16":

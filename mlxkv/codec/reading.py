@@ -6,17 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from mlxkv.cache import STREAMS, CacheSpec
 from mlxkv.codec import raw
 from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.codec.layout import Layout, Piece
-from mlxkv.container import Reader
+from mlxkv.codec.methods.base import BlockCoder
 from mlxkv.errors import FormatError, InputError, MismatchError
+from mlxkv.io.container import Reader
+from mlxkv.spec import STREAMS, CacheSpec
 
 _TYPES = {"float16": np.float16, "float32": np.float32, "bfloat16": np.float32}
 
 
-def field(reader: Reader, key: str) -> dict[str, Any]:
+def header_object(reader: Reader, key: str) -> dict[str, Any]:
     """An object of the header. Raises FormatError when it is none."""
     value = reader.header.get(key)
     if not isinstance(value, dict):
@@ -24,15 +25,15 @@ def field(reader: Reader, key: str) -> dict[str, Any]:
     return value
 
 
-def layout_of(reader: Reader) -> Layout:
+def read_layout(reader: Reader) -> Layout:
     """Which tokens are where. Raises FormatError when the header does not say so."""
     try:
-        return Layout(**field(reader, "layout"))
+        return Layout.from_json(header_object(reader, "layout"))
     except TypeError:
         raise FormatError(f"{reader.name} describes no layout of tokens") from None
 
 
-def dtype_of(reader: Reader) -> np.dtype:
+def read_dtype(reader: Reader) -> np.dtype:
     """The type that keys and values come back as."""
     name = reader.header.get("dtype")
     if not isinstance(name, str) or name not in _TYPES:
@@ -42,7 +43,7 @@ def dtype_of(reader: Reader) -> np.dtype:
 
 def check_origin(reader: Reader, artifacts: CalibrationArtifacts) -> None:
     """Raises FormatError for a file of another method and MismatchError for other artifacts than these."""
-    method = artifacts.method.METHOD
+    method = artifacts.method_name
     if reader.header.get("method") != method:
         raise FormatError(
             f"{reader.name} was coded by method {reader.header.get('method')!r}; these artifacts are of {method!r}"
@@ -53,7 +54,7 @@ def check_origin(reader: Reader, artifacts: CalibrationArtifacts) -> None:
         )
 
 
-def checked_pieces(reader: Reader, layout: Layout, spec: CacheSpec, coder: Any) -> list[Piece]:
+def read_pieces(reader: Reader, layout: Layout, spec: CacheSpec, coder: BlockCoder) -> list[Piece]:
     """What is coded, each with its quality, which must be one that the method has. Every coded section must be there with a
     size that fits its tokens, and no other section."""
     quality, window = reader.header.get("quality"), reader.header.get("window_quality")
@@ -62,7 +63,7 @@ def checked_pieces(reader: Reader, layout: Layout, spec: CacheSpec, coder: Any) 
             coder.check_quality(each)
     except InputError as error:
         raise FormatError(f"{reader.name}: {error}") from None
-    unknown, found = set(reader.sections) - set(field(reader, "raw")), []
+    unknown, found = set(reader.sections) - set(header_object(reader, "raw")), []
     for piece in layout.pieces(quality, window):  # one by one: a forged layout may have far more than sections
         for name in (name for name in STREAMS if spec.stream(name).width):
             key, tokens = f"{name}.{piece.name}", layout.batch * (piece.stop - piece.start)
@@ -86,7 +87,7 @@ def read_ends(reader: Reader, layout: Layout, spec: CacheSpec) -> dict[str, np.n
         stream = spec.stream(name[0])
         tokens = layout.middle.start if name.endswith("sink") else layout.length - layout.middle.stop
         needed = (stream.layers, layout.batch, stream.heads, tokens, stream.dim)
-        shape = tuple(raw.described(reader, name)[1])
+        shape = tuple(raw.read_description(reader, name)[1])
         if shape != needed:
             raise FormatError(f"{reader.name}: {name} has shape {shape}, its layout needs {needed}")
         ends[name] = raw.read(reader, name)

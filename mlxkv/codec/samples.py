@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlxkv.cache import STREAMS, CacheSpec, KVDump
 from mlxkv.codec.layout import BLOCK
-from mlxkv.codec.rows import to_rows
+from mlxkv.codec.stages.rows import to_rows
+from mlxkv.dump import KVDump, read_dump
 from mlxkv.errors import InputError, MismatchError
-from mlxkv.files import read_dump
+from mlxkv.spec import STREAMS, CacheSpec
 
 Progress = Callable[[str], None]
 

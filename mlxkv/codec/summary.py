@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from mlxkv.codec.layout import Layout
-from mlxkv.codec.raw import ENDS, SINKS, described
-from mlxkv.container import Reader
+from mlxkv.codec.raw import ENDS, SINKS, read_description
 from mlxkv.errors import FormatError
+from mlxkv.io.container import Reader
 
 
 def summary(reader: Reader) -> dict[str, Any]:
@@ -16,13 +16,13 @@ def summary(reader: Reader) -> dict[str, Any]:
     fp16_bytes is the yardstick, 16 bits an element, whatever type the cache had.
     """
     try:
-        layout = Layout(**reader.header["layout"])
-        shapes = [described(reader, name)[1] for name in SINKS]
+        layout = Layout.from_json(reader.header["layout"])
+        shapes = [read_description(reader, name)[1] for name in SINKS]
         width = sum(layers * heads * dim for layers, _, heads, _, dim in shapes)
         fp16 = 2 * width * layout.batch * layout.length
         middle = 2 * width * layout.batch * len(layout.middle)
         ratio = fp16 / reader.size
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise FormatError(f"{reader.name} is no compressed cache: {error!r}") from None
     raw_names = set(reader.header["raw"])
     stored = {name: section.stored for name, section in reader.sections.items()}
@@ -32,8 +32,8 @@ def summary(reader: Reader) -> dict[str, Any]:
     return {
         "tokens": layout.length,
         "batch": layout.batch,
-        "s": layout.s,
-        "w": layout.w,
+        "sinks": layout.sinks,
+        "recent": layout.recent,
         "fp16_bytes": fp16,
         "file_bytes": reader.size,
         "coded_bytes": coded,

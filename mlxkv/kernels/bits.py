@@ -26,7 +26,7 @@ _UNPACK = Kernel("bits_unpack", inputs=("words", "shift", "scale"), outputs=("x"
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
+class QuantizedArray:
     """An array `[..., T, D]` as words uint32 `[..., T, ceil(D * bits / 32)]`.
 
     shift and scale are `[..., ceil(T / tokens), ceil(D / dims)]` of the array's dtype, one for each tile, the last
@@ -97,7 +97,7 @@ def scales(x: mx.array, bits: int, tokens: int, dims: int) -> tuple[mx.array, mx
     return low.astype(x.dtype), mx.where(mx.isfinite(scale), scale, mx.nan).astype(x.dtype)
 
 
-def pack(x: mx.array, bits: int, tokens: int, dims: int) -> Packed:
+def pack(x: mx.array, bits: int, tokens: int, dims: int) -> QuantizedArray:
     """x `[..., T, D]` (float32, float16 or bfloat16) to codes of 2, 3, 4 or 8 bits, tiles of tokens x dims.
 
     With bits 16 the values stay as they are (for float32 the result then says bits 32). Raises InputError for other
@@ -106,48 +106,48 @@ def pack(x: mx.array, bits: int, tokens: int, dims: int) -> Packed:
     return (metal_pack if metal.available() else reference_pack)(x, bits, tokens, dims)
 
 
-def reference_pack(x: mx.array, bits: int, tokens: int, dims: int) -> Packed:
+def reference_pack(x: mx.array, bits: int, tokens: int, dims: int) -> QuantizedArray:
     _check(x, bits, tokens, dims)
     if bits == UNPACKED:
-        return _keep(x, tokens, dims)
+        return _pack_unquantized(x, tokens, dims)
     shift, scale = scales(x, bits, tokens, dims)
     step = mx.where(scale == 0, 1, scale).astype(mx.float32)[..., :, None, :, None]
     steps = (_tiled(x.astype(mx.float32), tokens, dims) - shift.astype(mx.float32)[..., :, None, :, None]) / step
     rounded = mx.where(steps > 0, mx.minimum(mx.round(steps), 2**bits - 1), 0)  # NaN becomes 0
-    return Packed(_to_words(_untiled(rounded, x.shape), bits), shift, scale, bits, x.shape[-1], tokens, dims)
+    return QuantizedArray(_to_words(_untiled(rounded, x.shape), bits), shift, scale, bits, x.shape[-1], tokens, dims)
 
 
-def metal_pack(x: mx.array, bits: int, tokens: int, dims: int) -> Packed:
+def metal_pack(x: mx.array, bits: int, tokens: int, dims: int) -> QuantizedArray:
     _check(x, bits, tokens, dims)
     if bits == UNPACKED:
-        return _keep(x, tokens, dims)
+        return _pack_unquantized(x, tokens, dims)
     shift, scale = scales(x, bits, tokens, dims)
     shape = (*x.shape[:-1], -(-x.shape[-1] * bits // 32))
     template = [("BITS", bits), ("TOKENS", tokens), ("DIMS", dims)]
     words = _call(_PACK, (x, shift, scale), template, shape, mx.uint32)
-    return Packed(words, shift, scale, bits, x.shape[-1], tokens, dims)
+    return QuantizedArray(words, shift, scale, bits, x.shape[-1], tokens, dims)
 
 
-def unpack(packed: Packed, dtype: mx.Dtype) -> mx.array:
+def unpack(packed: QuantizedArray, dtype: mx.Dtype) -> mx.array:
     """The inverse up to rounding, `[..., T, D]` of this float dtype; the arithmetic is float32."""
     return (metal_unpack if metal.available() else reference_unpack)(packed, dtype)
 
 
-def reference_unpack(packed: Packed, dtype: mx.Dtype) -> mx.array:
+def reference_unpack(packed: QuantizedArray, dtype: mx.Dtype) -> mx.array:
     if packed.raw:
-        return _kept(packed).astype(dtype)
+        return _unquantized_values(packed).astype(dtype)
     shift, scale = (part.astype(mx.float32)[..., :, None, :, None] for part in (packed.shift, packed.scale))
     return _untiled(scale * _tiled(codes(packed), packed.tokens, packed.dims) + shift, packed.shape).astype(dtype)
 
 
-def codes(packed: Packed) -> mx.array:
+def codes(packed: QuantizedArray) -> mx.array:
     """The codes of what is packed, float32 `[..., T, D]`."""
     return _from_words(packed.words, packed.bits, packed.dim).astype(mx.float32)
 
 
-def metal_unpack(packed: Packed, dtype: mx.Dtype) -> mx.array:
+def metal_unpack(packed: QuantizedArray, dtype: mx.Dtype) -> mx.array:
     if packed.raw:
-        return _kept(packed).astype(dtype)
+        return _unquantized_values(packed).astype(dtype)
     template = [("T", dtype), ("BITS", packed.bits), ("TOKENS", packed.tokens), ("DIMS", packed.dims)]
     return _call(_UNPACK, (packed.words, packed.shift, packed.scale), template, packed.shape, dtype)
 
@@ -185,14 +185,14 @@ def _is_float(dtype: mx.Dtype) -> bool:
     return dtype in (mx.float32, mx.float16, mx.bfloat16)
 
 
-def _keep(x: mx.array, tokens: int, dims: int) -> Packed:
+def _pack_unquantized(x: mx.array, tokens: int, dims: int) -> QuantizedArray:
     bits, dim = 8 * x.dtype.size, x.shape[-1]
     words = mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -dim * bits % 32 // bits)]).view(mx.uint32)
     none = mx.zeros((*x.shape[:-2], -(-x.shape[-2] // tokens), 0), x.dtype)
-    return Packed(words, none, none, bits, dim, tokens, dims)
+    return QuantizedArray(words, none, none, bits, dim, tokens, dims)
 
 
-def _kept(packed: Packed) -> mx.array:
+def _unquantized_values(packed: QuantizedArray) -> mx.array:
     return packed.words.view(packed.dtype)[..., : packed.dim]
 
 

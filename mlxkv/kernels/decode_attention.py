@@ -17,11 +17,11 @@ import numpy as np
 
 from mlxkv.errors import InputError, MismatchError
 from mlxkv.kernels import metal
-from mlxkv.kernels.bits import UNPACKED, Packed, codes, reference_pack, reference_unpack
+from mlxkv.kernels.bits import UNPACKED, QuantizedArray, codes, reference_pack, reference_unpack
 from mlxkv.kernels.examples import Example
 from mlxkv.kernels.metal import Kernel
 
-Bucket = tuple[Packed, Packed]
+Bucket = tuple[QuantizedArray, QuantizedArray]
 
 TILE_FLOATS = 2**18  # unpacked at a time by the reference: a megabyte, which also stays in a CPU's cache
 SPLIT_TOKENS = 128
@@ -67,13 +67,13 @@ def reference_decode_attention(
     B, Hkv, _, Dv = buckets[0][1].shape
     G = queries.shape[1] // Hkv
     if T == 0:
-        return _nothing(queries, Hkv, Dv)
+        return _empty_result(queries, Hkv, Dv)
     grouped = (queries.astype(mx.float32) * scale).reshape(B, Hkv, G, -1)
     tiles = [tile for bucket in buckets for tile in _tiles(bucket)]
     in_turn = B * Hkv * T * max(queries.shape[-1], Dv) > TILE_FLOATS
     parts: list[mx.array] = []
     for k, _ in tiles:
-        parts.append(_with_rows(grouped, _after(k, parts[-1:]) if in_turn else k))
+        parts.append(_scores(grouped, _wait_for(k, parts[-1:]) if in_turn else k))
     scores = mx.concatenate(parts, axis=-1)
     if bias is None:
         weights = mx.softmax(scores, axis=-1)
@@ -85,7 +85,7 @@ def reference_decode_attention(
     output, start = mx.zeros((B, Hkv, G, Dv)), 0
     for _, v in tiles:
         stop = start + v.shape[-2]
-        output += _of_rows(weights[..., start:stop], _after(v, [output]) if in_turn else v)
+        output += _weighted_sum(weights[..., start:stop], _wait_for(v, [output]) if in_turn else v)
         start = stop
     return output.reshape(B, Hkv * G, 1, Dv).astype(queries.dtype), weights.sum(axis=2)
 
@@ -96,15 +96,15 @@ def _tiles(bucket: Bucket) -> Iterator[Bucket]:
     tokens = math.lcm(keys.tokens, values.tokens)
     step = max(1, TILE_FLOATS // (math.prod(keys.shape[:-2]) * max(keys.dim, values.dim) * tokens)) * tokens
     for start in range(0, keys.shape[-2], step):
-        yield piece(keys, start, start + step), piece(values, start, start + step)
+        yield slice_rows(keys, start, start + step), slice_rows(values, start, start + step)
 
 
-def _after(packed: Packed, before: list[mx.array]) -> Packed:
+def _wait_for(packed: QuantizedArray, before: list[mx.array]) -> QuantizedArray:
     """A tile that waits for the work on the tile before: MLX would else unpack many before it uses one."""
     return dataclasses.replace(packed, words=mx.depends(packed.words, before)) if before else packed
 
 
-def _with_rows(x: mx.array, packed: Packed) -> mx.array:
+def _scores(x: mx.array, packed: QuantizedArray) -> mx.array:
     """x `[B, H, G, D]` float32 times the transpose of rows `[B, H, T, D]`: `[B, H, G, T]`.
 
     A row is scale * code + shift. Scales that a whole token or a whole dim shares are taken out of the sum, so that the
@@ -112,13 +112,13 @@ def _with_rows(x: mx.array, packed: Packed) -> mx.array:
     """
     *lead, G, D = x.shape
     T = packed.shape[-2]
-    if _by_token(packed):
+    if _scaled_by_token(packed):
         scale, shift = _scales(packed.scale), _scales(packed.shift)  # [B, H, groups, T]
         split = x[..., None, :] * _groups(packed)  # [B, H, G, groups, D], each row zero outside its group
         products = split.reshape(*lead, -1, D) @ codes(packed).swapaxes(-1, -2)
         scaled = products.reshape(*split.shape[:-1], T) * scale[..., None, :, :]
         return scaled.sum(axis=-2) + split.sum(axis=-1) @ shift
-    if _by_dim(packed):
+    if _scaled_by_dim(packed):
         scale, shift = packed.scale.astype(mx.float32), packed.shift.astype(mx.float32)  # [B, H, tiles, D]
         tiles = codes(packed).reshape(*lead, -1, packed.tokens, D)
         products = (x[..., None, :, :] * scale[..., None, :]) @ tiles.swapaxes(-1, -2)  # [B, H, tiles, G, tokens]
@@ -127,16 +127,16 @@ def _with_rows(x: mx.array, packed: Packed) -> mx.array:
     return x @ reference_unpack(packed, mx.float32).swapaxes(-1, -2)
 
 
-def _of_rows(weights: mx.array, packed: Packed) -> mx.array:
+def _weighted_sum(weights: mx.array, packed: QuantizedArray) -> mx.array:
     """weights `[B, H, G, T]` float32 times rows `[B, H, T, D]`: `[B, H, G, D]`."""
     *lead, G, T = weights.shape
     D = packed.dim
-    if _by_token(packed):
+    if _scaled_by_token(packed):
         groups, scale = _groups(packed), _scales(packed.scale)
         split = weights[..., None, :] * scale[..., None, :, :]  # [B, H, G, groups, T]
         products = (split.reshape(*lead, -1, T) @ codes(packed)).reshape(*split.shape[:-1], D)
         return (products * groups).sum(axis=-2) + weights @ packed.shift.astype(mx.float32) @ groups
-    if _by_dim(packed):
+    if _scaled_by_dim(packed):
         scale, shift = packed.scale.astype(mx.float32), packed.shift.astype(mx.float32)
         tiles = codes(packed).reshape(*lead, -1, packed.tokens, D)
         split = weights.reshape(*lead, G, -1, packed.tokens).swapaxes(-2, -3)  # [B, H, tiles, G, tokens]
@@ -145,15 +145,15 @@ def _of_rows(weights: mx.array, packed: Packed) -> mx.array:
     return weights @ reference_unpack(packed, mx.float32)
 
 
-def _by_token(packed: Packed) -> bool:
+def _scaled_by_token(packed: QuantizedArray) -> bool:
     return not packed.raw and packed.tokens == 1 and packed.shape[-2] > 0 and packed.dim % packed.dims == 0
 
 
-def _by_dim(packed: Packed) -> bool:
+def _scaled_by_dim(packed: QuantizedArray) -> bool:
     return not packed.raw and packed.dims == 1 and packed.shape[-2] > 0 and packed.shape[-2] % packed.tokens == 0
 
 
-def _groups(packed: Packed) -> mx.array:
+def _groups(packed: QuantizedArray) -> mx.array:
     """Which dims belong to which group of a token, float32 `[groups, D]`."""
     return mx.array(np.eye(packed.dim // packed.dims, dtype=np.float32).repeat(packed.dims, axis=1))
 
@@ -163,7 +163,7 @@ def _scales(part: mx.array) -> mx.array:
     return part.astype(mx.float32).swapaxes(-1, -2)
 
 
-def piece(packed: Packed, start: int, stop: int) -> Packed:
+def slice_rows(packed: QuantizedArray, start: int, stop: int) -> QuantizedArray:
     """Rows start..stop of packed rows, start at the beginning of a tile."""
     if start == 0 and stop >= packed.shape[-2]:
         return packed
@@ -179,7 +179,7 @@ def metal_decode_attention(
     B, Hkv, _, Dv = buckets[0][1].shape
     Hq = queries.shape[1]
     if T == 0:
-        return _nothing(queries, Hkv, Dv)
+        return _empty_result(queries, Hkv, Dv)
     bias = mx.zeros((B, 1, T)) if bias is None else bias.astype(mx.float32)
     flat = (queries.astype(mx.float32) * scale).reshape(B, Hq, -1)
     parts, start = [], 0
@@ -198,7 +198,7 @@ def metal_decode_attention(
     return output[..., None, :].astype(queries.dtype), mass
 
 
-def _attend(queries: mx.array, k: Packed, v: Packed, bias: mx.array) -> list[mx.array]:
+def _attend(queries: mx.array, k: QuantizedArray, v: QuantizedArray, bias: mx.array) -> list[mx.array]:
     """One bucket: scores `[B, Hq, T]`, and of each split outputs `[B, Hq, S, Dv]`, maxima and sums `[B, Hq, S]`."""
     B, Hkv, T, Dv = v.shape
     Hq, D = queries.shape[1:]
@@ -226,13 +226,13 @@ def _attend(queries: mx.array, k: Packed, v: Packed, bias: mx.array) -> list[mx.
     )
 
 
-def _tile(name: str, packed: Packed) -> dict[str, int]:
+def _tile(name: str, packed: QuantizedArray) -> dict[str, int]:
     """Compiled in, as dividing by a constant is cheap; a single kernel for all unpacked values."""
     tokens, dims = (1, 1) if packed.raw else (packed.tokens, packed.dims)
     return {f"{name}_TOKENS": tokens, f"{name}_DIMS": dims}
 
 
-def _buffers(packed: Packed) -> tuple[mx.array, mx.array, mx.array]:
+def _buffers(packed: QuantizedArray) -> tuple[mx.array, mx.array, mx.array]:
     """Words, shift, scale; an unread element for the scales that unpacked values lack, as buffers cannot be empty."""
     if packed.raw:
         unread = mx.zeros((1, 1, 1, 1))
@@ -240,7 +240,7 @@ def _buffers(packed: Packed) -> tuple[mx.array, mx.array, mx.array]:
     return packed.words, packed.shift, packed.scale
 
 
-def _nothing(queries: mx.array, kv_heads: int, dims: int) -> tuple[mx.array, mx.array]:
+def _empty_result(queries: mx.array, kv_heads: int, dims: int) -> tuple[mx.array, mx.array]:
     """Output and mass of attention over no tokens."""
     B, Hq = queries.shape[:2]
     return mx.zeros((B, Hq, 1, dims), queries.dtype), mx.zeros((B, kv_heads, 0))

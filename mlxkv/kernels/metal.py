@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxkv.resources import resource_dir
+from mlxkv.bundled.resources import resource_dir
 
 
 @dataclass(frozen=True)

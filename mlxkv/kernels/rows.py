@@ -14,17 +14,17 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 
-from mlxkv.cache import Rope
 from mlxkv.kernels import metal
 from mlxkv.kernels.examples import Example
 from mlxkv.kernels.metal import Kernel
+from mlxkv.spec import Rope
 
 _ROWS = Kernel("rows", inputs=("x", "cosines", "sines", "partners", "table", "sizes"), outputs=("turned",))
 _SLICES = 8  # more pieces than this are gathered one element at a time
 
 
 @dataclass(frozen=True)
-class Turn:
+class RotationTable:
     """How each layer's dims turn. cosines, sines: float32 `[R, T, D]`. partners: int32 `[R, D]`. table: int32 `[L]`,
     which of the R kinds of rotation a layer has. Build it with `turns`."""
 
@@ -33,19 +33,21 @@ class Turn:
     partners: np.ndarray
     table: np.ndarray
 
-    def only(self, kind: int) -> Turn:
+    def only(self, kind: int) -> RotationTable:
         """The rotation of a single kind."""
         pick = slice(kind, kind + 1)
-        return Turn(self.cosines[pick], self.sines[pick], self.partners[pick], np.zeros(1, np.int32))
+        return RotationTable(self.cosines[pick], self.sines[pick], self.partners[pick], np.zeros(1, np.int32))
 
 
-def turns(ropes: Sequence[Rope | None], dim: int, start: int, tokens: int, inverse: bool) -> Turn | None:
+def rotation_table(
+    ropes: Sequence[Rope | None], dim: int, start: int, tokens: int, inverse: bool
+) -> RotationTable | None:
     """The rotation of tokens start..start + tokens of layers with these ropes, or None when no layer rotates."""
     kinds = list(dict.fromkeys(ropes))
     if kinds == [None]:
         return None
     built = [_angles(rope, dim, start, tokens, inverse) for rope in kinds]
-    return Turn(
+    return RotationTable(
         mx.stack([cosine for cosine, _, _ in built]),
         mx.stack([sine for _, sine, _ in built]),
         np.stack([partner for _, _, partner in built]),
@@ -53,44 +55,46 @@ def turns(ropes: Sequence[Rope | None], dim: int, start: int, tokens: int, inver
     )
 
 
-def to_rows(x: mx.array, turn: Turn | None) -> mx.array:
+def to_rows(x: mx.array, turn: RotationTable | None) -> mx.array:
     """Layers x `[L, B, H, T, D]` of any float type to float32 rows `[B*T, L*H*D]`, in one pass over memory."""
     return (metal_to_rows if metal.available() else reference_to_rows)(x, turn)
 
 
-def from_rows(rows: mx.array, shape: tuple[int, ...], turn: Turn | None, dtype: mx.Dtype) -> mx.array:
+def from_rows(rows: mx.array, shape: tuple[int, ...], turn: RotationTable | None, dtype: mx.Dtype) -> mx.array:
     """The inverse layout, of rows `[B*T, p]` float32 to layers `[L, B, H, T, D]` = shape of type dtype."""
     return (metal_from_rows if metal.available() else reference_from_rows)(rows, shape, turn, dtype)
 
 
-def reference_to_rows(x: mx.array, turn: Turn | None) -> mx.array:
+def reference_to_rows(x: mx.array, turn: RotationTable | None) -> mx.array:
     layers, batch, heads, tokens, dim = x.shape
     if turn is not None:
-        x = _turned(x.astype(mx.float32), turn)
+        x = _rotate(x.astype(mx.float32), turn)
     return x.transpose(1, 3, 0, 2, 4).astype(mx.float32).reshape(batch * tokens, layers * heads * dim)
 
 
-def metal_to_rows(x: mx.array, turn: Turn | None) -> mx.array:
+def metal_to_rows(x: mx.array, turn: RotationTable | None) -> mx.array:
     if turn is None or x.size == 0:  # MLX's own copy does it in one pass
         return reference_to_rows(x, turn)
     layers, batch, heads, tokens, dim = x.shape
     return _launch(x, x.shape, turn, (batch * tokens, layers * heads * dim), mx.float32, to_rows=True)
 
 
-def reference_from_rows(rows: mx.array, shape: tuple[int, ...], turn: Turn | None, dtype: mx.Dtype) -> mx.array:
+def reference_from_rows(
+    rows: mx.array, shape: tuple[int, ...], turn: RotationTable | None, dtype: mx.Dtype
+) -> mx.array:
     layers, batch, heads, tokens, dim = shape
     x = rows.reshape(batch, tokens, layers, heads, dim).transpose(2, 0, 3, 1, 4)
-    return (x if turn is None else _turned(mx.contiguous(x), turn)).astype(dtype)
+    return (x if turn is None else _rotate(mx.contiguous(x), turn)).astype(dtype)
 
 
-def metal_from_rows(rows: mx.array, shape: tuple[int, ...], turn: Turn | None, dtype: mx.Dtype) -> mx.array:
+def metal_from_rows(rows: mx.array, shape: tuple[int, ...], turn: RotationTable | None, dtype: mx.Dtype) -> mx.array:
     if turn is None or rows.size == 0:
         return reference_from_rows(rows, shape, turn, dtype)
     return _launch(rows, shape, turn, shape, dtype, to_rows=False)
 
 
 def _launch(
-    x: mx.array, shape: tuple[int, ...], turn: Turn, out: tuple[int, ...], dtype: mx.Dtype, to_rows: bool
+    x: mx.array, shape: tuple[int, ...], turn: RotationTable, out: tuple[int, ...], dtype: mx.Dtype, to_rows: bool
 ) -> mx.array:
     layers, batch, heads, tokens, dim = shape
     return _ROWS(
@@ -123,10 +127,10 @@ def _angles(
     return mx.array(cosine), mx.array(sine), partner
 
 
-def _turned(x: mx.array, turn: Turn) -> mx.array:
+def _rotate(x: mx.array, turn: RotationTable) -> mx.array:
     """x `[L, B, H, T, D]` float32, each layer turned."""
     if len(turn.partners) > 1:
-        return mx.stack([_turned(layer, turn.only(kind)) for layer, kind in zip(x, turn.table)])
+        return mx.stack([_rotate(layer, turn.only(kind)) for layer, kind in zip(x, turn.table)])
     return x * turn.cosines + _permuted(x, turn.partners[0]) * turn.sines
 
 
@@ -138,12 +142,12 @@ def _permuted(x: mx.array, order: np.ndarray) -> mx.array:
     return mx.concatenate([x[..., order[a] : order[b - 1] + 1] for a, b in pairwise(edges)], axis=-1)
 
 
-def _example(tokens: int) -> tuple[mx.array, Turn | None]:
+def _example(tokens: int) -> tuple[mx.array, RotationTable | None]:
     x = mx.random.normal((16, 1, 8, tokens, 128), key=mx.random.key(0)).astype(mx.bfloat16)
-    return x, turns([Rope(128, base=1e6)] * 16, 128, 0, tokens, inverse=True)
+    return x, rotation_table([Rope(128, base=1e6)] * 16, 128, 0, tokens, inverse=True)
 
 
-def _example_back(tokens: int) -> tuple[mx.array, tuple[int, ...], Turn | None, mx.Dtype]:
+def _example_back(tokens: int) -> tuple[mx.array, tuple[int, ...], RotationTable | None, mx.Dtype]:
     x, turn = _example(tokens)
     return reference_to_rows(x, None), x.shape, turn, x.dtype
 

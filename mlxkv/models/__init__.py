@@ -10,8 +10,8 @@ import importlib
 import pkgutil
 from typing import Any
 
-from mlxkv.cache import CacheSpec, Rope, Slot
 from mlxkv.errors import UnsupportedError
+from mlxkv.spec import CacheSpec, Rope, Slot
 
 
 def available() -> list[str]:
@@ -35,7 +35,7 @@ def cache_spec(model: Any) -> CacheSpec:
     return importlib.import_module(f"{__name__}.{name}").spec(model)
 
 
-def keys_and_values(heads: int, dim: int, rope: Rope | None) -> tuple[Slot, Slot]:
+def kv_slots(heads: int, dim: int, rope: Rope | None) -> tuple[Slot, Slot]:
     """The usual pair: rotated keys and plain values, both `[B, heads, T, dim]`."""
     return Slot("keys", heads, dim, rope), Slot("values", heads, dim)
 

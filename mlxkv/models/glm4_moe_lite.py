@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlxkv.cache import CacheSpec, Slot
 from mlxkv.models import model_type, read_rope
+from mlxkv.spec import CacheSpec, Slot
 
 
 def spec(model: Any) -> CacheSpec:

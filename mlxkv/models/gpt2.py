@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlxkv.cache import CacheSpec
-from mlxkv.models import keys_and_values, model_type
+from mlxkv.models import kv_slots, model_type
+from mlxkv.spec import CacheSpec
 
 
 def spec(model: Any) -> CacheSpec:
     attention = [layer.attn for layer in model.layers]
-    return CacheSpec(model_type(model), tuple(keys_and_values(a.n_head, a.head_dim, None) for a in attention))
+    return CacheSpec(model_type(model), tuple(kv_slots(a.n_head, a.head_dim, None) for a in attention))

@@ -1,0 +1,1 @@
+"""The stages of transform coding, one a file, each beside its inverse."""

@@ -1,0 +1,43 @@
+"""Stage 3: the shift and scale of each group of coefficients. Rounding and packing by them is a kernel's work.
+
+Every token's group has its own float16 shift and scale. int2 and int4 are affine between the group's minimum and
+maximum, then refitted by least squares; fp8 is E4M3 around the group's mean.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mlxkv.kernels.groups import BITS, from_codes, to_codes
+
+E4M3_MAX = 448.0
+FLOAT16_MAX = 65504.0
+REFITS = 3
+
+
+def fit(x: mx.array, kind: str) -> tuple[mx.array, mx.array]:
+    """Groups x `[count, size, n]` float32 to shift and scale, float16 `[count, n]`."""
+    low, high = x.min(axis=1), x.max(axis=1)
+    if kind == "fp8":
+        shift = x.mean(axis=1).astype(mx.float16)
+        center = shift.astype(mx.float32)
+        return shift, (mx.maximum(high - center, center - low) / E4M3_MAX).astype(mx.float16)
+    shift, scale = low.astype(mx.float16), ((high - low) / (2 ** BITS[kind] - 1)).astype(mx.float16)
+    for _ in range(REFITS):
+        shift, scale = _least_squares(x, to_codes(x, shift, scale, kind).astype(mx.float32))
+    return shift, scale
+
+
+def quantization_round_trip(x: mx.array, kind: str) -> mx.array:
+    """What groups x `[count, size, n]` come back as."""
+    shift, scale = fit(x, kind)
+    return from_codes(to_codes(x, shift, scale, kind), shift, scale, kind)
+
+
+def _least_squares(x: mx.array, codes: mx.array) -> tuple[mx.array, mx.array]:
+    """The shift and scale that reproduce x best from these codes."""
+    center, mean = codes.mean(axis=1), x.mean(axis=1)
+    spread = codes - center[:, None]
+    scale = (spread * (x - mean[:, None])).sum(axis=1) / mx.maximum(mx.square(spread).sum(axis=1), 1e-9)
+    shift = mx.clip(mean - scale * center, -FLOAT16_MAX, FLOAT16_MAX)  # the line may leave the range of x
+    return shift.astype(mx.float16), scale.astype(mx.float16)

@@ -1,0 +1,1 @@
+"""Interfaces to packages by others."""

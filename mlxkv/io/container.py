@@ -1,0 +1,196 @@
+"""The container: magic, version, checksummed sections, and last their checksummed JSON header. See docs/format.md.
+
+The header stands last, so that a file grows by new sections and a new header in place of the old. Knows nothing about
+what the sections mean; that is the codec's business.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import IO, Any
+
+from mlxkv.config import is_int
+from mlxkv.errors import ChecksumError, FormatError, VersionError
+from mlxkv.io import lossless
+from mlxkv.io.atomic import recover_journal
+from mlxkv.io.inputs import open_input, parse_json
+
+MAGIC = b"\x89MLXKV\r\n"
+END_MAGIC = b"MLXKVend"
+VERSION = 2
+MAX_HEADER = 64 * 2**20
+Source = bytes | bytearray | memoryview | str | Path
+_PREAMBLE = struct.Struct("<8sHH")  # magic, version, reserved
+_FOOTER = struct.Struct("<I16s8s")  # header length, BLAKE2b-128, end
+
+
+@dataclass(frozen=True)
+class Section:
+    """One entry of the header's table. size: bytes when decoded; stored: bytes in the file."""
+
+    name: str
+    coding: str
+    size: int
+    stored: int
+    digest: str
+
+
+def digest(data: bytes) -> bytes:
+    """BLAKE2b with 128 bits: the checksum of headers, sections and artifacts."""
+    return blake2b(data, digest_size=16).digest()
+
+
+def encode_section(name: str, data: bytes, coding: str = "deflate") -> tuple[Section, bytes]:
+    """A section and its stored bytes, as they are when the coding (one of lossless.CODINGS) does not shrink them.
+
+    Raises InputError for another coding. Safe to call from threads: zlib and BLAKE2b release the GIL.
+    """
+    stored = lossless.encode(coding, data)
+    if len(stored) >= len(data):
+        coding, stored = "raw", data
+    return Section(name, coding, len(data), len(stored), digest(stored).hex()), stored
+
+
+def write(file: IO[bytes], header: Mapping[str, Any], sections: Iterable[tuple[Section, bytes]]) -> None:
+    """Write a container: the sections in order, then the header's own fields plus the table of sections."""
+    file.write(_PREAMBLE.pack(MAGIC, VERSION, 0))
+    file.write(encode_tail(header, [], sections))
+
+
+def encode_tail(header: Mapping[str, Any], kept: Sequence[Section], sections: Iterable[tuple[Section, bytes]]) -> bytes:
+    """What stands behind the `kept` sections of a container that goes on with these."""
+    sections = list(sections)
+    table = [[s.name, s.coding, s.size, s.stored, s.digest] for s in (*kept, *(section for section, _ in sections))]
+    text = json.dumps({**header, "sections": table}, separators=(",", ":")).encode()
+    start = struct.pack("<HI", VERSION, len(text))
+    footer = _FOOTER.pack(len(text), digest(start + text), END_MAGIC)
+    return b"".join([*(stored for _, stored in sections), text, footer])
+
+
+class Reader:
+    """A container open for reading. Sections are read, checked and decoded one by one, on request.
+
+    Raises FormatError for anything that is not an intact container, ChecksumError where bytes have changed and
+    VersionError for a newer format. Memory stays bounded by the header's length and the largest section asked for.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.name = str(source) if isinstance(source, str | Path) else "the blob"
+        if isinstance(source, str | Path):
+            recover_journal(source)
+        self._file: IO[bytes] = open_input(source) if isinstance(source, str | Path) else io.BytesIO(source)
+        try:
+            self.size = self._file.seek(0, io.SEEK_END)
+            self._file.seek(0)
+            self.header = self._read_header()
+            self.sections = {section.name: section for section in self._table()}
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _read_header(self) -> dict[str, Any]:
+        preamble = self._file.read(_PREAMBLE.size)
+        if len(preamble) < _PREAMBLE.size or preamble[:8] != MAGIC:
+            raise FormatError(f"{self.name} is not an mlxkv container: it starts with {preamble[:8]!r}, not {MAGIC!r}")
+        _, version, reserved = _PREAMBLE.unpack(preamble)
+        if reserved:
+            raise FormatError(f"the reserved bytes of {self.name} are {reserved}, not 0: the file is damaged")
+        if version != VERSION:
+            advice = "upgrade mlxkv" if version > VERSION else "make it again"
+            raise VersionError(f"{self.name} has format version {version}; this mlxkv reads {VERSION}: {advice}")
+        body = self.size - _PREAMBLE.size - _FOOTER.size
+        self._file.seek(max(0, self.size - _FOOTER.size))
+        footer = self._file.read(_FOOTER.size)
+        if body < 0 or footer[-len(END_MAGIC) :] != END_MAGIC:
+            raise FormatError(f"{self.name} is truncated or extended: it does not end with {END_MAGIC!r}")
+        length, expected, _ = _FOOTER.unpack(footer)
+        if length > min(MAX_HEADER, body):
+            raise FormatError(f"{self.name} is truncated: its header claims {length} bytes, the file has {self.size}")
+        self._end = self._file.seek(self.size - _FOOTER.size - length)
+        text = self._file.read(length)
+        if digest(struct.pack("<HI", version, length) + text) != expected:
+            raise ChecksumError(f"the header of {self.name} is damaged: its checksum does not match; restore a copy")
+        return parse_json(text, f"the header of {self.name}")
+
+    def _table(self) -> list[Section]:
+        table = self.header.pop("sections", None)
+        position = _PREAMBLE.size
+        sections: list[Section] = []
+        self._starts: dict[str, int] = {}
+        if not isinstance(table, list):
+            raise FormatError(f"the header of {self.name} has no section table")
+        for row in table:
+            if not _is_row(row) or row[0] in self._starts:
+                raise FormatError(f"the section table of {self.name} is malformed: {str(row)[:80]}")
+            section = Section(*row)
+            sections.append(section)
+            self._starts[section.name] = position
+            position += section.stored
+        if position != self._end:
+            raise FormatError(
+                f"{self.name} should have {position} bytes of sections by its header, but has {self._end}: truncated or extended"
+            )
+        return sections
+
+    def read(self, name: str, size: int | None = None) -> bytes:
+        """The decoded bytes of one section, which must be `size` bytes when that is given."""
+        section = self._section(name)
+        if size is not None and section.size != size:
+            raise FormatError(
+                f"section {name!r} of {self.name} decodes to {section.size} bytes; its geometry needs {size}"
+            )
+        self._file.seek(self._starts[name])
+        stored = self._file.read(section.stored)
+        self._compare(section, digest(stored))
+        try:
+            return lossless.decode(section.coding, stored, section.size)
+        except FormatError as error:
+            raise FormatError(f"section {section.name!r} of {self.name} is damaged: {error}") from None
+
+    def end_of(self, first: Sequence[Section]) -> int:
+        """Where the file's first sections end."""
+        return _PREAMBLE.size + sum(section.stored for section in first)
+
+    def verify(self) -> None:
+        """Check every section's checksum, piece by piece and without decoding anything."""
+        for section in self.sections.values():
+            self._file.seek(self._starts[section.name])
+            hasher, left = blake2b(digest_size=16), section.stored
+            while left:
+                piece = self._file.read(min(left, 2**20))
+                hasher.update(piece)
+                left -= len(piece) or left
+            self._compare(section, hasher.digest())
+
+    def _section(self, name: str) -> Section:
+        if name not in self.sections:
+            raise FormatError(f"{self.name} has no section {name!r}; it has {', '.join(list(self.sections)[:20])}")
+        return self.sections[name]
+
+    def _compare(self, section: Section, found: bytes) -> None:
+        if found.hex() != section.digest:
+            raise ChecksumError(
+                f"section {section.name!r} of {self.name} is damaged: its checksum does not match; restore a copy"
+            )
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a table row is [name, coding, size, stored, digest] with sizes that the coding can reach."""
+    if not (isinstance(row, list) and len(row) == 5 and all(isinstance(row[i], str) for i in (0, 1, 4))):
+        return False
+    size, stored = row[2], row[3]
+    if not (is_int(size) and is_int(stored)):
+        return False
+    return lossless.is_plausible(row[1], size, stored)

@@ -1,0 +1,52 @@
+"""Tokens drawn at random: what any method that chooses tokens by their importance has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlxkv.config import Config, integer
+from mlxkv.errors import InputError
+from mlxkv.live.base import live_methods
+from mlxkv.live.selection import SelectingCache
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomConfig(Config):
+    """Settings of the random baseline.
+
+    Parameters
+    ----------
+    tokens
+        Most tokens that are kept, sinks and recent ones among them.
+    sinks, recent
+        First and newest tokens that always stay.
+    seed
+        Of the draw.
+    """
+
+    tokens: int = integer(512, least=1)
+    sinks: int = integer(4)
+    recent: int = integer(64)
+    seed: int = integer(0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokens < self.sinks + self.recent:
+            raise InputError(f"tokens must be 1 or more and hold sinks and recent: {self}")
+
+
+@live_methods.register("random")
+class RandomCache(SelectingCache):
+    """Where there are too many tokens, those to give up are drawn evenly from between sinks and recent ones. A draw
+    depends on the seed, the layer and the position alone, so a saved cache goes on as it would have."""
+
+    config_class = RandomConfig
+    config: RandomConfig
+
+    def kept_indices(self, count: int) -> np.ndarray:
+        tokens = np.arange(count, dtype=np.int32)
+        middle = tokens[self.config.sinks : max(self.config.sinks, count - self.config.recent)]
+        draw = np.random.default_rng([self.config.seed, self.layer, self.offset])
+        return np.setdiff1d(tokens, draw.choice(middle, max(0, count - self.config.tokens), replace=False))

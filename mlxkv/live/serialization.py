@@ -1,0 +1,161 @@
+"""Live caches on disk: one checksummed container, read without trust and without pickle.
+
+The header describes the model's cache, the method, its settings and, layer by layer, the state as a tree whose
+arrays are sections of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxkv.config import Config, is_int
+from mlxkv.errors import FormatError, InputError, MismatchError
+from mlxkv.io import container
+from mlxkv.io.atomic import atomic_write
+from mlxkv.io.container import Reader, encode_section
+from mlxkv.kernels.bits import QuantizedArray
+from mlxkv.live.base import LayerCache, live_methods
+from mlxkv.live.seam import make_cache
+from mlxkv.models import cache_spec
+from mlxkv.spec import fingerprint
+from mlxkv.version import __version__
+
+KIND = "live cache"
+_TYPES = {
+    str(kind).removeprefix("mlx.core."): kind
+    for kind in (mx.float32, mx.float16, mx.bfloat16, mx.int32, mx.int64, mx.uint8, mx.uint32, mx.bool_)
+}
+_MAX_AXES = 8
+
+
+def save_cache(path: str | Path, model: Any, caches: Sequence[Any]) -> None:
+    """Write the live caches of a model, as `make_cache` made them, other layers' own states included.
+
+    Raises InputError for caches without a live one among them or with states that are not arrays and numbers.
+    """
+    live = [entry for entry in caches if isinstance(entry, LayerCache)]
+    if not live:
+        raise InputError("none of these caches is a live one: mlxkv.make_cache makes them")
+    arrays: list[mx.array] = []
+    layers = [
+        [entry.offset, _describe_state([getattr(entry, name) for name in entry.state_fields], arrays)]
+        if isinstance(entry, LayerCache)
+        else [None, _describe_state(entry.state, arrays)]
+        for entry in caches
+    ]
+    header = {
+        "kind": KIND,
+        "writer": __version__,
+        "method": live[0].method_name,
+        "settings": live[0].config.to_dict(),
+        "spec": live[0].spec.to_json(),
+        "fingerprint": fingerprint(model),
+        "layers": layers,
+        "arrays": [[str(array.dtype).removeprefix("mlx.core."), array.shape] for array in arrays],
+    }
+    sections = [encode_section(str(i), _to_bytes(array), "raw") for i, array in enumerate(arrays)]
+    with atomic_write(path) as file:
+        container.write(file, header, sections)
+
+
+def load_cache(path: str | Path, model: Any) -> list[Any]:
+    """What `save_cache` wrote, ready to go on with: a prompt cache for this model, with `attach(model)` installed.
+
+    Raises MismatchError when it was made with other weights, FormatError (ChecksumError) for damaged files.
+    """
+    with Reader(path) as reader:
+        header = reader.header
+        if header.get("kind") != KIND:
+            raise FormatError(f"{reader.name} is no saved live cache; it says {str(header.get('kind'))[:80]!r}")
+        if header.get("fingerprint") != fingerprint(model) or header.get("spec") != cache_spec(model).to_json():
+            raise MismatchError(f"{reader.name} was made with another model or other weights than this one")
+        try:
+            caches = make_cache(model, _config(reader))
+            arrays = [_read(reader, str(i), *row) for i, row in enumerate(header["arrays"])]
+            for entry, (offset, tree) in zip(caches, header["layers"], strict=True):
+                _restore(entry, offset, _rebuild_state(tree, arrays))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+            raise FormatError(f"{reader.name} does not describe a live cache: {error!r}") from None
+    return caches
+
+
+def _config(reader: Reader) -> Config:
+    """The settings that a header names. Raises FormatError for a method that is not installed."""
+    method = live_methods.find(reader.header["method"])
+    if method is None:
+        raise FormatError(f"{reader.name} is of method {reader.header['method']!r}, which is not installed here")
+    return method.config_class.from_dict(reader.header["settings"])
+
+
+def _restore(entry: Any, offset: Any, state: Any) -> None:
+    if not isinstance(entry, LayerCache):
+        entry.state = state
+        return
+    if not is_int(offset) or len(state) != len(entry.state_fields):
+        raise FormatError(
+            f"layer {entry.layer} has offset {offset!r} and {len(state)} of {len(entry.state_fields)} parts"
+        )
+    entry.offset = offset
+    for name, value in zip(entry.state_fields, state):
+        setattr(entry, name, value)
+    first, second = entry.slots
+    for keys, values in entry.buckets():
+        found = [(x.shape[1], x.shape[3], len(x.shape)) for x in (keys, values)]
+        if found != [(first.heads, first.dim, 4), (second.heads, second.dim, 4)] or keys.shape[2] != values.shape[2]:
+            raise FormatError(f"layer {entry.layer} stores {keys.shape} and {values.shape}, which do not fit the model")
+    if entry.kept > offset:
+        raise FormatError(f"layer {entry.layer} stores {entry.kept} of {offset} tokens")
+
+
+def _describe_state(tree: Any, arrays: list[mx.array]) -> Any:
+    """A state as JSON; its arrays go to the end of the list and are named by their place there."""
+    if isinstance(tree, mx.array):
+        arrays.append(tree)
+        return {"array": len(arrays) - 1}
+    if isinstance(tree, QuantizedArray):
+        parts = [_describe_state(part, arrays) for part in (tree.words, tree.shift, tree.scale)]
+        return {"packed": [*parts, tree.bits, tree.dim, tree.tokens, tree.dims]}
+    if isinstance(tree, list | tuple):
+        return {type(tree).__name__: [_describe_state(item, arrays) for item in tree]}
+    if isinstance(tree, dict):
+        return {"dict": [[key, _describe_state(item, arrays)] for key, item in tree.items()]}
+    if tree is None or type(tree) in (bool, int, float, str):
+        return tree
+    raise InputError(f"a cache's state cannot be saved with a {type(tree).__name__} in it")
+
+
+def _rebuild_state(tree: Any, arrays: Sequence[mx.array]) -> Any:
+    """The inverse of `_described`."""
+    if not isinstance(tree, dict):
+        return tree
+    ((kind, content),) = tree.items()
+    if kind == "array":
+        return arrays[content]
+    if kind == "dict":
+        return {key: _rebuild_state(item, arrays) for key, item in content}
+    kinds: dict[str, Callable[[list[Any]], Any]] = {
+        "packed": lambda parts: QuantizedArray(*parts),
+        "list": list,
+        "tuple": tuple,
+    }
+    return kinds[kind]([_rebuild_state(item, arrays) for item in content])
+
+
+def _to_bytes(array: mx.array) -> bytes:
+    return np.array(array.reshape(-1).view(mx.uint8)).tobytes()  # NumPy has no bfloat16
+
+
+def _read(reader: Reader, name: str, kind: str, shape: list[int]) -> mx.array:
+    section = reader.sections.get(name)
+    if section is None or section.coding != "raw":
+        raise FormatError(f"{reader.name}: array {name} must be there, stored plain")
+    if len(shape) > _MAX_AXES or not all(map(is_int, shape)):
+        raise FormatError(f"{reader.name}: array {name} has the impossible shape {shape}")
+    data = reader.read(name, math.prod(shape) * _TYPES[kind].size)
+    return mx.array(np.frombuffer(data, np.uint8)).view(_TYPES[kind]).reshape(shape)

@@ -1,0 +1,287 @@
+"""The live methods' benchmark: a shared prefill changes nothing, and it computes what it says."""
+
+from math import exp, log
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import tiny_model, tiny_tokens
+
+from benchmarks import calibration, live_methods, paired, uniform
+from benchmarks.live_runs import caches_of, continued, fp16_bytes, held_bytes, possible, prefilled
+from mlxkv import lm
+from mlxkv.codec.calibrate import calibrate
+from mlxkv.codec.methods.kvtc import KVTCConfig
+from mlxkv.codec.session import CacheCodec
+from mlxkv.dump import write_dump
+from mlxkv.evaluate import metrics
+from mlxkv.live import live_config
+from mlxkv.models import cache_spec
+
+VARIANTS = {
+    "full": live_config("full"),
+    "int4": live_config("int4"),
+    "kivi": live_config("kivi", residual=16),
+    "random": live_config("random", tokens=80),
+    "h2o": live_config("h2o", heavy=30, recent=30),
+    "smartkv": live_config("smartkv", budget=0.7),
+    "uniform-16": uniform.Settings(16),
+}
+
+
+def rows(length, batch=2):
+    return np.array([tiny_tokens(length, seed=seed) for seed in range(batch)])
+
+
+@pytest.mark.parametrize("name", ["llama", "lfm2", "glm4_moe_lite", "gpt2"])
+def test_a_shared_prefill_leaves_every_cache_as_its_own_would(name):
+    model, tokens = tiny_model(name), mx.array(rows(150))
+    shared = prefilled(model, tokens, VARIANTS)
+    for variant, settings in VARIANTS.items():
+        alone = caches_of(model, settings)
+        model(tokens, cache=alone)
+        pairs = [pair for entries in zip(alone, shared[variant]) for pair in zip(*(entry.state for entry in entries))]
+        assert len(pairs) >= 2 * len(cache_spec(model).attention_layers)
+        for ours, theirs in pairs:
+            if isinstance(ours, mx.array):
+                same = (
+                    mx.allclose(ours, theirs, atol=1e-6) if ours.dtype == mx.float32 else mx.array_equal(ours, theirs)
+                )
+                assert same, variant
+        after = [model(tokens[:, :1], cache=caches) for caches in (alone, shared[variant])]
+        assert mx.allclose(*after, atol=1e-4), variant
+
+
+def test_records_say_what_decoding_each_text_alone_says():
+    model, texts = tiny_model("llama"), rows(149)
+    records = continued(model, texts, 128, VARIANTS, "tiny")
+    (record,) = [one for one in records if (one["variant"], one["text"]) == ("int4", 1)]
+    logits = []
+    for settings in (VARIANTS["full"], VARIANTS["int4"]):
+        caches = caches_of(model, settings)
+        model(mx.array(texts[1:, :128]), cache=caches)
+        chunks = (texts[1:, 128:144], texts[1:, 144:-1])
+        logits.append(mx.concatenate([model(mx.array(chunk), cache=caches)[0] for chunk in chunks]))
+    targets = mx.array(texts[1, 129:])
+    assert record["kl"] == pytest.approx(float(metrics.kl_divergence(*logits).mean()), rel=1e-3)
+    assert record["top1_agreement"] == pytest.approx(metrics.top1_agreement(*logits))
+    assert record["perplexity"] == pytest.approx(metrics.perplexity(logits[1], targets), rel=1e-4)
+    assert record["perplexity_reference"] == pytest.approx(metrics.perplexity(logits[0], targets), rel=1e-4)
+
+
+def test_full_differs_from_itself_by_nothing_and_float16_takes_what_the_yardstick_says():
+    records = continued(tiny_model("llama"), rows(149), 128, VARIANTS, "tiny")
+    for record in records:
+        if record["variant"] == "full":
+            assert record["kl"] == 0
+            assert record["top1_agreement"] == 1
+            assert record["perplexity_delta"] == 0
+        if record["variant"] == "uniform-16":
+            assert record["share_of_fp16"] == pytest.approx(1)
+            assert 0 < record["kl"] < 1e-3
+
+
+def test_bytes_are_a_texts_own_and_a_mean_over_what_the_chunks_find():
+    model, texts = tiny_model("llama"), rows(128 + 32 + 1, batch=3)
+    record = continued(model, texts, 128, VARIANTS, "tiny")[3]
+    caches = prefilled(model, mx.array(texts[:1, :128]), VARIANTS)["int4"]
+    assert record["variant"] == "int4"
+    assert (
+        record["cache_bytes"] == held_bytes(caches) + fp16_bytes(model, 16) / 2
+    )  # two chunks find 0 and 16 in the tail
+    assert fp16_bytes(model, 1) == 2 * 2 * 2 * 2 * 8  # bytes x layers x (K, V) x heads x dims
+
+
+def test_a_curve_is_read_between_its_points_in_logarithms():
+    curve = [(400, 1e-4), (100, 1e-2)]
+    assert paired.at_bytes(200, curve) == pytest.approx(1e-3)
+    assert paired.at_bytes(50, curve) == pytest.approx(1e-2)
+    assert paired.at_bytes(800, curve) == pytest.approx(1e-4)
+
+
+def test_what_fits_is_a_point_of_the_curve():
+    curve = [(400, 1e-4), (100, 1e-2), (200, 1e-3)]
+    assert [paired.within_bytes(size, curve) for size in (50, 100, 399, 400)] == [1e-2, 1e-2, 1e-3, 1e-4]
+
+
+def test_holm_is_the_textbooks():
+    assert paired.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_what_is_exact_is_compared_by_the_least_kl():
+    assert paired.compare([0.0, -1e-9], [1e-8, 1e-8])["kl_ratio"] == pytest.approx(0.1)
+
+
+def test_a_comparison_is_of_geometric_means():
+    result = paired.compare([1e-3, 4e-3, 1e-2], [2e-3, 8e-3, 5e-3])
+    assert result["kl_ratio"] == pytest.approx(0.5 ** (1 / 3))
+    assert result["better_on"] == 2
+    low, high = result["kl_ratio_interval"]
+    assert 0.499 < low < result["kl_ratio"] < high < 2.001
+    assert paired.compare([1e-3] * 4, [2e-3] * 4)["kl_ratio_interval"] == pytest.approx([0.5, 0.5])
+
+
+def test_a_preset_is_compared_at_its_own_bytes_of_each_text():
+    def sample(variant, text, size, kl):
+        return {"model": "m", "variant": variant, "text": text, "cache_bytes": size, "kl": kl}
+
+    curve = [
+        sample(f"uniform-{bits}", text, size, kl)
+        for text in "ab"
+        for bits, size, kl in ((2, 100, 1e-2), (16, 400, 1e-4))
+    ]
+    kivi = [sample("kivi-2", text, 200, 2e-3) for text in "ab"]
+    between = (2e-3 * 1e-4) ** 0.5  # at the geometric mean of KIVI's and float16's bytes
+    ours = [sample("smartkv-0.5", text, 200 * 2**0.5, 2 * between) for text in "ab"]
+    rows = live_methods.comparisons([*curve, *kivi, *ours])
+    result = {(row["variant"], row["against"]): row for row in rows if row["read"] == "between points"}
+    assert list(result) == [("kivi-2", "uniform"), ("smartkv-0.5", "uniform"), ("smartkv-0.5", "kivi")]
+    assert result["smartkv-0.5", "kivi"]["kl_ratio"] == pytest.approx(2)
+    assert result["kivi-2", "uniform"]["kl_ratio"] == pytest.approx(2)
+    assert [row["texts"] for row in rows] == [2] * 6
+    (fitting,) = [row for row in rows if (row["against"], row["read"]) == ("kivi", "largest that fits")]
+    assert fitting["kl_ratio"] == pytest.approx(2 * between / 2e-3)
+
+
+def test_means_over_texts_are_also_geometric():
+    base = {"model": "m", "variant": "int4", "cache_bytes": 1, "share_of_fp16": 1, "top1_agreement": 1,
+            "perplexity_reference": 9, "perplexity_delta": 0}  # fmt: skip
+    (row,) = live_methods.fidelity([{**base, "kl": 1e-2}, {**base, "kl": 1e-4}])
+    assert row["kl"] == pytest.approx(5.05e-3)
+    assert row["kl_geometric"] == pytest.approx(exp((log(1e-2) + log(1e-4)) / 2))
+    assert (row["method"], row["texts"]) == ("uniform", 2)
+
+
+def test_a_method_that_a_model_cannot_have_is_left_out_and_named(capsys):
+    variants = {**VARIANTS, "smartkv-0.05": live_config("smartkv", budget=0.05)}
+    assert list(possible(tiny_model("llama"), variants)) == list(VARIANTS)
+    assert "left out: smartkv-0.05: layer 0" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory):
+    model, path = tiny_model("llama"), tmp_path_factory.mktemp("dumps") / "dump.npz"
+    write_dump(path, lm.dump(model, tiny_tokens(400, seed=9), dtype="float16"))
+    return CacheCodec(calibrate([path], KVTCConfig(4)), recent=16)
+
+
+def test_a_codecs_caches_are_what_each_text_alone_gives_when_filed_and_read_back(codec):
+    model, texts = tiny_model("llama"), rows(149)
+    variants = {"kvtc": codec, **VARIANTS}
+    assert list(prefilled(model, mx.array(texts[:, :128]), variants)) == list(variants)
+    caches = prefilled(model, mx.array(texts[:, :128]), variants)["kvtc"]
+    files = [codec.compress_dump(lm.dump(model, text[:128].tolist(), dtype="float16")) for text in texts]
+    assert held_bytes(caches) == pytest.approx(sum(map(len, files)), rel=0.02)  # a bit, as chunks round otherwise
+    for i, file in enumerate(files):
+        alone = lm.restore(model, codec.decompress_dump(file))
+        for ours, theirs in zip(caches, alone):
+            for both, one in zip(ours.keys_and_values(), theirs.keys_and_values()):
+                assert mx.allclose(both[i], one[0], atol=0.1)
+    before = held_bytes(caches)
+    model(mx.array(texts[:, 128:144]), cache=caches)
+    assert held_bytes(caches) == before + 2 * fp16_bytes(model, 16)
+
+
+def test_a_codec_is_scored_beside_live_caches_at_its_files_bytes(codec):
+    model, texts = tiny_model("llama"), rows(149)
+    records = continued(model, texts, 128, possible(model, {**VARIANTS, "kvtc": codec}), "tiny")
+    kvtc = [record for record in records if record["variant"] == "kvtc"]
+    assert len(kvtc) == 2
+    assert all(1e-6 < record["kl"] < 3 for record in kvtc)
+    held = held_bytes(prefilled(model, mx.array(texts[:, :128]), {**VARIANTS, "kvtc": codec})["kvtc"]) / 2
+    assert kvtc[0]["cache_bytes"] == held + fp16_bytes(model, 16) / 2  # two chunks find 0 and 16 after the file
+
+
+@pytest.fixture(scope="module")
+def result():
+    """Ten texts of two models. smartkv-0.5 has half of uniform's KL at its bytes, twice that of kvtc; on a miniature, or at
+    another budget, nothing is certain."""
+
+    def sample(model, variant, text, share, kl):
+        rest = {"top1_agreement": 0.9, "perplexity_reference": 9, "perplexity_delta": 0.1}
+        return {"model": model, "variant": variant, "text": text, "cache_bytes": 1000 * share, "share_of_fp16": share,
+                "kl": kl, **rest}  # fmt: skip
+
+    samples = []
+    for model in ("smollm2-135m", "miniature/glm"):
+        for text in range(10):
+            samples += [sample(model, "uniform-2", text, 0.25, 4e-2), sample(model, "uniform-16", text, 1, 1e-2)]
+            samples += [sample(model, "smartkv-0.3", text, 0.5, (1e-2, 4e-2)[text % 2])]
+            if model == "smollm2-135m":
+                samples += [sample(model, "smartkv-0.5", text, 0.5, 1e-2), sample(model, "kvtc-4", text, 0.5, 5e-3)]
+                samples += [sample(model, "kvtc-rd-30", text, 0.6, 5e-3)]
+    summary = {"fidelity": live_methods.fidelity(samples), "paired": live_methods.comparisons(samples)}
+    return {"config": {"context": 1024, "predict": 64}, "summary": summary, "quick": False}
+
+
+def test_the_section_counts_what_is_beyond_chance_after_correction(result):
+    text = live_methods.section(result)
+    # smartkv: two budgets against uniform read in two ways and kvtc. kvtc: uniform in two ways.
+    assert "lower in 2 and higher in 2 of 6 for `smartkv`, lower in 2 and higher in 0 of 2 for `kvtc`, " in text
+    assert "of 3 for `kvtc-rd`." in text
+    assert "lower in 0 and higher in 0 of 1 for `miniature/glm`." in text
+    assert "| `smartkv-0.5` | **0.5 (0.5 to 0.5)**, 10 of 10 |" in text
+    assert "| `smartkv-0.3` | 1 (" in text
+    assert " † |" not in text
+
+
+def test_a_comparison_with_a_method_that_has_no_setting_so_small_is_marked(result):
+    def smaller(row):
+        return {**row, "share_of_fp16": 0.1} if row["variant"] == "kvtc-rd-30" else row
+
+    summary = {**result["summary"], "fidelity": [smaller(row) for row in result["summary"]["fidelity"]]}
+    lines = live_methods.section({**result, "summary": summary}).splitlines()
+    marked = {line.split("`")[1]: line.count(" † |") for line in lines if " † |" in line}
+    assert marked == {"kvtc-rd-30": 3}  # uniform in two ways, and kvtc
+
+
+def test_the_readme_shows_of_each_method_what_is_closest_within_a_third():
+    points = {"full": (2.3, 0), "smartkv-0.5": (0.49, 1e-4), "smartkv-0.3": (0.29, 2e-3), "uniform-2": (0.2, 1e-5),
+              "h2o-256": (0.25, 0.05), "h2o-96": (0.09, 0.15), "kvtc-rd-22": (0.03, 0.02)}  # fmt: skip
+    rows = [
+        {"model": "smollm2-135m", "variant": name, "method": live_methods.method_of(name), "texts": 10, "share_of_fp16": share,
+         "kl": kl, "kl_geometric": kl, "top1_agreement": 1, "perplexity_reference": 9, "perplexity_delta": 0}
+        for name, (share, kl) in points.items()
+    ]  # fmt: skip
+    text = live_methods.brief({"summary": {"fidelity": rows}, "config": {"context": 1024, "predict": 64}})
+    shown = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert shown == ["full", "smartkv-0.5", "smartkv-0.3", "kvtc-rd-22", "h2o-256"]
+
+
+def test_corrected_p_is_of_the_comparisons_shown_of_one_method(result):
+    found = live_methods.judged(result["summary"])
+    ours = [row for row in found.values() if row["group"] == "smartkv"]
+    assert len(ours) == 6
+    raw = found["smollm2-135m", "smartkv-0.5", "uniform", "between points"]
+    assert raw["p"] == 2 / 2**10
+    assert raw["p_holm"] == pytest.approx(6 * raw["p"])
+
+
+def test_the_figure_tells_every_method_apart(result):
+    lines = live_methods.figure(result).axes[0].lines
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
+    assert [line.get_label() for line in lines] == ["uniform", "smartkv", "kvtc (files)", "kvtc-rd (files)"]
+    assert len(looks) == 4
+
+
+def test_codecs_of_benchmarks_are_named_by_ratio_and_quality(monkeypatch):
+    model = tiny_model("llama")
+    monkeypatch.setattr(calibration.texts, "calibration", lambda *_: [tiny_tokens(200)])
+    made = calibration.codecs(model, None, calibration.QUICK, (), (22, 35))
+    assert {name: codec.quality for name, codec in made.items()} == {"kvtc-rd-22": 22, "kvtc-rd-35": 35}
+    assert list(calibration.codecs(model, None, calibration.QUICK, (4,), (22,))) == ["kvtc-4", "kvtc-rd-22"]
+
+
+def test_components_found_once_give_the_plans_of_each_ratio_alone(tmp_path, monkeypatch):
+    model, stretches = tiny_model("llama"), [tiny_tokens(200, seed=seed) for seed in range(2)]
+    monkeypatch.setattr(calibration.texts, "calibration", lambda *_: stretches)
+    files = [tmp_path / f"{i}.npz" for i in range(2)]
+    for file, tokens in zip(files, stretches):
+        write_dump(file, lm.dump(model, tokens, dtype="float16"))
+    made = calibration.calibrated(model, None, calibration.QUICK, (2, 10))
+    for ratio, ours in made.items():
+        alone = calibrate(files, KVTCConfig(ratio))
+        for name in ("k", "v"):
+            assert ours.stream(name).plan == alone.stream(name).plan
+            assert np.array_equal(ours.stream(name).V, alone.stream(name).V)
+            assert np.array_equal(ours.stream(name).mu, alone.stream(name).mu)
