@@ -11,10 +11,11 @@ import pytest
 from forging import forge, header_of
 from synthetic import toy_artifacts, toy_dump
 
-from mlxkv import files
 from mlxkv.codec import session as codec_module
 from mlxkv.codec.session import CacheCodec
+from mlxkv.dump import read_dump, write_dump
 from mlxkv.errors import FormatError, InputError, MismatchError
+from mlxkv.io import atomic
 from mlxkv.io.container import Reader
 
 BLOCK = 8
@@ -51,7 +52,7 @@ def test_whole_blocks_are_not_written_again(codec, tmp_path, monkeypatch):
     path.write_bytes(codec.compress_dump(beginning(dump, 30)))
     inode = path.stat().st_ino
     monkeypatch.setattr(
-        codec_module, "replace_rest", lambda *call: written.append(call[1:]) or files.replace_rest(*call)
+        codec_module, "replace_tail", lambda *call: written.append(call[1:]) or atomic.replace_tail(*call)
     )
     codec.append_dump(path, dump)
     keep, rest = written[0]
@@ -96,7 +97,7 @@ def test_a_file_in_another_order_is_refused(codec, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from mlxkv import files
+from mlxkv.io import atomic
 step = int(sys.argv[2])
 calls = 0
 def count(of):
@@ -109,8 +110,8 @@ def count(of):
     return called
 for name in ("fsync", "replace", "fstat"):
     setattr(os, name, count(getattr(os, name)))
-files.Path.unlink = count(files.Path.unlink)
-files.replace_rest(sys.argv[1], 1000, bytes(range(256)) * 20)
+atomic.Path.unlink = count(atomic.Path.unlink)
+atomic.replace_tail(sys.argv[1], 1000, bytes(range(256)) * 20)
 print("done", calls)
 """
 
@@ -122,9 +123,9 @@ def test_a_process_killed_at_any_step_leaves_the_old_file_or_the_new_one(tmp_pat
     path.write_bytes(old)
     run = subprocess.run([sys.executable, "-c", KILLED, path, str(step)], capture_output=True, text=True, check=False)
     assert run.returncode in (0, -signal.SIGKILL), run.stderr
-    files.finish_replacing(path)
+    atomic.recover_journal(path)
     assert path.read_bytes() in ((old,) if step <= 2 else (new,))
-    files.replace_rest(path, 1000, new[1000:])
+    atomic.replace_tail(path, 1000, new[1000:])
     assert path.read_bytes() == new
 
 
@@ -133,7 +134,7 @@ def test_what_a_killed_process_left_half_written_is_finished_by_the_next_reader(
     dump, path = toy_dump(length=40), tmp_path / "a.mlxkv"
     path.write_bytes(codec.compress_dump(beginning(dump, 30)))
     with monkeypatch.context() as patch:
-        patch.setattr(files, "finish_replacing", lambda path: None)
+        patch.setattr(atomic, "recover_journal", lambda path: None)
         codec.append_dump(path, dump)
     assert len(list(tmp_path.iterdir())) == 2
     with Reader(codec.compress_dump(dump)) as reader:
@@ -148,7 +149,7 @@ def test_a_journal_of_another_file_is_refused_and_named(codec, tmp_path, monkeyp
     dump, path = toy_dump(length=40), tmp_path / "a.mlxkv"
     path.write_bytes(codec.compress_dump(beginning(dump, 30)))
     with monkeypatch.context() as patch:
-        patch.setattr(files, "finish_replacing", lambda path: None)
+        patch.setattr(atomic, "recover_journal", lambda path: None)
         codec.append_dump(path, dump)
     path.write_bytes(CacheCodec(codec.artifacts, recent=3, sinks=1).compress_dump(dump))
     with pytest.raises(FormatError, match=r"\.a\.mlxkv\.rest does not fit"):
@@ -169,8 +170,8 @@ def test_a_part_of_the_tokens_is_what_the_whole_holds_there(codec, tmp_path):
         for name in "kv":
             assert np.array_equal(part.stream(name), whole.stream(name)[..., first:last, :])
         assert bool(part.states) == (last == 40)
-        files.write_dump(tmp_path / "part.npz", part)
-        assert files.read_dump(tmp_path / "part.npz").start == first
+        write_dump(tmp_path / "part.npz", part)
+        assert read_dump(tmp_path / "part.npz").start == first
     for wrong in [(0, 0), (5, 4), (-1, 3), (0, 41)]:
         with pytest.raises(InputError, match="tokens 0 to 40"):
             codec.decompress_dump(blob, tokens=wrong)

@@ -171,7 +171,7 @@ def test_sinks_are_left_out_of_calibration(tmp_path):
         calibrate([tmp_path / name], KVTCConfig(compression_ratio=4)).fingerprint for name in ("wild.npz", "tame.npz")
     ]
     assert found[0] == found[1]
-    assert calibrate([tmp_path / "wild.npz"], KVTCConfig(compression_ratio=4, s=3)).fingerprint != found[0]
+    assert calibrate([tmp_path / "wild.npz"], KVTCConfig(compression_ratio=4, sinks=3)).fingerprint != found[0]
 
 
 def test_samples_are_spread_over_a_file(tmp_path):
@@ -189,7 +189,7 @@ def test_samples_are_spread_over_a_file(tmp_path):
         {"compression_ratio": 4, "rank": 0},
         {"compression_ratio": 4, "max_bit_budget": -5},
         {"compression_ratio": 4, "samples_per_file": 0},
-        {"compression_ratio": 4, "s": -1},
+        {"compression_ratio": 4, "sinks": -1},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings):
@@ -197,7 +197,7 @@ def test_settings_that_make_no_sense_are_refused(settings):
         KVTCConfig(**settings)
 
 
-@pytest.mark.parametrize("settings", [{"compression_ratio": 1e6}, {"compression_ratio": 4, "s": 299}])
+@pytest.mark.parametrize("settings", [{"compression_ratio": 1e6}, {"compression_ratio": 4, "sinks": 299}])
 def test_calibration_that_leaves_nothing_is_refused(tmp_path, settings):
     write_dump(tmp_path / "a.npz", toy_dump())
     with pytest.raises(InputError):

@@ -125,7 +125,7 @@ def test_a_bound_that_nothing_fits_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"basis_bytes": 0}, {"basis_bytes": 1.5}, {"samples_per_file": 0}, {"s": -1}, {"seed": None}]
+    "wrong", [{"basis_bytes": 0}, {"basis_bytes": 1.5}, {"samples_per_file": 0}, {"sinks": -1}, {"seed": None}]
 )
 def test_settings_of_another_type_or_range_are_refused(wrong):
     with pytest.raises(InputError):

@@ -197,7 +197,7 @@ def test_sinks_may_hold_anything(codec, dtype):
 
 
 def test_negative_sinks_or_window_are_refused(calibrated):
-    for numbers in ({"w": -1}, {"s": -1}):
+    for numbers in ({"recent": -1}, {"sinks": -1}):
         with pytest.raises(InputError, match="0 or more"):
             CacheCodec(calibrated["dual"], **numbers)
 

@@ -67,7 +67,7 @@ def test_blocks_bound_rows_whatever_the_batch(codec):
     with Reader(blob) as reader:
         assert reader.header["layout"]["block"] == BLOCK // 8
     with pytest.raises(FormatError, match="not a layout"):
-        Layout(batch=MAX_ROWS, length=10, s=0, w=0, block=2)
+        Layout(batch=MAX_ROWS, length=10, sinks=0, recent=0, block=2)
 
 
 def test_an_archive_whose_members_overlap_is_refused(tmp_path):
@@ -130,7 +130,7 @@ def test_too_few_tokens_to_calibrate_is_an_input_error(tmp_path):
 @pytest.mark.parametrize(
     "wrong",
     [{"compression_ratio": value} for value in ("4", True, 0, -1, float("nan"), float("inf"), 1e-320)]
-    + [{"rank": 2.5}, {"rank": 0}, {"s": 1.5}, {"s": -1}, {"samples_per_file": True}, {"seed": "0"}],
+    + [{"rank": 2.5}, {"rank": 0}, {"sinks": 1.5}, {"sinks": -1}, {"samples_per_file": True}, {"seed": "0"}],
 )
 def test_settings_of_another_type_or_range_are_refused(wrong):
     with pytest.raises(InputError, match="must be"):

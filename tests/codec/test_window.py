@@ -53,7 +53,7 @@ def test_bytes_of_a_coded_window_are_counted_with_the_window(artifacts):
     dump = toy_dump(PLAIN, length=200, seed=9)
     coded, raw, none = (
         header(CacheCodec(artifacts, **options).compress_dump(dump))["summary"]
-        for options in ({"w": 60}, {"w": 60, "raw_window": True}, {"w": 0})
+        for options in ({"recent": 60}, {"recent": 60, "raw_window": True}, {"recent": 0})
     )
     assert coded["coded_bytes"] == raw["coded_bytes"] < none["coded_bytes"]
     assert coded["ratio_middle"] == raw["ratio_middle"]
@@ -71,12 +71,12 @@ def test_a_method_of_one_ratio_has_a_raw_window(tmp_path):
 
 @pytest.mark.parametrize(("quality", "of_window"), [(0, 30), (55.5, 85.5), (90, 100)])
 def test_the_window_is_30_points_finer_up_to_100(artifacts, quality, of_window):
-    codec = CacheCodec(artifacts, recent=10).at(quality)
+    codec = CacheCodec(artifacts, recent=10).with_quality(quality)
     assert header(codec.compress_dump(toy_dump(PLAIN, length=40, seed=9)))["window_quality"] == of_window
 
 
 @pytest.mark.parametrize(
-    ("length", "w", "names"),
+    ("length", "recent", "names"),
     [
         (40, 0, ["k.0", "v.0", "k.1", "v.1", "k.2", "v.2"]),
         (40, 20, ["k.0", "v.0", "k.window.0", "v.window.0", "k.window.1", "v.window.1"]),
@@ -85,9 +85,9 @@ def test_the_window_is_30_points_finer_up_to_100(artifacts, quality, of_window):
         (1, 0, []),
     ],
 )
-def test_a_window_longer_than_a_block_is_in_pieces(artifacts, monkeypatch, length, w, names):
+def test_a_window_longer_than_a_block_is_in_pieces(artifacts, monkeypatch, length, recent, names):
     monkeypatch.setattr(codec_module, "BLOCK", 16)
-    codec, dump = CacheCodec(artifacts, recent=w, sinks=4), toy_dump(PLAIN, length=length, seed=9)
+    codec, dump = CacheCodec(artifacts, recent=recent, sinks=4), toy_dump(PLAIN, length=length, seed=9)
     blob = codec.compress_dump(dump)
     assert header(blob)["names"] == ["k.sink", "v.sink", *names, "tokens"]
     whole = codec.decompress_dump(blob)

@@ -292,7 +292,7 @@ def test_a_killed_process_leaves_the_old_file(tmp_path, old):
 
 HALF_A_WRITE = """
 import sys, time
-from mlxkv.files import atomic_write
+from mlxkv.io.atomic import atomic_write
 with atomic_write(sys.argv[1]) as file:
     file.write(bytes(2**20))
     file.flush()
