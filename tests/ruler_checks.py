@@ -5,7 +5,7 @@ import zlib
 
 from mlxkv.evaluate.tasks import ruler
 from mlxkv.evaluate.tasks.ruler.samples import samples
-from mlxkv.evaluate.tasks.ruler.sources import Sources
+from mlxkv.evaluate.sources import Sources
 
 
 class Words:

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlxkv.cli._checks import check_out_folder
+from mlxkv.cli._commands import commands
 from mlxkv.cli._output import Json, print_record, steps
 
 if TYPE_CHECKING:
     from mlxkv.codec.methods.base import CodecConfig
 
 
-def command(
+@commands.register("calibrate")
+def calibrate_command(
     out: Annotated[Path, typer.Option(help="Folder for the artifacts.", show_default=False)],
     npz: Annotated[list[Path] | None, typer.Option(help="Dumps to calibrate on: one flag with several files.")] = None,
     more: Annotated[list[Path] | None, typer.Argument(help="Further dumps.", metavar="[NPZ]...")] = None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlxkv.cli._checks import check_out_file
+from mlxkv.cli._commands import commands
 from mlxkv.cli._output import Artifacts, Json, print_record, progress_bar
 
 if TYPE_CHECKING:
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from mlxkv.dump import KVDump
 
 
-def command(
+@commands.register("compress")
+def compress_command(
     npz: Annotated[Path, typer.Option(help="The dump to compress.", show_default=False)],
     artifacts: Artifacts,
     out: Annotated[Path, typer.Option(help="The container to write.", show_default=False)],

@@ -8,10 +8,12 @@ from typing import Annotated
 import typer
 
 from mlxkv.cli._checks import check_out_file
+from mlxkv.cli._commands import commands
 from mlxkv.cli._output import Artifacts, Json, print_record, progress_bar
 
 
-def command(
+@commands.register("decompress")
+def decompress_command(
     file: Annotated[Path, typer.Argument(help="A container written by mlxkv compress.", show_default=False)],
     artifacts: Artifacts,
     out: Annotated[Path, typer.Option(help="The .npz to write.", show_default=False)],

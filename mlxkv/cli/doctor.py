@@ -14,6 +14,7 @@ import typer
 
 import mlxkv
 from mlxkv import blas
+from mlxkv.cli._commands import commands
 from mlxkv.cli._output import Json, print_table
 from mlxkv.errors import InputError, ModelNotFoundError
 
@@ -24,7 +25,8 @@ SLOW_GFLOPS = 8.0  # reference BLAS reaches 3, OpenBLAS 40 and more on a core, l
 GET_A_MODEL = "hf download mlx-community/Qwen3-4B-4bit, or name a local mlx-lm folder with --model"
 
 
-def command(json: Json = False) -> None:
+@commands.register("doctor")
+def doctor_command(json: Json = False) -> None:
     """Check the installation and say what to do about each problem. Exits with 1 when there is one.
 
     Example: mlxkv doctor

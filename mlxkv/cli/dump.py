@@ -6,10 +6,12 @@ from typing import Annotated
 import typer
 
 from mlxkv.cli._checks import Dtype, check_out_file
+from mlxkv.cli._commands import commands
 from mlxkv.cli._output import Json, Model, print_record, progress_bar
 
 
-def command(
+@commands.register("dump")
+def dump_command(
     model: Model,
     out: Annotated[Path, typer.Option(help="The .npz to write.", show_default=False)],
     prompt: Annotated[str | None, typer.Option(help="Text to run.")] = None,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,8 +14,8 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from mlxkv.cli._checks import Dtype, check_out_file
+from mlxkv.cli._commands import commands
 from mlxkv.cli._output import Json, Model, counter, print_record, print_table
-from mlxkv.evaluate import evaluation, names
 
 if TYPE_CHECKING:
     from mlxkv.evaluate.journal import Journal
@@ -27,10 +28,14 @@ class Evaluations(TyperGroup):
     """Every file of mlxkv/evaluate/ as a command; imported when it is asked for. Typer's own types differ by version."""
 
     def list_commands(self, context: Any) -> list[str]:
-        return names()
+        from mlxkv.evaluate import evaluations
+
+        return evaluations.names()
 
     def get_command(self, context: Any, name: str) -> Any:
-        if name not in names():
+        from mlxkv.evaluate import evaluations
+
+        if evaluations.find(name) is None:
             return None
         single = typer.Typer(
             add_completion=False, rich_markup_mode="rich", context_settings=context.command.context_settings
@@ -53,6 +58,9 @@ command = typer.Typer(
 )
 
 
+commands.register("eval")(command)
+
+
 @command.callback()
 def _keep_group() -> None:
     """Without a callback typer would leave out a group that lists its own commands."""
@@ -60,16 +68,20 @@ def _keep_group() -> None:
 
 def _command(name: str) -> Callable[..., None]:
     """The command of an evaluation: the options that all have, and the fields of its own."""
-    module = evaluation(name)
-    own = [_parameter(field, get_type_hints(module.Options)[field.name]) for field in fields(module.Options)]
+    from mlxkv.evaluate import evaluations
+
+    kind = evaluations.get(name)
+    options_class = kind.options_class
+    types = get_type_hints(options_class)
+    own = [_parameter(field, types[field.name]) for field in fields(options_class)]
 
     def command(**given: Any) -> None:
-        options = module.Options(**{field.name: given.pop(field.name) for field in fields(module.Options)})
+        options = options_class(**{field.name: given.pop(field.name) for field in fields(options_class)})
         _evaluate(name, options, **given)
 
-    needed = "".join(f" --{f.name} {f.name.upper()}" for f in fields(module.Options) if f.default is MISSING)
+    needed = "".join(f" --{f.name} {f.name.upper()}" for f in fields(options_class) if f.default is MISSING)
     command.__doc__ = (
-        f"{_paragraphs(module.__doc__ or '')}\n\nExample: mlxkv eval {name}{needed} --model smollm2-135m --cache int8 --out {name}.json\n\n"
+        f"{_paragraphs(inspect.getdoc(kind) or '')}\n\nExample: mlxkv eval {name}{needed} --model smollm2-135m --cache int8 --out {name}.json\n\n"
         f"Stopped before its end, the same command goes on from what {name}.json{PARTIAL} has of it."
     )
     shared = Signature.from_callable(_shared, eval_str=True).parameters.values()
@@ -137,6 +149,7 @@ def _evaluate(
 
     from mlxkv import lm
     from mlxkv.errors import InputError
+    from mlxkv.evaluate import evaluations
     from mlxkv.evaluate.machine import describe
     from mlxkv.evaluate.runner import run
     from mlxkv.io.atomic import atomic_write
@@ -174,7 +187,7 @@ def _evaluate(
         rows = result["summary"]
         if any("group" in row for row in rows):
             rows = [{"group": "all", **row} for row in rows]
-        scores, samples = evaluation(name).SCORES, rows[0]["samples"]
+        scores, samples = evaluations.get(name).scores, rows[0]["samples"]
         title = f"{name} of {model}, {samples} sample{'s' * (samples > 1)}"
         if samples > 1:
             title += f"; p: of a difference in {scores[0].replace('_', ' ')}"

@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mlxkv.cli._commands import commands
 from mlxkv.cli._output import Json, Model, format_value, print_record
 
 if TYPE_CHECKING:
     from mlxkv.dump import KVDump
 
 
-def command(
+@commands.register("generate")
+def generate_command(
     model: Model,
     prompt: Annotated[str, typer.Option(help="Text to go on from, after what a FILE has read.", show_default=False)],
     file: Annotated[Path | None, typer.Argument(help="A cache to go on from: compressed, or a dump.")] = None,

@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlxkv.cli._commands import commands
 from mlxkv.cli._output import Json, print_record
 
 if TYPE_CHECKING:
     from mlxkv.io.container import Reader
 
 
-def command(
+@commands.register("inspect")
+def inspect_command(
     file: Annotated[Path, typer.Argument(help="A dump, an artifacts folder or a container.", show_default=False)],
     json: Json = False,
 ) -> None:

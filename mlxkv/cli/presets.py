@@ -2,10 +2,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from mlxkv.cli._commands import commands
 from mlxkv.cli._output import Json, print_table
 
 
-def command(json: Json = False) -> None:
+@commands.register("presets")
+def presets_command(json: Json = False) -> None:
     """List the model and method presets, with the option that takes them. --cache is for live methods.
 
     Example: mlxkv presets

@@ -4,80 +4,66 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
+from mlxkv.config import Config
 from mlxkv.errors import FormatError, InputError
-from mlxkv.evaluate import evaluation
+from mlxkv.evaluate.evaluation import EvalSample, Evaluation, Record, evaluations
 from mlxkv.evaluate.journal import Journal
 from mlxkv.evaluate.statistics import summarise
-from mlxkv.evaluate.variants import CachedContext, Variant, baseline
-
-Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class EvalSample:
-    """One sample. key: which one, in every record of it; it has the seed only where the sample depends on it. measure: of a
-    model, its tokenizer and variants, a record for each, in order; the first variant is the untouched cache. group: of
-    alike samples, such as a task; a limit counts in each."""
-
-    key: Record
-    measure: Callable[[Any, Any, Sequence[Variant]], list[Record]]
-    group: str = ""
-
-
-def option(default: Any, text: str) -> Any:
-    """A field of Options: its default (`dataclasses.MISSING` for none) and what the command line says about it."""
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
-def draw_samples(
-    name: str, tokenizer: Any, options: Any, *, seeds: int = 1, limit: int | None = None
-) -> list[EvalSample]:
-    """The samples of seeds 0 to `seeds` - 1; of each seed and group at most `limit`, drawn by the seed.
-
-    Raises InputError for a number below 1, and what the evaluation's own `units` raises.
-    """
-    if seeds < 1 or (limit is not None and limit < 1):
-        raise InputError(f"seeds and limit must be 1 or more, not {seeds} and {limit}")
-    drawn: dict[str, EvalSample] = {}
-    for seed in range(seeds):
-        found = evaluation(name).units(tokenizer, options, seed)
-        for group in dict.fromkeys(unit.group for unit in found):
-            alike = [unit for unit in found if unit.group == group]
-            count = len(alike) if limit is None else min(limit, len(alike))
-            chosen = sorted(Random(f"{seed} {group}").sample(range(len(alike)), count))
-            drawn |= {_sample_name(alike[i].key): alike[i] for i in chosen}
-    return list(drawn.values())
+from mlxkv.evaluate.variants import CacheBuilder, CachedContext, Variant, baseline
 
 
 def run(
-    name: str, model: Any, tokenizer: Any, variants: Sequence[Variant], options: Any = None, *, seeds: int = 1,
-    limit: int | None = None, journal: Journal | None = None, progress: Callable[[int, int], None] | None = None,
+    name: str, model: Any, tokenizer: Any, variants: Sequence[Variant], options: Config | None = None, *,
+    seeds: int = 1, limit: int | None = None, journal: Journal | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure every sample with every variant, the untouched cache first; JSON-ready: what was run, summary, samples.
+    """Measure every sample with every variant, the untouched cache first.
 
-    journal: finished samples are kept there and not measured again. progress is told, each time a variant has taken a
-    sample's context, how many have and how many will. Raises InputError for two variants of one name, and what `units` does.
+    Parameters
+    ----------
+    name
+        A name in `evaluations`.
+    model, tokenizer
+        As `mlxkv.lm.load` returns them.
+    variants
+        Ways to hold a context, compared with the baseline.
+    options
+        The evaluation's own; its defaults where None.
+    seeds, limit
+        As in `draw_samples`.
+    journal
+        Keeps finished samples, which are not measured again.
+    progress
+        Called each time a variant has read a sample's context: how many have, and how many will.
+
+    Returns
+    -------
+    dict
+        JSON-ready: the settings of the run, `summary`, and `samples`, all records.
+
+    Raises
+    ------
+    InputError
+        For two variants of one name, and for what `draw_samples` refuses.
     """
-    module = evaluation(name)
-    options = options or module.Options()
-    ways = [baseline(), *variants]
-    if len({way.name for way in ways}) < len(ways):
-        raise InputError(f"two variants have one name: {', '.join(way.name for way in ways)}")
-    samples = draw_samples(name, tokenizer, options, seeds=seeds, limit=limit)
+    evaluation = _build(name, options)
+    all_variants = [baseline(), *variants]
+    if len({variant.name for variant in all_variants}) < len(all_variants):
+        raise InputError(f"two variants have one name: {', '.join(variant.name for variant in all_variants)}")
+    samples = draw_samples(evaluation, tokenizer, seeds=seeds, limit=limit)
     settings = {
         "evaluation": name,
-        "options": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
-        "variants": {way.name: dict(way.settings) for way in ways},
+        "options": json.loads(json.dumps(dataclasses.asdict(evaluation.options), default=str)),
+        "variants": {variant.name: dict(variant.settings) for variant in all_variants},
         "seeds": seeds,
         "limit": limit,
     }
     done = journal.begin(settings) if journal else {}
-    count, total = 0, len(samples) * len(ways)
+    count, total = 0, len(samples) * len(all_variants)
 
     def report_progress(by: int = 1) -> None:
         nonlocal count
@@ -85,26 +71,72 @@ def run(
         if progress:
             progress(min(count, total), total)
 
-    report_progress(len(ways) * sum(_sample_name(unit.key) in done for unit in samples))
-    ticking = [dataclasses.replace(way, build=_report_after(way.build, report_progress)) for way in ways]
+    report_progress(len(all_variants) * sum(_sample_name(sample.key) in done for sample in samples))
+    reporting = [
+        dataclasses.replace(variant, build=_report_after(variant.build, report_progress)) for variant in all_variants
+    ]
     records: list[Record] = []
-    for unit in samples:
-        known = done.get(_sample_name(unit.key))
+    for sample in samples:
+        known = done.get(_sample_name(sample.key))
         if known is not None:
-            _check(known, ways, module.SCORES)
+            _check_records(known, all_variants, evaluation.scores)
         else:
-            facts = {**unit.key, **({"group": unit.group} if unit.group else {})}
-            known = [{**facts, **record} for record in unit.measure(model, tokenizer, ticking)]
+            facts = {**sample.key, **({"group": sample.group} if sample.group else {})}
+            known = [{**facts, **record} for record in sample.measure(model, tokenizer, reporting)]
             if journal:
-                journal.add(_sample_name(unit.key), known)
+                journal.add(_sample_name(sample.key), known)
         records += known
-    return {**settings, "summary": summarise(records, module.SCORES), "samples": records}
+    return {**settings, "summary": summarise(records, evaluation.scores), "samples": records}
 
 
-def _check(records: list[Record], ways: Sequence[Variant], scores: Sequence[str]) -> None:
-    """Raises FormatError for records of a journal that no run of these variants can have written."""
+def draw_samples(
+    evaluation: Evaluation, tokenizer: Any, *, seeds: int = 1, limit: int | None = None
+) -> list[EvalSample]:
+    """Return the samples of seeds 0 to `seeds` - 1.
+
+    Parameters
+    ----------
+    evaluation
+        With its options.
+    tokenizer
+        As `mlxkv.lm.load` returns it.
+    seeds
+        1 or more.
+    limit
+        Samples of each seed and group, at most, drawn by the seed; None for all.
+
+    Returns
+    -------
+    list of EvalSample
+        Without repeats, where a sample does not depend on the seed.
+
+    Raises
+    ------
+    InputError
+        For a number below 1, and for what the evaluation's own `samples` refuses.
+    """
+    if seeds < 1 or (limit is not None and limit < 1):
+        raise InputError(f"seeds and limit must be 1 or more, not {seeds} and {limit}")
+    drawn: dict[str, EvalSample] = {}
+    for seed in range(seeds):
+        found = evaluation.samples(tokenizer, seed)
+        for group in dict.fromkeys(sample.group for sample in found):
+            alike = [sample for sample in found if sample.group == group]
+            count = len(alike) if limit is None else min(limit, len(alike))
+            chosen = sorted(Random(f"{seed} {group}").sample(range(len(alike)), count))
+            drawn |= {_sample_name(alike[i].key): alike[i] for i in chosen}
+    return list(drawn.values())
+
+
+def _build(name: str, options: Config | None) -> Evaluation:
+    kind = evaluations.get(name)
+    return kind(kind.options_class() if options is None else options)
+
+
+def _check_records(records: list[Record], variants: Sequence[Variant], scores: Sequence[str]) -> None:
+    """Raise FormatError for records of a journal that no run of these variants can have written."""
     numbers = all(isinstance(record.get(score), int | float) for record in records for score in scores)
-    if [record["variant"] for record in records] != [way.name for way in ways] or not numbers:
+    if [record["variant"] for record in records] != [variant.name for variant in variants] or not numbers:
         raise FormatError("the file of finished samples is damaged: remove it and run again")
 
 
@@ -112,19 +144,10 @@ def _sample_name(key: Record) -> str:
     return json.dumps(key, sort_keys=True)
 
 
-def _report_after(build: Any, tell: Callable[[], None]) -> Any:
-    def held(model: Any, tokens: Sequence[int], exact: CachedContext | None = None) -> CachedContext:
+def _report_after(build: CacheBuilder, report_progress: Callable[[], None]) -> CacheBuilder:
+    def build_and_report(model: Any, tokens: Sequence[int], exact: CachedContext | None = None) -> CachedContext:
         result = build(model, tokens, exact)
-        tell()
+        report_progress()
         return result
 
-    return held
-
-
-def check_at_least(options: Any, *fields: str, least: float = 1) -> None:
-    """Raises InputError for a field of Options, or a number in it, that is below `least`, and for an empty one."""
-    for field in fields:
-        value = getattr(options, field)
-        numbers: Iterable[Any] = value if isinstance(value, tuple) else (value,)
-        if not numbers or any(number < least for number in numbers):
-            raise InputError(f"{field} must be {least} or more, not {value}")
+    return build_and_report

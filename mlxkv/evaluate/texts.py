@@ -9,10 +9,10 @@ from random import Random
 from typing import Any
 
 from mlxkv.errors import InputError
-from mlxkv.evaluate.runner import EvalSample, Record
-from mlxkv.evaluate.tasks.ruler.sources import Sources, read_text
+from mlxkv.evaluate.evaluation import EvalSample, Record
+from mlxkv.evaluate.sources import Sources, read_text
 
-BUILT_IN = Path(__file__).parent / "ruler" / "essay.txt"
+BUILT_IN = Path(__file__).parent / "data" / "essay.txt"
 TEXT_FILE = "UTF-8 text, one that calibration has not seen; if not given, an essay written for this project"
 
 

@@ -26,7 +26,7 @@ def work(model_dir, tmp_path_factory):
     dumps = [folder / "a.npz", folder / "b.npz"]
     assert run("calibrate", "--npz", *dumps, "--compression-ratio", 4, "--out", folder / "artifacts") == 0
     common = ["--npz", dumps[0], "--artifacts", folder / "artifacts"]
-    assert run("compress", *common, "--w", 32, "--out", folder / "a.mlxkv") == 0
+    assert run("compress", *common, "--recent", 32, "--out", folder / "a.mlxkv") == 0
     return folder
 
 
@@ -39,7 +39,7 @@ def test_a_cache_travels_through_every_command(model_dir, tmp_path, says):
     calibrated = says("calibrate", "--npz", tmp_path / "x.npz", "--method", "kvtc-4", "--out", tmp_path / "arts")
     assert calibrated["calibration_tokens"] == dumped["tokens"] - 4
     files = ["--artifacts", tmp_path / "arts", "--out"]
-    compressed = says("compress", "--npz", tmp_path / "x.npz", "--w", 16, *files, tmp_path / "x.mlxkv")
+    compressed = says("compress", "--npz", tmp_path / "x.npz", "--recent", 16, *files, tmp_path / "x.mlxkv")
     assert compressed["file_bytes"] == (tmp_path / "x.mlxkv").stat().st_size < compressed["fp16_bytes"]
     restored = says("decompress", tmp_path / "x.mlxkv", *files, tmp_path / "y.npz")
     assert restored["k"] == dumped["k"]
@@ -61,7 +61,7 @@ def test_sensitivity_is_measured_when_asked_for(model_dir, tmp_path, says):
 
 def test_the_lossless_coding_is_chosen_by_name_and_read_from_the_file(work, says, tmp_path):
     common = ["--npz", work / "a.npz", "--artifacts", work / "artifacts", "--out", tmp_path / "x.mlxkv"]
-    says("compress", *common, "--w", 32, "--lossless", "rans")
+    says("compress", *common, "--recent", 32, "--lossless", "rans")
     assert says("inspect", tmp_path / "x.mlxkv")["codings"] == "rans, raw"
     assert says("inspect", work / "a.mlxkv")["codings"] == "deflate, raw"
     for name in ("a.mlxkv", "x.mlxkv"):
@@ -84,7 +84,18 @@ def test_inspect_explains_all_three_kinds(work, says):
 def test_eval_writes_the_record_it_prints(work, model_dir, tmp_path, says):
     (tmp_path / "text.txt").write_text(TEXT * 3)
     where = ["--artifacts", work / "artifacts", "--out", tmp_path / "record.json"]
-    options = ["--model", model_dir, "--text-file", tmp_path / "text.txt", "--at", 200, "--predict", 20, "--w", 64]
+    options = [
+        "--model",
+        model_dir,
+        "--text-file",
+        tmp_path / "text.txt",
+        "--context-tokens",
+        200,
+        "--eval-tokens",
+        20,
+        "--recent",
+        64,
+    ]
     result = says("eval", "fidelity", *options, *where)
     assert result == json.loads((tmp_path / "record.json").read_text())
     assert {"model", "fingerprint", "quantization", "options", "variants", "summary", "samples", "machine"} <= set(
@@ -221,7 +232,7 @@ def test_tables_are_for_people(work, capsys):
         (["generate", "{work}/a.mlxkv", "--model", "{model}", "--prompt", "a"], 2, "with --artifacts"),
         (["generate", "{work}/a.npz", "--model", "{model}", "--prompt", ""], 2, "no tokens"),
         (["inspect", "{model}/config.json"], 3, "neither a dump"),
-        (["eval", "fidelity", "--model", "{model}", "--text-file", "{model}/config.json", "--artifacts", "{work}/artifacts", "--at", "99999"], 2, "are needed"),
+        (["eval", "fidelity", "--model", "{model}", "--text-file", "{model}/config.json", "--artifacts", "{work}/artifacts", "--context-tokens", "99999"], 2, "are needed"),
     ],
 )  # fmt: skip
 def test_a_users_mistake_gets_one_line_and_an_exit_code(words, code, message, model_dir, work, tmp_path, capsys):

@@ -11,8 +11,7 @@ from functools import partial
 import pytest
 from conftest import run
 
-from mlxkv import evaluate
-from mlxkv.evaluate import machine
+from mlxkv.evaluate import evaluations, machine
 
 NEEDLE = [
     "eval",
@@ -31,13 +30,13 @@ NEEDLE = [
 def test_every_evaluation_has_help_with_an_example_and_its_own_options(capsys):
     assert run("eval", "--help") == 0
     out = capsys.readouterr().out
-    for name in evaluate.names():
+    for name in evaluations.names():
         assert f" {name} " in out
         assert run("eval", name, "--help") == 0
         own = " ".join(capsys.readouterr().out.split())
         assert f"Example: mlxkv eval {name} " in own
         assert "--limit" in own
-        for field in evaluate.evaluation(name).Options.__dataclass_fields__:
+        for field in evaluations.get(name).options_class.__dataclass_fields__:
             assert f"--{field.replace('_', '-')}" in own, (name, field)
     assert run("eval", "nonsense", "--model", "any") == 2
 
@@ -74,7 +73,20 @@ def test_a_single_sample_has_no_p_and_numbers_have_their_own_units(model_dir, ca
 
 def test_samples_of_a_text_that_has_changed_are_not_gone_on_with(model_dir, tmp_path, monkeypatch, capsys):
     text, out = tmp_path / "text.txt", tmp_path / "out.json"
-    words = ["eval", "perplexity", "--model", model_dir, "--text-file", text, "--at", 50, "--predict", 20, "--out", out]
+    words = [
+        "eval",
+        "perplexity",
+        "--model",
+        model_dir,
+        "--text-file",
+        text,
+        "--context-tokens",
+        50,
+        "--eval-tokens",
+        20,
+        "--out",
+        out,
+    ]
     text.write_text("A cache that forgets nothing is a memory. " * 20)
 
     def killed(*_):

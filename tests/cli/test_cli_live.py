@@ -44,7 +44,7 @@ def test_generate_streams_the_text_and_ends_in_one_line(model_dir, capsys):
 
 
 def test_eval_writes_the_record_of_a_live_cache_that_it_prints(model_dir, text_file, tmp_path, says):
-    options = ["--model", model_dir, "--text-file", text_file, "--at", 200, "--predict", 20]
+    options = ["--model", model_dir, "--text-file", text_file, "--context-tokens", 200, "--eval-tokens", 20]
     ways = ["--cache", "full", "--cache", "int4", "--cache", "sliding-window-256"]
     result = says("eval", "fidelity", *options, *ways, "--out", tmp_path / "record.json")
     assert result == json.loads((tmp_path / "record.json").read_text())
@@ -79,10 +79,10 @@ def test_presets_lists_what_cache_takes_with_methods_and_settings(says, capsys):
         (["eval", "fidelity", "--artifacts", "{tmp}/none", "--cache", "int8"], "no calibration artifacts"),
         (["eval", "fidelity", "--cache", "int9"], "no preset or live method 'int9'"),
         (["eval", "fidelity", "--cache", "kvtc-16"], "not a live method"),
-        (["eval", "fidelity", "--cache", "int8", "--w", "128"], "--w, --s and --dtype"),
+        (["eval", "fidelity", "--cache", "int8", "--recent", "128"], "--w, --s and --dtype"),
         (["eval", "fidelity", "--cache", "int8", "--dtype", "float16"], "--w, --s and --dtype"),
         (["eval", "fidelity", "--text-file", "{tmp}/none"], "cannot read"),
-        (["eval", "fidelity", "--predict", "0"], "predict must be 1 or more"),
+        (["eval", "fidelity", "--eval-tokens", "0"], "predict must be 1 or more"),
         (["eval", "needle", "--depths", "2"], "depths must lie in 0..1"),
         (["eval", "ruler", "--tasks", "niah"], "unknown RULER tasks niah"),
         (["eval", "longbench", "--folder", "{tmp}/none"], "cannot read"),

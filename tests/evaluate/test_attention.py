@@ -213,10 +213,10 @@ def test_mass_stands_where_the_tokens_stood():
 
 def test_samples_are_stretches_of_the_text_and_records_fit_into_json(smollm2):
     model, tokenizer = smollm2
-    options = attention.AttentionOptions(at=40, queries=4, samples=2)
-    units = attention.units(tokenizer, options, seed=1)
+    options = attention.AttentionOptions(context_tokens=40, queries=4, samples=2)
+    units = attention.Attention(options).samples(tokenizer, 1)
     assert [unit.key["seed"] for unit in units] == [1, 1]
-    records = units[0].measure(model, tokenizer, [baseline(), live_variant("streaming-llm", sinks=2, window=20)])
+    records = units[0].measure(model, tokenizer, [baseline(), live_variant("streaming-llm", sinks=2, recent=20)])
     assert records[0]["kl"] == 0
     assert records[1]["kl"] > 0
     assert np.array(records[1]["mass_by_position"]).shape == (30, attention.BINS + 2)

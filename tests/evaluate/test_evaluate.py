@@ -13,7 +13,8 @@ from mlxkv import KVTCCacheCodec, lm, make_cache, read_dump, write_dump
 from mlxkv.codec.calibrate import calibrate
 from mlxkv.codec.methods.kvtc import KVTCConfig
 from mlxkv.errors import InputError
-from mlxkv.evaluate import texts
+from mlxkv.evaluate import texts as eval_texts
+from mlxkv.evaluate.evaluation import evaluations
 from mlxkv.evaluate.runner import run
 from mlxkv.evaluate.tasks import fidelity, perplexity
 from mlxkv.evaluate.variants import baseline, codec_variant, coding_errors, live_variant
@@ -64,7 +65,7 @@ def test_sizes_add_up_to_the_whole_file(tiny, codec):
 
 def test_fewer_bits_and_fewer_tokens_are_noticed_more():
     names = ["int8", "int4", "kivi-2"]
-    windows = [live_variant("sliding-window", window=window) for window in (250, 20)]
+    windows = [live_variant("sliding-window", recent=window) for window in (250, 20)]
     ways = [baseline(), *map(live_variant, names), *windows]
     records = fidelity.evaluate(tiny_model("llama"), ways, tiny_tokens(330), 300, chunk=1)
     _, int8, int4, kivi, wide, narrow = (record["kl"] for record in records)
@@ -74,12 +75,12 @@ def test_fewer_bits_and_fewer_tokens_are_noticed_more():
 
 def test_what_follows_goes_in_by_chunks():
     model, tokens = tiny_model("llama"), tiny_tokens(130)
-    cache = make_cache(model, "sliding-window", window=5)
+    cache = make_cache(model, "sliding-window", recent=5)
     lm.prefill(model, tokens[:100], cache)
     # In one chunk they would see each other as they are, whatever the method does to them.
     apart = mx.concatenate([model(mx.array([[token]]), cache=cache)[0] for token in tokens[100:-1]])
     exact = model(mx.array([tokens]))[0, 100:-1]
-    ways = [baseline(), live_variant("sliding-window", window=5)]
+    ways = [baseline(), live_variant("sliding-window", recent=5)]
     single, many = (fidelity.evaluate(model, ways, tokens, 100, chunk)[1]["kl"] for chunk in (1, 16))
     assert single == pytest.approx(fidelity.compare(exact, apart, tokens[100:])["kl"], rel=1e-4)
     logits = np.array(exact, np.float64)
@@ -91,7 +92,7 @@ def test_what_follows_goes_in_by_chunks():
 
 def test_perplexity_is_that_of_one_pass_over_the_text(text_file):
     model = tiny_model("llama")
-    options = perplexity.PerplexityOptions(text_file, at=60, predict=40, samples=1, chunk=7)
+    options = perplexity.PerplexityOptions(text_file, context_tokens=60, eval_tokens=40, samples=1, chunk=7)
     ways = [live_variant("full"), live_variant("int4"), zeroed(), shuffled()]
     exact, full, int4, *damaged = run("perplexity", model, Numbers(), ways, options)["samples"]
     tokens = Numbers().encode(text_file.read_text())[exact["start"] :][:101]
@@ -107,25 +108,25 @@ def test_perplexity_is_that_of_one_pass_over_the_text(text_file):
 
 def test_stretches_are_drawn_by_seed_and_spread_over_the_text(text_file):
     tokens = Numbers().encode(text_file.read_text())
-    drawn = texts.draw_stretches(Numbers(), text_file, 50, 4, 0)
+    drawn = eval_texts.draw_stretches(Numbers(), text_file, 50, 4, 0)
     assert (
         drawn
-        == texts.draw_stretches(Numbers(), text_file, 50, 4, 0)
-        != texts.draw_stretches(Numbers(), text_file, 50, 4, 1)
+        == eval_texts.draw_stretches(Numbers(), text_file, 50, 4, 0)
+        != eval_texts.draw_stretches(Numbers(), text_file, 50, 4, 1)
     )
     assert [start * 4 // 350 for start in drawn] == [0, 1, 2, 3]
     assert all(tokens[start : start + 50] == part for start, part in drawn.items())
-    assert list(texts.draw_stretches(Numbers(), text_file, 400, 3, 0)) == [0]
+    assert list(eval_texts.draw_stretches(Numbers(), text_file, 400, 3, 0)) == [0]
 
 
 def test_a_short_text_is_refused_with_the_numbers(text_file):
     with pytest.raises(InputError, match=r"numbers\.txt has 400 tokens and 411 are needed"):
-        fidelity.units(Numbers(), fidelity.FidelityOptions(text_file, at=390, predict=20), 0)
+        fidelity.Fidelity(fidelity.FidelityOptions(text_file, context_tokens=390, eval_tokens=20)).samples(Numbers(), 0)
     with pytest.raises(InputError, match="10 tokens are too few to hold 9"):
         fidelity.evaluate(None, [], tiny_tokens(10), 9)
     for module in (fidelity, perplexity):
-        with pytest.raises(InputError, match="predict must be 1 or more, not 0"):
-            module.Options(predict=0)
+        with pytest.raises(InputError, match="eval_tokens must be 1 or more, not 0"):
+            module.Options(eval_tokens=0)
 
 
 def test_calibration_never_reads_a_line_that_is_held_out():
@@ -180,11 +181,11 @@ def test_every_number_of_a_comparison_is_worse_where_the_first_prediction_is():
     assert 0 < found["perplexity_delta"] == found["perplexity"] - found["perplexity_reference"]
 
 
-@pytest.mark.parametrize("module", [fidelity, perplexity])
-def test_what_the_options_say_is_what_is_held_and_fed(text_file, module):
-    model, way = tiny_model("llama"), live_variant("sliding-window", window=5)
-    options = module.Options(text_file, 60, 20, samples=1, chunk=1)
-    found = run(module.__name__.rpartition(".")[2], model, Numbers(), [way], options)["samples"][1]
+@pytest.mark.parametrize("name", ["fidelity", "perplexity"])
+def test_what_the_options_say_is_what_is_held_and_fed(text_file, name):
+    model, way = tiny_model("llama"), live_variant("sliding-window", recent=5)
+    options = evaluations.get(name).options_class(text_file, 60, 20, samples=1, chunk=1)
+    found = run(name, model, Numbers(), [way], options)["samples"][1]
     tokens = Numbers().encode(text_file.read_text())[found["start"] :][:81]
     expected = fidelity.evaluate(model, [baseline(), way], tokens, 60, chunk=1)[1]
     for score in ("tokens", "predicted_tokens", "perplexity", "perplexity_delta"):
@@ -192,7 +193,7 @@ def test_what_the_options_say_is_what_is_held_and_fed(text_file, module):
 
 
 def test_a_damaged_cache_is_noticed_in_perplexity_and_int8_is_not(smollm2):
-    options = perplexity.PerplexityOptions(at=128, predict=16, samples=1)
+    options = perplexity.PerplexityOptions(context_tokens=128, eval_tokens=16, samples=1)
     rows = run("perplexity", *smollm2, [live_variant("full"), live_variant("int8"), zeroed(), shuffled()], options)[
         "samples"
     ]
@@ -201,6 +202,8 @@ def test_a_damaged_cache_is_noticed_in_perplexity_and_int8_is_not(smollm2):
 
 
 def test_every_seed_has_stretches_of_its_own(text_file):
-    options = perplexity.PerplexityOptions(text_file, at=20, predict=10)
-    first, second = ({unit.key["start"] for unit in perplexity.units(Numbers(), options, seed)} for seed in (0, 1))
+    options = perplexity.PerplexityOptions(text_file, context_tokens=20, eval_tokens=10)
+    first, second = (
+        {unit.key["start"] for unit in perplexity.Perplexity(options).samples(Numbers(), seed)} for seed in (0, 1)
+    )
     assert not first & second

@@ -41,7 +41,7 @@ def spoilt(variant, damage):
 
 
 def test_a_smaller_cache_takes_less_and_what_it_says():
-    rows = held(800, live_variant("full"), live_variant("int8"), live_variant("sliding-window", window=50))
+    rows = held(800, live_variant("full"), live_variant("int8"), live_variant("sliding-window", recent=50))
     whole, full, int8, window = rows.values()
     assert full["fp16_bytes"] == 800 * 2 * 2 * 2 * 64 * 2
     for row in rows.values():
@@ -82,7 +82,7 @@ def test_lengths_longer_than_the_text_begin_it_again():
 
 
 def test_latency_compares_every_variant_with_the_first_in_the_same_rounds():
-    options = latency.LatencyOptions(context=55, tokens=5, rounds=3)
+    options = latency.LatencyOptions(context_tokens=55, tokens=5, rounds=3)
     model = tiny_model("llama")
     rows = run("latency", model, Words(), [live_variant("int8"), spoilt(baseline(), slow)], options)["samples"]
     assert [row["variant"] for row in rows] == ["whole", "int8", "spoilt"]
@@ -109,19 +109,24 @@ def slow(entry):
 
 
 def test_seeds_of_latency_have_texts_of_their_own():
-    (first,), (second,) = (latency.units(Words(), latency.LatencyOptions(), seed) for seed in (0, 1))
+    (first,), (second,) = (latency.Latency(latency.LatencyOptions()).samples(Words(), seed) for seed in (0, 1))
     assert first.key == {"text": "built-in", "seed": 0}
     assert first.measure.args[0] != second.measure.args[0]
 
 
 @pytest.mark.parametrize(
     "options",
-    [(memory, {"lengths": (0,)}), (memory, {"lengths": ()}), (latency, {"tokens": 0}), (latency, {"rounds": 0})],
+    [
+        (memory.MemoryOptions, {"lengths": (0,)}),
+        (memory.MemoryOptions, {"lengths": ()}),
+        (latency.LatencyOptions, {"tokens": 0}),
+        (latency.LatencyOptions, {"rounds": 0}),
+    ],
 )
 def test_impossible_options_are_refused(options):
-    module, values = options
+    options_class, values = options
     with pytest.raises(InputError, match=next(iter(values))):
-        module.Options(**values)
+        options_class(**values)
 
 
 def test_decoding_a_token_takes_little_beside_what_is_held():
@@ -134,7 +139,7 @@ def test_a_slow_prefill_is_told():
         time.sleep(0.3)
         return baseline().build(model, tokens)
 
-    options = latency.LatencyOptions(context=20, tokens=1, rounds=1)
+    options = latency.LatencyOptions(context_tokens=20, tokens=1, rounds=1)
     _, late = run("latency", tiny_model("llama"), Words(), [Variant("late", {}, hold)], options)["samples"]
     assert late["prefill_seconds"] > 0.3
     assert late["prefill_relative"] < 0.8

@@ -2,49 +2,56 @@
 
 import json
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from mlxkv import evaluate
+from mlxkv.config import Config
 from mlxkv.errors import FormatError, InputError, MismatchError
 from mlxkv.evaluate import runner, statistics
+from mlxkv.evaluate.evaluation import EvalSample, Evaluation, evaluations, option
 from mlxkv.evaluate.journal import Journal
-from mlxkv.evaluate.runner import EvalSample, check_at_least, draw_samples, option, run
+from mlxkv.evaluate.runner import draw_samples, run
 from mlxkv.evaluate.variants import CachedContext, Variant
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Config):
     depth: int = option(1, "of it")
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """What was measured, in order; an evaluation of ten samples in two groups takes the place of all others."""
-    measured = []
+MEASURED = []  # by the evaluation that takes the place of all others, in order
 
-    def sample(seed, number):
+
+class AnyEvaluation(Evaluation):
+    """Ten samples in two groups."""
+
+    options_class = Options
+    scores = ("score",)
+
+    def samples(self, tokenizer, seed):
+        return [self.sample(seed, number) for number in range(10)]
+
+    def sample(self, seed, number):
         def measure(model, tokenizer, variants):
             records = []
             for variant in variants:
                 variant.build(model, [1])
-                measured.append((seed, number, variant.name))
+                MEASURED.append((seed, number, variant.name))
                 records.append({"variant": variant.name, "ratio": 2.0, "score": number + 10 * len(records)})
             return records
 
         return EvalSample({"number": number, "seed": seed}, measure, group="odd" if number % 2 else "even")
 
-    module = SimpleNamespace(
-        Options=Options,
-        SCORES=("score",),
-        units=lambda tokenizer, options, seed: [sample(seed, number) for number in range(10)],
-    )
-    monkeypatch.setattr(runner, "evaluation", lambda name: module)
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What was measured, in order."""
+    MEASURED.clear()
+    monkeypatch.setitem(evaluations._things, "any", AnyEvaluation)
     monkeypatch.setattr(runner, "baseline", lambda: WHOLE)
-    return measured
+    return MEASURED
 
 
 def held(model, tokens, exact=None):
@@ -56,7 +63,7 @@ OTHER = Variant("other", {"size": 3}, held)
 
 
 def test_each_seed_draws_its_own_of_a_limit(asked):
-    drawn = [unit.key for unit in draw_samples("any", None, Options(), seeds=3, limit=2)]
+    drawn = [unit.key for unit in draw_samples(AnyEvaluation(Options()), None, seeds=3, limit=2)]
     assert len({tuple(key["number"] for key in drawn if key["seed"] == seed) for seed in range(3)}) == 3
 
 
@@ -95,13 +102,13 @@ def test_every_sample_is_asked_of_the_whole_cache_first(asked):
 
 
 def test_a_limit_counts_in_each_group_and_is_drawn_by_seed(asked):
-    drawn = [unit.key for unit in draw_samples("any", None, Options(), seeds=2, limit=2)]
-    assert drawn == [unit.key for unit in draw_samples("any", None, Options(), seeds=2, limit=2)]
+    drawn = [unit.key for unit in draw_samples(AnyEvaluation(Options()), None, seeds=2, limit=2)]
+    assert drawn == [unit.key for unit in draw_samples(AnyEvaluation(Options()), None, seeds=2, limit=2)]
     for seed in (0, 1):
         numbers = [key["number"] for key in drawn if key["seed"] == seed]
         assert [number % 2 for number in numbers] == [0, 0, 1, 1]
     assert [key["number"] for key in drawn] != [0, 2, 1, 3] * 2  # not just the first ones
-    assert len(draw_samples("any", None, Options(), limit=99)) == 10
+    assert len(draw_samples(AnyEvaluation(Options()), None, limit=99)) == 10
 
 
 @pytest.mark.parametrize("wrong", [{"seeds": 0}, {"limit": 0}])
@@ -211,24 +218,34 @@ def test_samples_that_no_run_can_have_written_are_refused(asked, tmp_path, chang
 
 
 def test_every_file_without_an_underscore_is_an_evaluation():
-    assert evaluate.names() == sorted(
+    assert evaluations.names() == sorted(
         ["fidelity", "perplexity", "needle", "ruler", "longbench", "attention", "text", "memory", "latency"]
     )
-    for name in evaluate.names():
-        module = evaluate.evaluation(name)
-        assert module.SCORES
-        assert module.Options
-        assert module.units
-    with pytest.raises(InputError, match="no evaluation '_run'; there are attention"):
-        evaluate.evaluation("_run")
+    for name, found in evaluations.items():
+        assert found.scores
+        assert found.options_class
+        assert callable(found.samples)
+        assert found.__module__ == f"mlxkv.evaluate.tasks.{name}"
+    with pytest.raises(InputError, match="no evaluation 'runner'; there are attention"):
+        evaluations.get("runner")
+
+
+def test_options_of_another_evaluation_are_refused():
+    with pytest.raises(InputError, match="expected Options, not"):
+        AnyEvaluation(Config())
 
 
 def test_fields_are_checked_with_what_was_given():
+    @dataclass(frozen=True)
+    class Deep(Config):
+        depth: object = option(2, "of it", least=2)
+        depths: object = option((1,), "of all", least=1)
+
     with pytest.raises(InputError, match=r"depth must be 2 or more, not 1"):
-        check_at_least(Options(), "depth", least=2)
+        Deep(depth=1)
     for wrong in ((), (3, 0)):
-        with pytest.raises(InputError, match="depth must be 1 or more, not"):
-            check_at_least(SimpleNamespace(depth=wrong), "depth")
+        with pytest.raises(InputError, match="depths must be 1 or more, not"):
+            Deep(depths=wrong)
 
 
 def record(variant, score, group="", seed=0):

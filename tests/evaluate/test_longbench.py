@@ -159,7 +159,7 @@ def test_a_missing_library_is_found_out_before_the_model_runs(monkeypatch, folde
     scores._segmenter.cache_clear()
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MlxkvError, match=rf"{name}.*mlxkv\[eval\]"):
-        longbench.units(Letters(), longbench.LongBenchOptions(folder(task, row(task)), 100, (task,)), 0)
+        longbench.LongBench(longbench.LongBenchOptions(folder(task, row(task)), 100, (task,))).samples(Letters(), 0)
 
 
 def test_no_dictionary_is_read_from_or_left_in_the_shared_temporary_folder(monkeypatch, tmp_path):
@@ -200,13 +200,13 @@ def test_the_question_is_what_follows_the_context_and_the_input_is_in_it(folder)
 def test_samples_do_not_depend_on_the_seed_and_are_limited_in_each_task(folder):
     where = folder("qasper", *(row("qasper", _id=f"i{i:02}") for i in range(30)))
     options = longbench.LongBenchOptions(folder("lcc", row("lcc")), 100, ("qasper", "lcc"))
-    assert [unit.key for unit in longbench.units(Letters(), options, 0)] == [
+    assert [unit.key for unit in longbench.LongBench(options).samples(Letters(), 0)] == [
         *({"task": "qasper", "id": f"i{i:02}"} for i in range(30)),
         {"task": "lcc", "id": "i0"},
     ]
-    drawn = [unit.group for unit in draw_samples("longbench", Letters(), options, limit=5)]
+    drawn = [unit.group for unit in draw_samples(longbench.LongBench(options), Letters(), limit=5)]
     assert drawn == ["qasper"] * 5 + ["lcc"]
-    assert len(draw_samples("longbench", Letters(), options, seeds=3)) == 31
+    assert len(draw_samples(longbench.LongBench(options), Letters(), seeds=3)) == 31
     assert where == options.folder
 
 
@@ -276,7 +276,7 @@ def test_what_cannot_be_asked_is_refused(folder):
     with pytest.raises(InputError, match=r"trec\.jsonl"):
         longbench.read(where, "trec")
     with pytest.raises(InputError, match="qasper generates 8 tokens; a length of 9"):
-        longbench.units(Letters(), longbench.LongBenchOptions(where, 9, ("qasper",)), 0)
+        longbench.LongBench(longbench.LongBenchOptions(where, 9, ("qasper",))).samples(Letters(), 0)
 
 
 def test_a_damaged_cache_scores_worse_and_the_untouched_one_as_the_whole(folder):

@@ -7,8 +7,8 @@ from damage import shuffled, zeroed
 
 from mlxkv.errors import InputError
 from mlxkv.evaluate.runner import run
+from mlxkv.evaluate.sources import Sources
 from mlxkv.evaluate.tasks import needle
-from mlxkv.evaluate.tasks.ruler.sources import Sources
 from mlxkv.evaluate.variants import baseline, live_variant
 
 
@@ -80,7 +80,9 @@ def test_a_cache_without_the_needle_scores_worse_and_the_full_one_as_the_whole(s
 
 def test_keys_follow_from_seed_length_and_depth(smollm2):
     def keys(seed):
-        return [unit.key["key"] for unit in needle.units(smollm2[1], needle.NeedleOptions((60, 70), (0, 1)), seed)]
+        return [
+            unit.key["key"] for unit in needle.Needle(needle.NeedleOptions((60, 70), (0, 1))).samples(smollm2[1], seed)
+        ]
 
     assert keys(0) == keys(0) != keys(1)
     assert len(set(keys(0))) == 4
@@ -96,11 +98,11 @@ def test_impossible_places_are_refused(lengths, depths):
 
 def test_a_length_has_room_for_the_needle(smollm2):
     with pytest.raises(InputError, match="no room for a needle"):
-        needle.units(smollm2[1], needle.NeedleOptions((10,), (0.5,)), 0)
+        needle.Needle(needle.NeedleOptions((10,), (0.5,))).samples(smollm2[1], 0)
 
 
 def test_a_sample_holds_the_length_and_the_key_at_the_depth_that_it_says(tokenizer):
-    for unit in needle.units(tokenizer, needle.NeedleOptions((80, 120), (0, 1)), 0):
+    for unit in needle.Needle(needle.NeedleOptions((80, 120), (0, 1))).samples(tokenizer, 0):
         context, key = unit.measure.args
         before, after = tokenizer.decode(context).split(key)
         assert (len(context), key) == (unit.key["length"], unit.key["key"])

@@ -63,7 +63,7 @@ def test_fed_in_chunks_their_numbers_are_ours(preset):
 @pytest.mark.parametrize("name", ["llama", "glm4_moe_lite"])
 def test_a_converted_prefix_measures_what_our_own_evaluation_holds(name):
     model, tokens = tiny_model(name), tiny_tokens(300)
-    record = fidelity.evaluate(model, [baseline(), live_variant("int4")], tokens, at=200, chunk=300)[1]
+    record = fidelity.evaluate(model, [baseline(), live_variant("int4")], tokens, context_tokens=200, chunk=300)[1]
     report = theirs(model, tokens, LiveMethod(model, "int4"), quantize_start=200)
     assert report.kl.mean > 1e-5
     same(report, record)

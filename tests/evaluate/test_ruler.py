@@ -8,8 +8,8 @@ import pytest
 from ruler_checks import Words, sample
 
 from mlxkv.errors import InputError
+from mlxkv.evaluate.sources import Sources
 from mlxkv.evaluate.tasks.ruler import TASKS
-from mlxkv.evaluate.tasks.ruler.sources import Sources
 from mlxkv.evaluate.tasks.ruler.task import Request, all_parts, any_part
 from mlxkv.evaluate.tasks.ruler.vocabulary import keys, listed, words
 

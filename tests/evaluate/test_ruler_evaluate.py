@@ -11,9 +11,9 @@ from ruler_checks import Words, sample
 from mlxkv.errors import InputError
 from mlxkv.evaluate import variants as variants
 from mlxkv.evaluate.runner import draw_samples, run
+from mlxkv.evaluate.sources import Sources
 from mlxkv.evaluate.tasks import ruler
 from mlxkv.evaluate.tasks.ruler.samples import samples, write_rows
-from mlxkv.evaluate.tasks.ruler.sources import Sources
 
 
 def test_every_sample_is_asked_of_every_variant_and_of_the_untouched_cache():
@@ -36,7 +36,7 @@ def test_every_sample_is_asked_of_every_variant_and_of_the_untouched_cache():
 
 
 def test_seeds_draw_other_samples():
-    drawn = draw_samples("ruler", Words(), ruler.RulerOptions(("fwe",), (300,), samples=1), seeds=2)
+    drawn = draw_samples(ruler.Ruler(ruler.RulerOptions(("fwe",), (300,), samples=1)), Words(), seeds=2)
     assert [unit.key["seed"] for unit in drawn] == [0, 1]
     assert [sample("fwe", 300, seed=seed).context for seed in (0, 1)] == [
         unit.measure.args[1].context for unit in drawn
@@ -44,8 +44,8 @@ def test_seeds_draw_other_samples():
 
 
 def test_lengths_are_summarised_apart():
-    one = draw_samples("ruler", Words(), ruler.RulerOptions(("fwe",), (300,), samples=1))
-    two = draw_samples("ruler", Words(), ruler.RulerOptions(("fwe",), (300, 400), samples=1))
+    one = draw_samples(ruler.Ruler(ruler.RulerOptions(("fwe",), (300,), samples=1)), Words())
+    two = draw_samples(ruler.Ruler(ruler.RulerOptions(("fwe",), (300, 400), samples=1)), Words())
     assert [unit.group for unit in one] == ["fwe"]
     assert [unit.group for unit in two] == ["fwe 300", "fwe 400"]
 
@@ -54,10 +54,10 @@ def test_rows_that_ruler_wrote_are_asked_in_place_of_made_ones(tmp_path):
     made = [sample("vt", 900, index=index) for index in range(2)]
     (tmp_path / "vt").mkdir()
     write_rows(tmp_path / "vt" / "validation.jsonl", made)
-    drawn = draw_samples("ruler", Words(), ruler.RulerOptions(("vt",), rows=tmp_path), seeds=3)
+    drawn = draw_samples(ruler.Ruler(ruler.RulerOptions(("vt",), rows=tmp_path)), Words(), seeds=3)
     assert [unit.measure.args[1] for unit in drawn] == made
     with pytest.raises(InputError, match=r"cannot read .*fwe.validation\.jsonl"):
-        draw_samples("ruler", Words(), ruler.RulerOptions(("vt", "fwe"), rows=tmp_path))
+        draw_samples(ruler.Ruler(ruler.RulerOptions(("vt", "fwe"), rows=tmp_path)), Words())
     with pytest.raises(InputError, match="rows are asked as they are"):
         ruler.RulerOptions(rows=tmp_path, squad=tmp_path)
 
@@ -67,7 +67,7 @@ def test_mistakes_show_before_the_model_runs():
         with pytest.raises(InputError, match=r"unknown RULER tasks (niah|\(none\));"):
             ruler.RulerOptions(tasks)
     with pytest.raises(InputError, match="vt: a length of 300 tokens is too short"):
-        ruler.units(Words(), ruler.RulerOptions(("fwe", "vt"), (300,)), 0)
+        ruler.Ruler(ruler.RulerOptions(("fwe", "vt"), (300,))).samples(Words(), 0)
 
 
 def test_a_damaged_cache_scores_worse(smollm2):

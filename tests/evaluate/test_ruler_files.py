@@ -6,9 +6,9 @@ import pytest
 from ruler_checks import sample
 
 from mlxkv.errors import FormatError, InputError
+from mlxkv.evaluate.sources import Question, Sources, read_text
 from mlxkv.evaluate.tasks.ruler import TASKS
 from mlxkv.evaluate.tasks.ruler.samples import read_rows, write_rows
-from mlxkv.evaluate.tasks.ruler.sources import Question, Sources, read_text
 
 VT = TASKS["vt"]
 ROW = {"index": 0, "input": f"a {VT.asks} 1 is", "outputs": ["A"], "length": 20}

@@ -39,8 +39,8 @@ def text_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def records(text_file):
     ways = [variants.live_variant(name) for name in ("full", "int8")]
-    ways += [variants.live_variant("sliding-window", window=6), shuffled(), zeroed()]
-    options = text.TextOptions(text_file, at=60, max_tokens=12, samples=4)
+    ways += [variants.live_variant("sliding-window", recent=6), shuffled(), zeroed()]
+    options = text.TextOptions(text_file, context_tokens=60, max_tokens=12, samples=4)
     return run("text", tiny_model("llama"), Words(), ways, options)["samples"]
 
 
@@ -58,7 +58,7 @@ def test_the_untouched_cache_comes_first_and_a_full_one_writes_the_same(records)
 
 def test_a_damaged_cache_is_told_by_every_measure(records):
     for measure in MEASURES:
-        for name in ("sliding-window (window=6)", "shuffled keys", "half zeroed"):
+        for name in ("sliding-window (recent=6)", "shuffled keys", "half zeroed"):
             damaged, ours = (sum(record[measure] for record in of(records, way)) for way in (name, "int8"))
             assert damaged < min(3, ours), (name, measure)
 
@@ -115,12 +115,12 @@ def test_a_missing_library_is_found_out_before_the_model_runs(monkeypatch, name)
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, f"{name}.rouge_scorer", raising=False)
     with pytest.raises(MlxkvError, match=rf"{name}.*mlxkv\[eval\]"):
-        text.units(Words(), text.TextOptions(), 0)
+        text.Text(text.TextOptions()).samples(Words(), 0)
 
 
 def test_what_cannot_be_continued_is_refused(text_file):
     with pytest.raises(InputError, match=r"words\.txt has 240 tokens and 241 are needed"):
-        text.units(Words(), text.TextOptions(text_file, at=241), 0)
+        text.Text(text.TextOptions(text_file, context_tokens=241)).samples(Words(), 0)
     for wrong in ({"at": 1}, {"max_tokens": 0}, {"samples": 0}):
         with pytest.raises(InputError, match="or more, not"):
             text.TextOptions(**wrong)

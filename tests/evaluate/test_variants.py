@@ -48,7 +48,7 @@ def test_an_end_of_text_token_ends_the_answer_and_is_not_in_it():
 
 def test_the_question_is_asked_after_the_context_was_made_small():
     model = tiny_model("llama")
-    cache = variants.live_variant("sliding-window", window=10).build(model, CONTEXT).cache
+    cache = variants.live_variant("sliding-window", recent=10).build(model, CONTEXT).cache
     assert [(entry.offset, entry.kept) for entry in cache] == [(90, 10)] * len(cache)
 
 
@@ -108,14 +108,14 @@ def test_nothing_to_hold_or_to_ask_is_refused():
 
 
 def test_sizes_are_those_of_the_arrays_held_against_two_bytes_an_element():
-    held = variants.live_variant("sliding-window", window=30).build(tiny_model("llama"), CONTEXT).sizes
+    held = variants.live_variant("sliding-window", recent=30).build(tiny_model("llama"), CONTEXT).sizes
     a_token = 2 * 2 * 2 * 8 * 2  # layers, slots, heads, dims, bytes
     assert held == {"tokens": 90, "fp16_bytes": 90 * a_token, "cache_bytes": 30 * a_token, "ratio": 3}
 
 
 @pytest.mark.parametrize("name", ["lfm2", "glm4_moe_lite"])
 def test_sizes_count_attention_layers_and_both_slots_alone(name):
-    sizes = variants.live_variant("streaming-llm", sinks=4, window=26).build(tiny_model(name), CONTEXT).sizes
+    sizes = variants.live_variant("streaming-llm", sinks=4, recent=26).build(tiny_model(name), CONTEXT).sizes
     assert sizes["fp16_bytes"] == 2 * 90 * {"lfm2": 2 * 2 * 2 * 16, "glm4_moe_lite": 3 * (16 + 8)}[name]
     assert sizes["ratio"] == 3
 

@@ -1,14 +1,4 @@
-"""Where does the model look? Attention over the tokens of a held text, from the whole cache and from every other one.
-
-The tokens that follow are given as one chunk, so all of them find stored what the text left there. Their attention is
-compared with the whole cache's layer by layer as the model computes it: behind the first layer the queries differ, too.
-
-An entry's attention goes to the tokens that it stands for. No method is asked which those are: they are read off its keys
-and values. An entry that weighs as n tokens (`LayerCache.bias`) is n times in an assignment of entries to tokens, each to
-at most one, that makes the sum of distances least; it shares its attention evenly among its tokens. By the triangle
-inequality (so distances, not their squares) an entry that is a token as it was always gets that one. Tokens without an
-entry are lost. Caches that are mlx-lm's own, such as those that codecs restore, hold every token in its place.
-"""
+"""Where does the model look? Attention over the tokens of a held text, from the whole cache and from every other one."""
 
 from __future__ import annotations
 
@@ -21,48 +11,69 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlxkv.config import Config
 from mlxkv.evaluate import texts
 from mlxkv.evaluate.answer_scores import library
-from mlxkv.evaluate.runner import EvalSample, check_at_least, option
+from mlxkv.evaluate.evaluation import EvalSample, Evaluation, evaluations, option
 from mlxkv.evaluate.variants import Variant, iter_variants
 from mlxkv.kernels.bits import unpack
 from mlxkv.live.base import LayerCache, causal_mask
 from mlxkv.live.seam import attach
 from mlxkv.models import cache_spec
 
-SCORES = ("kl", "cosine", "entropy", "lost_mass")
 SINKS, BINS = 4, 16  # of positions: the first tokens apart, then bins of equal width
 LEAST = 1e-12  # probabilities below count as this in a logarithm
 
 
 @dataclass(frozen=True)
-class AttentionOptions:
+class AttentionOptions(Config):
     text_file: Path | None = option(None, texts.TEXT_FILE)
-    at: int = option(512, "tokens that are held")
-    queries: int = option(32, "tokens that follow, whose attention is compared")
-    samples: int = option(1, "stretches of the text for each seed")
-
-    def __post_init__(self) -> None:
-        check_at_least(self, "at", "queries", "samples")
+    context_tokens: int = option(512, "tokens that are held", least=1)
+    queries: int = option(32, "tokens that follow, whose attention is compared", least=1)
+    samples: int = option(1, "stretches of the text for each seed", least=1)
 
 
-def units(tokenizer: Any, options: AttentionOptions, seed: int) -> list[EvalSample]:
-    """One for each stretch of the text. Raises InputError for a text that is too short."""
-    return texts.text_samples(tokenizer, options, options.at + options.queries, seed, partial(_measure, options.at))
+@evaluations.register("attention")
+class Attention(Evaluation):
+    """Where does the model look? Attention over the tokens of a held text, from the whole cache and from every other one.
+
+    The tokens that follow are given as one chunk, so all of them find stored what the text left there. Their attention is
+    compared with the whole cache's layer by layer as the model computes it: behind the first layer the queries differ, too.
+
+    An entry's attention goes to the tokens that it stands for. No method is asked which those are: they are read off its keys
+    and values. An entry that weighs as n tokens (`LayerCache.bias`) is n times in an assignment of entries to tokens, each to
+    at most one, that makes the sum of distances least; it shares its attention evenly among its tokens. By the triangle
+    inequality (so distances, not their squares) an entry that is a token as it was always gets that one. Tokens without an
+    entry are lost. Caches that are mlx-lm's own, such as those that codecs restore, hold every token in its place.
+    """
+
+    options_class = AttentionOptions
+    scores = ("kl", "cosine", "entropy", "lost_mass")
+    options: AttentionOptions
+
+    def samples(self, tokenizer: Any, seed: int) -> list[EvalSample]:
+        """One for each stretch of the text. Raises InputError for a text that is too short."""
+        return texts.text_samples(
+            tokenizer,
+            self.options,
+            self.options.context_tokens + self.options.queries,
+            seed,
+            partial(_measure, self.options.context_tokens),
+        )
 
 
 def _measure(
-    at: int, tokens: Sequence[int], model: Any, tokenizer: Any, variants: Sequence[Variant]
+    context_tokens: int, tokens: Sequence[int], model: Any, tokenizer: Any, variants: Sequence[Variant]
 ) -> list[dict[str, Any]]:
     layers = cache_spec(model).attention_layers
     exact: list[Entries] = []
     reference: list[np.ndarray] = []
     records = []
-    for variant, held in iter_variants(model, variants, tokens[:at]):
+    for variant, held in iter_variants(model, variants, tokens[:context_tokens]):
         entries = [stored_entries(held.cache[layer]) for layer in layers]
         exact = exact or entries
         shares = [entry_shares(*pair) for pair in zip(entries, exact)]
-        weights = attention_weights(model, held.cache, entries, tokens[at:])
+        weights = attention_weights(model, held.cache, entries, tokens[context_tokens:])
         found = [to_token_attention(*pair) for pair in zip(weights, shares)]
         reference = reference or found
         by_layer = [compare(*layer) for layer in zip(found, reference, shares)]
@@ -70,8 +81,8 @@ def _measure(
             {
                 "variant": variant.name,
                 **held.sizes,
-                **{score: float(np.mean([layer[score] for layer in by_layer])) for score in SCORES},
-                "by_layer": {score: [round(layer[score], 6) for layer in by_layer] for score in SCORES},
+                **{score: float(np.mean([layer[score] for layer in by_layer])) for score in Attention.scores},
+                "by_layer": {score: [round(layer[score], 6) for layer in by_layer] for score in Attention.scores},
                 "mass_by_position": [mass_by_position(layer).round(6).tolist() for layer in found],
             }
         )

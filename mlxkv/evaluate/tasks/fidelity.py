@@ -1,7 +1,4 @@
-"""Does the model notice? What it says of the tokens that follow a held text, against what it says from the whole cache.
-
-Of a codec the record is that of the plan's phase 4: cosine and KL of the next token's logits, sizes, errors by layer.
-"""
+"""Does the model notice? What it says of the tokens that follow a held text, against what it says from the whole cache."""
 
 from __future__ import annotations
 
@@ -12,47 +9,58 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxkv.config import Config
 from mlxkv.errors import InputError
 from mlxkv.evaluate import metrics, texts
-from mlxkv.evaluate.runner import EvalSample, Record, check_at_least, option
+from mlxkv.evaluate.evaluation import EvalSample, Evaluation, Record, evaluations, option
 from mlxkv.evaluate.variants import Variant, iter_logits, iter_variants
-
-SCORES = ("kl", "top1_agreement", "next_token_cosine", "perplexity_delta")
 
 
 @dataclass(frozen=True)
-class FidelityOptions:
+class FidelityOptions(Config):
     text_file: Path | None = option(None, texts.TEXT_FILE)
-    at: int = option(512, "tokens that are held before any is predicted")
-    predict: int = option(200, "tokens that are predicted after them")
-    samples: int = option(3, "stretches of the text for each seed")
-    chunk: int = option(16, "tokens given at a time after that; 1 is as in generation, and slower")
-
-    def __post_init__(self) -> None:
-        check_at_least(self, "at", "predict", "samples", "chunk")
+    context_tokens: int = option(512, "tokens that are held before any is predicted", least=1)
+    eval_tokens: int = option(200, "tokens that are predicted after them", least=1)
+    samples: int = option(3, "stretches of the text for each seed", least=1)
+    chunk: int = option(16, "tokens given at a time after that; 1 is as in generation, and slower", least=1)
 
 
-def units(tokenizer: Any, options: FidelityOptions, seed: int) -> list[EvalSample]:
-    """One for each stretch of the text. Raises InputError for a text that is too short."""
+@evaluations.register("fidelity")
+class Fidelity(Evaluation):
+    """Does the model notice? What it says of the tokens that follow a held text, against what it says from the whole cache.
 
-    def measure(tokens: Sequence[int], model: Any, tokenizer: Any, variants: Sequence[Variant]) -> list[Record]:
-        return evaluate(model, variants, tokens, options.at, options.chunk)
+    Of a codec the record is that of the plan's phase 4: cosine and KL of the next token's logits, sizes, errors by layer.
+    """
 
-    return texts.text_samples(tokenizer, options, options.at + options.predict + 1, seed, measure)
+    options_class = FidelityOptions
+    scores = ("kl", "top1_agreement", "next_token_cosine", "perplexity_delta")
+    options: FidelityOptions
+
+    def samples(self, tokenizer: Any, seed: int) -> list[EvalSample]:
+        """One for each stretch of the text. Raises InputError for a text that is too short."""
+
+        def measure(tokens: Sequence[int], model: Any, tokenizer: Any, variants: Sequence[Variant]) -> list[Record]:
+            return evaluate(model, variants, tokens, self.options.context_tokens, self.options.chunk)
+
+        return texts.text_samples(
+            tokenizer, self.options, self.options.context_tokens + self.options.eval_tokens + 1, seed, measure
+        )
 
 
 def evaluate(
-    model: Any, variants: Sequence[Variant], tokens: Sequence[int], at: int, chunk: int = 16
+    model: Any, variants: Sequence[Variant], tokens: Sequence[int], context_tokens: int, chunk: int = 16
 ) -> list[dict[str, Any]]:
-    """A record for each variant: the first `at` tokens are held, the rest are predicted, `chunk` at a time.
+    """A record for each variant: the first `context_tokens` tokens are held, the rest are predicted, `chunk` at a time.
 
     The first variant is the reference. Raises InputError for too few tokens.
     """
-    if not 1 <= at <= len(tokens) - 2:
-        raise InputError(f"{len(tokens)} tokens are too few to hold {at} and predict 1 or more after the next")
-    following, records = tokens[at:], []
+    if not 1 <= context_tokens <= len(tokens) - 2:
+        raise InputError(
+            f"{len(tokens)} tokens are too few to hold {context_tokens} and predict 1 or more after the next"
+        )
+    following, records = tokens[context_tokens:], []
     reference: mx.array | None = None
-    for variant, held in iter_variants(model, variants, tokens[:at]):
+    for variant, held in iter_variants(model, variants, tokens[:context_tokens]):
         logits = mx.concatenate([*iter_logits(model, held.cache, following, chunk)])
         reference = logits if reference is None else reference
         records.append({"variant": variant.name, **held.sizes, **held.details, **compare(reference, logits, following)})

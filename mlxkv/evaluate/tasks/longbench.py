@@ -1,16 +1,4 @@
-"""LongBench: 21 tasks on real texts in English and Chinese, https://arxiv.org/abs/2308.14508.
-
-Nothing of it is shipped here. A folder holds it as the folder LongBench of github.com/THUDM/LongBench does, with its data unpacked inside:
-`config/dataset2prompt.json`, `config/dataset2maxlen.json` and `data/<task>.jsonl`.
-
-The prompt up to the end of its `{context}` is held; what comes after it, the question, is asked then. A prompt that is
-too long loses its middle. The metrics are in `scores`; tokens to generate and the first lines that alone count are the
-published ones. Departures:
-- prompts have no chat template, which LongBench adds for chat models in 15 of the tasks;
-- the answer has its room within the length, and a prompt that was cut is not decoded and tokenised again;
-- samsum's answers do not end at a new line. Their first line counts either way; LongBench forbids an empty one;
-- the row of all tasks is the mean of tasks, both languages together; LongBench's is the mean of six kinds of tasks, by language.
-"""
+"""LongBench: 21 tasks on real texts in English and Chinese, https://arxiv.org/abs/2308.14508."""
 
 from __future__ import annotations
 
@@ -20,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mlxkv.config import Config
 from mlxkv.errors import FormatError, InputError
 from mlxkv.evaluate import answer_scores as scores
-from mlxkv.evaluate.runner import EvalSample, check_at_least, option
+from mlxkv.evaluate.evaluation import EvalSample, Evaluation, evaluations, option
 from mlxkv.evaluate.variants import Variant, generate_answer, iter_variants, split_tokens
 from mlxkv.io.inputs import open_input, parse_json
 
@@ -71,41 +60,60 @@ class Sample:
     tokens: int
 
 
-SCORES = ("score",)
-
-
 @dataclass(frozen=True)
-class LongBenchOptions:
+class LongBenchOptions(Config):
     folder: Path = option(MISSING, "LongBench's own, with config/ and data/ in it")
-    length: int = option(4096, "most tokens of prompt and answer together; a longer prompt loses its middle")
+    length: int = option(4096, "most tokens of prompt and answer together; a longer prompt loses its middle", least=1)
     tasks: tuple[str, ...] = option(tuple(TASKS), f"of {', '.join(TASKS)}")
 
     def __post_init__(self) -> None:
-        check_at_least(self, "length")
+        super().__post_init__()
         unknown = [name for name in self.tasks if name not in TASKS]
         if unknown or not self.tasks:
             raise InputError(f"unknown LongBench tasks {', '.join(unknown) or '(none)'}; known: {', '.join(TASKS)}")
 
 
-def units(tokenizer: Any, options: LongBenchOptions, seed: int) -> list[EvalSample]:
-    """Every sample of every task; groups are tasks. The seed changes nothing but which ones a limit leaves.
+@evaluations.register("longbench")
+class LongBench(Evaluation):
+    """LongBench: 21 tasks on real texts in English and Chinese, https://arxiv.org/abs/2308.14508.
 
-    Raises InputError for a missing file or a length too short for a task's answers, FormatError for files that are
-    damaged, and MlxkvError where a library for the scores is missing.
+    Nothing of it is shipped here. A folder holds it as the folder LongBench of github.com/THUDM/LongBench does, with its data unpacked inside:
+    `config/dataset2prompt.json`, `config/dataset2maxlen.json` and `data/<task>.jsonl`.
+
+    The prompt up to the end of its `{context}` is held; what comes after it, the question, is asked then. A prompt that is
+    too long loses its middle. The metrics are in `scores`; tokens to generate and the first lines that alone count are the
+    published ones. Departures:
+    - prompts have no chat template, which LongBench adds for chat models in 15 of the tasks;
+    - the answer has its room within the length, and a prompt that was cut is not decoded and tokenised again;
+    - samsum's answers do not end at a new line. Their first line counts either way; LongBench forbids an empty one;
+    - the row of all tasks is the mean of tasks, both languages together; LongBench's is the mean of six kinds of tasks, by language.
     """
-    drawn = [sample for task in options.tasks for sample in read(options.folder, task)]
-    for sample in {sample.task: sample for sample in drawn}.values():
-        score(sample, "")  # a missing library should not be found out hours into the run
-        if options.length < sample.tokens + 2:
-            raise InputError(
-                f"{sample.task} generates {sample.tokens} tokens; a length of {options.length} leaves no prompt"
+
+    options_class = LongBenchOptions
+    scores = ("score",)
+    options: LongBenchOptions
+
+    def samples(self, tokenizer: Any, seed: int) -> list[EvalSample]:
+        """Every sample of every task; groups are tasks. The seed changes nothing but which ones a limit leaves.
+
+        Raises InputError for a missing file or a length too short for a task's answers, FormatError for files that are
+        damaged, and MlxkvError where a library for the scores is missing.
+        """
+        drawn = [sample for task in self.options.tasks for sample in read(self.options.folder, task)]
+        for sample in {sample.task: sample for sample in drawn}.values():
+            score(sample, "")  # a missing library should not be found out hours into the run
+            if self.options.length < sample.tokens + 2:
+                raise InputError(
+                    f"{sample.task} generates {sample.tokens} tokens; a length of {self.options.length} leaves no prompt"
+                )
+        return [
+            EvalSample(
+                {"task": sample.task, "id": sample.id},
+                partial(ask_sample, sample, self.options.length),
+                group=sample.task,
             )
-    return [
-        EvalSample(
-            {"task": sample.task, "id": sample.id}, partial(ask_sample, sample, options.length), group=sample.task
-        )
-        for sample in drawn
-    ]
+            for sample in drawn
+        ]
 
 
 def ask_sample(

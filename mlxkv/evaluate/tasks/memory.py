@@ -1,7 +1,4 @@
-"""How much memory? What a held context really takes, and what reading it and decoding a token take on top.
-
-Bytes do not depend on what a text says, so a text that is too short for a length is begun again.
-"""
+"""How much memory? What a held context really takes, and what reading it and decoding a token take on top."""
 
 from __future__ import annotations
 
@@ -14,31 +11,38 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxkv.config import Config
 from mlxkv.evaluate import texts
-from mlxkv.evaluate.runner import EvalSample, check_at_least, option
+from mlxkv.evaluate.evaluation import EvalSample, Evaluation, evaluations, option
 from mlxkv.evaluate.variants import Variant
-
-SCORES = ("cache_bytes", "resident_bytes", "prefill_peak_bytes", "decode_peak_bytes")
 
 
 @dataclass(frozen=True)
-class MemoryOptions:
+class MemoryOptions(Config):
     text_file: Path | None = option(None, "UTF-8 text to hold; if not given, an essay written for this project")
-    lengths: tuple[int, ...] = option((512, 1024), "tokens of it that are held")
-
-    def __post_init__(self) -> None:
-        check_at_least(self, "lengths")
+    lengths: tuple[int, ...] = option((512, 1024), "tokens of it that are held", least=1)
 
 
-def units(tokenizer: Any, options: MemoryOptions, seed: int) -> list[EvalSample]:
-    """One for each length, whatever the seed."""
-    return [
-        EvalSample(
-            {"text": texts.text_name(options.text_file), "length": length},
-            partial(_measure, texts.repeated_tokens(tokenizer, options.text_file, length + 1)),
-        )
-        for length in dict.fromkeys(options.lengths)
-    ]
+@evaluations.register("memory")
+class Memory(Evaluation):
+    """How much memory? What a held context really takes, and what reading it and decoding a token take on top.
+
+    Bytes do not depend on what a text says, so a text that is too short for a length is begun again.
+    """
+
+    options_class = MemoryOptions
+    scores = ("cache_bytes", "resident_bytes", "prefill_peak_bytes", "decode_peak_bytes")
+    options: MemoryOptions
+
+    def samples(self, tokenizer: Any, seed: int) -> list[EvalSample]:
+        """One for each length, whatever the seed."""
+        return [
+            EvalSample(
+                {"text": texts.text_name(self.options.text_file), "length": length},
+                partial(_measure, texts.repeated_tokens(tokenizer, self.options.text_file, length + 1)),
+            )
+            for length in dict.fromkeys(self.options.lengths)
+        ]
 
 
 def _measure(tokens: Sequence[int], model: Any, tokenizer: Any, variants: Sequence[Variant]) -> list[dict[str, Any]]:

@@ -1,9 +1,4 @@
-"""Needle in a haystack: a pass key hidden in an essay, at several lengths and depths, asked for after the essay is held.
-
-After github.com/gkamradt/LLMTest_NeedleInAHaystack, with digits for a sentence and no judging model: the key is fed
-digit by digit, so a record says how many digits the model puts first, and how probable they are to it. That tells
-methods apart even on models too small to answer freely.
-"""
+"""Needle in a haystack: a pass key hidden in an essay, at several lengths and depths, asked for after the essay is held."""
 
 from __future__ import annotations
 
@@ -17,12 +12,12 @@ from typing import Any
 import mlx.core as mx
 
 from mlxkv import lm
+from mlxkv.config import Config
 from mlxkv.errors import InputError
-from mlxkv.evaluate.runner import EvalSample, check_at_least, option
-from mlxkv.evaluate.tasks.ruler.sources import Sources
+from mlxkv.evaluate.evaluation import EvalSample, Evaluation, evaluations, option
+from mlxkv.evaluate.sources import Sources
 from mlxkv.evaluate.variants import Variant, iter_variants, split_tokens
 
-SCORES = ("found", "digits_first", "log_probability")
 DIGITS = 5
 NEEDLE = "\n\nThe pass key is {}. Remember it.\n\n"
 WORD = "a"  # what comes before a needle and a question is encoded as after a word
@@ -30,32 +25,47 @@ QUESTION = "\n\nWhat is the pass key? The pass key is "
 
 
 @dataclass(frozen=True)
-class NeedleOptions:
-    lengths: tuple[int, ...] = option((256, 512, 1024), "tokens of essay and needle together")
+class NeedleOptions(Config):
+    lengths: tuple[int, ...] = option((256, 512, 1024), "tokens of essay and needle together", least=1)
     depths: tuple[float, ...] = option((0.1, 0.3, 0.5, 0.7, 0.9), "where the needle is, from 0, the start, to 1")
     essays: Path | None = option(
         None, "text file, folder of .txt files or RULER's JSON; if not given, a built-in essay"
     )
 
     def __post_init__(self) -> None:
-        check_at_least(self, "lengths")
+        super().__post_init__()
         if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
             raise InputError(f"depths must lie in 0..1: {list(self.depths)}")
 
 
-def units(tokenizer: Any, options: NeedleOptions, seed: int) -> list[EvalSample]:
-    """One for each length and depth; the key follows from them and the seed.
+@evaluations.register("needle")
+class Needle(Evaluation):
+    """Needle in a haystack: a pass key hidden in an essay, at several lengths and depths, asked for after the essay is held.
 
-    Raises InputError for a length without room for the needle.
+    After github.com/gkamradt/LLMTest_NeedleInAHaystack, with digits for a sentence and no judging model: the key is fed
+    digit by digit, so a record says how many digits the model puts first, and how probable they are to it. That tells
+    methods apart even on models too small to answer freely.
     """
-    sources = Sources(essays=options.essays)
-    drawn = []
-    for length in options.lengths:
-        for depth in options.depths:
-            key = drawn_key(length, depth, seed)
-            facts = {"length": length, "depth": depth, "key": key, "text": sources.name("essays"), "seed": seed}
-            drawn.append(EvalSample(facts, partial(_measure, haystack(tokenizer, sources, length, depth, key), key)))
-    return drawn
+
+    options_class = NeedleOptions
+    scores = ("found", "digits_first", "log_probability")
+    options: NeedleOptions
+
+    def samples(self, tokenizer: Any, seed: int) -> list[EvalSample]:
+        """One for each length and depth; the key follows from them and the seed.
+
+        Raises InputError for a length without room for the needle.
+        """
+        sources = Sources(essays=self.options.essays)
+        drawn = []
+        for length in self.options.lengths:
+            for depth in self.options.depths:
+                key = drawn_key(length, depth, seed)
+                facts = {"length": length, "depth": depth, "key": key, "text": sources.name("essays"), "seed": seed}
+                drawn.append(
+                    EvalSample(facts, partial(_measure, haystack(tokenizer, sources, length, depth, key), key))
+                )
+        return drawn
 
 
 def _measure(

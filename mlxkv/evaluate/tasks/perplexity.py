@@ -1,7 +1,4 @@
-"""How surprised is the model by the rest of a text? Perplexity after the first part is held.
-
-The plan's approach B: a delta below 0.5 is good, below 0.1 excellent.
-"""
+"""How surprised is the model by the rest of a text? Perplexity after the first part is held."""
 
 from __future__ import annotations
 
@@ -15,29 +12,45 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.evaluate import texts
-from mlxkv.evaluate.runner import EvalSample, Record, option
+from mlxkv.evaluate.evaluation import EvalSample, Evaluation, Record, evaluations, option
 from mlxkv.evaluate.tasks import fidelity
 from mlxkv.evaluate.variants import Variant, iter_logits, iter_variants
 
-SCORES = ("perplexity", "perplexity_delta", "bits_per_token")
 GOOD, EXCELLENT = 0.5, 0.1
 
 
 @dataclass(frozen=True)
 class PerplexityOptions(fidelity.FidelityOptions):
-    predict: int = option(512, "tokens that are predicted after them")
-    samples: int = option(2, "stretches of the text for each seed")
+    eval_tokens: int = option(512, "tokens that are predicted after them", least=1)
+    samples: int = option(2, "stretches of the text for each seed", least=1)
 
 
-def units(tokenizer: Any, options: PerplexityOptions, seed: int) -> list[EvalSample]:
-    """One for each stretch of the text. Raises InputError for a text that is too short."""
-    return texts.text_samples(tokenizer, options, options.at + options.predict + 1, seed, partial(_measure, options))
+@evaluations.register("perplexity")
+class Perplexity(Evaluation):
+    """How surprised is the model by the rest of a text? Perplexity after the first part is held.
+
+    The plan's approach B: a delta below 0.5 is good, below 0.1 excellent.
+    """
+
+    options_class = PerplexityOptions
+    scores = ("perplexity", "perplexity_delta", "bits_per_token")
+    options: PerplexityOptions
+
+    def samples(self, tokenizer: Any, seed: int) -> list[EvalSample]:
+        """One for each stretch of the text. Raises InputError for a text that is too short."""
+        return texts.text_samples(
+            tokenizer,
+            self.options,
+            self.options.context_tokens + self.options.eval_tokens + 1,
+            seed,
+            partial(_measure, self.options),
+        )
 
 
 def _measure(
     options: PerplexityOptions, tokens: Sequence[int], model: Any, tokenizer: Any, variants: Sequence[Variant]
 ) -> list[Record]:
-    context, following = tokens[: options.at], tokens[options.at :]
+    context, following = tokens[: options.context_tokens], tokens[options.context_tokens :]
     records: list[Record] = []
     for variant, held in iter_variants(model, variants, context):
         loss = sum(_losses(model, held.cache, following, options.chunk)) / (len(following) - 1)

@@ -1,8 +1,4 @@
-"""How much of what a model writes stays the same? Greedy continuations of prompts, with a method and without.
-
-BLEU is sacrebleu's for a sentence and ROUGE-L rouge-score's, both with the continuation of the untouched cache as the
-reference, and both by words of alphabets that put spaces between them. The other two measures hold for any text.
-"""
+"""How much of what a model writes stays the same? Greedy continuations of prompts, with a method and without."""
 
 from __future__ import annotations
 
@@ -14,31 +10,40 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from mlxkv.config import Config
 from mlxkv.evaluate import texts
 from mlxkv.evaluate.answer_scores import library
-from mlxkv.evaluate.runner import EvalSample, Record, check_at_least, option
+from mlxkv.evaluate.evaluation import EvalSample, Evaluation, Record, evaluations, option
 from mlxkv.evaluate.variants import Variant, generate_answer, iter_variants
-
-SCORES = ("bleu", "rouge_l", "equal_leading_tokens", "exact")
 
 
 @dataclass(frozen=True)
-class TextOptions:
+class TextOptions(Config):
     text_file: Path | None = option(None, texts.TEXT_FILE)
-    at: int = option(256, "tokens of the text that a continuation begins after")
-    max_tokens: int = option(128, "tokens to generate, at most")
-    samples: int = option(5, "stretches of the text for each seed")
-
-    def __post_init__(self) -> None:
-        check_at_least(self, "max_tokens", "samples")
-        check_at_least(self, "at", least=2)
+    context_tokens: int = option(256, "tokens of the text that a continuation begins after", least=2)
+    max_tokens: int = option(128, "tokens to generate, at most", least=1)
+    samples: int = option(5, "stretches of the text for each seed", least=1)
 
 
-def units(tokenizer: Any, options: TextOptions, seed: int) -> list[EvalSample]:
-    """One for each stretch of the text. Raises InputError for a text that is too short, MlxkvError where a library for the
-    scores is missing."""
-    compare(tokenizer, [], [])  # a missing library should not be found out after the model has worked
-    return texts.text_samples(tokenizer, options, options.at, seed, partial(continue_text, options.max_tokens))
+@evaluations.register("text")
+class Text(Evaluation):
+    """How much of what a model writes stays the same? Greedy continuations of prompts, with a method and without.
+
+    BLEU is sacrebleu's for a sentence and ROUGE-L rouge-score's, both with the continuation of the untouched cache as the
+    reference, and both by words of alphabets that put spaces between them. The other two measures hold for any text.
+    """
+
+    options_class = TextOptions
+    scores = ("bleu", "rouge_l", "equal_leading_tokens", "exact")
+    options: TextOptions
+
+    def samples(self, tokenizer: Any, seed: int) -> list[EvalSample]:
+        """One for each stretch of the text. Raises InputError for a text that is too short, MlxkvError where a library for the
+        scores is missing."""
+        compare(tokenizer, [], [])  # a missing library should not be found out after the model has worked
+        return texts.text_samples(
+            tokenizer, self.options, self.options.context_tokens, seed, partial(continue_text, self.options.max_tokens)
+        )
 
 
 def continue_text(

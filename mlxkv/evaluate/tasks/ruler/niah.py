@@ -14,7 +14,7 @@ from random import Random
 from uuid import UUID
 
 from mlxkv.evaluate.tasks.ruler import vocabulary
-from mlxkv.evaluate.tasks.ruler.task import Draft, Request, Task
+from mlxkv.evaluate.tasks.ruler.task import Draft, Request, RulerTask
 
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -34,7 +34,7 @@ _DEPTHS = [round(100 * i / 39) for i in range(40)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Needles(Task):
+class Needles(RulerTask):
     """haystack: "noise", "essay" or "needle" (other needles). key_kind, value_kind: "words", "numbers" or "uuids".
 
     keys: how many are hidden, each with `values` values. queries: how many of the keys are asked for.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from random import Random
 
-from mlxkv.evaluate.tasks.ruler.task import Draft, Request, Task, any_part
+from mlxkv.evaluate.tasks.ruler.task import Draft, Request, RulerTask, any_part
 
 _INSTRUCTION = (
     "Answer the question based on the given documents. Only give me the answer and do not output any other words."
@@ -21,7 +21,7 @@ _INSTRUCTION = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answering(Task):
+class Answering(RulerTask):
     """Size: documents besides those that belong to the question."""
 
     reads: str | None

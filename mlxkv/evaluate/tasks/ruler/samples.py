@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxkv.errors import FormatError, InputError
-from mlxkv.evaluate.tasks.ruler.sources import Sources, read_text
-from mlxkv.evaluate.tasks.ruler.task import Request, Task
+from mlxkv.evaluate.sources import Sources, read_text
+from mlxkv.evaluate.tasks.ruler.task import Request, RulerTask
 from mlxkv.evaluate.variants import split_tokens
 from mlxkv.io.atomic import atomic_write
 from mlxkv.io.inputs import parse_json
@@ -30,7 +30,7 @@ class Sample:
 
 
 def samples(
-    task: Task, name: str, tokenizer: Any, length: int, count: int, seed: int, sources: Sources
+    task: RulerTask, name: str, tokenizer: Any, length: int, count: int, seed: int, sources: Sources
 ) -> Iterator[Sample]:
     """`count` samples of at most `length` tokens, each with as much haystack as fits.
 
@@ -40,7 +40,7 @@ def samples(
         yield fit(task, tokenizer, Request(name, length, seed, index, sources))
 
 
-def fit(task: Task, tokenizer: Any, request: Request) -> Sample:
+def fit(task: RulerTask, tokenizer: Any, request: Request) -> Sample:
     """The sample with the most haystack among those tried that fits: sizes double, then the gap is halved."""
 
     def attempt(size: int) -> Sample:
@@ -75,7 +75,7 @@ def write_rows(path: str | Path, rows: Iterable[Sample]) -> None:
             file.write(json.dumps(fields).encode() + b"\n")
 
 
-def read_rows(path: str | Path, task: Task) -> list[Sample]:
+def read_rows(path: str | Path, task: RulerTask) -> list[Sample]:
     """Samples of a task from JSONL as RULER or `write_rows` writes it; other fields are let be.
 
     RULER's newer rows have the beginning of the answer apart, as answer_prefix. The index is what the row says; in
@@ -87,7 +87,7 @@ def read_rows(path: str | Path, task: Task) -> list[Sample]:
     return [_sample(line, task, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
-def _sample(line: str, task: Task, name: str) -> Sample:
+def _sample(line: str, task: RulerTask, name: str) -> Sample:
     row = parse_json(line, name)
     index, length, answers = row.get("index"), row.get("length"), row.get("outputs")
     text, prefix = row.get("input"), row.get("answer_prefix", "")

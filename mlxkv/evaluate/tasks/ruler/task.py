@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from mlxkv.evaluate.tasks.ruler.sources import Sources
+from mlxkv.evaluate.sources import Sources
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Draft:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task(ABC):
+class RulerTask(ABC):
     """tokens: to generate. reads: the field of `Sources` that the text is made of, if any."""
 
     tokens: int

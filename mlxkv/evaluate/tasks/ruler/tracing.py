@@ -13,7 +13,7 @@ from itertools import pairwise
 from random import Random
 
 from mlxkv.evaluate.tasks.ruler.niah import NOISE, among
-from mlxkv.evaluate.tasks.ruler.task import Draft, Request, Task
+from mlxkv.evaluate.tasks.ruler.task import Draft, Request, RulerTask
 
 _BEFORE = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
 _ASKS = "Question: Find all variables that are assigned the value"
@@ -25,7 +25,7 @@ _EXAMPLE_NOISE = 14
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tracing(Task):
+class Tracing(RulerTask):
     """hops: assignments after the first; `hops` + 1 variables are asked for. Size: paragraphs of noise."""
 
     hops: int = 4

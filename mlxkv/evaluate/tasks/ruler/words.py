@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from random import Random
 
 from mlxkv.errors import InputError
-from mlxkv.evaluate.tasks.ruler.task import Draft, Request, Task
+from mlxkv.evaluate.tasks.ruler.task import Draft, Request, RulerTask
 from mlxkv.evaluate.tasks.ruler.tracing import letter_words
 from mlxkv.evaluate.tasks.ruler.vocabulary import listed
 
@@ -42,7 +42,7 @@ _ZETA = math.pi**2 / 6  # the sum of all 1 / k^2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Common(Task):
+class Common(RulerTask):
     """Ten words stand 30 times in the list, the others 3 times; 6 times and once below 4096 tokens, as in RULER.
 
     Size: words besides the ten.
@@ -80,7 +80,7 @@ def numbered(words: list[str]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Frequent(Task):
+class Frequent(RulerTask):
     """Coded words, one for every 50 tokens of the input. Size: words that are written, before counts are cut to integers."""
 
     tokens: int = 50

@@ -99,7 +99,7 @@ class Sources:
             raise FormatError(f"{path} is not HotpotQA's JSON: {error!r}") from None
 
     def _path(self, field: str) -> Path:
-        return getattr(self, field) or Path(__file__).parent / _BUILT_IN[field]
+        return getattr(self, field) or Path(__file__).parent / "data" / _BUILT_IN[field]
 
 
 def read_text(path: Path, limit: int = LIMIT) -> str:
