@@ -93,7 +93,7 @@ def reference_decode_attention(
 def _tiles(bucket: Bucket) -> Iterator[Bucket]:
     """A bucket's tokens in pieces of TILE_FLOATS unpacked floats, but whole tiles of keys and of values."""
     keys, values = bucket
-    tokens = math.lcm(keys.tokens, values.tokens)
+    tokens = math.lcm(keys.tile_tokens, values.tile_tokens)
     step = max(1, TILE_FLOATS // (math.prod(keys.shape[:-2]) * max(keys.dim, values.dim) * tokens)) * tokens
     for start in range(0, keys.shape[-2], step):
         yield slice_rows(keys, start, start + step), slice_rows(values, start, start + step)
@@ -107,22 +107,22 @@ def _wait_for(packed: QuantizedArray, before: list[mx.array]) -> QuantizedArray:
 def _scores(x: mx.array, packed: QuantizedArray) -> mx.array:
     """x `[B, H, G, D]` float32 times the transpose of rows `[B, H, T, D]`: `[B, H, G, T]`.
 
-    A row is scale * code + shift. Scales that a whole token or a whole dim shares are taken out of the sum, so that the
+    A row is scale * code + bias. Scales that a whole token or a whole dim shares are taken out of the sum, so that the
     large array is never scaled. Other tiles are unpacked.
     """
     *lead, G, D = x.shape
     T = packed.shape[-2]
     if _scaled_by_token(packed):
-        scale, shift = _scales(packed.scale), _scales(packed.shift)  # [B, H, groups, T]
+        scale, bias = _scales(packed.scale), _scales(packed.bias)  # [B, H, groups, T]
         split = x[..., None, :] * _groups(packed)  # [B, H, G, groups, D], each row zero outside its group
         products = split.reshape(*lead, -1, D) @ codes(packed).swapaxes(-1, -2)
         scaled = products.reshape(*split.shape[:-1], T) * scale[..., None, :, :]
-        return scaled.sum(axis=-2) + split.sum(axis=-1) @ shift
+        return scaled.sum(axis=-2) + split.sum(axis=-1) @ bias
     if _scaled_by_dim(packed):
-        scale, shift = packed.scale.astype(mx.float32), packed.shift.astype(mx.float32)  # [B, H, tiles, D]
-        tiles = codes(packed).reshape(*lead, -1, packed.tokens, D)
+        scale, bias = packed.scale.astype(mx.float32), packed.bias.astype(mx.float32)  # [B, H, tiles, D]
+        tiles = codes(packed).reshape(*lead, -1, packed.tile_tokens, D)
         products = (x[..., None, :, :] * scale[..., None, :]) @ tiles.swapaxes(-1, -2)  # [B, H, tiles, G, tokens]
-        products += (x @ shift.swapaxes(-1, -2)).swapaxes(-1, -2)[..., None]
+        products += (x @ bias.swapaxes(-1, -2)).swapaxes(-1, -2)[..., None]
         return products.swapaxes(-2, -3).reshape(*lead, G, T)
     return x @ reference_unpack(packed, mx.float32).swapaxes(-1, -2)
 
@@ -135,31 +135,41 @@ def _weighted_sum(weights: mx.array, packed: QuantizedArray) -> mx.array:
         groups, scale = _groups(packed), _scales(packed.scale)
         split = weights[..., None, :] * scale[..., None, :, :]  # [B, H, G, groups, T]
         products = (split.reshape(*lead, -1, T) @ codes(packed)).reshape(*split.shape[:-1], D)
-        return (products * groups).sum(axis=-2) + weights @ packed.shift.astype(mx.float32) @ groups
+        return (products * groups).sum(axis=-2) + weights @ packed.bias.astype(mx.float32) @ groups
     if _scaled_by_dim(packed):
-        scale, shift = packed.scale.astype(mx.float32), packed.shift.astype(mx.float32)
-        tiles = codes(packed).reshape(*lead, -1, packed.tokens, D)
-        split = weights.reshape(*lead, G, -1, packed.tokens).swapaxes(-2, -3)  # [B, H, tiles, G, tokens]
-        products = (split @ tiles) * scale[..., None, :] + split.sum(axis=-1, keepdims=True) * shift[..., None, :]
+        scale, bias = packed.scale.astype(mx.float32), packed.bias.astype(mx.float32)
+        tiles = codes(packed).reshape(*lead, -1, packed.tile_tokens, D)
+        split = weights.reshape(*lead, G, -1, packed.tile_tokens).swapaxes(-2, -3)  # [B, H, tiles, G, tokens]
+        products = (split @ tiles) * scale[..., None, :] + split.sum(axis=-1, keepdims=True) * bias[..., None, :]
         return products.sum(axis=-3)
     return weights @ reference_unpack(packed, mx.float32)
 
 
 def _scaled_by_token(packed: QuantizedArray) -> bool:
-    return not packed.raw and packed.tokens == 1 and packed.shape[-2] > 0 and packed.dim % packed.dims == 0
+    return (
+        not packed.is_unquantized
+        and packed.tile_tokens == 1
+        and packed.shape[-2] > 0
+        and packed.dim % packed.tile_dims == 0
+    )
 
 
 def _scaled_by_dim(packed: QuantizedArray) -> bool:
-    return not packed.raw and packed.dims == 1 and packed.shape[-2] > 0 and packed.shape[-2] % packed.tokens == 0
+    return (
+        not packed.is_unquantized
+        and packed.tile_dims == 1
+        and packed.shape[-2] > 0
+        and packed.shape[-2] % packed.tile_tokens == 0
+    )
 
 
 def _groups(packed: QuantizedArray) -> mx.array:
     """Which dims belong to which group of a token, float32 `[groups, D]`."""
-    return mx.array(np.eye(packed.dim // packed.dims, dtype=np.float32).repeat(packed.dims, axis=1))
+    return mx.array(np.eye(packed.dim // packed.tile_dims, dtype=np.float32).repeat(packed.tile_dims, axis=1))
 
 
 def _scales(part: mx.array) -> mx.array:
-    """Shift or scale `[B, H, T, groups]` as `[B, H, groups, T]` float32."""
+    """Bias or scale `[B, H, T, groups]` as `[B, H, groups, T]` float32."""
     return part.astype(mx.float32).swapaxes(-1, -2)
 
 
@@ -167,9 +177,9 @@ def slice_rows(packed: QuantizedArray, start: int, stop: int) -> QuantizedArray:
     """Rows start..stop of packed rows, start at the beginning of a tile."""
     if start == 0 and stop >= packed.shape[-2]:
         return packed
-    tiles = slice(start // packed.tokens, -(-stop // packed.tokens))
-    words, shift, scale = packed.words[..., start:stop, :], packed.shift[..., tiles, :], packed.scale[..., tiles, :]
-    return dataclasses.replace(packed, words=words, shift=shift, scale=scale)
+    tiles = slice(start // packed.tile_tokens, -(-stop // packed.tile_tokens))
+    words, bias, scale = packed.words[..., start:stop, :], packed.bias[..., tiles, :], packed.scale[..., tiles, :]
+    return dataclasses.replace(packed, words=words, bias=bias, scale=scale)
 
 
 def metal_decode_attention(
@@ -228,16 +238,16 @@ def _attend(queries: mx.array, k: QuantizedArray, v: QuantizedArray, bias: mx.ar
 
 def _tile(name: str, packed: QuantizedArray) -> dict[str, int]:
     """Compiled in, as dividing by a constant is cheap; a single kernel for all unpacked values."""
-    tokens, dims = (1, 1) if packed.raw else (packed.tokens, packed.dims)
+    tokens, dims = (1, 1) if packed.is_unquantized else (packed.tile_tokens, packed.tile_dims)
     return {f"{name}_TOKENS": tokens, f"{name}_DIMS": dims}
 
 
 def _buffers(packed: QuantizedArray) -> tuple[mx.array, mx.array, mx.array]:
-    """Words, shift, scale; an unread element for the scales that unpacked values lack, as buffers cannot be empty."""
-    if packed.raw:
+    """Words, bias, scale; an unread element for the scales that unpacked values lack, as buffers cannot be empty."""
+    if packed.is_unquantized:
         unread = mx.zeros((1, 1, 1, 1))
         return packed.words, unread, unread
-    return packed.words, packed.shift, packed.scale
+    return packed.words, packed.bias, packed.scale
 
 
 def _empty_result(queries: mx.array, kv_heads: int, dims: int) -> tuple[mx.array, mx.array]:

@@ -101,7 +101,9 @@ class LayerCache(ABC):
         chunk, self._chunk = self._chunk, None
         stored = self.buckets()
         mask = _mask_with_bias(mask, self.bias(), queries)
-        if queries.shape[2] == 1 and (self.observation_window or not all(k.raw and v.raw for k, v in stored)):
+        if queries.shape[2] == 1 and (
+            self.observation_window or not all(k.is_unquantized and v.is_unquantized for k, v in stored)
+        ):
             tokens = [*stored, (unquantized(chunk[0]), unquantized(chunk[1]))]
             if self.latent:
                 tokens = [(k, k) for k, _ in tokens]
@@ -237,7 +239,7 @@ def _iter_arrays(tree: Any) -> Iterator[mx.array]:
     if isinstance(tree, mx.array):
         yield tree
     elif isinstance(tree, QuantizedArray):
-        yield from (tree.words, tree.shift, tree.scale)
+        yield from (tree.words, tree.bias, tree.scale)
     elif isinstance(tree, Sequence) and not isinstance(tree, str):
         for item in tree:
             yield from _iter_arrays(item)

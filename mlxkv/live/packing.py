@@ -72,10 +72,10 @@ class PackingCache(LayerCache):
 
 def concat_tokens(first: QuantizedArray, second: QuantizedArray) -> QuantizedArray:
     """Packed rows `[..., T1, D]` and `[..., T2, D]` of one kind as `[..., T1 + T2, D]`; the first's tiles are whole."""
-    words, shift, scale = (
-        mx.concatenate([getattr(first, name), getattr(second, name)], axis=-2) for name in ("words", "shift", "scale")
+    words, bias, scale = (
+        mx.concatenate([getattr(first, name), getattr(second, name)], axis=-2) for name in ("words", "bias", "scale")
     )
-    return dataclasses.replace(first, words=words, shift=shift, scale=scale)
+    return dataclasses.replace(first, words=words, bias=bias, scale=scale)
 
 
 def copy_rows(packed: QuantizedArray, start: int, stop: int) -> QuantizedArray:
@@ -84,7 +84,7 @@ def copy_rows(packed: QuantizedArray, start: int, stop: int) -> QuantizedArray:
     return dataclasses.replace(
         rows,
         words=copy_without_parent(rows.words),
-        shift=copy_without_parent(rows.shift),
+        bias=copy_without_parent(rows.bias),
         scale=copy_without_parent(rows.scale),
     )
 

@@ -119,8 +119,8 @@ def _describe_state(tree: Any, arrays: list[mx.array]) -> Any:
         arrays.append(tree)
         return {"array": len(arrays) - 1}
     if isinstance(tree, QuantizedArray):
-        parts = [_describe_state(part, arrays) for part in (tree.words, tree.shift, tree.scale)]
-        return {"packed": [*parts, tree.bits, tree.dim, tree.tokens, tree.dims]}
+        parts = [_describe_state(part, arrays) for part in (tree.words, tree.bias, tree.scale)]
+        return {"packed": [*parts, tree.bits, tree.dim, tree.tile_tokens, tree.tile_dims]}
     if isinstance(tree, list | tuple):
         return {type(tree).__name__: [_describe_state(item, arrays) for item in tree]}
     if isinstance(tree, dict):

@@ -35,7 +35,7 @@ def wide(x):
 
 def check(x, width, tile):
     packed, expected = bits.metal_pack(x, width, *tile), bits.reference_pack(x, width, *tile)
-    for part in ("words", "shift", "scale"):
+    for part in ("words", "bias", "scale"):
         assert np.array_equal(wide(getattr(packed, part)), wide(getattr(expected, part)), equal_nan=True)
     assert_same(packed.words, expected.words)
     assert_same(bits.metal_unpack(packed, x.dtype), bits.reference_unpack(expected, x.dtype))
@@ -88,7 +88,7 @@ def test_the_reference_is_what_a_loop_over_values_says(width, T, D, tile):
         a, b = t // tile[0] * tile[0], d // tile[1] * tile[1]
         cell = values[n, a : a + tile[0], b : b + tile[1]]
         shift, scale = cell.min(), (cell.max() - cell.min()) / np.float32(2**width - 1)
-        assert wide(packed.shift)[n, a // tile[0], b // tile[1]] == shift
+        assert wide(packed.bias)[n, a // tile[0], b // tile[1]] == shift
         assert wide(packed.scale)[n, a // tile[0], b // tile[1]] == scale
         code = round((values[n, t, d] - shift) / (scale or 1))
         stream = np.unpackbits(words[n, t], bitorder="little")
@@ -105,7 +105,7 @@ def test_per_token_words_are_those_of_mx_quantize(width, group, dim):
     theirs = bits.QuantizedArray(words, shift, scale, width, dim, 1, group)
     np.testing.assert_allclose(bits.unpack(theirs, mx.float32), mx.dequantize(words, scale, shift, group, width), atol=1e-6)  # fmt: skip
     ours = bits.pack(x, width, 1, group)
-    found = mx.dequantize(ours.words, ours.scale, ours.shift, group, width)
+    found = mx.dequantize(ours.words, ours.scale, ours.bias, group, width)
     np.testing.assert_allclose(found, bits.unpack(ours, mx.float32), atol=1e-6)
 
 
@@ -147,7 +147,7 @@ def test_a_tile_with_a_value_that_is_not_finite_decodes_as_nan_and_no_other_tile
 def test_unpacked_storage_is_the_values_themselves(dtype, D, kernel_path):
     x = plain(5, D, dtype=dtype)
     packed = bits.metal_pack(x, 16, 1, 32)
-    assert packed.raw
+    assert packed.is_unquantized
     assert packed.dtype == dtype
     assert packed.nbytes == 2 * 5 * -(-D * x.dtype.size // 4) * 4
     assert mx.array_equal(bits.metal_unpack(packed, dtype), x)
@@ -159,7 +159,7 @@ def test_nbytes_counts_words_and_both_scales():
     assert packed.nbytes == 2 * 33 * 8 * 4 + 2 * (2 * 2 * 80 * 2)
 
 
-@pytest.mark.parametrize("change", [{"bits": 5}, {"bits": 32}, {"dim": 0}, {"tokens": 0}, {"dims": -1}])
+@pytest.mark.parametrize("change", [{"bits": 5}, {"bits": 32}, {"dim": 0}, {"tile_tokens": 0}, {"tile_dims": -1}])
 def test_packed_refuses_numbers_that_cannot_be(change):
     with pytest.raises(InputError):
         replace(bits.pack(plain(4, 64), 4, 1, 32), **change)
@@ -170,8 +170,8 @@ def test_packed_refuses_numbers_that_cannot_be(change):
     [
         {"bits": 3},
         {"dim": 65},
-        {"tokens": 2},
-        {"dims": 64},
+        {"tile_tokens": 2},
+        {"tile_dims": 64},
         {"words": mx.zeros((2, 4, 8), mx.int32)},
         {"scale": mx.zeros((2, 4, 2))},
         {"scale": mx.zeros((4, 2), mx.float16)},

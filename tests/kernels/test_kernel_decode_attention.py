@@ -142,7 +142,7 @@ def test_mass_is_the_sum_of_each_query_heads_probabilities():
 
 def test_the_kernel_path_makes_scores_and_splits_but_no_unpacked_copy(kernel_path):
     queries, buckets = queries_of(GQA), [bucket(GQA, 300)]
-    mx.eval(queries, *(part for packed in buckets[0] for part in (packed.words, packed.shift, packed.scale)))
+    mx.eval(queries, *(part for packed in buckets[0] for part in (packed.words, packed.bias, packed.scale)))
     peaks = []
     for attend in BOTH:
         held = mx.get_active_memory()

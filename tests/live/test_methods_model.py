@@ -129,7 +129,7 @@ def compare(cache, plain):
     if plain and cache.kept:
         for slot in (0, 1):
             np.testing.assert_allclose(stored(cache, slot)[0], plain.slots[slot], atol=2e-3)
-        assert plain.packed == sum(keys.shape[2] for keys, _ in cache.buckets() if not keys.raw)
+        assert plain.packed == sum(keys.shape[2] for keys, _ in cache.buckets() if not keys.is_unquantized)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -299,7 +299,7 @@ def _token_count(bucket: Bucket | None) -> int:
 
 def _gather_rows(packed: QuantizedArray, index: mx.array) -> QuantizedArray:
     """Rows index `[B, H, n]`, another choice for each head, of what is packed by token."""
-    words, shift, scale = (
-        mx.take_along_axis(x, index[..., None], axis=2) for x in (packed.words, packed.shift, packed.scale)
+    words, bias, scale = (
+        mx.take_along_axis(x, index[..., None], axis=2) for x in (packed.words, packed.bias, packed.scale)
     )
-    return dataclasses.replace(packed, words=words, shift=shift, scale=scale)
+    return dataclasses.replace(packed, words=words, bias=bias, scale=scale)
