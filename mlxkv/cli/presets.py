@@ -1,3 +1,5 @@
+"""mlxkv presets: what --preset, --cache and --method take."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -8,27 +10,48 @@ from mlxkv.cli._output import Json, print_table
 
 @commands.register("presets")
 def presets_command(json: Json = False) -> None:
-    """List the model and method presets, with the option that takes them. --cache is for live methods.
+    """List presets and installed live methods, with the option that takes them. --cache is for live methods.
 
     Example: mlxkv presets
     """
-    from dataclasses import asdict
-
-    from mlxkv.live import live_methods
-    from mlxkv.presets import method_preset, model_preset, preset_names
-
-    rows: list[dict[str, Any]] = []
-    for name in preset_names("models"):
-        model = model_preset(name)
-        use = {"kind": "model", "option": "--preset", "for": ", ".join(model.model_types), "settings": {}}
-        rows.append({"preset": name, **use, "description": model.description})
-    for name in preset_names("methods"):
-        method = method_preset(name)
-        option = "--cache" if method.method in live_methods.names() else "--method"
-        use = {"kind": "method", "option": option, "for": method.method, "settings": asdict(method.settings)}
-        rows.append({"preset": name, **use, "description": method.description})
+    rows = [*_model_rows(), *_method_rows()]
     if not json:
         for row in rows:
             del row["kind"]
             row["settings"] = ", ".join(f"{key} {value}" for key, value in row["settings"].items() if value is not None)
     print_table(rows, json)
+
+
+def _model_rows() -> list[dict[str, Any]]:
+    from mlxkv.presets import model_preset, preset_names
+
+    rows = []
+    for name in preset_names("models"):
+        model = model_preset(name)
+        use = {"kind": "model", "option": "--preset", "for": ", ".join(model.model_types), "settings": {}}
+        rows.append({"preset": name, **use, "description": model.description})
+    return rows
+
+
+def _method_rows() -> list[dict[str, Any]]:
+    """Return the presets, then the methods that have none and are taken by their own names."""
+    from inspect import getdoc
+
+    from mlxkv.codec.methods import codec_methods
+    from mlxkv.live import live_methods
+    from mlxkv.presets import method_preset, preset_names
+
+    rows: list[dict[str, Any]] = []
+    seen = set()
+    for name in preset_names("methods"):
+        preset = method_preset(name)
+        live = live_methods.find(preset.method)
+        config = preset.config((live or codec_methods.get(preset.method)).config_class)
+        use: dict[str, Any] = {"kind": "method", "option": "--cache" if live else "--method", "for": preset.method}
+        rows.append({"preset": name, **use, "settings": vars(config), "description": preset.description})
+        seen.add(preset.method)
+    for name, found in live_methods.items():
+        if name not in seen:
+            use = {"kind": "method", "option": "--cache", "for": name, "settings": vars(found.config_class())}
+            rows.append({"preset": name, **use, "description": (getdoc(found) or "").split("\n")[0]})
+    return rows

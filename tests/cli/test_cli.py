@@ -76,7 +76,7 @@ def test_inspect_explains_all_three_kinds(work, says):
     assert says("inspect", work / "a.npz")["layers"] == [0, 1]
     assert "int" in says("inspect", work / "artifacts")["k_plan"]
     container = says("inspect", work / "a.mlxkv")
-    assert container["w"] == 32
+    assert container["recent"] == 32
     parts = ("coded_bytes", "sink_and_window_bytes", "other_bytes", "header_bytes")
     assert sum(container[part] for part in parts) == container["file_bytes"]
 
@@ -106,7 +106,7 @@ def test_eval_writes_the_record_it_prints(work, model_dir, tmp_path, says):
     assert record["predicted_tokens"] == 20
     assert record["kl"] > 0 == whole["kl"]
     assert len(record["k_layer_mse"]) == 2
-    assert (record["w"], record["s"]) == (64, 4)
+    assert (record["recent"], record["sinks"]) == (64, 4)
     assert {"ratio", "ratio_middle", "artifact_bytes", "perplexity_delta"} <= set(record)
 
 
@@ -221,7 +221,7 @@ def test_tables_are_for_people(work, capsys):
         (["dump", "--model", "{model}", "--prompt", "a", "--dtype", "int3", "--out", "{tmp}/x.npz"], 2, "int3"),
         (["calibrate", "--out", "{tmp}/a", "--compression-ratio", "4"], 2, "at least one dump"),
         (["calibrate", "--out", "{tmp}/a", "--npz", "{work}/a.npz"], 2, "either --compression-ratio or --method"),
-        (["calibrate", "--out", "{tmp}/a", "--npz", "{work}/a.npz", "--compression-ratio", "-1"], 2, "above 0"),
+        (["calibrate", "--out", "{tmp}/a", "--npz", "{work}/a.npz", "--compression-ratio", "-1"], 2, "at least 0.01"),
         (["calibrate", "--out", "{tmp}/a", "--npz", "{work}/a.npz", "--compression-ratio", "4", "--rank", "0"], 2, "rank must be 1"),
         (["calibrate", "--out", "{tmp}/a", "--npz", "{work}/a.npz", "--compression-ratio", "9999"], 2, "cannot code a single"),
         (["calibrate", "--out", "{tmp}/a", "--npz", "{work}/a.mlxkv", "--compression-ratio", "4"], 3, "not a readable .npz"),

@@ -5,6 +5,7 @@ import pytest
 from conftest import run, tiny_model, tiny_tokens
 
 from mlxkv import lm, make_cache, presets, save_cache
+from mlxkv.live import live_methods
 
 TEXT = "The quick brown fox jumps over the lazy dog. Once upon a time in a land far away, nothing happened. "
 
@@ -53,14 +54,14 @@ def test_eval_writes_the_record_of_a_live_cache_that_it_prints(model_dir, text_f
     assert full["kl"] == pytest.approx(whole["kl"], abs=1e-5)
     assert int4["kl"] > 1e-4
     assert window["samples"] == 3
-    assert result["variants"]["sliding-window-256"] == {"cache": "sliding-window-256", "window": 256}
+    assert result["variants"]["sliding-window-256"] == {"cache": "sliding-window-256", "recent": 256}
     assert {"ratio", "cache_bytes", "top1_agreement", "perplexity_delta"} <= set(result["samples"][2])
 
 
 def test_presets_lists_what_cache_takes_with_methods_and_settings(says, capsys):
     rows = {row["preset"]: row for row in says("presets")}
     live = [name for name, row in rows.items() if row["option"] == "--cache"]
-    assert {presets.method_preset(name).method for name in live} <= set(presets.live_methods())
+    assert {presets.method_preset(name).method for name in live} <= set(live_methods.names())
     assert {rows[name]["option"] for name in presets.preset_names("methods") if name not in live} == {"--method"}
     assert rows["h2o-512"]["for"] == "h2o"
     assert rows["h2o-512"]["settings"] == {"heavy": 256, "recent": 256}
@@ -79,10 +80,10 @@ def test_presets_lists_what_cache_takes_with_methods_and_settings(says, capsys):
         (["eval", "fidelity", "--artifacts", "{tmp}/none", "--cache", "int8"], "no calibration artifacts"),
         (["eval", "fidelity", "--cache", "int9"], "no preset or live method 'int9'"),
         (["eval", "fidelity", "--cache", "kvtc-16"], "not a live method"),
-        (["eval", "fidelity", "--cache", "int8", "--recent", "128"], "--w, --s and --dtype"),
-        (["eval", "fidelity", "--cache", "int8", "--dtype", "float16"], "--w, --s and --dtype"),
+        (["eval", "fidelity", "--cache", "int8", "--recent", "128"], "--recent, --sinks and --dtype"),
+        (["eval", "fidelity", "--cache", "int8", "--dtype", "float16"], "--recent, --sinks and --dtype"),
         (["eval", "fidelity", "--text-file", "{tmp}/none"], "cannot read"),
-        (["eval", "fidelity", "--eval-tokens", "0"], "predict must be 1 or more"),
+        (["eval", "fidelity", "--eval-tokens", "0"], "eval_tokens must be 1 or more"),
         (["eval", "needle", "--depths", "2"], "depths must lie in 0..1"),
         (["eval", "ruler", "--tasks", "niah"], "unknown RULER tasks niah"),
         (["eval", "longbench", "--folder", "{tmp}/none"], "cannot read"),

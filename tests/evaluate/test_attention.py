@@ -97,9 +97,9 @@ def test_more_bits_look_nearer_to_where_the_model_looks(model):
         model,
         live_variant("int8"),
         live_variant("int4"),
-        *(live_variant("kivi", bits=bits, residual=8) for bits in (4, 2)),
+        *(live_variant("kivi", bits=bits, recent=8) for bits in (4, 2)),
     )
-    for more, fewer in (("int8", "int4"), ("kivi (bits=4, residual=8)", "kivi (bits=2, residual=8)")):
+    for more, fewer in (("int8", "int4"), ("kivi (bits=4, recent=8)", "kivi (bits=2, recent=8)")):
         assert records[more]["kl"] < records[fewer]["kl"]
         assert records[more]["cosine"] > records[fewer]["cosine"]
         assert records[more]["lost_mass"] == 0
@@ -146,9 +146,9 @@ def test_an_entry_for_one_token_is_traced_to_that_token(method):
     if method == "smartkv":
         assert (tokens[0] != tokens[1]).any()
     if method == "sliding-window":
-        assert (tokens == np.arange(LONG - 20, LONG)).all()
+        assert (tokens == np.arange(LONG - small(method)["recent"], LONG)).all()
     if method == "streaming-llm":
-        assert (tokens == np.r_[:2, LONG - 20 : LONG]).all()
+        assert (tokens == np.r_[:2, LONG - small(method)["recent"] : LONG]).all()
 
 
 @pytest.mark.parametrize("method", MERGE)
@@ -231,6 +231,6 @@ def test_impossible_options_are_refused():
 
 def test_what_looks_is_what_follows(monkeypatch):
     looked, looks, tokens = [], attention.attention_weights, tiny_tokens(40)
-    monkeypatch.setattr(attention, "looks", lambda *given: looked.append(list(given[-1])) or looks(*given))
+    monkeypatch.setattr(attention, "attention_weights", lambda *given: looked.append(list(given[-1])) or looks(*given))
     attention._measure(30, tokens, tiny_model("llama"), None, [baseline(), live_variant("int8")])
     assert looked == [tokens[30:]] * 2

@@ -124,9 +124,9 @@ def test_a_short_text_is_refused_with_the_numbers(text_file):
         fidelity.Fidelity(fidelity.FidelityOptions(text_file, context_tokens=390, eval_tokens=20)).samples(Numbers(), 0)
     with pytest.raises(InputError, match="10 tokens are too few to hold 9"):
         fidelity.evaluate(None, [], tiny_tokens(10), 9)
-    for module in (fidelity, perplexity):
+    for options_class in (fidelity.FidelityOptions, perplexity.PerplexityOptions):
         with pytest.raises(InputError, match="eval_tokens must be 1 or more, not 0"):
-            module.Options(eval_tokens=0)
+            options_class(eval_tokens=0)
 
 
 def test_calibration_never_reads_a_line_that_is_held_out():
@@ -159,7 +159,7 @@ def test_smollm2_hardly_notices_and_would_notice_a_wrong_rotation(smollm2, tmp_p
     dump.spec = wrong
     codec = KVTCCacheCodec(calibrate(files, KVTCConfig(8, rank=128)))
     decoded = codec.decompress_dump(codec.compress_dump(dump))
-    sizes = {"s": 4, "w": 128, "tokens": 160}
+    sizes = {"sinks": 4, "recent": 128, "tokens": 160}
     assert coding_errors(sizes, dump, decoded)["k_relative_error"] > 1.5 * record["k_relative_error"]
 
 

@@ -17,10 +17,10 @@ from mlxkv.evaluate.tasks.ruler.samples import samples, write_rows
 
 
 def test_every_sample_is_asked_of_every_variant_and_of_the_untouched_cache():
-    asked = [variants.live_variant("full"), variants.live_variant("sliding-window", window=16)]
+    asked = [variants.live_variant("full"), variants.live_variant("sliding-window", recent=16)]
     options = ruler.RulerOptions(("fwe", "qa_1"), (300,), samples=2)
     records = run("ruler", tiny_model("llama"), Words(), asked, options)["samples"]
-    names = ["whole", "full", "sliding-window (window=16)"]
+    names = ["whole", "full", "sliding-window (recent=16)"]
     expected = [(task, index, name) for task in options.tasks for index in range(2) for name in names]
     assert [(record["task"], record["index"], record["variant"]) for record in records] == expected
     assert json.loads(json.dumps(records)) == records

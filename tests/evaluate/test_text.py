@@ -121,7 +121,7 @@ def test_a_missing_library_is_found_out_before_the_model_runs(monkeypatch, name)
 def test_what_cannot_be_continued_is_refused(text_file):
     with pytest.raises(InputError, match=r"words\.txt has 240 tokens and 241 are needed"):
         text.Text(text.TextOptions(text_file, context_tokens=241)).samples(Words(), 0)
-    for wrong in ({"at": 1}, {"max_tokens": 0}, {"samples": 0}):
+    for wrong in ({"context_tokens": 1}, {"max_tokens": 0}, {"samples": 0}):
         with pytest.raises(InputError, match="or more, not"):
             text.TextOptions(**wrong)
 

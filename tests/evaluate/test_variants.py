@@ -137,5 +137,5 @@ def test_errors_are_of_the_coded_tokens_alone():
     dump = toy_dump(PLAIN, length=60)
     decoded = replace(dump, k=dump.k.copy(), v=dump.v.copy())
     decoded.k[..., :4, :] = decoded.v[..., -16:, :] = 9
-    found = variants.coding_errors({"s": 4, "w": 16, "tokens": 60}, dump, decoded)
+    found = variants.coding_errors({"sinks": 4, "recent": 16, "tokens": 60}, dump, decoded)
     assert found["k_relative_error"] == found["v_relative_error"] == 0
