@@ -19,7 +19,7 @@ from benchmarks.schema import Outcome, Result
 from benchmarks.tables import table
 from mlxkv.errors import MlxkvError, UnsupportedError
 from mlxkv.kernels import metal
-from mlxkv.kernels.examples import Example, all_examples, arrays
+from mlxkv.kernels.operations import Example, Operation, arrays, iter_examples
 
 PHASE = 8
 COPY_BYTES = 2**28
@@ -32,7 +32,7 @@ def run(quick: bool) -> Outcome:
         raise UnsupportedError("the kernels cannot be measured here: that needs a Mac, where MLX runs Metal")
     rounds = 5 if quick else 20
     bandwidth = copy_bandwidth(rounds)
-    samples = [measure(example, rounds, bandwidth) for example in all_examples()]
+    samples = [measure(operation, example, rounds, bandwidth) for operation, example in iter_examples()]
     config = {
         "rounds": rounds, "warm_up": WARM_UP, "chip": mx.device_info()["device_name"], "macos": platform.mac_ver()[0],
         "copy_bytes": COPY_BYTES, "copy_gb_per_second": bandwidth / 1e9,
@@ -40,19 +40,19 @@ def run(quick: bool) -> Outcome:
     return Outcome(config, samples, [{name: row[name] for name in row if name != "seconds"} for row in samples])
 
 
-def measure(example: Example, rounds: int, bandwidth: float) -> dict[str, Any]:
+def measure(operation: Operation[..., object], example: Example, rounds: int, bandwidth: float) -> dict[str, Any]:
     """One row of the table. Raises MlxkvError when the kernel disagrees with its reference."""
     arguments = example.arguments(example.tokens)
     mx.eval(arrays(arguments))
-    if not example.agrees(arguments):
-        raise MlxkvError(f"{example.module}.{example.op} ({example.label}) disagrees with its reference")
-    calls = {path: _call(example.function(path), arguments) for path in ("reference", "metal")}
+    if not operation.agrees(arguments):
+        raise MlxkvError(f"{operation.name} ({example.label}) disagrees with its reference")
+    calls = {"reference": _call(operation.reference, arguments), "metal": _call(operation.metal, arguments)}
     seconds = timed(calls, rounds)
     medians = {path: median(each) for path, each in seconds.items()}
     moved = sum(leaf.nbytes for leaf in [*arrays(arguments), *arrays(calls["metal"]())])
     speed = moved / medians["metal"]
     return {
-        "kernel": f"{example.module}.{example.op}",
+        "kernel": operation.name,
         "shape": f"{example.tokens:,} tokens, {example.label}",
         "reference_ms": 1e3 * medians["reference"],
         "metal_ms": 1e3 * medians["metal"],

@@ -13,7 +13,7 @@ from unittest import mock
 import mlx.core as mx
 
 from mlxkv import live
-from mlxkv.kernels.examples import arrays
+from mlxkv.kernels.operations import arrays
 from mlxkv.live.methods import h2o, int4, int8, kivi, mp_kvm, smartkv
 from mlxkv.live.sketches import CountMin
 

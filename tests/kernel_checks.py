@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 
-from mlxkv.kernels.examples import TOLERANCE
+from mlxkv.kernels.operations import TOLERANCE
 
 
 def assert_same(found: mx.array, expected: mx.array) -> None:

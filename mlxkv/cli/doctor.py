@@ -19,7 +19,7 @@ from mlxkv.cli._output import Json, print_table
 from mlxkv.errors import InputError, ModelNotFoundError
 
 if TYPE_CHECKING:
-    from mlxkv.kernels.examples import Example
+    from mlxkv.kernels.operations import Example, Operation
 
 SLOW_GFLOPS = 8.0  # reference BLAS reaches 3, OpenBLAS 40 and more on a core, less on a busy one
 GET_A_MODEL = "hf download mlx-community/Qwen3-4B-4bit, or name a local mlx-lm folder with --model"
@@ -84,20 +84,20 @@ def _blas() -> dict[str, Any]:
 def _kernels() -> dict[str, Any]:
     """Each Metal kernel against the plain operations that define it."""
     from mlxkv.kernels import metal
-    from mlxkv.kernels.examples import all_examples
+    from mlxkv.kernels.operations import iter_examples
 
-    examples = list(all_examples())
+    examples = list(iter_examples())
     if not metal.available():
         return _row("kernels", f"{len(examples)} checks need Metal; plain operations run instead")
-    wrong = [f"{example.module}.{example.op}" for example in examples if not _agrees(example)]
+    wrong = dict.fromkeys(operation.name for operation, example in examples if not _agrees(operation, example))
     if not wrong:
         return _row("kernels", f"{len(examples)} checks: each agrees with the plain operations that define it")
     return _row("kernels", f"wrong on this Mac: {', '.join(wrong)}", "please report it, with this table")
 
 
-def _agrees(example: Example) -> bool:
+def _agrees(operation: Operation[..., object], example: Example) -> bool:
     try:
-        return example.agrees(example.arguments(65))
+        return operation.agrees(example.arguments(65))
     except (RuntimeError, ValueError):  # it does not compile, or does not fit this GPU
         return False
 

@@ -15,8 +15,8 @@ import mlx.core as mx
 
 from mlxkv.errors import InputError, MismatchError
 from mlxkv.kernels import metal
-from mlxkv.kernels.examples import Example
 from mlxkv.kernels.metal import Kernel
+from mlxkv.kernels.operations import Example, Operation, register
 
 CODE_BITS = (2, 3, 4, 8)
 UNPACKED = 16
@@ -263,9 +263,27 @@ def _example_packed(width: int, tokens: int, dims: int) -> Callable[[int], tuple
     return lambda n: (reference_pack(*_example(width, tokens, dims)(n)), mx.bfloat16)
 
 
-EXAMPLES = (
-    Example("pack", "128 heads x 128 dims, 4 bits, tiles 1 x 32", _example(4, 1, 32)),
-    Example("pack", "128 heads x 128 dims, 2 bits, tiles 32 x 1", _example(2, 32, 1)),
-    Example("unpack", "128 heads x 128 dims, 4 bits, tiles 1 x 32", _example_packed(4, 1, 32)),
-    Example("unpack", "128 heads x 128 dims, 2 bits, tiles 32 x 1", _example_packed(2, 32, 1)),
+register(
+    Operation(
+        "bits.pack",
+        pack,
+        reference_pack,
+        metal_pack,
+        (
+            Example("128 heads x 128 dims, 4 bits, tiles 1 x 32", _example(4, 1, 32)),
+            Example("128 heads x 128 dims, 2 bits, tiles 32 x 1", _example(2, 32, 1)),
+        ),
+    )
+)
+register(
+    Operation(
+        "bits.unpack",
+        unpack,
+        reference_unpack,
+        metal_unpack,
+        (
+            Example("128 heads x 128 dims, 4 bits, tiles 1 x 32", _example_packed(4, 1, 32)),
+            Example("128 heads x 128 dims, 2 bits, tiles 32 x 1", _example_packed(2, 32, 1)),
+        ),
+    )
 )

@@ -14,8 +14,8 @@ from typing import Literal
 import mlx.core as mx
 
 from mlxkv.kernels import metal
-from mlxkv.kernels.examples import Example
 from mlxkv.kernels.metal import Kernel
+from mlxkv.kernels.operations import Example, Operation, register
 
 Metric = Literal["cosine", "euclidean"]
 _ASSIGN = Kernel("centroids_assign", inputs=("x", "directions", "offsets"), outputs=("nearest",))
@@ -154,7 +154,21 @@ def _example_sums(tokens: int) -> tuple[mx.array, mx.array, int]:
     return x, mx.broadcast_to((mx.arange(tokens) * 7 % 256).astype(mx.int32), x.shape[:2]), means.shape[1]
 
 
-EXAMPLES = (
-    Example("assign", "8 heads x 256 centroids x 128 dims", _example),
-    Example("sums", "8 heads x 256 centroids x 128 dims", _example_sums),
+register(
+    Operation(
+        "centroids.assign",
+        assign,
+        reference_assign,
+        metal_assign,
+        (Example("8 heads x 256 centroids x 128 dims", _example),),
+    )
+)
+register(
+    Operation(
+        "centroids.sums",
+        sums,
+        reference_sums,
+        metal_sums,
+        (Example("8 heads x 256 centroids x 128 dims", _example_sums),),
+    )
 )

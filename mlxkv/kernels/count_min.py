@@ -16,8 +16,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlxkv.kernels import metal
-from mlxkv.kernels.examples import Example
 from mlxkv.kernels.metal import Kernel
+from mlxkv.kernels.operations import Example, Operation, register
 
 PRIME = 2**31 - 1
 _UPDATE = Kernel("count_min_update", inputs=("keys", "amounts", "hashes", "width"), outputs=("added",), atomic=True)
@@ -131,7 +131,13 @@ def _example_query(tokens: int) -> tuple[mx.array, mx.array, mx.array]:
     return counters, keys, hashes
 
 
-EXAMPLES = (
-    Example("update", "8 sketches of 4 x 1,024", _example),
-    Example("query", "8 sketches of 4 x 1,024", _example_query),
+register(
+    Operation(
+        "count_min.update", update, reference_update, metal_update, (Example("8 sketches of 4 x 1,024", _example),)
+    )
+)
+register(
+    Operation(
+        "count_min.query", query, reference_query, metal_query, (Example("8 sketches of 4 x 1,024", _example_query),)
+    )
 )

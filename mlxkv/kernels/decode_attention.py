@@ -18,8 +18,8 @@ import numpy as np
 from mlxkv.errors import InputError, MismatchError
 from mlxkv.kernels import metal
 from mlxkv.kernels.bits import UNPACKED, QuantizedArray, codes, reference_pack, reference_unpack
-from mlxkv.kernels.examples import Example
 from mlxkv.kernels.metal import Kernel
+from mlxkv.kernels.operations import Example, Operation, register
 
 Bucket = tuple[QuantizedArray, QuantizedArray]
 
@@ -292,8 +292,16 @@ def _example(key_tokens: int, key_dims: int) -> Callable[[int], tuple]:
     return arguments
 
 
-EXAMPLES = (
-    Example("decode_attention", "32/8 heads x 128 dims, 4-bit keys by token", _example(1, 32)),
-    Example("decode_attention", "32/8 heads x 128 dims, 4-bit keys by dim", _example(32, 1)),
-    Example("decode_attention", "32/8 heads x 128 dims, 4-bit keys by dim", _example(32, 1), 32768),
+register(
+    Operation(
+        "decode_attention.decode_attention",
+        decode_attention,
+        reference_decode_attention,
+        metal_decode_attention,
+        (
+            Example("32/8 heads x 128 dims, 4-bit keys by token", _example(1, 32)),
+            Example("32/8 heads x 128 dims, 4-bit keys by dim", _example(32, 1)),
+            Example("32/8 heads x 128 dims, 4-bit keys by dim", _example(32, 1), 32768),
+        ),
+    )
 )

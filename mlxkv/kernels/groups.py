@@ -17,8 +17,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlxkv.kernels import metal
-from mlxkv.kernels.examples import Example
 from mlxkv.kernels.metal import Kernel
+from mlxkv.kernels.operations import Example, Operation, register
 
 BITS = {"none": 0, "int2": 2, "int4": 4, "fp8": 8}
 _PACK = Kernel("groups_pack", inputs=("coefficients", "shifts", "scales", "runs", "sizes"), outputs=("payload",))
@@ -182,9 +182,21 @@ def _example(tokens: int) -> tuple[mx.array, mx.array, mx.array, Sequence[Run]]:
     return x, shifts, scales, _EXAMPLE
 
 
-EXAMPLES = (
-    Example("pack", "1,024 components, fp8, int4 and int2", _example),
-    Example(
-        "unpack", "1,024 components, fp8, int4 and int2", lambda n: (reference_pack(*_example(n)), _EXAMPLE, 1024, n)
-    ),
+def _example_payload(tokens: int) -> tuple[mx.array, Sequence[Run], int, int]:
+    return reference_pack(*_example(tokens)), _EXAMPLE, 1024, tokens
+
+
+register(
+    Operation(
+        "groups.pack", pack, reference_pack, metal_pack, (Example("1,024 components, fp8, int4 and int2", _example),)
+    )
+)
+register(
+    Operation(
+        "groups.unpack",
+        unpack,
+        reference_unpack,
+        metal_unpack,
+        (Example("1,024 components, fp8, int4 and int2", _example_payload),),
+    )
 )

@@ -18,8 +18,8 @@ import numpy as np
 
 from mlxkv.errors import FormatError, InputError
 from mlxkv.kernels import metal
-from mlxkv.kernels.examples import Example
 from mlxkv.kernels.metal import Kernel
+from mlxkv.kernels.operations import Example, Operation, register
 
 SCALE_BITS = 12
 TOTAL = 1 << SCALE_BITS  # every table's sum
@@ -267,7 +267,17 @@ def _example_streams(tokens: int) -> tuple:
     return reference_encode(*_example(tokens)), *model, symbols.size
 
 
-EXAMPLES = (
-    Example("encode", "1,024 bytes a token, 4,096 lanes", _example),
-    Example("decode", "1,024 bytes a token, 4,096 lanes", _example_streams),
+register(
+    Operation(
+        "rans.encode", encode, reference_encode, metal_encode, (Example("1,024 bytes a token, 4,096 lanes", _example),)
+    )
+)
+register(
+    Operation(
+        "rans.decode",
+        decode,
+        reference_decode,
+        metal_decode,
+        (Example("1,024 bytes a token, 4,096 lanes", _example_streams),),
+    )
 )

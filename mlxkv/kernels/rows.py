@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlxkv.kernels import metal
-from mlxkv.kernels.examples import Example
 from mlxkv.kernels.metal import Kernel
+from mlxkv.kernels.operations import Example, Operation, register
 from mlxkv.spec import Rope
 
 _ROWS = Kernel("rows", inputs=("x", "cosines", "sines", "partners", "table", "sizes"), outputs=("turned",))
@@ -152,7 +152,21 @@ def _example_back(tokens: int) -> tuple[mx.array, tuple[int, ...], RotationTable
     return reference_to_rows(x, None), x.shape, turn, x.dtype
 
 
-EXAMPLES = (
-    Example("to_rows", "16 layers x 8 heads x 128 dims, bfloat16", _example),
-    Example("from_rows", "16 layers x 8 heads x 128 dims, bfloat16", _example_back),
+register(
+    Operation(
+        "rows.to_rows",
+        to_rows,
+        reference_to_rows,
+        metal_to_rows,
+        (Example("16 layers x 8 heads x 128 dims, bfloat16", _example),),
+    )
+)
+register(
+    Operation(
+        "rows.from_rows",
+        from_rows,
+        reference_from_rows,
+        metal_from_rows,
+        (Example("16 layers x 8 heads x 128 dims, bfloat16", _example_back),),
+    )
 )

@@ -10,7 +10,7 @@ from metal_host import installed
 from benchmarks import kernels
 from benchmarks.kernels import measure
 from mlxkv.errors import MlxkvError, UnsupportedError
-from mlxkv.kernels.examples import Example, all_examples
+from mlxkv.kernels.operations import Example, Operation, iter_examples
 
 
 def test_without_metal_it_says_so_and_measures_nothing(monkeypatch):
@@ -22,9 +22,9 @@ def test_without_metal_it_says_so_and_measures_nothing(monkeypatch):
 
 def test_a_row_is_measured_for_a_real_kernel(monkeypatch):
     monkeypatch.setattr(kernels, "WARM_UP", 0)
-    example = next(one for one in all_examples() if one.module == "rows")
+    operation, example = next(pair for pair in iter_examples() if pair[0].name == "rows.to_rows")
     with installed():
-        row = measure(replace(example, tokens=3), 1, 1e9)
+        row = measure(operation, replace(example, tokens=3), 1, 1e9)
     assert len(row["seconds"]["reference"]) == len(row["seconds"]["metal"]) == 1
     assert row["kernel"] == "rows.to_rows"
     assert row["shape"].startswith("3 tokens, ")
@@ -37,12 +37,12 @@ def doubled(monkeypatch):
     ticks = count()
     steps = [0, 3e-3, 3e-3, 5e-3]  # start and stop of the reference, start and stop of the kernel
     monkeypatch.setattr(kernels, "perf_counter", lambda: (n := next(ticks)) // 4 + steps[n % 4])
-    monkeypatch.setattr(Example, "function", lambda self, path: lambda x: 2 * x)
-    return Example("double", "1,000 floats", lambda tokens: (mx.arange(tokens, dtype=mx.float32),), 1000, "any")
+    example = Example("1,000 floats", lambda tokens: (mx.arange(tokens, dtype=mx.float32),), 1000)
+    return Operation("any.double", *[lambda x: 2 * x] * 3, (example,)), example
 
 
 def test_a_row_has_the_arithmetic_right(doubled):
-    row = measure(doubled, 5, bandwidth=16e6)
+    row = measure(*doubled, 5, bandwidth=16e6)
     assert row["bytes"] == 8000
     assert row["reference_ms"] == pytest.approx(3)
     assert row["metal_ms"] == pytest.approx(2)
@@ -52,10 +52,10 @@ def test_a_row_has_the_arithmetic_right(doubled):
     assert [len(each) for each in row["seconds"].values()] == [5, 5]
 
 
-def test_a_kernel_that_disagrees_is_not_timed(doubled, monkeypatch):
-    monkeypatch.setattr(Example, "function", lambda self, path: lambda x: x + (path == "metal"))
+def test_a_kernel_that_disagrees_is_not_timed(doubled):
+    operation, example = doubled
     with pytest.raises(MlxkvError, match="disagrees"):
-        measure(doubled, 1, bandwidth=1.0)
+        measure(replace(operation, metal=lambda x: 2 * x + 1), example, 1, bandwidth=1.0)
 
 
 def test_copy_bandwidth_counts_bytes_read_and_written(monkeypatch):
@@ -68,7 +68,7 @@ def test_the_section_says_where_it_was_measured_and_what_is_slower(doubled, monk
     monkeypatch.setattr(kernels.metal, "available", lambda: True)
     monkeypatch.setattr(kernels, "copy_bandwidth", lambda rounds: 16e6)
     monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "Apple M0"})
-    monkeypatch.setattr(kernels, "all_examples", lambda: [doubled, doubled])
+    monkeypatch.setattr(kernels, "iter_examples", lambda: [doubled, doubled])
     outcome = kernels.run(True)
     rows = [outcome.summary[0], {**outcome.summary[1], "kernel": "snail", "times_faster": 0.5}]
     text = kernels.section({"config": outcome.config, "summary": rows})
