@@ -1,17 +1,21 @@
 # Everything sets itself up in .venv on first use. On Linux a fast BLAS is installed where apt allows it.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test faults check lint types fmt bench clean
+.PHONY: demo test test-fast faults check lint types fmt docs bench clean
 
 demo: .venv/ready
 	$(BIN)/python -m benchmarks.demo
 
 test: .venv/ready
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	$(PYTEST)
+
+test-fast: .venv/ready
+	$(PYTEST) -m "not slow and not kernel and not faults"
 
 faults: .venv/ready
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m faults
+	$(PYTEST) -m faults
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -20,11 +24,14 @@ lint: .venv/ready
 types: .venv/ready
 	$(BIN)/mypy
 
-check: lint types test
+check: lint types test docs
 
 fmt: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/ready
+	$(BIN)/python -m mkdocs build --strict --quiet --site-dir site
 
 bench: .venv/ready
 	$(BIN)/python -m pip install -q --no-deps zmlx==0.10.0  # codec_speed compares with it
@@ -44,4 +51,4 @@ bench: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv build dist site .pytest_cache .ruff_cache .mypy_cache
