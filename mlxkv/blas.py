@@ -2,7 +2,7 @@
 
 The Linux `mlx[cpu]` wheel links reference BLAS, many times slower than OpenBLAS. Loading a system OpenBLAS before
 `mlx.core` is imported makes its symbols win. On macOS, MLX multiplies float32 matrices on M5 GPUs with 10-bit
-mantissas (TF32) unless told not to; the codec's coefficients and the kernels' references need the digits.
+mantissas (TF32) by default; the codec's coefficients and the kernels' references need the digits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ INSTALL = "apt-get install libopenblas0-pthread"
 def preload() -> None:
     """Load OpenBLAS, where it is installed, for all later imports; warn when MLX was imported before.
 
-    Turns TF32 off unless the environment says otherwise. Other types' products are not affected.
+    `import mlxkv` calls it. It also turns TF32 off, unless the environment variable `MLX_ENABLE_TF32` is set.
+    Products of other types than float32 are not affected.
+
+    Warns
+    -----
+    RuntimeWarning
+        On Linux, when `mlx.core` was imported earlier and no OpenBLAS was loaded by then.
     """
     os.environ.setdefault("MLX_ENABLE_TF32", "0")
     if sys.platform != "linux":

@@ -1,4 +1,4 @@
-"""A cache outside the model: plain arrays with a description of themselves, and the `.npz` they are kept in."""
+"""A cache outside the model: plain arrays with a description of themselves, and the `.npz` file that keeps them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,49 @@ from mlxkv.spec import STREAMS, CacheSpec
 
 DUMP_VERSION = 1
 _STATE, _SENSITIVITY = "state.", "sensitivity."
-_MEASURED = {*STREAMS, *(f"{name}.energy" for name in STREAMS)}
+_SENSITIVITY_KEYS = {*STREAMS, *(f"{name}.energy" for name in STREAMS)}
 
 
 @dataclass
 class KVDump:
     """A cache outside the model, with the tokens that made it.
 
-    k, v: `[layers, B, H, T, D]`, float16 or float32, rotated as the model keeps them. tokens: `[B, T]`.
-    states: arrays of layers that keep other state (convolutions), keyed "layer.index".
-    model, fingerprint: the name it was loaded by and `mlxkv.lm.fingerprint` of its weights.
-    dtype: what the live cache held ("bfloat16" has no NumPy type and is stored wider).
-    start: position of the first token; 0 but for a part of a decompressed cache.
-    sensitivity: what mlxkv.sensitivity found on this text or its beginning; empty if nobody asked.
+    Parameters
+    ----------
+    k, v
+        Keys and values `[layers, B, H, T, D]`, float16 or float32, rotated as the model keeps them. With MLA, k holds latent
+        and k_pe side by side and v has width 0.
+    spec
+        Description of the cache.
+    tokens
+        Token ids `[B, T]`, int32.
+    model
+        Name that the model was loaded by.
+    fingerprint
+        `mlxkv.spec.fingerprint` of its weights; empty when unknown.
+    dtype
+        Type that the live cache held: "bfloat16" has no NumPy type and is stored wider.
+    states
+        Arrays of layers that keep other state (convolutions), keyed "layer.index".
+    sensitivity
+        What `mlxkv.sensitivity.sensitivity` found on this text or its beginning; empty where it was not computed.
+    start
+        Position of the first token; above 0 only in a part of a decompressed cache.
+
+    Raises
+    ------
+    MismatchError
+        When shapes, description and tokens do not belong together.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mlxkv.spec import CacheSpec, Slot
+    >>> spec = CacheSpec("gpt2", ((Slot("keys", 2, 8), Slot("values", 2, 8)),))
+    >>> keys = np.zeros((1, 1, 2, 5, 8), np.float16)
+    >>> dump = KVDump(keys, keys, spec, tokens=np.zeros((1, 5), np.int32))
+    >>> dump.length, dump.fp16_bytes
+    (5, 320)
     """
 
     k: np.ndarray
@@ -62,23 +92,51 @@ class KVDump:
                     raise MismatchError(f"the sensitivity of {key} has shape {found}; its description says {needed}")
 
     def stream(self, name: str) -> np.ndarray:
-        """The k or v array."""
+        """Return one stream's array.
+
+        Parameters
+        ----------
+        name
+            "k" or "v".
+
+        Returns
+        -------
+        np.ndarray
+            Keys or values `[layers, B, H, T, D]`.
+        """
         return self.k if name == "k" else self.v
 
     @property
     def length(self) -> int:
-        """Tokens in the cache."""
+        """Number of tokens T in the cache."""
         return int(self.tokens.shape[1])
 
     @property
     def fp16_bytes(self) -> int:
-        """Size of keys and values at 16 bits an element: the yardstick of every ratio."""
+        """Bytes of keys and values at 16 bits an element: the reference of every compression ratio."""
         return 2 * (self.k.size + self.v.size)
 
 
 def write_dump(path: str | Path, dump: KVDump) -> None:
-    """Write a KVDump as an `.npz` of k, v, layers, tokens, meta, one `state.…` array for each other state, and
-    `sensitivity.…` if it has one."""
+    """Write a dump as an uncompressed `.npz`.
+
+    Parameters
+    ----------
+    path
+        File to write; it is replaced atomically.
+    dump
+        The cache.
+
+    Raises
+    ------
+    InputError
+        When the file cannot be written.
+
+    Notes
+    -----
+    Members: `k`, `v`, `layers` (indices of the attention layers), `tokens`, `meta` (JSON text), one `state.…` array for each
+    other state, and `sensitivity.…` where the dump has a sensitivity.
+    """
     meta = {
         "version": DUMP_VERSION,
         "model": dump.model,
@@ -96,7 +154,29 @@ def write_dump(path: str | Path, dump: KVDump) -> None:
 
 
 def read_dump(path: str | Path) -> KVDump:
-    """Read what `write_dump` wrote. Raises InputError, FormatError, VersionError or MismatchError."""
+    """Read what `write_dump` wrote.
+
+    Parameters
+    ----------
+    path
+        An `.npz` file, from any source: nothing is unpickled and no more is allocated than the file holds.
+
+    Returns
+    -------
+    KVDump
+        The cache.
+
+    Raises
+    ------
+    InputError
+        When the file cannot be opened.
+    FormatError
+        When it is damaged or no dump.
+    VersionError
+        When it was written in another format version.
+    MismatchError
+        When its arrays do not belong together.
+    """
     arrays = read_npz(path)
     missing = {"k", "v", "tokens", "meta", "layers"} - set(arrays)
     if missing:
@@ -114,7 +194,7 @@ def read_dump(path: str | Path) -> KVDump:
         )
     model, fingerprint, dtype = (str(meta.get(key, "")) for key in ("model", "fingerprint", "dtype"))
     sensitivity = _with_prefix(arrays, _SENSITIVITY)
-    if sensitivity and (set(sensitivity) != _MEASURED or any(not _is_finite(a) for a in sensitivity.values())):
+    if sensitivity and (set(sensitivity) != _SENSITIVITY_KEYS or any(not _is_finite(a) for a in sensitivity.values())):
         raise FormatError(f"{path}: its sensitivity is not finite float32 of k, v and their energies")
     if not is_int(start := meta.get("start", 0)):
         raise FormatError(f"{path}: its first token is at position {start!r}")
@@ -122,6 +202,7 @@ def read_dump(path: str | Path) -> KVDump:
 
 
 def _with_prefix(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Return the arrays whose keys have a prefix, without it."""
     return {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
 
 

@@ -1,4 +1,4 @@
-"""All contact with mlx-lm: load a model, run it, take its cache out, put a cache back.
+"""All contact with mlx-lm: load a model, run it, copy its cache out, put a cache back.
 
 mlx-lm never exposes a model's cache, so every function here owns the `prompt_cache` list and passes it in.
 """
@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import load as mlx_lm_load
 from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 
+from mlxkv import _deprecated
 from mlxkv.bundled import miniatures, smollm2
 from mlxkv.dump import KVDump
 from mlxkv.errors import InputError, MismatchError, MlxkvError, ModelNotFoundError, UnsupportedError
@@ -28,10 +29,22 @@ Progress = Callable[[int], None]
 
 
 def load(name: str) -> tuple[Any, Any]:
-    """The model and tokenizer of a local mlx-lm directory, a hub id, "smollm2-135m" or "miniature/<name>".
+    """Load a model and its tokenizer.
 
-    On a device without a GPU floating-point weights become float32, the fast type there. Raises ModelNotFoundError
-    with the loader's reason when nothing can be loaded.
+    Parameters
+    ----------
+    name
+        A local mlx-lm directory, a hub id such as "org/name", "smollm2-135m" or "miniature/<name>".
+
+    Returns
+    -------
+    tuple
+        The mlx-lm model and tokenizer. On a device without a GPU floating-point weights are float32, the fast type there.
+
+    Raises
+    ------
+    ModelNotFoundError
+        With the loader's reason, when nothing can be loaded.
     """
     path = smollm2.model_path() if name == smollm2.NAME else Path(name)
     if name.startswith(miniatures.PREFIX):
@@ -57,7 +70,29 @@ def load(name: str) -> tuple[Any, Any]:
 
 
 def prefill(model: Any, tokens: Sequence[int], cache: list[Any], progress: Progress | None = None) -> mx.array:
-    """Run tokens through the model in chunks, filling `cache`. Returns the last token's logits `[vocabulary]`."""
+    """Run tokens through the model in chunks, filling a cache.
+
+    Parameters
+    ----------
+    model
+        A loaded mlx-lm model.
+    tokens
+        Token ids; at least one.
+    cache
+        The model's prompt cache; it grows by the tokens.
+    progress
+        Called with the number of tokens of each chunk that is done.
+
+    Returns
+    -------
+    mx.array
+        Logits `[vocabulary]` of the last token.
+
+    Raises
+    ------
+    InputError
+        When there are no tokens.
+    """
     if not len(tokens):
         raise InputError("no tokens to run: the prompt is empty")
     logits = mx.zeros(0)
@@ -72,7 +107,24 @@ def prefill(model: Any, tokens: Sequence[int], cache: list[Any], progress: Progr
 
 
 def continue_greedily(model: Any, cache: list[Any], logits: mx.array, stop: Sequence[int] = ()) -> Iterator[int]:
-    """Greedy tokens after `logits`, each fed back into `cache` before it is yielded. Ends at a token in `stop`."""
+    """Generate the most likely tokens, one by one.
+
+    Parameters
+    ----------
+    model
+        A loaded mlx-lm model.
+    cache
+        The model's prompt cache; each token is fed into it before it is yielded.
+    logits
+        Logits `[vocabulary]` of the last token in the cache.
+    stop
+        Tokens that end the text; they are neither yielded nor fed.
+
+    Yields
+    ------
+    int
+        Token ids, without end unless one of `stop` comes up.
+    """
     while True:
         token = int(mx.argmax(logits))
         if token in stop:
@@ -84,26 +136,82 @@ def continue_greedily(model: Any, cache: list[Any], logits: mx.array, stop: Sequ
 
 def dump(model: Any, tokens: Sequence[int], *, max_tokens: int = 0, stop: Sequence[int] = (), name: str = "",
          dtype: str = "auto", progress: Progress | None = None) -> KVDump:  # fmt: skip
-    """Prefill `tokens`, generate up to `max_tokens` more, and take the cache out of the model."""
+    """Run a text through a model and copy its cache.
+
+    Parameters
+    ----------
+    model
+        A loaded mlx-lm model.
+    tokens
+        Token ids of the text; at least one.
+    max_tokens
+        Tokens to generate after the text, at most; they are part of the dump.
+    stop
+        Tokens that end the generation.
+    name
+        Name that the model was loaded by, for the dump.
+    dtype
+        Type of the arrays, as for `extract_cache`.
+    progress
+        Called with the numbers of tokens that are done.
+
+    Returns
+    -------
+    KVDump
+        The cache of all tokens.
+
+    Raises
+    ------
+    InputError
+        When there are no tokens.
+    UnsupportedError
+        For a model without an adapter, or one whose cache drops tokens.
+    """
     spec = cache_spec(model)
     cache = make_prompt_cache(model)
     _check_full_cache(cache, spec)
-    taken = list(tokens)
-    logits = prefill(model, taken, cache, progress)
+    sequence = list(tokens)
+    logits = prefill(model, sequence, cache, progress)
     generated = continue_greedily(model, cache, logits, stop)
     for _, token in zip(range(max_tokens), generated):
-        taken.append(token)
+        sequence.append(token)
         if progress:
             progress(1)
-    return extract_cache(cache, spec, [taken], model=name, fingerprint=fingerprint(model), dtype=dtype)
+    return extract_cache(cache, spec, [sequence], model=name, fingerprint=fingerprint(model), dtype=dtype)
 
 
 def extract_cache(cache: list[Any], spec: CacheSpec, tokens: Sequence[Sequence[int]], *, model: str = "",
          fingerprint: str = "", dtype: str = "auto") -> KVDump:  # fmt: skip
-    """Copy a live mlx-lm cache into a KVDump: exactly `offset` tokens, not the preallocated 256-token steps.
+    """Copy a live mlx-lm cache: exactly `offset` tokens, not the preallocated steps of 256.
 
-    dtype: "float16", "float32", or "auto": float16 when that loses nothing, float32 otherwise.
-    Raises MismatchError when tokens and offsets differ, UnsupportedError for caches that drop tokens.
+    Parameters
+    ----------
+    cache
+        The model's prompt cache.
+    spec
+        What the model caches, from `mlxkv.models.cache_spec`.
+    tokens
+        Token ids `[B, T]` that made the cache.
+    model
+        Name that the model was loaded by.
+    fingerprint
+        `mlxkv.spec.fingerprint` of its weights.
+    dtype
+        Type of the arrays: "float16", "float32", or "auto" for float16 when that loses nothing and float32 otherwise.
+
+    Returns
+    -------
+    KVDump
+        Keys and values `[layers, B, H, T, D]` and the states of other layers.
+
+    Raises
+    ------
+    MismatchError
+        When tokens and offsets differ.
+    UnsupportedError
+        For caches that drop or quantize tokens.
+    InputError
+        For another dtype, or values beyond the one asked for.
     """
     token_array = np.array(tokens, dtype=np.int32)
     _check_full_cache(cache, spec)
@@ -128,14 +236,14 @@ def extract_cache(cache: list[Any], spec: CacheSpec, tokens: Sequence[Sequence[i
 
 
 def _check_full_cache(cache: list[Any], spec: CacheSpec) -> None:
-    """Raises UnsupportedError where a layer keeps anything but all its keys and values, or states that are no tokens."""
+    """Raise UnsupportedError where a layer keeps anything but all its keys and values, or states that are no tokens."""
     for index, entry in enumerate(cache):
         if type(entry) is not KVCache and (index in spec.attention_layers or not isinstance(entry, ArraysCache)):
             raise UnsupportedError(f"layer {index} keeps a {type(entry).__name__}; only a whole KVCache can be dumped")
 
 
 def _stack(layers: list[mx.array], kind: mx.Dtype) -> np.ndarray:
-    """Layer by layer into one array, so that only one copy of the cache exists beside the live one."""
+    """Copy layer by layer into one array, so that only one copy of the cache exists beside the live one."""
     out = np.empty((len(layers), *layers[0].shape), np.float16 if kind == mx.float16 else np.float32)
     for row, layer in zip(out, layers):
         row[...] = np.array(layer.astype(kind))
@@ -143,6 +251,7 @@ def _stack(layers: list[mx.array], kind: mx.Dtype) -> np.ndarray:
 
 
 def _storage_type(arrays: list[mx.array], requested: str) -> mx.Dtype:
+    """Return the type to store arrays in, checking that it can hold them."""
     if requested not in ("auto", "float16", "float32"):
         raise InputError(f"dtype is auto, float16 or float32, not {requested!r}")
     if requested == "auto":
@@ -154,9 +263,24 @@ def _storage_type(arrays: list[mx.array], requested: str) -> mx.Dtype:
 
 
 def restore(model: Any, dump: KVDump) -> list[Any]:
-    """A fresh mlx-lm prompt cache holding the dump, ready for `generate(..., prompt_cache=...)`.
+    """Put a dump back into mlx-lm.
 
-    Raises MismatchError when the dump comes from other weights or another geometry.
+    Parameters
+    ----------
+    model
+        The loaded mlx-lm model that made the dump.
+    dump
+        The cache, from position 0 on.
+
+    Returns
+    -------
+    list
+        A fresh prompt cache for `generate(..., prompt_cache=...)`.
+
+    Raises
+    ------
+    MismatchError
+        When the dump comes from other weights or another geometry, or starts at a later position.
     """
     found, spec = fingerprint(model), cache_spec(model)
     if dump.fingerprint and dump.fingerprint != found:
@@ -170,14 +294,14 @@ def restore(model: Any, dump: KVDump) -> list[Any]:
     if dump.dtype not in CACHE_DTYPES:
         raise MismatchError(f"the dump's dtype is {dump.dtype!r}; a live cache holds {', '.join(CACHE_DTYPES)}")
     cache = make_prompt_cache(model)
-    kept = {
+    expected = {
         f"{i}.{slot}"
         for i, entry in enumerate(cache)
         if isinstance(entry, ArraysCache)
         for slot in range(len(entry.cache))
     }
-    if kept != set(dump.states):
-        raise MismatchError(f"the dump and this model disagree about the states {sorted(kept ^ set(dump.states))}")
+    if expected != set(dump.states):
+        raise MismatchError(f"the dump and this model disagree about the states {sorted(expected ^ set(dump.states))}")
     kind = getattr(mx, dump.dtype)
     first_dim = spec.layers[spec.attention_layers[0]][0].dim  # type: ignore[index]
     for row, index in enumerate(spec.attention_layers):
@@ -193,7 +317,18 @@ def restore(model: Any, dump: KVDump) -> list[Any]:
 
 
 def quantization(model: Any) -> str:
-    """How the weights are stored: "4-bit, group 64", or the floating-point type, also where `load` has widened it."""
+    """Describe how the model's weights are stored.
+
+    Parameters
+    ----------
+    model
+        A loaded mlx-lm model.
+
+    Returns
+    -------
+    str
+        Such as "4-bit, group 64", or the floating-point type, also where `load` has widened it.
+    """
     for module in model.modules():
         if hasattr(module, "group_size") and hasattr(module, "bits"):
             return f"{module.bits}-bit, group {module.group_size}"
@@ -201,6 +336,9 @@ def quantization(model: Any) -> str:
 
 
 def _weights_dtype(model: Any) -> str:
-    """The type of the largest parameter: routers and norms may have another one."""
+    """Return the type of the largest parameter: routers and norms may have another one."""
     parameters = cast(dict[str, mx.array], tree_flatten(model.parameters(), destination={}))
     return str(max(parameters.values(), key=lambda value: value.size).dtype).removeprefix("mlx.core.")
+
+
+__getattr__ = _deprecated.renamed(__name__, {"take": "extract_cache", "LIVE_TYPES": "CACHE_DTYPES"})

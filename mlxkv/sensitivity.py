@@ -1,9 +1,9 @@
-"""How much a model's predictions change when its cache does: the Fisher information of cached keys and values.
+"""Sensitivity of a model's predictions to its cache: the Fisher information of cached keys and values.
 
 The Kullback-Leibler divergence to the untouched cache is 1/2 e' F e for a small error e, where F = E[g g'] and g is the
-gradient of the loss of labels that the model itself draws (the true Fisher; Kunstner et al., arXiv 1905.12558). A text
-is cut as a cache is used: the first part is held, the rest follows and is predicted from it. What is held was computed
-before it changed, so the gradient goes through what follows alone.
+gradient of the loss of labels that the model itself draws (the true Fisher; Kunstner et al., arXiv 1905.12558). A text is
+split as a cache is used: the first part is the cached context, the rest follows and is predicted from it. The context
+was computed before it changed, so the gradient goes through what follows alone.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from mlxkv.errors import InputError
 from mlxkv.models import cache_spec
 from mlxkv.spec import STREAMS, CacheSpec, Slot
 
-CONTEXT_TOKENS, PREDICTED_TOKENS = 512, 160  # tokens of one stretch of text
-# Sinks and the newest quarter of what is held: codecs keep both as they are, and they matter several times as much.
+CONTEXT_TOKENS, PREDICTED_TOKENS = 512, 160  # of one stretch of text
+# Sinks and the newest quarter of the context: codecs keep both as they are, and they matter several times as much.
 SKIPPED_SINKS, SKIPPED_RECENT_DIVISOR = 4, 4
 Progress = Callable[[int], None]
 Pairs = list[tuple[mx.array, mx.array]]
@@ -31,13 +31,33 @@ Pairs = list[tuple[mx.array, mx.array]]
 def sensitivity(
     model: Any, tokens: Sequence[int], *, seed: int = 0, progress: Progress | None = None
 ) -> dict[str, np.ndarray]:
-    """The mean of g g' over tokens for every layer and head, in nats per unit squared, rotation undone.
+    """Return the mean of g g' over tokens for every layer and head, in nats per unit squared, with the rotation undone.
 
-    Returns k and v, float32 `[layers, H, D, D]`, in the layout of a dump (MLA: latent and k_pe together in k, v of
-    width 0), and k.energy and v.energy, float32 `[layers, H, T]`: g'g of each token, 0 of those that do not count, which
-    tells how the model attends to what. The text is read in stretches of 672 tokens, each from its own start: 512 are held, 160 follow, and the mean
-    is over tokens 4 to 383 (of a shorter text the same shares). progress is told the tokens done. Raises InputError for
-    a text of fewer than 16 tokens.
+    Parameters
+    ----------
+    model
+        A loaded mlx-lm model; its weights may be quantized.
+    tokens
+        Token ids of a text; at least 16. They are read in stretches of 672 tokens, each from its own start: 512 of context
+        and 160 that follow.
+    seed
+        Seed of the labels that the model draws.
+    progress
+        Called with the number of tokens of each stretch that is done.
+
+    Returns
+    -------
+    dict[str, np.ndarray]
+        `k` and `v`, float32 `[layers, H, D, D]` in the layout of a dump (MLA: latent and k_pe together in k, v of width 0):
+        means over tokens 4 to 383 of each stretch, of a shorter text over the same shares. `k.energy` and `v.energy`,
+        float32 `[layers, H, T]`: g'g of each token, 0 of those outside the mean, which says how the model attends to what.
+
+    Raises
+    ------
+    InputError
+        For a text of fewer than 16 tokens.
+    UnsupportedError
+        For a model without an adapter.
     """
     spec = cache_spec(model)
     if len(tokens) < 4 * SKIPPED_SINKS:
@@ -46,11 +66,11 @@ def sensitivity(
     energies = {name: np.zeros((*sums[name].shape[:2], len(tokens)), np.float32) for name in STREAMS}
     count = first = 0
     for index, stretch in enumerate(_stretches(tokens)):
-        held = len(stretch) * CONTEXT_TOKENS // (CONTEXT_TOKENS + PREDICTED_TOKENS)
-        counted = _counted_tokens(held)
-        gradients = _gradients(model, spec, stretch[:held], stretch[held:], mx.random.key(seed + index))
-        for name, of_layers in zip(STREAMS, gradients):
-            for layer, gradient in enumerate(of_layers):
+        split = len(stretch) * CONTEXT_TOKENS // (CONTEXT_TOKENS + PREDICTED_TOKENS)
+        counted = _counted_tokens(split)
+        gradients = _gradients(model, spec, stretch[:split], stretch[split:], mx.random.key(seed + index))
+        for name, layers in zip(STREAMS, gradients):
+            for layer, gradient in enumerate(layers):
                 sums[name][layer] += np.array(gradient.swapaxes(-1, -2) @ gradient)
                 part = slice(first + counted.start, first + counted.stop)
                 energies[name][layer, :, part] = np.array(mx.square(gradient).sum(axis=-1))
@@ -61,29 +81,30 @@ def sensitivity(
     return means | {f"{name}.energy": energy for name, energy in energies.items()}
 
 
-def _counted_tokens(held: int) -> range:
-    """The tokens whose gradients count, of so many that are held."""
-    return range(SKIPPED_SINKS, held - held // SKIPPED_RECENT_DIVISOR)
+def _counted_tokens(context: int) -> range:
+    """Return the tokens of the context whose gradients count."""
+    return range(SKIPPED_SINKS, context - context // SKIPPED_RECENT_DIVISOR)
 
 
 def _zeros(spec: CacheSpec, name: str) -> np.ndarray:
+    """Return zeros `[layers, H, D, D]` float32 for one stream."""
     stream = spec.stream(name)
     return np.zeros((stream.layers, stream.heads, stream.dim, stream.dim), np.float32)
 
 
 def _stretches(tokens: Sequence[int]) -> Iterator[list[int]]:
-    """Whole stretches; what is left over only when it is all there is."""
+    """Yield complete stretches; what is left over only when it is all there is."""
     size = CONTEXT_TOKENS + PREDICTED_TOKENS
     for start in range(0, max(1, len(tokens) - size + 1), size):
         yield list(tokens[start : start + size])
 
 
 def _gradients(
-    model: Any, spec: CacheSpec, held: Sequence[int], following: Sequence[int], key: mx.array
+    model: Any, spec: CacheSpec, context: Sequence[int], following: Sequence[int], key: mx.array
 ) -> tuple[list[mx.array], list[mx.array]]:
-    """Gradients of what is held and counts, as `[H, T, D]` of each layer: the k and the v stream."""
+    """Return the gradients of the context's counted tokens, `[H, T, D]` of each layer, for the k and the v stream."""
     cache = make_prompt_cache(model)
-    lm.prefill(model, held, cache)
+    lm.prefill(model, context, cache)
     slots = [layer for layer in spec.layers if layer is not None]
     pairs = [cache[layer].keys_and_values() for layer in spec.attention_layers]
     inputs = mx.array([following])
@@ -94,22 +115,22 @@ def _gradients(
         labels = mx.random.categorical(mx.stop_gradient(logits), key=key)
         return nn.losses.cross_entropy(logits, labels, reduction="sum")
 
-    found: Pairs = mx.grad(loss)([(mx.zeros_like(keys), mx.zeros_like(values)) for keys, values in pairs])
-    joined, counted = spec.mode == "single_stream", _counted_tokens(len(held))
-    k = [mx.concatenate(list(pair), axis=-1) if joined else pair[0] for pair in found]
-    v = [pair[1][..., :0] if joined else pair[1] for pair in found]
-    cut = [[each[0, :, counted.start : counted.stop].astype(mx.float32) for each in stream] for stream in (k, v)]
-    mx.eval(cut)
-    return cut[0], cut[1]
+    gradients: Pairs = mx.grad(loss)([(mx.zeros_like(keys), mx.zeros_like(values)) for keys, values in pairs])
+    joined, counted = spec.mode == "single_stream", _counted_tokens(len(context))
+    k = [mx.concatenate(list(pair), axis=-1) if joined else pair[0] for pair in gradients]
+    v = [pair[1][..., :0] if joined else pair[1] for pair in gradients]
+    k, v = ([layer[0, :, counted.start : counted.stop].astype(mx.float32) for layer in layers] for layers in (k, v))
+    mx.eval(k, v)
+    return k, v
 
 
 def _perturb(pair: tuple[mx.array, mx.array], error: tuple[mx.array, mx.array], slots: tuple[Slot, Slot]) -> Pairs:
-    """What is held plus its error, which is given before rotation."""
+    """Return a layer's keys and values plus their error, which is given before rotation."""
     return [array + (slot.rope.rotate(e) if slot.rope else e) for array, e, slot in zip(pair, error, slots)]  # type: ignore[misc]
 
 
 def _rebuild_cache(model: Any, spec: CacheSpec, cache: list[Any], pairs: Sequence[Any]) -> list[Any]:
-    """A new prompt cache that holds these pairs, and the other layers' states of `cache`."""
+    """Return a new prompt cache that holds these pairs, and the other layers' states of `cache`."""
     fresh = make_prompt_cache(model)
     for layer, pair in zip(spec.attention_layers, pairs):
         fresh[layer].update_and_fetch(*pair)

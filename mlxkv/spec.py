@@ -1,4 +1,4 @@
-"""A description of a cache, outside any model: how slots are rotated and which layers cache what.
+"""Descriptions of a cache, outside any model: which layers cache what, and how it is rotated.
 
 Knows nothing about mlx-lm, files or codecs.
 """
@@ -17,84 +17,32 @@ from mlx.utils import tree_flatten
 
 from mlxkv.config import is_int
 from mlxkv.errors import FormatError, MismatchError, UnsupportedError
+from mlxkv.rope import Rope as Rope
 
 MODES = ("dual_stream", "single_stream")
 STREAMS = ("k", "v")
 
 
 @dataclass(frozen=True)
-class Rope:
-    """A rotary embedding as `mx.fast.rope` applies it (Su et al., arXiv 2104.09864), and its inverse.
-
-    dims: how many dimensions are rotated, starting at `offset` within the last axis.
-    base, freqs: exactly one is set; `freqs` are periods over 2 pi, as in `mx.fast.rope`.
-    traditional: True pairs neighbouring dimensions, False pairs the two halves.
-    scale: multiplies positions. gain: multiplies the rotated dims first (YaRN's and LongRoPE's mscale).
-    """
-
-    dims: int
-    offset: int = 0
-    base: float | None = None
-    freqs: tuple[float, ...] | None = None
-    traditional: bool = False
-    scale: float = 1.0
-    gain: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (is_int(self.dims) and is_int(self.offset)) or self.dims == 0 or self.dims % 2:
-            raise FormatError(f"rope needs even dims > 0 and offset >= 0, got {self.dims} and {self.offset}")
-        if type(self.traditional) is not bool:
-            raise FormatError(f"rope's traditional is true or false, not {self.traditional!r}")
-        if (self.base is None) == (self.freqs is None):
-            raise FormatError("rope needs either a base or a table of freqs, not both and not none")
-        if self.freqs is not None and len(self.freqs) != self.dims // 2:
-            raise FormatError(f"rope of {self.dims} dims needs {self.dims // 2} freqs, got {len(self.freqs)}")
-        if any(not f > 0 for f in self.freqs or ()):
-            raise FormatError(f"rope needs freqs > 0, got {self.freqs}")
-        if not all(_is_positive_float32(n) for n in (self.scale, self.gain, 1.0 if self.base is None else self.base)):
-            raise FormatError(f"rope needs scale, gain and base > 0, got {self.scale}, {self.gain} and {self.base}")
-
-    def rotate(self, x: mx.array, start: int | mx.array = 0) -> mx.array:
-        """Rotate x `[B, H, T, D]` as the model does for positions start..start+T; start may be int32 `[B]`."""
-        return self._apply(x, start, self.scale, self.gain, gain_first=True)
-
-    def unrotate(self, x: mx.array, start: int | mx.array = 0) -> mx.array:
-        """The inverse of `rotate`; call it on float32, where the round trip errs by about 5e-7."""
-        return self._apply(x, start, -self.scale, 1.0 / self.gain, gain_first=False)
-
-    def _apply(self, x: mx.array, start: int | mx.array, scale: float, gain: float, gain_first: bool) -> mx.array:
-        end = self.offset + self.dims
-        part = x[..., self.offset : end]
-        if gain_first and gain != 1.0:
-            part = part * gain
-        freqs = None if self.freqs is None else mx.array(self.freqs, dtype=mx.float32)
-        part = mx.fast.rope(
-            part, self.dims, traditional=self.traditional, base=self.base, scale=scale, offset=start, freqs=freqs
-        )
-        if not gain_first and gain != 1.0:
-            part = part * gain
-        if self.offset == 0 and end == x.shape[-1]:
-            return part
-        return mx.concatenate([x[..., : self.offset], part, x[..., end:]], axis=-1)
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields as plain JSON values; infinite freqs (dims left alone) become None."""
-        out = dataclasses.asdict(self)
-        if self.freqs is not None:
-            out["freqs"] = [None if np.isinf(f) else f for f in self.freqs]
-        return out
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Rope:
-        fields = dict(data)
-        if fields.get("freqs") is not None:
-            fields["freqs"] = tuple(float("inf") if f is None else float(f) for f in fields["freqs"])
-        return cls(**fields)
-
-
-@dataclass(frozen=True)
 class Slot:
-    """One cached tensor of a layer, `[B, heads, T, dim]`, and how it is rotated (None: not at all)."""
+    """One cached tensor of a layer, `[B, heads, T, dim]`.
+
+    Parameters
+    ----------
+    name
+        Name for people, such as "keys" or "latent".
+    heads
+        Number of key/value heads; at least 1.
+    dim
+        Width of one head; 0 for a slot that is not used.
+    rope
+        How it is rotated; None where it is not.
+
+    Raises
+    ------
+    FormatError
+        When the numbers are out of range or the rotation is wider than the slot.
+    """
 
     name: str
     heads: int
@@ -110,7 +58,24 @@ class Slot:
 
 @dataclass(frozen=True)
 class Stream:
-    """All caching layers' keys (or values) together: what one PCA basis covers. Width p = layers * heads * dim."""
+    """Keys (or values) of all caching layers together, which one PCA basis covers.
+
+    Parameters
+    ----------
+    name
+        "k" or "v".
+    heads
+        Number of key/value heads of a layer.
+    dim
+        Width of one head.
+    ropes
+        Rotation of each caching layer, None where it has none.
+
+    Examples
+    --------
+    >>> Stream("k", heads=2, dim=8, ropes=(None,) * 3).width
+    48
+    """
 
     name: str
     heads: int
@@ -119,19 +84,44 @@ class Stream:
 
     @property
     def layers(self) -> int:
+        """Number of caching layers."""
         return len(self.ropes)
 
     @property
     def width(self) -> int:
+        """Width p of a token row: layers * heads * dim."""
         return self.layers * self.heads * self.dim
 
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """What a model caches: two slots for each attention layer, None for layers with other state.
+    """Description of what a model caches.
 
-    mode: "dual_stream" codes the two slots apart (keys and values); "single_stream" joins them along the last
-    axis into the k stream (MLA: latent | k_pe), and the v stream has width 0.
+    Parameters
+    ----------
+    model_type
+        The mlx-lm module that implements the model, such as "qwen3".
+    layers
+        Two slots for each layer that keeps keys and values, None for layers with other state (convolutions).
+    mode
+        "dual_stream" codes the two slots apart, as keys and values. "single_stream" joins them along the last axis into
+        the k stream (MLA: latent | k_pe), and the v stream has width 0.
+
+    Raises
+    ------
+    FormatError
+        For an unknown mode.
+    UnsupportedError
+        When no layer caches keys and values, or layers cache different shapes.
+
+    Examples
+    --------
+    >>> pair = Slot("keys", 2, 8, Rope(8, base=10000.0)), Slot("values", 2, 8)
+    >>> spec = CacheSpec("llama", (None, pair, pair))
+    >>> spec.attention_layers, spec.stream("v").width
+    ((1, 2), 32)
+    >>> CacheSpec.from_json(spec.to_json()) == spec
+    True
     """
 
     model_type: str
@@ -153,7 +143,18 @@ class CacheSpec:
         return tuple(i for i, slots in enumerate(self.layers) if slots is not None)
 
     def stream(self, name: str) -> Stream:
-        """The k or v stream across all attention layers."""
+        """Return one stream across all attention layers.
+
+        Parameters
+        ----------
+        name
+            "k" or "v".
+
+        Returns
+        -------
+        Stream
+            The stream; of width 0 for "v" of a single-stream cache.
+        """
         pairs = [slots for slots in self.layers if slots is not None]
         first, second = pairs[0]
         if self.mode == "dual_stream":
@@ -165,7 +166,14 @@ class CacheSpec:
         return Stream(name, first.heads, first.dim + second.dim, tuple(_concat_rope(*pair) for pair in pairs))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON; equal layers are written once."""
+        """Return the description as plain JSON values.
+
+        Returns
+        -------
+        dict
+            The keys `model_type`, `mode`, `kinds` (each distinct pair of slots once) and `layers` (the index of each layer's
+            kind, or None).
+        """
         kinds = list(dict.fromkeys(slots for slots in self.layers if slots is not None))
         return {
             "model_type": self.model_type,
@@ -176,7 +184,25 @@ class CacheSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CacheSpec:
-        """The inverse of `to_json`. Raises FormatError when the data is not such a description."""
+        """Return the inverse of `to_json`.
+
+        Parameters
+        ----------
+        data
+            What `to_json` returned, from any source.
+
+        Returns
+        -------
+        CacheSpec
+            The description.
+
+        Raises
+        ------
+        FormatError
+            When the data is not such a description.
+        UnsupportedError
+            When it describes a cache that mlxkv has no support for.
+        """
         try:
             kinds = [tuple(_slot_from_json(slot) for slot in kind) for kind in data["kinds"]]
             if not all(i is None or is_int(i) for i in data["layers"]):
@@ -190,6 +216,7 @@ class CacheSpec:
 
 
 def _concat_rope(first: Slot, second: Slot) -> Rope | None:
+    """Return the rotation of two slots joined along the last axis."""
     if first.rope is not None and second.rope is not None:
         raise UnsupportedError("a single stream can rotate only one of its two slots")
     if second.rope is not None:
@@ -207,12 +234,21 @@ def _slot_from_json(data: Mapping[str, Any]) -> Slot:
     return Slot(str(data["name"]), data["heads"], data["dim"], rope)
 
 
-def _is_positive_float32(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value <= np.finfo(np.float32).max
-
-
 def check_rope(spec: CacheSpec, stated: Rope | Mapping[str, Any]) -> None:
-    """Compare a preset's rope facts (any of Rope's fields) with the model's. Raises MismatchError on a difference."""
+    """Compare facts about a rotation with those of a model's cache.
+
+    Parameters
+    ----------
+    spec
+        Description of the model's cache.
+    stated
+        A rotation, or some of its fields by name, as a model preset states them.
+
+    Raises
+    ------
+    MismatchError
+        When a layer's keys are rotated otherwise.
+    """
     facts = stated.to_json() if isinstance(stated, Rope) else stated
     for rope in set(spec.stream("k").ropes):
         found = {} if rope is None else rope.to_json()
@@ -225,9 +261,18 @@ def check_rope(spec: CacheSpec, stated: Rope | Mapping[str, Any]) -> None:
 
 
 def fingerprint(model: Any) -> str:
-    """A short name for these weights: every parameter's name, shape and first 64 values, hashed.
+    """Return a short name for a model's weights.
 
-    Equal for float16 or bfloat16 weights and the same weights widened to float32.
+    Parameters
+    ----------
+    model
+        A loaded mlx-lm model.
+
+    Returns
+    -------
+    str
+        Sixteen hexadecimal digits: BLAKE2b of every parameter's name, shape and first 64 values. Equal for float16 or
+        bfloat16 weights and the same weights widened to float32.
     """
     digest = blake2b(digest_size=8)
     parameters = cast(dict[str, mx.array], tree_flatten(model.parameters(), destination={}))

@@ -1,1 +1,1 @@
-"""What ships with the package: its Metal kernels and presets, and models that need no hub."""
+"""Resources that ship with the package: Metal kernels and presets, and models that need no hub."""

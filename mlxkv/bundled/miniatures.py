@@ -15,12 +15,34 @@ FOLDER = Path(__file__).parents[2] / "benchmarks" / "checkpoints"
 
 
 def names() -> list[str]:
-    """The miniatures that are trained, as names for `lm.load`."""
+    """Return the names of the miniatures that are trained.
+
+    Returns
+    -------
+    list[str]
+        Names for `mlxkv.lm.load`, sorted; empty outside a checkout.
+    """
     return sorted(PREFIX + weights.parent.name for weights in FOLDER.glob("*/model.safetensors"))
 
 
 def model_path(name: str) -> Path:
-    """The directory of "miniature/<name>". Raises ModelNotFoundError that lists those there are, or says how to train."""
+    """Return the directory of a miniature.
+
+    Parameters
+    ----------
+    name
+        "miniature/<name>".
+
+    Returns
+    -------
+    Path
+        An mlx-lm model directory.
+
+    Raises
+    ------
+    ModelNotFoundError
+        When it is not trained; the message lists those that are, or says how to train one.
+    """
     if name not in names():
         there_are = f"there are {', '.join(names())}" if names() else f"{FOLDER} holds none"
         raise ModelNotFoundError(

@@ -8,7 +8,23 @@ from mlxkv.errors import InputError
 
 
 def resource_dir(name: str) -> Path:
-    """The folder `name`, inside the package if it is there, else beside it. Raises InputError naming both places."""
+    """Return the path of a resource folder.
+
+    Parameters
+    ----------
+    name
+        "metal_kernels" or "presets".
+
+    Returns
+    -------
+    Path
+        The folder inside the package if it is there, else the one beside it.
+
+    Raises
+    ------
+    InputError
+        When neither exists; the message names both.
+    """
     package = Path(__file__).parents[1]
     for folder in (package / name, package.parent / name):
         if folder.is_dir():

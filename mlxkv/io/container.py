@@ -1,7 +1,7 @@
 """The container: magic, version, checksummed sections, and last their checksummed JSON header. See docs/format.md.
 
 The header stands last, so that a file grows by new sections and a new header in place of the old. Knows nothing about
-what the sections mean; that is the codec's business.
+what the sections mean; that is the business of `mlxkv.codec` and `mlxkv.live.serialization`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,21 @@ _FOOTER = struct.Struct("<I16s8s")  # header length, BLAKE2b-128, end
 
 @dataclass(frozen=True)
 class Section:
-    """One entry of the header's table. size: bytes when decoded; stored: bytes in the file."""
+    """One entry of the header's table of sections.
+
+    Parameters
+    ----------
+    name
+        Name, unique in the file.
+    coding
+        One of `lossless.CODINGS`.
+    size
+        Bytes when decoded.
+    stored
+        Bytes in the file.
+    digest
+        BLAKE2b-128 of the stored bytes, hexadecimal.
+    """
 
     name: str
     coding: str
@@ -42,14 +56,42 @@ class Section:
 
 
 def digest(data: bytes) -> bytes:
-    """BLAKE2b with 128 bits: the checksum of headers, sections and artifacts."""
+    """Return the checksum of headers, sections and artifacts.
+
+    Parameters
+    ----------
+    data
+        Any bytes.
+
+    Returns
+    -------
+    bytes
+        BLAKE2b with 128 bits.
+    """
     return blake2b(data, digest_size=16).digest()
 
 
 def encode_section(name: str, data: bytes, coding: str = "deflate") -> tuple[Section, bytes]:
-    """A section and its stored bytes, as they are when the coding (one of lossless.CODINGS) does not shrink them.
+    """Code one section's bytes. Safe to call from threads: zlib and BLAKE2b release the GIL.
 
-    Raises InputError for another coding. Safe to call from threads: zlib and BLAKE2b release the GIL.
+    Parameters
+    ----------
+    name
+        Name, unique in the file.
+    data
+        Its bytes.
+    coding
+        One of `lossless.CODINGS`; "raw" is used instead where it does not shrink them.
+
+    Returns
+    -------
+    tuple[Section, bytes]
+        The table's entry and the stored bytes.
+
+    Raises
+    ------
+    InputError
+        For a coding that does not exist.
     """
     stored = lossless.encode(coding, data)
     if len(stored) >= len(data):
@@ -58,13 +100,46 @@ def encode_section(name: str, data: bytes, coding: str = "deflate") -> tuple[Sec
 
 
 def write(file: IO[bytes], header: Mapping[str, Any], sections: Iterable[tuple[Section, bytes]]) -> None:
-    """Write a container: the sections in order, then the header's own fields plus the table of sections."""
+    """Write a container: the sections in order, then the header.
+
+    Parameters
+    ----------
+    file
+        File to write to.
+    header
+        JSON values by key; "sections" is the table's own key.
+    sections
+        What `encode_section` returned, in the file's order.
+
+    Examples
+    --------
+    >>> file = io.BytesIO()
+    >>> write(file, {"kind": "note"}, [encode_section("text", b"hello")])
+    >>> with Reader(file.getvalue()) as reader:
+    ...     reader.header, reader.read("text")
+    ({'kind': 'note'}, b'hello')
+    """
     file.write(_PREAMBLE.pack(MAGIC, VERSION, 0))
     file.write(encode_tail(header, [], sections))
 
 
 def encode_tail(header: Mapping[str, Any], kept: Sequence[Section], sections: Iterable[tuple[Section, bytes]]) -> bytes:
-    """What stands behind the `kept` sections of a container that goes on with these."""
+    """Return what follows the sections that a container keeps when it grows.
+
+    Parameters
+    ----------
+    header
+        JSON values by key.
+    kept
+        Entries of the sections that stay where they are.
+    sections
+        Sections that follow them, as `encode_section` returned them.
+
+    Returns
+    -------
+    bytes
+        The new sections, the header with the table of all, and the footer.
+    """
     sections = list(sections)
     table = [[s.name, s.coding, s.size, s.stored, s.digest] for s in (*kept, *(section for section, _ in sections))]
     text = json.dumps({**header, "sections": table}, separators=(",", ":")).encode()
@@ -76,8 +151,34 @@ def encode_tail(header: Mapping[str, Any], kept: Sequence[Section], sections: It
 class Reader:
     """A container open for reading. Sections are read, checked and decoded one by one, on request.
 
-    Raises FormatError for anything that is not an intact container, ChecksumError where bytes have changed and
-    VersionError for a newer format. Memory stays bounded by the header's length and the largest section asked for.
+    Memory stays bounded by the header's length and the largest section asked for.
+
+    Parameters
+    ----------
+    source
+        A container's bytes, or the path of its file. An append that was interrupted is finished first.
+
+    Attributes
+    ----------
+    name
+        The source's name for messages.
+    size
+        Bytes of the whole container.
+    header
+        The header's own fields.
+    sections
+        Entries of all sections by name, in the file's order.
+
+    Raises
+    ------
+    InputError
+        When the file cannot be opened.
+    FormatError
+        When it is no intact container.
+    ChecksumError
+        When its bytes have changed.
+    VersionError
+        When it has another format version.
     """
 
     def __init__(self, source: Source) -> None:
@@ -101,6 +202,7 @@ class Reader:
         self._file.close()
 
     def _read_header(self) -> dict[str, Any]:
+        """Return the header, once its length and checksum are right."""
         preamble = self._file.read(_PREAMBLE.size)
         if len(preamble) < _PREAMBLE.size or preamble[:8] != MAGIC:
             raise FormatError(f"{self.name} is not an mlxkv container: it starts with {preamble[:8]!r}, not {MAGIC!r}")
@@ -125,6 +227,7 @@ class Reader:
         return parse_json(text, f"the header of {self.name}")
 
     def _table(self) -> list[Section]:
+        """Return the entries of all sections, which must fill the file."""
         table = self.header.pop("sections", None)
         position = _PREAMBLE.size
         sections: list[Section] = []
@@ -145,7 +248,27 @@ class Reader:
         return sections
 
     def read(self, name: str, size: int | None = None) -> bytes:
-        """The decoded bytes of one section, which must be `size` bytes when that is given."""
+        """Return the decoded bytes of one section.
+
+        Parameters
+        ----------
+        name
+            Name of the section.
+        size
+            Bytes that it must have when decoded; None for any number.
+
+        Returns
+        -------
+        bytes
+            The decoded bytes.
+
+        Raises
+        ------
+        FormatError
+            When there is no such section, or it is of another size or does not decode.
+        ChecksumError
+            When its bytes have changed.
+        """
         section = self._section(name)
         if size is not None and section.size != size:
             raise FormatError(
@@ -160,11 +283,28 @@ class Reader:
             raise FormatError(f"section {section.name!r} of {self.name} is damaged: {error}") from None
 
     def end_of(self, first: Sequence[Section]) -> int:
-        """Where the file's first sections end."""
+        """Return where the file's first sections end.
+
+        Parameters
+        ----------
+        first
+            Entries of the sections that the file begins with.
+
+        Returns
+        -------
+        int
+            Offset in bytes from the beginning of the file.
+        """
         return _PREAMBLE.size + sum(section.stored for section in first)
 
     def verify(self) -> None:
-        """Check every section's checksum, piece by piece and without decoding anything."""
+        """Check every section's checksum, piece by piece and without decoding anything.
+
+        Raises
+        ------
+        ChecksumError
+            When bytes have changed.
+        """
         for section in self.sections.values():
             self._file.seek(self._starts[section.name])
             hasher, left = blake2b(digest_size=16), section.stored
@@ -175,11 +315,13 @@ class Reader:
             self._compare(section, hasher.digest())
 
     def _section(self, name: str) -> Section:
+        """Return the entry of a section, which must be there."""
         if name not in self.sections:
             raise FormatError(f"{self.name} has no section {name!r}; it has {', '.join(list(self.sections)[:20])}")
         return self.sections[name]
 
     def _compare(self, section: Section, found: bytes) -> None:
+        """Raise ChecksumError when a digest is not the section's."""
         if found.hex() != section.digest:
             raise ChecksumError(
                 f"section {section.name!r} of {self.name} is damaged: its checksum does not match; restore a copy"
@@ -187,7 +329,7 @@ class Reader:
 
 
 def _is_row(row: Any) -> bool:
-    """Whether a table row is [name, coding, size, stored, digest] with sizes that the coding can reach."""
+    """Return whether a table row is [name, coding, size, stored, digest] with sizes that the coding can reach."""
     if not (isinstance(row, list) and len(row) == 5 and all(isinstance(row[i], str) for i in (0, 1, 4))):
         return False
     size, stored = row[2], row[3]

@@ -12,7 +12,23 @@ from mlxkv.errors import FormatError, InputError
 
 
 def open_input(path: str | Path) -> IO[bytes]:
-    """Open a regular file for reading; a missing, unreadable or other one is an InputError."""
+    """Open a regular file for reading.
+
+    Parameters
+    ----------
+    path
+        File to read.
+
+    Returns
+    -------
+    IO[bytes]
+        The open file.
+
+    Raises
+    ------
+    InputError
+        When it is missing, unreadable or something else than a regular file, such as a pipe.
+    """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise InputError(f"cannot read {path}: not a regular file")
@@ -22,7 +38,30 @@ def open_input(path: str | Path) -> IO[bytes]:
 
 
 def parse_json(text: str | bytes, name: str) -> dict[str, Any]:
-    """A JSON object from untrusted text. Raises FormatError when it is anything else."""
+    """Parse a JSON object out of untrusted text.
+
+    Parameters
+    ----------
+    text
+        The text, or its bytes in UTF-8, UTF-16 or UTF-32.
+    name
+        Name of its source for messages.
+
+    Returns
+    -------
+    dict
+        The object.
+
+    Raises
+    ------
+    FormatError
+        When the text is anything else.
+
+    Examples
+    --------
+    >>> parse_json(b'{"version": 1}', "meta.json")
+    {'version': 1}
+    """
     try:
         data = json.loads(text)
     except (ValueError, RecursionError, TypeError) as error:

@@ -1,8 +1,10 @@
-"""The container's lossless codings: bytes to fewer bytes and back. docs/format.md specifies each.
+"""Lossless codings of a section's bytes. docs/format.md specifies each.
 
-raw: as they are. deflate: zlib, level 6. rans: interleaved rANS (mlxkv/kernels/rans.py), whose lanes a GPU decodes side
-by side. The bytes are first split in planes where that helps (all low bytes of 16-bit values, then all high bytes),
-then coded in chunks, each with one of a few tables that fit the section's own statistics.
+- raw: the bytes as they are.
+- deflate: zlib, level 6.
+- rans: interleaved rANS (mlxkv/kernels/rans.py), whose lanes a GPU decodes side by side. The bytes are first split into
+  planes where that helps (all low bytes of 16-bit values, then all high bytes), then coded in chunks, each with one of a
+  few tables that fit the section's own statistics.
 """
 
 from __future__ import annotations
@@ -22,25 +24,65 @@ MAX_EXPANSION = 1032  # DEFLATE's limit
 CHUNK = 512  # bytes that share a table
 MAX_TABLES = 32
 STRIDES = (1, 2, 4)  # bytes of the values whose planes are split
-_HEADER = struct.Struct("<HHII")  # stride, tables, lanes, bytes of the deflated model
+_HEADER = struct.Struct("<HHII")  # stride, tables, lanes, bytes of the deflated model (tables, choices, lane lengths)
 _STRIDE_GAIN = 0.99  # a wider stride must be so much smaller: planes also scatter what belongs together
-_ROUNDS = 3  # of k-means: a fourth saves 0.01 %
+_KMEANS_ROUNDS = 3  # a fourth saves 0.01 %
 _TABLE_BITS = 130 * 8  # about what one more table costs when deflated
-_PRICE_BITS = 12  # fractional bits of a code length: whole numbers, so that sums are exact in any order
-_MISSING = 64 << _PRICE_BITS  # the price of a symbol that a table lacks
-_LANE_CODED = 1024  # coded bytes a lane costs about 0.4 %: its state and its count
-_LANE_SIZE = 2048  # a lane for so many bytes at least: bounds the expansion, by its state, and a reader's steps
+_FRACTION_BITS = 12  # of a code length: whole multiples of 2**-12, so that sums are exact in any order
+_MISSING_LENGTH = 64 << _FRACTION_BITS  # of a symbol that a table lacks
+_LANE_CODED_BYTES = 1024  # coded bytes a lane costs about 0.4 %: its state and its count
+_LANE_BYTES = 2048  # a lane for so many bytes at least: bounds the expansion, by its state, and a reader's steps
 
 
 def is_plausible(coding: str, size: int, stored: int) -> bool:
-    """Whether `stored` bytes of this coding may stand for `size` bytes. Bounds what a reader allocates."""
+    """Return whether stored bytes may stand for so many decoded ones. It bounds what a reader allocates.
+
+    Parameters
+    ----------
+    coding
+        Name of the coding, from any source.
+    size
+        Bytes when decoded.
+    stored
+        Bytes in the file.
+
+    Returns
+    -------
+    bool
+        False for an unknown coding and for sizes that it cannot reach.
+    """
     if coding == "raw":
         return size == stored
     return coding in CODINGS and size <= MAX_EXPANSION * stored
 
 
 def encode(coding: str, data: bytes) -> bytes:
-    """The stored form of data. Raises InputError for a coding that does not exist. Safe to call from threads."""
+    """Return the stored form of data. Safe to call from threads.
+
+    Parameters
+    ----------
+    coding
+        One of `CODINGS`.
+    data
+        Any bytes.
+
+    Returns
+    -------
+    bytes
+        The coded bytes, which may be longer than the data.
+
+    Raises
+    ------
+    InputError
+        For a coding that does not exist.
+
+    Examples
+    --------
+    >>> data = bytes(range(16)) * 64
+    >>> stored = encode("deflate", data)
+    >>> len(stored) < 64, decode("deflate", stored, len(data)) == data
+    (True, True)
+    """
     if coding not in CODINGS:
         raise InputError(f"no such lossless coding: {coding!r}; there are {', '.join(CODINGS)}")
     if coding == "deflate":
@@ -49,7 +91,27 @@ def encode(coding: str, data: bytes) -> bytes:
 
 
 def decode(coding: str, stored: bytes, size: int) -> bytes:
-    """The `size` bytes that `encode` got. Raises FormatError for anything else, within memory bounded by both sizes."""
+    """Return the data that `encode` stored, within memory bounded by both sizes.
+
+    Parameters
+    ----------
+    coding
+        Name of the coding.
+    stored
+        The coded bytes, from any source.
+    size
+        Bytes of the data.
+
+    Returns
+    -------
+    bytes
+        Exactly `size` bytes.
+
+    Raises
+    ------
+    FormatError
+        For an unknown coding, and for bytes that do not decode to so many.
+    """
     if not is_plausible(coding, size, len(stored)):
         raise FormatError(f"{len(stored)} bytes coded as {coding[:20]!r} cannot hold {size} bytes")
     if coding == "deflate":
@@ -58,12 +120,14 @@ def decode(coding: str, stored: bytes, size: int) -> bytes:
 
 
 def _check_size(stored: bytes, size: int) -> bytes:
+    """Return bytes stored as they are, if there are so many."""
     if len(stored) != size:
         raise FormatError(f"{len(stored)} bytes do not decode to {size} bytes")
     return stored
 
 
 def _inflate(stored: bytes, size: int) -> bytes:
+    """Undo DEFLATE, never beyond the declared size."""
     inflater = zlib.decompressobj()
     try:
         data = inflater.decompress(stored, size + 1)
@@ -75,28 +139,32 @@ def _inflate(stored: bytes, size: int) -> bytes:
 
 
 def _encode_rans(data: bytes) -> bytes:
-    stride = _stride(np.frombuffer(data, np.uint8))
-    symbols = np.frombuffer(_split(data, stride), np.uint8)
+    """Return the header, the deflated model, the lanes' final states and their words."""
+    stride = _best_stride(np.frombuffer(data, np.uint8))
+    symbols = np.frombuffer(_split_planes(data, stride), np.uint8)
     chunks = -(-symbols.size // CHUNK)
     places = np.arange(symbols.size) // CHUNK * 256 + symbols
     counts = np.bincount(places, minlength=chunks * 256).reshape(chunks, 256).astype(np.float64)
     tables, which = _choose_tables(counts)
-    coded = int((counts * _prices(tables)[which]).sum()) >> (_PRICE_BITS + 3)
-    lanes = max(_fewest_lanes(len(data)), coded // _LANE_CODED)
+    coded = int((counts * _code_lengths(tables)[which]).sum()) >> (_FRACTION_BITS + 3)
+    lanes = max(_min_lanes(len(data)), coded // _LANE_CODED_BYTES)
     streams = rans_encode(symbols, tables, which, CHUNK, lanes)
     counts_bytes = streams.counts.astype("<u4").tobytes()
-    model = zlib.compress(_split(tables.astype("<u2").tobytes(), 2) + which.tobytes() + _split(counts_bytes, 4), 9)
+    model = zlib.compress(
+        _split_planes(tables.astype("<u2").tobytes(), 2) + which.tobytes() + _split_planes(counts_bytes, 4), 9
+    )
     states, words = streams.states.astype("<u4").tobytes(), streams.words.astype("<u2").tobytes()
     return _HEADER.pack(stride, len(tables), lanes, len(model)) + model + states + words
 
 
 def _decode_rans(stored: bytes, size: int) -> bytes:
+    """Undo `_encode_rans`, checking each count before it allocates anything."""
     if len(stored) < _HEADER.size:
         raise FormatError("its rANS header is truncated")
     stride, tables, lanes, length = _HEADER.unpack_from(stored)
     model_end = _HEADER.size + length
     words_start, chunks = model_end + 4 * lanes, -(-size // CHUNK)
-    fits = lanes >= _fewest_lanes(size) and 1 <= tables <= MAX_TABLES and words_start <= len(stored)
+    fits = lanes >= _min_lanes(size) and 1 <= tables <= MAX_TABLES and words_start <= len(stored)
     if stride not in STRIDES or not fits:
         raise FormatError(
             f"its rANS header claims stride {stride}, {lanes} lanes, {tables} tables, a model of {length} bytes"
@@ -107,23 +175,24 @@ def _decode_rans(stored: bytes, size: int) -> bytes:
     symbols = rans_decode(
         Streams(
             words=np.frombuffer(stored, "<u2", offset=words_start).astype(np.uint16),
-            counts=np.frombuffer(_join(model[512 * tables + chunks :], 4), "<u4").astype(np.uint32),
+            counts=np.frombuffer(_join_planes(model[512 * tables + chunks :], 4), "<u4").astype(np.uint32),
             states=np.frombuffer(stored, "<u4", lanes, model_end).astype(np.uint32),
         ),
-        np.frombuffer(_join(model[: 512 * tables], 2), "<u2").astype(np.uint16).reshape(tables, 256),
+        np.frombuffer(_join_planes(model[: 512 * tables], 2), "<u2").astype(np.uint16).reshape(tables, 256),
         np.frombuffer(model, np.uint8, chunks, 512 * tables),
         CHUNK,
         size,
     )
-    return _join(symbols.tobytes(), stride)
+    return _join_planes(symbols.tobytes(), stride)
 
 
-def _fewest_lanes(size: int) -> int:
-    return max(1, size // _LANE_SIZE)
+def _min_lanes(size: int) -> int:
+    """Return the fewest lanes that so many bytes may be in."""
+    return max(1, size // _LANE_BYTES)
 
 
-def _stride(symbols: np.ndarray) -> int:
-    """The stride whose planes have the shortest code by their own statistics."""
+def _best_stride(symbols: np.ndarray) -> int:
+    """Return the stride whose planes have the shortest code by their own statistics."""
     best, least = 1, np.inf
     for stride in STRIDES:
         planes = [np.bincount(symbols[plane::stride], minlength=256) for plane in range(stride)]
@@ -133,13 +202,13 @@ def _stride(symbols: np.ndarray) -> int:
     return best
 
 
-def _split(data: bytes, stride: int) -> bytes:
-    """Bytes 0, stride, 2 * stride, ..., then 1, 1 + stride, ...: alike bytes side by side."""
+def _split_planes(data: bytes, stride: int) -> bytes:
+    """Return bytes 0, stride, 2 * stride, ..., then 1, 1 + stride, ...: alike bytes side by side."""
     return data if stride == 1 else b"".join(data[plane::stride] for plane in range(stride))
 
 
-def _join(data: bytes, stride: int) -> bytes:
-    """The inverse of `_split`."""
+def _join_planes(data: bytes, stride: int) -> bytes:
+    """Undo `_split_planes`."""
     joined, start = np.empty(len(data), np.uint8), 0
     for plane in range(stride):
         stop = start + len(joined[plane::stride])
@@ -149,28 +218,28 @@ def _join(data: bytes, stride: int) -> bytes:
 
 
 def _choose_tables(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tables `[K, 256]` uint16 for the chunks' histograms `[C, 256]` float64, and each chunk's choice `[C]` uint8.
+    """Return tables `[K, 256]` uint16 for the chunks' histograms `[C, 256]` float64, and each chunk's choice `[C]` uint8.
 
     k-means in code length, from equal stretches of chunks; then tables are merged while that saves bits.
     """
     most = min(len(counts), MAX_TABLES)
     choice = np.arange(len(counts)) * most // len(counts)
-    for _ in range(_ROUNDS):
-        prices = _prices(frequencies(_sums(counts, choice, most))).T
+    for _ in range(_KMEANS_ROUNDS):
+        lengths = _code_lengths(frequencies(_cluster_histograms(counts, choice, most))).T
         # So few rows at once that BLAS starts no threads: they would wait for those that code other sections.
-        choice = np.concatenate([(counts[row : row + 32] @ prices).argmin(1) for row in range(0, len(counts), 32)])
-    names = _merge(_sums(counts, choice, most))
+        choice = np.concatenate([(counts[row : row + 32] @ lengths).argmin(1) for row in range(0, len(counts), 32)])
+    names = _merge_clusters(_cluster_histograms(counts, choice, most))
     left, which = np.unique(names[choice], return_inverse=True)
-    return frequencies(_sums(counts, which, len(left))), which.astype(np.uint8)
+    return frequencies(_cluster_histograms(counts, which, len(left))), which.astype(np.uint8)
 
 
-def _sums(counts: np.ndarray, choice: np.ndarray, clusters: int) -> np.ndarray:
-    """The histogram of each cluster, `[clusters, 256]`."""
+def _cluster_histograms(counts: np.ndarray, choice: np.ndarray, clusters: int) -> np.ndarray:
+    """Return the summed histogram of each cluster, `[clusters, 256]`."""
     return np.stack([counts[choice == cluster].sum(0) for cluster in range(clusters)])
 
 
-def _merge(sums: np.ndarray) -> np.ndarray:
-    """The cluster that each of the clusters with histograms `[K, 256]` has become, `[K]`."""
+def _merge_clusters(sums: np.ndarray) -> np.ndarray:
+    """Return the cluster that each of the clusters with histograms `[K, 256]` has become, `[K]`."""
     sums, names, bits = sums.copy(), np.arange(len(sums)), _ideal_bits(sums)
     loss = np.full((len(sums), len(sums)), np.inf)
     for i in range(len(sums)):
@@ -188,12 +257,12 @@ def _merge(sums: np.ndarray) -> np.ndarray:
 
 
 def _ideal_bits(counts: np.ndarray) -> np.ndarray:
-    """Code length of histograms `[..., 256]` by their own statistics."""
+    """Return the code length of histograms `[..., 256]` by their own statistics, in bits."""
     total = counts.sum(-1)
     return total * np.log2(np.maximum(total, 1)) - (counts * np.log2(np.maximum(counts, 1))).sum(-1)
 
 
-def _prices(tables: np.ndarray) -> np.ndarray:
-    """Code length of each symbol, `[K, 256]` float64 holding whole multiples of 2**-12 bit."""
+def _code_lengths(tables: np.ndarray) -> np.ndarray:
+    """Return the code length of each symbol, `[K, 256]` float64, in units of 2**-12 bit and therefore whole numbers."""
     bits = np.log2(TOTAL) - np.log2(np.maximum(tables, 1))
-    return np.where(tables > 0, np.rint(bits * (1 << _PRICE_BITS)), _MISSING)
+    return np.where(tables > 0, np.rint(bits * (1 << _FRACTION_BITS)), _MISSING_LENGTH)

@@ -19,7 +19,27 @@ _HEADER_ERRORS = (SyntaxError, TypeError, AttributeError, RecursionError, TokenE
 
 
 def read_npy(file: IO[bytes], size: int, name: str) -> np.ndarray:
-    """One `.npy` stream of `size` bytes. Raises FormatError unless its header describes exactly those bytes."""
+    """Read one `.npy` stream.
+
+    Parameters
+    ----------
+    file
+        The stream, at its beginning.
+    size
+        Bytes that it holds.
+    name
+        Name of its source for messages.
+
+    Returns
+    -------
+    np.ndarray
+        The array, read-only.
+
+    Raises
+    ------
+    FormatError
+        Unless the header describes exactly those bytes, without Python objects.
+    """
     try:
         version = np.lib.format.read_magic(file)
         readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -35,9 +55,24 @@ def read_npy(file: IO[bytes], size: int, name: str) -> np.ndarray:
 
 
 def read_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """All arrays of an uncompressed `.npz`. The zip's CRC-32 of every member is verified.
+    """Read all arrays of an uncompressed `.npz`. The zip's CRC-32 of every member is verified.
 
-    Raises InputError when the file cannot be opened and FormatError when it is damaged or not an `.npz`.
+    Parameters
+    ----------
+    path
+        The archive, from any source.
+
+    Returns
+    -------
+    dict[str, np.ndarray]
+        The arrays by name.
+
+    Raises
+    ------
+    InputError
+        When the file cannot be opened.
+    FormatError
+        When it is damaged, compressed or no `.npz`.
     """
     arrays: dict[str, np.ndarray] = {}
     with open_input(path) as file:

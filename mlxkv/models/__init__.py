@@ -1,61 +1,120 @@
-"""Adapters: one file for each mlx-lm model module, each with `spec(model) -> CacheSpec`.
+"""Adapters: what a live mlx-lm model caches, one file for each mlx-lm module that implements models.
 
-The file name is the registry: a model whose class lives in `mlx_lm.models.qwen3` is described by
-`mlxkv/models/qwen3.py`. Everything is read from the live model, never from a table of known models.
+A model whose class lives in `mlx_lm.models.qwen3` is described by the adapter registered as "qwen3". Everything is read
+from the live model, never from a table of known models.
+
+Another package adds an adapter through the entry point group `mlxkv.models`; the entry's module registers a function
+with `adapters`.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+from collections.abc import Callable
 from typing import Any
 
+from mlxkv import _deprecated
 from mlxkv.errors import UnsupportedError
+from mlxkv.models.rope import read_rope as read_rope
+from mlxkv.registry import Registry
 from mlxkv.spec import CacheSpec, Rope, Slot
+
+adapters: Registry[Callable[[Any], CacheSpec]] = Registry("model adapter", "mlxkv.models", "mlxkv.models")
 
 
 def available() -> list[str]:
-    """Names of all adapters."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    """Return the names of all adapters.
+
+    Returns
+    -------
+    list[str]
+        Names of mlx-lm modules, sorted.
+
+    Examples
+    --------
+    >>> "qwen3" in available()
+    True
+    """
+    return adapters.names()
 
 
 def model_type(model: Any) -> str:
-    """The mlx-lm module that implements the model; Mistral, say, is implemented by `llama`."""
+    """Return the name of the mlx-lm module that implements a model.
+
+    Parameters
+    ----------
+    model
+        A loaded mlx-lm model.
+
+    Returns
+    -------
+    str
+        The module's last part; Mistral, for one, is implemented by "llama".
+    """
     return type(model).__module__.rpartition(".")[2]
 
 
 def cache_spec(model: Any) -> CacheSpec:
-    """What this live model caches. Raises UnsupportedError naming the file to add when there is no adapter."""
+    """Describe what a live model caches.
+
+    Parameters
+    ----------
+    model
+        A loaded mlx-lm model.
+
+    Returns
+    -------
+    CacheSpec
+        The description, read from the model's own layers.
+
+    Raises
+    ------
+    UnsupportedError
+        When there is no adapter for the model, with the file to add, or when the cache is of an unsupported kind.
+    """
     name = model_type(model)
-    if name not in available():
+    adapter = adapters.find(name)
+    if adapter is None:
         raise UnsupportedError(
-            f"no adapter for model type {name!r}: add mlxkv/models/{name}.py with spec(model) -> CacheSpec"
-            f" (adapters exist for {', '.join(available())})"
+            f"no adapter for model type {name!r}: add mlxkv/models/{name}.py with a function model -> CacheSpec"
+            f" under @adapters.register({name!r}) (adapters exist for {', '.join(available())})"
         )
-    return importlib.import_module(f"{__name__}.{name}").spec(model)
+    return adapter(model)
 
 
 def kv_slots(heads: int, dim: int, rope: Rope | None) -> tuple[Slot, Slot]:
-    """The usual pair: rotated keys and plain values, both `[B, heads, T, dim]`."""
+    """Return the usual pair of slots: rotated keys and plain values.
+
+    Parameters
+    ----------
+    heads
+        Number of key/value heads.
+    dim
+        Width of one head.
+    rope
+        Rotation of the keys; None where they are not rotated.
+
+    Returns
+    -------
+    tuple[Slot, Slot]
+        Keys and values, both `[B, heads, T, dim]`.
+    """
     return Slot("keys", heads, dim, rope), Slot("values", heads, dim)
 
 
-def read_rope(module: Any) -> Rope:
-    """Describe one of mlx-lm's rope modules (`mlx.nn.RoPE` or those of `mlx_lm/models/rope_utils.py`).
-
-    Raises UnsupportedError for rope whose angles depend on more than the position (dynamic NTK).
-    """
-    kind = type(module).__name__
-    dims = module.dim if kind == "SuScaledRoPE" else module.dims
-    if kind == "RoPE":
-        return Rope(dims, base=float(module.base), traditional=module.traditional, scale=float(module.scale))
-    if kind in ("Llama3RoPE", "YarnRoPE", "SuScaledRoPE", "ProportionalRoPE"):
-        gain = getattr(module, "mscale", getattr(module, "_scale", 1.0))
-        traditional = getattr(module, "traditional", False)
-        return Rope(dims, freqs=tuple(module._freqs.tolist()), traditional=traditional, gain=float(gain))
-    raise UnsupportedError(f"cannot undo {kind}: its angles do not depend on the position alone")
-
-
 def head_dim(attention: Any) -> int:
-    """Width of one key head, from the key projection itself, plain or quantized."""
+    """Return the width of one key head, from the key projection itself, plain or quantized.
+
+    Parameters
+    ----------
+    attention
+        An mlx-lm attention module with `k_proj` and `n_kv_heads`.
+
+    Returns
+    -------
+    int
+        The width.
+    """
     return attention.k_proj.weight.shape[0] // attention.n_kv_heads
+
+
+__getattr__ = _deprecated.renamed(__name__, {"keys_and_values": "kv_slots"})

@@ -8,12 +8,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlxkv.models import model_type, read_rope
+from mlxkv.models import adapters, model_type, read_rope
 from mlxkv.spec import CacheSpec, Slot
 
 
+@adapters.register("glm4_moe_lite")
 def spec(model: Any) -> CacheSpec:
-    """GLM-4.7-Flash: 47 layers of latent 1 x 512 and k_pe 1 x 64."""
+    """Describe the cache of a GLM-4.7-Flash model.
+
+    Parameters
+    ----------
+    model
+        A loaded mlx-lm model.
+
+    Returns
+    -------
+    CacheSpec
+        One stream of latent `1 x 512` and k_pe `1 x 64` for each of 47 layers, or whatever the model's configuration says.
+    """
     layers = []
     for layer in model.layers:
         attention = layer.self_attn

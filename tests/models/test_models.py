@@ -16,6 +16,7 @@ from mlxkv import models
 from mlxkv.errors import UnsupportedError
 from mlxkv.lm import dump, prefill
 from mlxkv.models import available, cache_spec, read_rope
+from mlxkv.registry import Registry
 from mlxkv.spec import CacheSpec
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -189,24 +190,51 @@ def test_an_unknown_model_type_is_told_which_file_to_add():
         cache_spec(model)
 
 
-def test_a_new_adapter_is_one_new_file(tmp_path, monkeypatch):
-    (tmp_path / "phi3.py").write_text("def spec(model):\n    return ('described', model)\n")
+@pytest.fixture
+def fresh_adapters(monkeypatch):
+    """A registry that has not looked at its folder yet; the adapters imported before are not in it."""
+    monkeypatch.setattr(models, "adapters", Registry("model adapter", "mlxkv.models", "mlxkv.models"))
+    yield
+    sys.modules.pop("mlxkv.models.phi3", None)
+    vars(models).pop("phi3", None)
+
+
+PHI3 = """
+from mlxkv.models import adapters
+
+@adapters.register("phi3")
+def spec(model):
+    return ("described", model)
+"""
+
+
+def test_a_new_adapter_is_one_new_file(tmp_path, monkeypatch, fresh_adapters):
+    (tmp_path / "phi3.py").write_text(PHI3)
     monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
+    model = type("Model", (), {"__module__": "mlx_lm.models.phi3"})()
+    assert "phi3" in available()
+    assert cache_spec(model) == ("described", model)
+
+
+def test_another_package_adds_an_adapter_by_an_entry_point(tmp_path, monkeypatch, fresh_adapters):
+    (tmp_path / "phi3_adapter.py").write_text(PHI3)
+    (tmp_path / "phi3_adapter-1.dist-info").mkdir()
+    (tmp_path / "phi3_adapter-1.dist-info" / "entry_points.txt").write_text("[mlxkv.models]\nphi3 = phi3_adapter\n")
+    (tmp_path / "phi3_adapter-1.dist-info" / "METADATA").write_text("Name: phi3_adapter\nVersion: 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = type("Model", (), {"__module__": "mlx_lm.models.phi3"})()
     try:
-        model = type("Model", (), {"__module__": "mlx_lm.models.phi3"})()
-        assert "phi3" in available()
         assert cache_spec(model) == ("described", model)
     finally:
-        sys.modules.pop("mlxkv.models.phi3", None)
-        vars(models).pop("phi3", None)
+        sys.modules.pop("phi3_adapter", None)
 
 
 def test_every_adapter_file_is_found_documented_and_tested_here():
-    files = {path.stem for path in Path(models.__file__).parent.glob("*.py")} - {"__init__"}
+    files = {path.stem for path in Path(models.__file__).parent.glob("*.py")} - {"__init__", "rope"}
     assert set(available()) == files
     assert files == set(TINY), "give the new adapter a tiny model in conftest.TINY"
     for name in files:
         adapter = import_module(f"mlxkv.models.{name}")
         assert adapter.__doc__, f"mlxkv/models/{name}.py needs a docstring"
         assert adapter.__doc__.strip(), f"mlxkv/models/{name}.py needs a docstring"
-        assert callable(adapter.spec)
+        assert models.adapters.get(name) is adapter.spec
