@@ -27,7 +27,7 @@ OLD_OPTIONS = {
 
 
 def build() -> typer.Typer:
-    """The application with every command file registered."""
+    """Return the application with every command file registered."""
     app = typer.Typer(
         help="Key/value caches of mlx-lm models, many times smaller.",
         no_args_is_help=True,
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _with_new_names(arguments: list[str]) -> list[str]:
-    """Return the arguments with old options as they are called now; says so once for each."""
+    """Return the arguments with old options as they are called now; and say so once for each."""
     old = OLD_OPTIONS.get(arguments[0], {}) if arguments else {}
     if arguments[:2] == ["eval", "latency"]:
         old = {**old, "--context": "--context-tokens"}

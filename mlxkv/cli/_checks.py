@@ -15,7 +15,7 @@ Dtype = Annotated[
 
 
 def check_out_file(path: Path, source: Path | None = None) -> None:
-    """Raises InputError when a file cannot be written at `path`, or would replace the `source` it is made from."""
+    """Raise InputError when a file cannot be written at `path`, or would replace the `source` it is made from."""
     from mlxkv.errors import InputError
 
     target = path.resolve()
@@ -29,7 +29,7 @@ def check_out_file(path: Path, source: Path | None = None) -> None:
 
 
 def check_out_folder(path: Path) -> None:
-    """Raises InputError when `path` is no folder to write into and cannot be made one."""
+    """Raise InputError when `path` is no folder to write into and cannot be made one."""
     from mlxkv.errors import InputError
 
     existing = path.resolve()

@@ -1,4 +1,4 @@
-"""What the commands share: tables, JSON, progress, and a few option types."""
+"""Tables, JSON, progress bars and option types that the commands share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Model = Annotated[
 
 
 def print_record(facts: Mapping[str, Any], as_json: bool, title: str = "") -> None:
-    """One record: JSON as it is, or a table of two columns."""
+    """Print one record: JSON as it is, or a table of two columns."""
     if as_json:
         print(json.dumps(facts))
         return
@@ -43,7 +43,7 @@ def print_record(facts: Mapping[str, Any], as_json: bool, title: str = "") -> No
 
 
 def print_table(rows: list[dict[str, Any]], as_json: bool, title: str = "") -> None:
-    """Several records with the same keys."""
+    """Print several records with the same keys."""
     if as_json:
         print(json.dumps(rows))
         return
@@ -56,7 +56,7 @@ def print_table(rows: list[dict[str, Any]], as_json: bool, title: str = "") -> N
 
 
 def format_value(key: str, value: Any) -> str:
-    """A value as a person reads it; the key tells the unit."""
+    """Return a value as a person reads it; the key tells the unit."""
     if value is None:
         return "-"
     if key.endswith("bytes"):
@@ -73,21 +73,21 @@ def format_value(key: str, value: Any) -> str:
 
 
 def _cell(value: str) -> Text:
-    """Text from a file as it is: no markup, no control characters, no lone surrogates."""
+    """Return text from a file as it is: no markup, no control characters, no lone surrogates."""
     printable = value.encode("utf-8", "replace").decode()
     return Text("".join(char if char.isprintable() else "?" for char in printable), overflow="fold")
 
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error with an estimate; yields a function that takes how much was done."""
+    """Show a progress bar with an estimate on standard error; yield a function that takes how much was done."""
     with counter(description, total) as (progress, task):
         yield lambda done: progress.advance(task, done)
 
 
 @contextmanager
 def counter(description: str, total: int | None = None) -> Iterator[tuple[Progress, TaskID]]:
-    """A progress bar that the caller moves, for a total that comes to be known later."""
+    """Show a progress bar that the caller moves, for a total that comes to be known later."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -101,7 +101,7 @@ def counter(description: str, total: int | None = None) -> Iterator[tuple[Progre
 
 @contextmanager
 def steps(count: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar over named steps; yields a function to call as each step starts."""
+    """Show a progress bar over named steps; yield a function to call as each step starts."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("starting", total=count, completed=-1)

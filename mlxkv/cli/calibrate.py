@@ -1,3 +1,5 @@
+"""mlxkv calibrate: dumps to artifacts."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -67,7 +69,7 @@ def calibrate_command(
 
 
 def _with_given(config: CodecConfig, given: dict[str, Any]) -> CodecConfig:
-    """The preset's settings with those that were given in their place."""
+    """Return the preset's settings with those that were given in their place."""
     from mlxkv.errors import InputError
 
     changes = {name: value for name, value in given.items() if value is not None}

@@ -1,3 +1,5 @@
+"""mlxkv compress: a dump to one file."""
+
 from __future__ import annotations
 
 import time
@@ -80,7 +82,7 @@ def compress_command(
 
 
 def _compressed(codec: CacheCodec, dump: KVDump, given: dict[str, Any], model: str | None) -> tuple[CacheCodec, bytes]:
-    """The container that meets what was asked for, and the codec that made it."""
+    """Return the codec that meets the request, and the container that it made."""
     from mlxkv import lm
     from mlxkv.errors import InputError
     from mlxkv.evaluate.targets import compress_to_bytes, quality_for_kl

@@ -1,3 +1,5 @@
+"""mlxkv decompress: a file back to a dump."""
+
 from __future__ import annotations
 
 import re
@@ -48,7 +50,7 @@ def decompress_command(
 
 
 def _part(text: str, length: int) -> tuple[int, int]:
-    """ "a:b" as two numbers; one that is left out is the file's own end."""
+    """Return "a:b" as two numbers; one that is left out is the file's own end."""
     from mlxkv.errors import InputError
 
     match = re.fullmatch(r"(\d*):(\d*)", text, re.ASCII)

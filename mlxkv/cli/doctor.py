@@ -1,3 +1,5 @@
+"""mlxkv doctor: a check of the installation."""
+
 from __future__ import annotations
 
 import platform
@@ -82,7 +84,7 @@ def _blas() -> dict[str, Any]:
 
 
 def _kernels() -> dict[str, Any]:
-    """Each Metal kernel against the plain operations that define it."""
+    """Compare each Metal kernel with the plain operations that define it."""
     from mlxkv.kernels import metal
     from mlxkv.kernels.operations import iter_examples
 
@@ -95,7 +97,7 @@ def _kernels() -> dict[str, Any]:
     return _row("kernels", f"wrong on this Mac: {', '.join(wrong)}", "please report it, with this table")
 
 
-def _agrees(operation: Operation[..., object], example: Example) -> bool:
+def _agrees(operation: Operation, example: Example) -> bool:
     try:
         return operation.agrees(example.arguments(65))
     except (RuntimeError, ValueError):  # it does not compile, or does not fit this GPU
@@ -112,7 +114,7 @@ def _model() -> dict[str, Any]:
 
 
 def _models() -> dict[str, Any]:
-    """Models of the Hugging Face cache that mlxkv has an adapter for."""
+    """List the models of the Hugging Face cache that mlxkv has an adapter for."""
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 

@@ -1,3 +1,5 @@
+"""mlxkv dump: a prompt to the cache that it leaves."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""mlxkv eval: every evaluation as a command of its own."""
+
 from __future__ import annotations
 
 import inspect
@@ -25,14 +27,16 @@ PARTIAL = ".partial"  # beside the result, until it is complete
 
 
 class Evaluations(TyperGroup):
-    """Every file of mlxkv/evaluate/ as a command; imported when it is asked for. Typer's own types differ by version."""
+    """Every evaluation as a command, imported when it is asked for. Typer's own types differ by version."""
 
     def list_commands(self, context: Any) -> list[str]:
+        """Return the names of all evaluations."""
         from mlxkv.evaluate import evaluations
 
         return evaluations.names()
 
     def get_command(self, context: Any, name: str) -> Any:
+        """Return the command of one evaluation, or None."""
         from mlxkv.evaluate import evaluations
 
         if evaluations.find(name) is None:
@@ -49,7 +53,7 @@ class Evaluations(TyperGroup):
 command = typer.Typer(
     cls=Evaluations,
     no_args_is_help=True,
-    help="""What does a method do to a model? Measure it beside the untouched cache, in the same run.
+    help="""Measure the effect of a live cache or a codec on a model, beside the untouched cache in the same run.
 
     Example: mlxkv eval fidelity --model smollm2-135m --cache int8
 
@@ -67,7 +71,7 @@ def _keep_group() -> None:
 
 
 def _command(name: str) -> Callable[..., None]:
-    """The command of an evaluation: the options that all have, and the fields of its own."""
+    """Return the command of an evaluation: the options that all have, and the fields of its own."""
     from mlxkv.evaluate import evaluations
 
     kind = evaluations.get(name)
@@ -93,7 +97,7 @@ def _command(name: str) -> Callable[..., None]:
 
 
 def _paragraphs(text: str) -> str:
-    """Text with the lines of each paragraph as one; those of a list stay apart."""
+    """Return text with the lines of each paragraph joined; those of a list stay apart."""
     return re.sub(r"(?<!\n)\n(?!\n|- )", " ", text)
 
 
@@ -122,7 +126,7 @@ def _shared(
 
 
 def _parameter(field: Any, kind: Any) -> Parameter:
-    """A command-line option for a field of Options; a tuple is given with commas."""
+    """Return a command-line option for a field of an evaluation's options; a tuple is given with commas."""
     default = Parameter.empty if field.default is MISSING else field.default
     extra: dict[str, Any] = {"help": f"{field.metadata['help'][:1].upper()}{field.metadata['help'][1:]}."}
     if get_origin(kind) is tuple:
@@ -197,7 +201,7 @@ def _evaluate(
 def _variants(
     caches: list[str], folders: list[Path], codec_options: dict[str, int | None], dtype: str
 ) -> list[Variant]:
-    """What is evaluated beside the untouched cache. Raises InputError for options that do not go together."""
+    """Return what is compared with the untouched cache. Raises InputError for options that do not go together."""
     from mlxkv.codec.artifacts import CalibrationArtifacts
     from mlxkv.codec.session import CacheCodec
     from mlxkv.errors import InputError
@@ -214,7 +218,7 @@ def _variants(
 
 @contextmanager
 def _journal(out: Path | None, facts: dict[str, Any]) -> Iterator[Journal | None]:
-    """Where finished samples are kept until the result is complete; says so when it is interrupted."""
+    """Keep finished samples until the result is complete; say so when the run is interrupted."""
     from mlxkv.evaluate.journal import Journal
 
     if out is None:
@@ -229,8 +233,10 @@ def _journal(out: Path | None, facts: dict[str, Any]) -> Iterator[Journal | None
 
 
 def _row(row: dict[str, Any], scores: tuple[str, ...], with_p: bool) -> dict[str, Any]:
-    """Of a summary's row what fits into a terminal: means with their deviation over seeds, and the first score's p, which
-    of a single sample says nothing."""
+    """Return the cells of a summary's row that fit into a terminal.
+
+    Means with their deviation over seeds, and the first score's p, which of a single sample says nothing.
+    """
     cells: dict[str, Any] = {key: row[key] for key in ("variant", "group", "ratio") if key in row}
     for score in scores:
         deviation = row.get(f"{score}_deviation")

@@ -1,3 +1,5 @@
+"""mlxkv generate: text from a cache in a file, or in a live cache."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -66,7 +68,7 @@ def generate_command(
 
 
 def _check(file: Path | None, artifacts: Path | None, cache: str | None) -> None:
-    """Raises InputError for options that do not go together, PresetError for a cache that is not there."""
+    """Raise InputError for options that do not go together, PresetError for a cache that is not there."""
     from mlxkv.errors import InputError
     from mlxkv.live import live_config
 

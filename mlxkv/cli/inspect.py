@@ -1,3 +1,5 @@
+"""mlxkv inspect: a file or folder of mlxkv, explained and verified."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""mlxkv presets: what --preset, --cache and --method take."""
+"""mlxkv presets: the names that --preset, --cache and --method take."""
 
 from __future__ import annotations
 
