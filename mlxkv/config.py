@@ -1,4 +1,4 @@
-"""Settings that check themselves: frozen dataclasses whose fields say what they may hold.
+"""Settings that check themselves: frozen dataclasses whose fields say which values are allowed.
 
 A field has a name for people and, where files have long had another, a `key` for TOML presets and headers.
 """
@@ -7,24 +7,38 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 from mlxkv.errors import InputError
+from mlxkv.spec import is_int
 
 Check = Callable[[str, Any], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Base of all settings. Fields made by `integer`, `number` and `choice` are checked when an object is made.
+    """Base of all settings: fields made by `integer`, `number` and `choice` are checked when an object is made.
 
     Raises
     ------
     InputError
-        When a field holds what it may not; the message says what it may.
+        When a field has a value that is not allowed; the message says which values are.
+
+    Examples
+    --------
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class WindowConfig(Config):
+    ...     recent: int = integer(512, least=1, key="window")
+    >>> WindowConfig(recent=0)
+    Traceback (most recent call last):
+        ...
+    mlxkv.errors.InputError: recent must be 1 or more, not 0
+    >>> WindowConfig().to_dict()
+    {'window': 512}
     """
 
     def __post_init__(self) -> None:
@@ -34,21 +48,43 @@ class Config:
 
     @classmethod
     def stored_keys(cls) -> dict[str, str]:
-        """Return the key that files have for each field, by the field's name."""
+        """Return the key that files have for each field.
+
+        Returns
+        -------
+        dict of str to str
+            Keys of TOML presets and headers, by the fields' names.
+        """
         return {field.name: field.metadata.get("key") or field.name for field in dataclasses.fields(cls)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings by the keys that files have."""
+        """Return the settings under the keys that files have.
+
+        Returns
+        -------
+        dict
+            Plain JSON values by key, defaults included.
+        """
         return {key: getattr(self, name) for name, key in self.stored_keys().items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Return the inverse of `to_dict`.
+        """Return the settings that `to_dict` wrote or that a TOML preset has; missing keys mean defaults.
+
+        Parameters
+        ----------
+        data
+            Values by the keys that files have.
+
+        Returns
+        -------
+        Config
+            The settings, checked.
 
         Raises
         ------
         InputError
-            For keys that are missing or unknown, and for values that may not be.
+            For unknown keys, for missing ones that have no default, and for values that are not allowed.
         """
         names = {key: name for name, key in cls.stored_keys().items()}
         if unknown := [key for key in data if key not in names]:
@@ -59,29 +95,59 @@ class Config:
             raise InputError(f"missing keys ({error}); the keys are {', '.join(names)}") from None
 
     def replace(self, **changes: Any) -> Self:
-        """Return the same settings with some changed; a file's key for a field is an old name of it, and warns.
+        """Return the same settings with some of them changed.
+
+        Parameters
+        ----------
+        **changes
+            New values by field name. A field's key in files was its name once: it is taken too, with a
+            DeprecationWarning.
+
+        Returns
+        -------
+        Config
+            The settings, checked.
 
         Raises
         ------
         InputError
-            For names that are not there, and for values that may not be.
+            For unknown names, for a setting that is given under both its names, and for values that are not allowed.
         """
         keys = self.stored_keys()
-        old = {key: name for name, key in keys.items() if key != name and key not in keys}
-        if unknown := [name for name in changes if name not in keys and name not in old]:
+        renamed = {key: name for name, key in keys.items() if key != name and key not in keys}
+        if unknown := [name for name in changes if name not in keys and name not in renamed]:
             raise InputError(f"unknown settings {', '.join(unknown)}; there are {', '.join(keys)}")
-        for name in changes.keys() & old.keys():
-            warnings.warn(f"the setting {name} is called {old[name]} now", DeprecationWarning, stacklevel=3)
-        return dataclasses.replace(self, **{old.get(name, name): value for name, value in changes.items()})
-
-
-def is_int(value: object, least: int = 0) -> bool:
-    """Return whether a value read from somewhere is an int (not a bool) of at least `least`."""
-    return type(value) is int and value >= least
+        for old in changes.keys() & renamed.keys():
+            if renamed[old] in changes:
+                raise InputError(f"{renamed[old]} is given twice, once by its old name {old}")
+            warnings.warn(
+                f"the setting {old} is called {renamed[old]} now", DeprecationWarning, stacklevel=_levels_to_caller()
+            )
+        return dataclasses.replace(self, **{renamed.get(name, name): value for name, value in changes.items()})
 
 
 def integer(default: int | None, least: int = 0, *, key: str | None = None) -> Any:
-    """Return a field for a whole number of at least `least`; where the default is None, None is allowed too."""
+    """Make a field for a whole number.
+
+    Parameters
+    ----------
+    default
+        The default; where it is None, None is allowed too.
+    least
+        The smallest number allowed.
+    key
+        What TOML presets and headers call the field, where that is not its name.
+
+    Returns
+    -------
+    dataclasses.Field
+        For the body of a `Config`.
+
+    Raises
+    ------
+    InputError
+        When a config is made with another value.
+    """
 
     def check(name: str, value: Any) -> None:
         if not is_int(value, least) and not (default is None and value is None):
@@ -94,9 +160,28 @@ def number(
     default: Any = dataclasses.MISSING, *, above: float | None = None, least: float | None = None, most: float | None = None,
     below: float | None = None, key: str | None = None,
 ) -> Any:  # fmt: skip
-    """Return a field for a finite number within bounds; where the default is None, None is allowed too.
+    """Make a field for a finite number.
 
-    Without a default the field has to be given.
+    Parameters
+    ----------
+    default
+        The default; where it is None, None is allowed too. Without a default the field has to be given.
+    above, least
+        Lower bounds: exclusive, and inclusive. None for no bound.
+    most, below
+        Upper bounds: inclusive, and exclusive. None for no bound.
+    key
+        What TOML presets and headers call the field, where that is not its name.
+
+    Returns
+    -------
+    dataclasses.Field
+        For the body of a `Config`.
+
+    Raises
+    ------
+    InputError
+        When a config is made with another value.
     """
     bounds = [("more than", above), ("at least", least), ("at most", most), ("less than", below)]
     allowed = " and ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None) or "a number"
@@ -104,7 +189,7 @@ def number(
     def check(name: str, value: Any) -> None:
         if default is None and value is None:
             return
-        fits = type(value) in (int, float) and math.isfinite(value)
+        fits = type(value) in (int, float) and -math.inf < value < math.inf  # comparing is safe for any int
         fits = fits and (above is None or value > above) and (least is None or value >= least)
         if not fits or (most is not None and value > most) or (below is not None and value >= below):
             raise InputError(f"{name} must be {allowed}, not {value!r}")
@@ -113,7 +198,27 @@ def number(
 
 
 def choice(default: Any, options: Iterable[Any], *, key: str | None = None) -> Any:
-    """Return a field for one of some values."""
+    """Make a field for one of some values.
+
+    Parameters
+    ----------
+    default
+        The default.
+    options
+        All values allowed; for a dict, its keys.
+    key
+        What TOML presets and headers call the field, where that is not its name.
+
+    Returns
+    -------
+    dataclasses.Field
+        For the body of a `Config`.
+
+    Raises
+    ------
+    InputError
+        When a config is made with another value.
+    """
     known = tuple(options)
 
     def check(name: str, value: Any) -> None:
@@ -121,3 +226,11 @@ def choice(default: Any, options: Iterable[Any], *, key: str | None = None) -> A
             raise InputError(f"{name} must be one of {', '.join(map(str, known))}, not {value!r}")
 
     return dataclasses.field(default=default, metadata={"check": check, "key": key})
+
+
+def _levels_to_caller() -> int:
+    """Return the stack level, for a warning in the function that asks, of the first caller outside this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "mlxkv":
+        level, frame = level + 1, frame.f_back
+    return level

@@ -10,8 +10,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxkv.config import is_int
 from mlxkv.errors import FormatError
+from mlxkv.spec.integers import is_int
 
 
 @dataclass(frozen=True)

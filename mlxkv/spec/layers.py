@@ -8,16 +8,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
-from typing import Any, cast
+from typing import Any
 
-import mlx.core as mx
-import numpy as np
-from mlx.utils import tree_flatten
-
-from mlxkv.config import is_int
 from mlxkv.errors import FormatError, MismatchError, UnsupportedError
-from mlxkv.rope import Rope as Rope
+from mlxkv.spec.integers import is_int
+from mlxkv.spec.rope import Rope
 
 MODES = ("dual_stream", "single_stream")
 STREAMS = ("k", "v")
@@ -258,27 +253,3 @@ def check_rope(spec: CacheSpec, stated: Rope | Mapping[str, Any]) -> None:
             raise MismatchError(
                 f"the rotation differs: expected {wrong}, the cache has {shown if rope else 'no rope at all'}"
             )
-
-
-def fingerprint(model: Any) -> str:
-    """Return a short name for a model's weights.
-
-    Parameters
-    ----------
-    model
-        A loaded mlx-lm model.
-
-    Returns
-    -------
-    str
-        Sixteen hexadecimal digits: BLAKE2b of every parameter's name, shape and first 64 values. Equal for float16 or
-        bfloat16 weights and the same weights widened to float32.
-    """
-    digest = blake2b(digest_size=8)
-    parameters = cast(dict[str, mx.array], tree_flatten(model.parameters(), destination={}))
-    for name, value in sorted(parameters.items()):
-        head = value.reshape(-1)[:64]
-        if mx.issubdtype(head.dtype, mx.floating):
-            head = head.astype(mx.float32)
-        digest.update(f"{name} {value.shape} ".encode() + np.array(head).tobytes())
-    return digest.hexdigest()
