@@ -89,6 +89,16 @@ TINY = {
 DIFFERENT = ("glm4_moe_lite", "gpt2", "lfm2", "llama")  # the others' caches are like one of these
 
 
+def pytest_collection_modifyitems(items):
+    """Mark what `make test-fast` leaves out, besides what marks itself: kernels, benchmarks, the real model."""
+    for item in items:
+        room = item.path.parent.name
+        if room == "kernels":
+            item.add_marker("kernel")
+        if room == "benchmarks" or "smollm2" in item.fixturenames:
+            item.add_marker("slow")
+
+
 def tiny_config(name, **overrides):
     return {"model_type": name, **TINY[name], **overrides}
 

@@ -1,28 +1,33 @@
+"""README and docs run as written, and their numbers are those of the committed results."""
+
+import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from test_plans import problem
 
-from mlxkv import calibrate, lm, write_dump
+from mlxkv import KVTCRDConfig, calibrate, lm, write_dump
 from mlxkv.cli import main
-from mlxkv.codec.methods.kvtc import KVTCConfig
+from mlxkv.sensitivity import sensitivity
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *(path for path in (ROOT / "docs").rglob("*.md") if path.name not in ("plans.md", "lab-notes.md"))]
 PROSE = "A cache that forgets nothing is a memory; one that forgets the right things is an understanding. "
 
 
-def blocks(language):
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    return [text for named, text in fenced if named == language]
+def blocks(text, language):
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for named, block in fenced if named == language]
 
 
-def block(language, word):
-    """The only block with this word in it."""
-    (found,) = [block for block in blocks(language) if word in block]
-    return found
+def block(text, language, word):
+    """The first block with this word in it."""
+    return next(block for block in blocks(text, language) if word in block)
 
 
 def shorter(script):
@@ -32,48 +37,23 @@ def shorter(script):
 
 def test_the_commands_run_as_written(model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in "abc":
-        Path(f"{name}.txt").write_text(PROSE * (8 + ord(name) % 3))
-    lines = block("", "mlxkv dump").splitlines()
+    Path("a.txt").write_text(PROSE * 8)
+    Path("notes.txt").write_text(PROSE * 10)
+    lines = [*block(README, "", "mlxkv dump").splitlines(), *block(README, "", "mlxkv eval").splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("mlxkv ")]
-    assert [command[0] for command in commands] == [
-        "dump",
-        "dump",
-        "calibrate",
-        "compress",
-        "generate",
-        "decompress",
-        "eval",
-        "generate",
-    ]
+    assert [command[0] for command in commands] == ["dump", "calibrate", "compress", "generate", "eval"]
     for command in commands:
         here = {"mlx-community/Qwen3-4B-4bit": str(model_dir)}
-        words = [here.get(word, word) for word in command]
         with pytest.raises(SystemExit) as exit_info:
-            main(words)
+            main([here.get(word, word) for word in command])
         assert not exit_info.value.code, command
-    assert Path("restored.npz").stat().st_size > Path("a.mlxkv").stat().st_size
+    assert 0 < Path("a.mlxkv").stat().st_size < Path("a.npz").stat().st_size
 
 
-def test_the_evaluations_named_exist_with_their_options():
-    lines = block("", "mlxkv eval needle").splitlines()
-    assert [problem(line) for line in lines] == [None, None]
-
-
-def test_the_python_example_runs_as_written_with_fewer_tokens(smollm2, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    model, tokenizer = smollm2
-    Path("notes.txt").write_text(PROSE * 10)
-    write_dump("c.npz", lm.dump(model, tokenizer.encode(PROSE[::2] * 4)))
-    calibrate(["c.npz"], KVTCConfig(8)).save("artifacts")
-    exec(shorter(block("python", "KVTCCacheCodec")), {})
-    assert Path("notes.mlxkv").stat().st_size > 0
-    assert len(capsys.readouterr().out.strip()) > 10
-
-
+@pytest.mark.slow
 def test_the_live_example_runs_as_written_with_fewer_tokens(smollm2, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    script = block("python", "save_cache")
+    script = block(README, "python", "save_cache")
     assert len([line for line in script.splitlines() if line]) == 10
     exec(shorter(script), {})
     first, size, second = re.split(r"^(\d+) bytes$", capsys.readouterr().out, flags=re.MULTILINE)
@@ -83,7 +63,99 @@ def test_the_live_example_runs_as_written_with_fewer_tokens(smollm2, tmp_path, m
     assert Path("story.cache").stat().st_size > int(size)
 
 
+@pytest.mark.slow
+def test_the_files_example_runs_as_written_with_fewer_tokens(smollm2, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = smollm2
+    Path("notes.txt").write_text(PROSE * 10)
+    tokens = tokenizer.encode(PROSE[::2] * 4)
+    dump = lm.dump(model, tokens)
+    dump.sensitivity = sensitivity(model, tokens)
+    write_dump("c.npz", dump)
+    calibrate(["c.npz"], KVTCRDConfig(basis_bytes=4_000_000)).save("artifacts")
+    exec(shorter(block((ROOT / "docs/files.md").read_text(), "python", "CacheCodec")), {})
+    assert Path("notes.mlxkv").stat().st_size > 0
+    assert len(capsys.readouterr().out.strip()) > 10
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    cells = json.loads((ROOT / "docs/write-your-own-method.ipynb").read_text())["cells"]
+    assert not any(cell.get("outputs") for cell in cells)
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def commands_of(page):
+    """Every command line of a page that stands in a block of its own, without those that are continued."""
+    lines = [line for text in blocks(page.read_text(), "") for line in text.splitlines()]
+    return [line.split("  #")[0] for line in lines if line.startswith("mlxkv ")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_on_a_page_exists_with_its_options(page):
+    wrong = {line: found for line in commands_of(page) if (found := problem(line))}
+    assert not wrong
+
+
+def result(name):
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())["summary"]
+
+
+def rows_of(table_after):
+    """The cells of the README's first table behind a heading, by what stands in backticks."""
+    part = README.split(f"## {table_after}\n")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("|")]
+    return {key[0]: cells for cells in rows if (key := re.findall(r"`([^`]+)`", " ".join(cells)))}
+
+
+def said(value):
+    """A number as README writes it, or as close."""
+    return float(value.replace("%", "").replace(",", ""))
+
+
+def test_what_to_use_has_the_measured_numbers():
+    measured = {row["variant"]: row for row in result("live_methods")["fidelity"] if row["model"] == "smollm2-135m"}
+    rows = rows_of("Which should I use?")
+    assert set(rows) == {"int8", "smartkv-0.3", "int4", "h2o-256", "kvtc-rd"}
+    for name in set(rows) - {"kvtc-rd"}:
+        assert said(rows[name][2]) == pytest.approx(measured[name]["share_of_fp16"], abs=0.006), name
+        assert said(rows[name][3]) == pytest.approx(measured[name]["kl"], rel=0.06), name
+    (filed,) = [row for row in result("rate_distortion")["long"]["kvtc-rd"] if row["at"] == 38]
+    assert said(rows["kvtc-rd"][2]) == pytest.approx(filed["cache_bytes"] / filed["fp16_bytes"], abs=0.001)
+    assert said(rows["kvtc-rd"][3]) == pytest.approx(filed["kl"], rel=0.06)
+
+
+def test_the_comparison_with_mlx_lm_has_the_measured_numbers():
+    measured = {row["variant"]: row for row in result("kv_bits")}
+    rows = rows_of("Beside `--kv-bits`, and beside doing nothing")
+    assert set(rows) == {"mlx-lm --kv-bits 8", "mlx-lm --kv-bits 4", "int8", "int4", "smartkv-0.3"}
+    for name, cells in rows.items():
+        assert said(cells[1]) == pytest.approx(measured[name]["share_of_fp16"], abs=0.006), name
+        assert said(cells[2]) == pytest.approx(measured[name]["kl"], rel=0.06), name
+        assert said(cells[3]) == pytest.approx(100 * measured[name]["top1_agreement"], abs=0.06), name
+
+
+def test_numbers_in_the_text_are_measured():
+    assert 36 * 2 * 8 * 128 * 2 == 147_456  # Qwen3-8B: layers, keys and values, heads, dims, bytes
+    assert f"{147_456 * 32_768 / 1e9:.1f} GB at 32,768" in README
+    shares = {row["variant"]: row["share_of_fp16"] for row in result("live_methods")["fidelity"] if row["model"] == "smollm2-135m"}
+    for name in ("int8", "smartkv-0.3"):
+        assert f"{shares[name] * 147_456 * 32_768 / 1e9:.1f} GB" in README.replace("\n", " ")
+    faster = [row["times_faster_than_prefill"] for row in result("codec_speed") if "restore into mlx-lm" in row["step"]]
+    assert f"{min(faster)} to {max(faster)} times as fast" in README
+    rate = result("rate_distortion")["bd_rate"]["kvtc-rd"]
+    most, least = (round(-100 * bound) for bound in rate["interval"])
+    assert f"{round(-100 * rate['bd_rate'])} % fewer bytes" in README
+    assert f"({least} to {most}, same JSON)" in README
+
+
+def test_readme_fits_a_screen_or_three():
+    assert len(README.splitlines()) <= 135
+
+
 def test_links_lead_somewhere():
-    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")):
-        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("findings/*.md")):
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
             assert target.startswith("http") or (path.parent / target).exists(), f"{path.name}: {target}"
