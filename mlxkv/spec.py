@@ -1,4 +1,4 @@
-"""Descriptions of a cache, outside any model: which layers cache what, and how it is rotated.
+"""Descriptions of a cache, outside any model: rotation, slots, layers, and the fingerprint of the weights that made it.
 
 Knows nothing about mlx-lm, files or codecs.
 """
@@ -8,14 +8,172 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from hashlib import blake2b
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
 
 from mlxkv.errors import FormatError, MismatchError, UnsupportedError
-from mlxkv.spec.integers import is_int
-from mlxkv.spec.rope import Rope
 
 MODES = ("dual_stream", "single_stream")
 STREAMS = ("k", "v")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding as `mx.fast.rope` applies it, and its inverse.
+
+    Parameters
+    ----------
+    dims
+        How many dimensions are rotated; even, above 0.
+    offset
+        First rotated dimension within the last axis.
+    base
+        Base of the geometric series of periods. Exactly one of `base` and `freqs` is given.
+    freqs
+        Periods over 2 pi of each pair of dimensions, `dims / 2` numbers, as `mx.fast.rope` takes them; infinite ones leave
+        their pair alone.
+    traditional
+        True pairs neighbouring dimensions, False pairs the two halves.
+    scale
+        Factor on positions.
+    gain
+        Factor on the rotated dimensions before rotation (`mscale` of YaRN and LongRoPE).
+
+    Raises
+    ------
+    FormatError
+        When the fields do not describe a rotation.
+
+    Notes
+    -----
+    Su et al., RoFormer (arXiv 2104.09864). Angles depend on the position alone, so a rotation can be undone; dynamic NTK
+    scaling is not of this kind.
+
+    Examples
+    --------
+    >>> import mlx.core as mx
+    >>> rope = Rope(4, base=10000.0)
+    >>> keys = mx.ones((1, 1, 3, 4))  # [B, H, T, D]
+    >>> mx.allclose(rope.unrotate(rope.rotate(keys, start=7), start=7), keys, atol=1e-5).item()
+    True
+    """
+
+    dims: int
+    offset: int = 0
+    base: float | None = None
+    freqs: tuple[float, ...] | None = None
+    traditional: bool = False
+    scale: float = 1.0
+    gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (is_int(self.dims) and is_int(self.offset)) or self.dims == 0 or self.dims % 2:
+            raise FormatError(f"rope needs even dims > 0 and offset >= 0, got {self.dims} and {self.offset}")
+        if type(self.traditional) is not bool:
+            raise FormatError(f"rope's traditional is true or false, not {self.traditional!r}")
+        if (self.base is None) == (self.freqs is None):
+            raise FormatError("rope needs either a base or a table of freqs, not both and not none")
+        if self.freqs is not None and len(self.freqs) != self.dims // 2:
+            raise FormatError(f"rope of {self.dims} dims needs {self.dims // 2} freqs, got {len(self.freqs)}")
+        if any(not f > 0 for f in self.freqs or ()):
+            raise FormatError(f"rope needs freqs > 0, got {self.freqs}")
+        if not all(_is_positive_float32(n) for n in (self.scale, self.gain, 1.0 if self.base is None else self.base)):
+            raise FormatError(f"rope needs scale, gain and base > 0, got {self.scale}, {self.gain} and {self.base}")
+
+    def rotate(self, x: mx.array, start: int | mx.array = 0) -> mx.array:
+        """Rotate keys as the model does.
+
+        Parameters
+        ----------
+        x
+            Keys `[B, H, T, D]`.
+        start
+            Position of the first token; an int, or int32 `[B]` with one for each sequence.
+
+        Returns
+        -------
+        mx.array
+            Rotated keys `[B, H, T, D]` of the same type.
+        """
+        return self._apply(x, start, self.scale, self.gain, gain_first=True)
+
+    def unrotate(self, x: mx.array, start: int | mx.array = 0) -> mx.array:
+        """Undo `rotate`.
+
+        Parameters
+        ----------
+        x
+            Rotated keys `[B, H, T, D]`; in float32 the round trip errs by about 5e-7.
+        start
+            Position of the first token, as for `rotate`.
+
+        Returns
+        -------
+        mx.array
+            Keys `[B, H, T, D]` as they were before the rotation.
+        """
+        return self._apply(x, start, -self.scale, 1.0 / self.gain, gain_first=False)
+
+    def _apply(self, x: mx.array, start: int | mx.array, scale: float, gain: float, gain_first: bool) -> mx.array:
+        """Rotate by positions times `scale`, with the gain before or after."""
+        end = self.offset + self.dims
+        part = x[..., self.offset : end]
+        if gain_first and gain != 1.0:
+            part = part * gain
+        freqs = None if self.freqs is None else mx.array(self.freqs, dtype=mx.float32)
+        part = mx.fast.rope(
+            part, self.dims, traditional=self.traditional, base=self.base, scale=scale, offset=start, freqs=freqs
+        )
+        if not gain_first and gain != 1.0:
+            part = part * gain
+        if self.offset == 0 and end == x.shape[-1]:
+            return part
+        return mx.concatenate([x[..., : self.offset], part, x[..., end:]], axis=-1)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as plain JSON values.
+
+        Returns
+        -------
+        dict
+            Fields by name; infinite `freqs` become None.
+        """
+        out = dataclasses.asdict(self)
+        if self.freqs is not None:
+            out["freqs"] = [None if np.isinf(f) else f for f in self.freqs]
+        return out
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Rope:
+        """Return the inverse of `to_json`.
+
+        Parameters
+        ----------
+        data
+            Fields by name.
+
+        Returns
+        -------
+        Rope
+            The rotation.
+
+        Raises
+        ------
+        FormatError
+            When the fields do not describe a rotation. Unknown or missing names raise TypeError, as for any dataclass.
+        """
+        fields = dict(data)
+        if fields.get("freqs") is not None:
+            fields["freqs"] = tuple(float("inf") if f is None else float(f) for f in fields["freqs"])
+        return cls(**fields)
+
+
+def _is_positive_float32(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= np.finfo(np.float32).max
 
 
 @dataclass(frozen=True)
@@ -253,3 +411,50 @@ def check_rope(spec: CacheSpec, stated: Rope | Mapping[str, Any]) -> None:
             raise MismatchError(
                 f"the rotation differs: expected {wrong}, the cache has {shown if rope else 'no rope at all'}"
             )
+
+
+def fingerprint(model: Any) -> str:
+    """Return a short name for a model's weights.
+
+    Parameters
+    ----------
+    model
+        A loaded mlx-lm model.
+
+    Returns
+    -------
+    str
+        Sixteen hexadecimal digits: BLAKE2b of every parameter's name, shape and first 64 values. Equal for float16 or
+        bfloat16 weights and the same weights widened to float32.
+    """
+    digest = blake2b(digest_size=8)
+    parameters = cast(dict[str, mx.array], tree_flatten(model.parameters(), destination={}))
+    for name, value in sorted(parameters.items()):
+        head = value.reshape(-1)[:64]
+        if mx.issubdtype(head.dtype, mx.floating):
+            head = head.astype(mx.float32)
+        digest.update(f"{name} {value.shape} ".encode() + np.array(head).tobytes())
+    return digest.hexdigest()
+
+
+def is_int(value: object, least: int = 0) -> bool:
+    """Return whether a value read from somewhere is an int, and not a bool, of at least `least`.
+
+    Parameters
+    ----------
+    value
+        Anything.
+    least
+        The smallest number allowed.
+
+    Returns
+    -------
+    bool
+        True for such a number.
+
+    Examples
+    --------
+    >>> is_int(3), is_int(True), is_int(3.0), is_int(0, least=1)
+    (True, False, False, False)
+    """
+    return type(value) is int and value >= least
