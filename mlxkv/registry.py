@@ -1,6 +1,6 @@
-"""Things of one kind by name: methods, model adapters, evaluations, kernels, commands. One file adds one.
+"""Things of one kind by name: methods, evaluations, commands. One file adds one, and so can another package.
 
-Every file of a kind's folder is imported when somebody first asks for a name, and so is every installed package that
+Every file of a kind's folder is imported when a name is first asked for, and so is every installed package that
 announces itself under the kind's entry point group; each registers what it defines. A name that was read from a file is
 only ever looked up, so no file can make anything be imported.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
@@ -28,9 +29,12 @@ class Registry(Generic[T]):
     kind
         A noun for messages, such as "live method".
     folder
-        The package whose modules register such things; those that begin with an underscore are passed over.
+        The package whose modules register such things; modules whose names begin with an underscore are passed over.
     group
-        The entry point group of packages outside mlxkv, if they can add such things.
+        The entry point group of packages outside mlxkv that add such things, None where they cannot. A package that
+        cannot be loaded is left out with a RuntimeWarning.
+    check
+        Called with everything that is registered; raises InputError for what is not such a thing.
 
     Examples
     --------
@@ -43,21 +47,37 @@ class Registry(Generic[T]):
     'round'
     """
 
-    def __init__(self, kind: str, folder: str, group: str | None = None) -> None:
+    def __init__(
+        self, kind: str, folder: str, group: str | None = None, check: Callable[[T], None] | None = None
+    ) -> None:
         self.kind, self.folder, self.group = kind, folder, group
+        self._check = check
         self._things: dict[str, T] = {}
         self._loaded = False
+        self._lock = threading.RLock()
 
     def register(self, name: str) -> Callable[[T], T]:
         """Return a decorator that adds a class, function or object under a name.
 
+        Parameters
+        ----------
+        name
+            What users and files call it.
+
+        Returns
+        -------
+        Callable
+            Adds what it is given and returns it unchanged. It raises InputError when something else has the name.
+
         Raises
         ------
         InputError
-            When another thing has the name.
+            When something else has the name, or when `check` refuses the thing.
         """
 
         def add(thing: T) -> T:
+            if self._check is not None:
+                self._check(thing)
             taken = self._things.get(name)
             if taken is not None and _identity(taken) != _identity(thing):
                 raise InputError(f"there are two {self.kind}s of the name {name!r}: {taken!r} and {thing!r}")
@@ -67,22 +87,49 @@ class Registry(Generic[T]):
         return add
 
     def names(self) -> list[str]:
-        """Return all names, sorted."""
+        """Return all names, sorted.
+
+        Returns
+        -------
+        list of str
+            The names.
+        """
         self._load()
         return sorted(self._things)
 
     def find(self, name: object) -> T | None:
-        """Return the thing of that name, or None, whatever `name` is."""
+        """Return the thing of that name; imports nothing because of the name.
+
+        Parameters
+        ----------
+        name
+            Anything, for example what stands in a header.
+
+        Returns
+        -------
+        T or None
+            None when nothing has that name.
+        """
         self._load()
         return self._things.get(name) if isinstance(name, str) else None
 
     def get(self, name: str) -> T:
         """Return the thing of that name.
 
+        Parameters
+        ----------
+        name
+            A name under which something is registered.
+
+        Returns
+        -------
+        T
+            The thing.
+
         Raises
         ------
         InputError
-            When there is none; the message lists those there are.
+            When nothing has that name; the message lists the names there are.
         """
         found = self.find(name)
         if found is None:
@@ -90,12 +137,22 @@ class Registry(Generic[T]):
         return found
 
     def name_of(self, thing: T) -> str:
-        """Return the name a thing was registered under.
+        """Return the name under which a thing is registered.
+
+        Parameters
+        ----------
+        thing
+            A registered thing.
+
+        Returns
+        -------
+        str
+            Its name.
 
         Raises
         ------
         InputError
-            When it never was.
+            When it is not registered.
         """
         for name, registered in self.items():
             if registered is thing:
@@ -103,27 +160,35 @@ class Registry(Generic[T]):
         raise InputError(f"{thing!r} is no registered {self.kind}")
 
     def items(self) -> Iterator[tuple[str, T]]:
-        """Return names and things, sorted by name."""
+        """Return names and things, sorted by name.
+
+        Returns
+        -------
+        Iterator of (str, T)
+            The pairs.
+        """
         self._load()
         return iter(sorted(self._things.items()))
 
     def _load(self) -> None:
-        if self._loaded:
-            return
-        self._loaded = True  # first: a file may ask for names while it is imported
-        package = importlib.import_module(self.folder)
-        for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
-            if not module.name.startswith("_"):
-                importlib.import_module(f"{self.folder}.{module.name}")
-        for entry in entry_points(group=self.group) if self.group else ():
-            try:
-                entry.load()
-            except Exception as error:  # noqa: BLE001  # a broken package of somebody else's must not take ours along
-                warnings.warn(
-                    f"{entry.value} of group {self.group} is left out: {error!r}", RuntimeWarning, stacklevel=2
-                )
+        """Import the folder and the entry points, once; other threads wait for it."""
+        with self._lock:
+            if self._loaded:
+                return
+            self._loaded = True  # first: a file may ask for names while it is imported
+            package = importlib.import_module(self.folder)
+            for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
+                if not module.name.startswith("_"):
+                    importlib.import_module(f"{self.folder}.{module.name}")
+            for entry in entry_points(group=self.group) if self.group else ():
+                try:
+                    entry.load()
+                except Exception as error:  # noqa: BLE001  # another package's mistakes must not stop ours
+                    warnings.warn(
+                        f"{entry.value} of group {self.group} is left out: {error!r}", RuntimeWarning, stacklevel=2
+                    )
 
 
 def _identity(thing: object) -> tuple[object, object]:
-    """Return what stays the same when a module is imported anew."""
+    """Return what stays the same when a module is imported again."""
     return getattr(thing, "__module__", None), getattr(thing, "__qualname__", thing)

@@ -1,6 +1,8 @@
 """Live caches: small while the model runs, behind mlx-lm's own generation.
 
-base.py says what a method is, seam.py puts methods into mlx-lm, serialization.py saves them; methods/ has one a file.
+base.py says what a method is, seam.py puts methods into mlx-lm, serialization.py saves caches; methods/ has one file for
+each method. What several methods share: packing.py (quantized old tokens), selection.py (tokens that stay), sketching.py
+(tokens that stay by a sketch of attention), importance.py, allocation.py, clustering.py, sketches.py.
 """
 
 from mlxkv.live.base import LayerCache as LayerCache

@@ -1,8 +1,8 @@
-"""Which precision each item gets, for the least weighted error within a budget: a knapsack with several choices an item.
+"""Which precision each item gets, for the least weighted error within a budget: a multiple-choice knapsack problem.
 
-Items are tokens, or blocks of them. All functions take weights `[n]`, and for each precision, in an order in which bytes never fall,
-the error of an item of weight 1 and the bytes of an item; they return the index of each item's precision, `[n]`, at
-`budget` bytes or fewer in all. They raise InputError where even the cheapest precision is too much for that.
+Items are tokens, or blocks of tokens. The allocators share their parameters: weights `[n]`; for each precision, in an
+order in which bytes never fall, the error of an item of weight 1 and the bytes of an item; and a budget in bytes. They
+return the index of each item's precision, `[n]`.
 """
 
 from __future__ import annotations
@@ -19,32 +19,87 @@ Costs = Sequence[int]
 Allocator = Callable[[np.ndarray, Errors, Costs, int], np.ndarray]
 
 
-def greedy(weights: np.ndarray, errors: Errors, costs: Costs, budget: int) -> np.ndarray:
-    """From the cheapest precision up, always the step that takes away most error a byte, while there is one that fits.
+def allocate_greedy(weights: np.ndarray, errors: Errors, costs: Costs, budget: int) -> np.ndarray:
+    """Start with the cheapest precision everywhere, then take the step that saves most error a byte while one fits.
 
+    Parameters
+    ----------
+    weights
+        `[n]`, 0 or more.
+    errors
+        Error of an item of weight 1 at each precision.
+    costs
+        Bytes of an item at each precision, never falling.
+    budget
+        Bytes of all items together.
+
+    Returns
+    -------
+    np.ndarray
+        Index of each item's precision, `[n]`.
+
+    Raises
+    ------
+    InputError
+        When the cheapest precision everywhere is over budget.
+
+    Notes
+    -----
     Steps lead along the convex hull of (bytes, error), so the result is worse than the best by one step at most.
+
+    Examples
+    --------
+    Two items, of which only one can have the better precision:
+
+    >>> allocate_greedy(np.array([1.0, 3.0]), errors=[0.5, 0.1], costs=[10, 20], budget=30).tolist()
+    [0, 1]
     """
-    _check(weights, costs, budget)
-    hull = _hull(errors, costs)
+    _check_budget(weights, costs, budget)
+    hull = _convex_hull(errors, costs)
     levels = np.full(len(weights), hull[0])
     left = budget - len(weights) * costs[0]
-    heap = [_step(weights, errors, costs, hull, item, 0) for item in range(len(weights)) if len(hull) > 1]
+    heap = [_hull_step(weights, errors, costs, hull, item, 0) for item in range(len(weights)) if len(hull) > 1]
     heapq.heapify(heap)
     while heap:
-        _, item, place = heapq.heappop(heap)
-        price = costs[hull[place + 1]] - costs[hull[place]]
+        _, item, step = heapq.heappop(heap)
+        price = costs[hull[step + 1]] - costs[hull[step]]
         if price > left:
             continue
         left -= price
-        levels[item] = hull[place + 1]
-        if place + 2 < len(hull):
-            heapq.heappush(heap, _step(weights, errors, costs, hull, item, place + 1))
+        levels[item] = hull[step + 1]
+        if step + 2 < len(hull):
+            heapq.heappush(heap, _hull_step(weights, errors, costs, hull, item, step + 1))
     return levels
 
 
-def exact(weights: np.ndarray, errors: Errors, costs: Costs, budget: int) -> np.ndarray:
-    """The best there is, by dynamic programming over bytes: O(n * precisions * budget / greatest common divisor)."""
-    _check(weights, costs, budget)
+def allocate_exact(weights: np.ndarray, errors: Errors, costs: Costs, budget: int) -> np.ndarray:
+    """Find the best allocation by dynamic programming over bytes.
+
+    Parameters
+    ----------
+    weights, errors, costs, budget
+        As in `allocate_greedy`.
+
+    Returns
+    -------
+    np.ndarray
+        Index of each item's precision, `[n]`.
+
+    Raises
+    ------
+    InputError
+        When the cheapest precision everywhere is over budget.
+
+    Notes
+    -----
+    Takes time O(n * precisions * budget / greatest common divisor of the costs).
+
+    Examples
+    --------
+    >>> allocate_exact(np.array([1.0, 3.0]), errors=[0.5, 0.1], costs=[10, 20], budget=30).tolist()
+    [0, 1]
+    """
+    _check_budget(weights, costs, budget)
     unit = int(np.gcd.reduce(np.array(costs)))
     room = min(budget, len(weights) * costs[-1]) // unit
     best, choices = np.zeros(room + 1), np.zeros((len(weights), room + 1), np.int8)
@@ -61,51 +116,161 @@ def exact(weights: np.ndarray, errors: Errors, costs: Costs, budget: int) -> np.
     return levels
 
 
-def uniform(weights: np.ndarray, errors: Errors, costs: Costs, budget: int) -> np.ndarray:
-    """One precision for all: the highest that fits."""
-    _check(weights, costs, budget)
+def allocate_uniform(weights: np.ndarray, errors: Errors, costs: Costs, budget: int) -> np.ndarray:
+    """Give all items the highest precision that fits for all.
+
+    Parameters
+    ----------
+    weights, errors, costs, budget
+        As in `allocate_greedy`; only the number of weights matters.
+
+    Returns
+    -------
+    np.ndarray
+        The same index for each item, `[n]`.
+
+    Raises
+    ------
+    InputError
+        When the cheapest precision everywhere is over budget.
+    """
+    _check_budget(weights, costs, budget)
     return np.full(len(weights), max(level for level, cost in enumerate(costs) if len(weights) * cost <= budget))
 
 
-def randomly(weights: np.ndarray, errors: Errors, costs: Costs, budget: int, seed: int = 0) -> np.ndarray:
-    """The precisions of `greedy`, dealt out at random: what importance has to beat."""
-    return np.random.default_rng(seed).permutation(greedy(weights, errors, costs, budget))
+def allocate_random(weights: np.ndarray, errors: Errors, costs: Costs, budget: int, seed: int = 0) -> np.ndarray:
+    """Deal out the precisions of `allocate_greedy` at random: the control that importance has to beat.
+
+    Parameters
+    ----------
+    weights, errors, costs, budget
+        As in `allocate_greedy`.
+    seed
+        Of the draw, 0 or more.
+
+    Returns
+    -------
+    np.ndarray
+        Index of each item's precision, `[n]`.
+
+    Raises
+    ------
+    InputError
+        When the cheapest precision everywhere is over budget.
+    """
+    return np.random.default_rng(seed).permutation(allocate_greedy(weights, errors, costs, budget))
 
 
-def by_position(weights: np.ndarray, errors: Errors, costs: Costs, budget: int, first: str = "early") -> np.ndarray:
-    """The precisions of `greedy`, the high ones for the first items ("early") or for the last ("late")."""
-    levels = np.sort(greedy(weights, errors, costs, budget))
+def allocate_by_position(
+    weights: np.ndarray, errors: Errors, costs: Costs, budget: int, first: str = "early"
+) -> np.ndarray:
+    """Deal out the precisions of `allocate_greedy` by position: another control.
+
+    Parameters
+    ----------
+    weights, errors, costs, budget
+        As in `allocate_greedy`.
+    first
+        "early" gives the high precisions to the first items, "late" to the last.
+
+    Returns
+    -------
+    np.ndarray
+        Index of each item's precision, `[n]`.
+
+    Raises
+    ------
+    InputError
+        When the cheapest precision everywhere is over budget.
+    """
+    levels = np.sort(allocate_greedy(weights, errors, costs, budget))
     return levels if first == "late" else levels[::-1].copy()
 
 
 def total_error(weights: np.ndarray, errors: Errors, levels: np.ndarray) -> float:
-    """The weighted error of an allocation."""
+    """Return the weighted error of an allocation.
+
+    Parameters
+    ----------
+    weights
+        `[n]`.
+    errors
+        Error of an item of weight 1 at each precision.
+    levels
+        `[n]`, as allocators return them.
+
+    Returns
+    -------
+    float
+        The sum over items.
+
+    Examples
+    --------
+    >>> total_error(np.array([1.0, 3.0]), [0.5, 0.25], np.array([0, 1]))
+    1.25
+    """
     return float(weights @ np.asarray(errors)[levels])
 
 
 def regret(levels: np.ndarray, future: np.ndarray, errors: Errors, costs: Costs, budget: int) -> float:
-    """How much more error an allocation has than the oracle's: the exact one for the weights that came true, `[n]`."""
-    oracle = exact(future, errors, costs, budget)
+    """Return how much more error an allocation has than the best one for the weights that came true.
+
+    Parameters
+    ----------
+    levels
+        `[n]`, as allocators return them.
+    future
+        The weights that came true, `[n]`.
+    errors, costs, budget
+        As in `allocate_greedy`.
+
+    Returns
+    -------
+    float
+        0 for the best allocation.
+    """
+    oracle = allocate_exact(future, errors, costs, budget)
     return total_error(future, errors, levels) - total_error(future, errors, oracle)
 
 
-def layer_shares(kind: str, layers: int, ratio: float = 2.0) -> np.ndarray:
-    """How the budget is split over layers, `[layers]` with mean 1: "equal", or from the first layer falling to the last
-    by the factor `ratio`, in equal differences ("linear") or in equal factors ("exponential")."""
+def layer_budget_factors(kind: str, layers: int, ratio: float = 2.0) -> np.ndarray:
+    """Return how a budget is split over layers.
+
+    Parameters
+    ----------
+    kind
+        "equal"; or falling from the first layer to the last, in equal differences ("linear") or by equal factors
+        ("exponential").
+    layers
+        How many.
+    ratio
+        The first layer's factor over the last one's; not for "equal".
+
+    Returns
+    -------
+    np.ndarray
+        A factor for each layer's budget, `[layers]`, with mean 1.
+
+    Examples
+    --------
+    >>> layer_budget_factors("linear", 3, ratio=3.0).tolist()
+    [1.5, 1.0, 0.5]
+    """
     if kind == "equal":
         return np.ones(layers)
-    shares = np.linspace(ratio, 1, layers) if kind == "linear" else np.geomspace(ratio, 1, layers)
-    return shares / shares.mean()
+    factors = np.linspace(ratio, 1, layers) if kind == "linear" else np.geomspace(ratio, 1, layers)
+    return factors / factors.mean()
 
 
-def _check(weights: np.ndarray, costs: Costs, budget: int) -> None:
+def _check_budget(weights: np.ndarray, costs: Costs, budget: int) -> None:
+    """Refuse a budget that the cheapest precision does not meet."""
     if len(weights) * costs[0] > budget:
         raise InputError(f"{len(weights)} items of at least {costs[0]} bytes do not fit into {budget}")
 
 
-def _hull(errors: Errors, costs: Costs) -> list[int]:
-    """Precisions on the lower convex hull of (bytes, error), from the cheapest on."""
-    hull = [_start(errors, costs)]
+def _convex_hull(errors: Errors, costs: Costs) -> list[int]:
+    """Return the precisions on the lower convex hull of (bytes, error), from the cheapest on."""
+    hull = [_cheapest(errors, costs)]
     while True:
         here = hull[-1]
         gains = {
@@ -118,13 +283,14 @@ def _hull(errors: Errors, costs: Costs) -> list[int]:
         hull.append(max(gains, key=lambda level: (gains[level], level)))
 
 
-def _start(errors: Errors, costs: Costs) -> int:
-    """The cheapest precision, and of several that cost the same the best."""
+def _cheapest(errors: Errors, costs: Costs) -> int:
+    """Return the cheapest precision, and of several that cost the same the best."""
     return min(range(len(costs)), key=lambda level: (costs[level], errors[level]))
 
 
-def _step(
-    weights: np.ndarray, errors: Errors, costs: Costs, hull: list[int], item: int, place: int
+def _hull_step(
+    weights: np.ndarray, errors: Errors, costs: Costs, hull: list[int], item: int, step: int
 ) -> tuple[float, int, int]:
-    here, there = hull[place], hull[place + 1]
-    return float(weights[item]) * (errors[there] - errors[here]) / (costs[there] - costs[here]), item, place
+    """Return a heap entry: what an item's next step on the hull gains a byte, negated, the item and the step."""
+    here, there = hull[step], hull[step + 1]
+    return float(weights[item]) * (errors[there] - errors[here]) / (costs[there] - costs[here]), item, step

@@ -3,36 +3,89 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import mlx.core as mx
 
 from mlxkv.config import Config
 from mlxkv.errors import InputError, UnsupportedError
-from mlxkv.kernels.bits import UNPACKED, QuantizedArray, pack, unpack
+from mlxkv.kernels.bits import unpack
 from mlxkv.kernels.decode_attention import Bucket, decode_attention
+from mlxkv.live.arrays import (
+    KeysValues,
+    append_chunk,
+    attention_mass,
+    causal_mask,
+    copy_without_parent,
+    iter_arrays,
+    mask_with_bias,
+    to_storage_dtype,
+    unquantized,
+)
 from mlxkv.registry import METHOD_GROUP, Registry
 from mlxkv.spec import CacheSpec
 
-_QUERY_BLOCK = 64  # queries whose attention weights exist at a time, where a method asks for mass
+__all__ = [
+    "KeysValues",
+    "LayerCache",
+    "append_chunk",
+    "attention_mass",
+    "cache_class_of",
+    "causal_mask",
+    "copy_without_parent",
+    "live_methods",
+    "to_storage_dtype",
+    "unquantized",
+]
 
 
 class LayerCache(ABC):
-    """One layer's cache, by one rule for every method: a query sees what the chunks before its own left in the cache
-    (packed, evicted, ...) and its own chunk exactly, causally; then the method absorbs the chunk. Decoding is chunks
-    of one token. Nothing here waits for a value, as mlx-lm builds its graph one token ahead; counts are Python's.
+    """One layer's cache, by one rule for every method.
 
-    A method's `Cache` names in state_fields the attributes that are its state: arrays, Packed, numbers, None, or lists, tuples
-    and dicts of such. From them follow `nbytes`, `state` and saving. It implements `buckets` and `absorb`, `bias` where
-    entries stand for several tokens, and `cut` where tokens can be taken back. With observation_window = n, `absorb` is told the attention mass of a chunk's last n
-    queries. `slots` and `layer` say what is cached and where; with `latent` (MLA) "keys" are latents, "values" k_pe.
+    A query sees what the chunks before its own left in the cache (quantized, evicted, ...), and its own chunk exactly
+    and causally; then the method absorbs the chunk. Decoding is chunks of one token. Nothing here waits for a value,
+    since mlx-lm builds its graph one token ahead; counts are Python's.
 
-    config: of the method's `config_class`. spec: what the model caches. layer: the layer's index in the model.
+    A method implements `buckets` and `absorb`; `score_bias` where entries stand for several tokens, and `_trim` where
+    tokens can be taken back. It sets the class attributes below and registers itself with `live_methods`.
+
+    Parameters
+    ----------
+    config
+        Settings, of the method's `config_class`.
+    spec
+        What the model caches.
+    layer
+        The layer's index in the model.
+
+    Attributes
+    ----------
+    config_class
+        The class of the method's settings.
+    state_fields
+        Names of the attributes that are the method's state: arrays, QuantizedArray, numbers, None, or lists, tuples
+        and dicts of such. `nbytes`, `state` and saving follow from them.
+    state_types
+        For state fields that are NamedTuples of arrays their classes, so that a loaded cache has them again.
+    observation_window
+        Of how many of a chunk's last queries `absorb` gets the attention mass; 0 for methods that do not use it.
+    slots
+        Heads, dims and rotation of the keys and of the values.
+    latent
+        Whether this is MLA, whose "keys" are latents and whose "values" are k_pe.
+    offset
+        Tokens seen so far.
+
+    Raises
+    ------
+    UnsupportedError
+        When the layer keeps no keys and values, or when the method cannot be had for this model.
     """
 
     config_class: ClassVar[type[Config]]
-    state_fields: tuple[str, ...] = ()
+    state_fields: ClassVar[tuple[str, ...]] = ()
+    state_types: ClassVar[Mapping[str, Callable[..., tuple[Any, ...]]]] = {}
     observation_window = 0
 
     def __init__(self, config: Config, spec: CacheSpec, layer: int) -> None:
@@ -42,27 +95,49 @@ class LayerCache(ABC):
         self.config, self.spec, self.layer, self.slots = config, spec, layer, slots
         self.latent = spec.mode == "single_stream"
         self.offset = 0
-        self._chunk: tuple[mx.array, mx.array] | None = None
+        self._pending_chunk: KeysValues | None = None
 
     @property
     def method_name(self) -> str:
-        """The name that the method is registered under."""
+        """The name under which the method is registered."""
         return live_methods.name_of(type(self))
 
     # What a method implements
 
     @abstractmethod
     def buckets(self) -> list[Bucket]:
-        """What is stored, in storage order: keys and values `[B, Hkv, Tb, D]`, those kept as they are from `raw`."""
+        """Return what is stored.
+
+        Returns
+        -------
+        list of Bucket
+            Keys `[B, Hkv, Tb, D]` and values `[B, Hkv, Tb, Dv]`, in any order that stays the same; each bucket has one
+            precision. `unquantized` wraps arrays that are stored as they are.
+        """
 
     @abstractmethod
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
-        """Take a chunk `[B, Hkv, L, D]`, exact. mass `[B, Hkv, kept + L]` float32: the attention probability of each
-        stored and new token, summed over the query heads of its kv head and the last `observation_window` queries."""
+        """Store a chunk that has been attended.
 
-    def bias(self) -> mx.array | None:
-        """What is added to the scores of what is stored, `[B, 1 or Hkv, kept]` float32, in the order of `buckets`: the
-        logarithm of how many tokens an entry stands for, -inf for none."""
+        Parameters
+        ----------
+        keys, values
+            The chunk `[B, Hkv, L, D]` and `[B, Hkv, L, Dv]`, exact. `offset` counts it already.
+        mass
+            `[B, Hkv, kept + L]` float32: the attention probability of each stored and each new token, in the order of
+            `buckets`, summed over the query heads of its kv head and over the last `observation_window` queries. None
+            where the window is 0.
+        """
+
+    def score_bias(self) -> mx.array | None:
+        """Return what is added to the scores of what is stored, where entries stand for several tokens.
+
+        Returns
+        -------
+        mx.array or None
+            `[B, 1 or Hkv, kept]` float32 in the order of `buckets`: the logarithm of how many tokens an entry stands
+            for, -inf for none. None where each stands for one.
+        """
         return None
 
     def _trim(self, count: int) -> None:
@@ -72,17 +147,30 @@ class LayerCache(ABC):
     # What mlx-lm calls
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Remember a chunk `[B, Hkv, L, D]` for `attend`, and give the model back what it computes with itself: for
-        MLA k_pe `[B, 1, kept + L, D]`, and several queries' latents too; for others nothing but the chunk.
+        """Remember a chunk for `attend`, and return what the model computes with by itself.
 
-        Raises UnsupportedError when the chunk before has never been attended.
+        Parameters
+        ----------
+        keys, values
+            The chunk `[B, Hkv, L, D]` and `[B, Hkv, L, Dv]`.
+
+        Returns
+        -------
+        tuple of mx.array
+            For MLA k_pe `[B, 1, kept + L, Dv]` and, where there are several queries, latents `[B, 1, kept + L, D]`;
+            for others just the chunk.
+
+        Raises
+        ------
+        UnsupportedError
+            When the chunk before has not been attended.
         """
-        if self._chunk is not None:
+        if self._pending_chunk is not None:
             raise UnsupportedError(
                 "a live cache got a chunk before the last one was attended: call mlxkv.attach(model) before running "
                 "the model; after an interrupted call start again with a new cache"
             )
-        self._chunk = keys, values
+        self._pending_chunk = KeysValues(keys, values)
         self.offset += keys.shape[2]
         if self.latent:
             return keys if keys.shape[2] == 1 else self._concat_stored(0, keys), self._concat_stored(1, values)
@@ -91,20 +179,38 @@ class LayerCache(ABC):
     def attend(
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None = None
     ) -> mx.array:
-        """Attention of queries `[B, Hq, L, D]` over what is stored and the chunk, `[B, Hq, L, Dv]`; then absorbs it.
+        """Return the attention over what is stored and the chunk, then absorb the chunk.
 
-        keys and values: what `update_and_fetch` returned, or for MLA what the model made of it. mask: None, "causal",
-        bool or, for MLA, scores to add, `[B, Hq, L, kept + L]`.
+        Parameters
+        ----------
+        queries
+            `[B, Hq, L, D]`.
+        keys, values
+            What `update_and_fetch` returned, or for MLA what the model made of it.
+        scale
+            Factor of the scores.
+        mask
+            None, "causal", bool, or for MLA scores to add, `[B, Hq, L, kept + L]`.
+
+        Returns
+        -------
+        mx.array
+            `[B, Hq, L, Dv]`.
+
+        Raises
+        ------
+        UnsupportedError
+            When there is no chunk to attend.
         """
-        if self._chunk is None:
+        if self._pending_chunk is None:
             raise UnsupportedError("a live cache attends once for each update_and_fetch")
-        chunk, self._chunk = self._chunk, None
+        chunk, self._pending_chunk = self._pending_chunk, None
         stored = self.buckets()
-        mask = _mask_with_bias(mask, self.bias(), queries)
+        mask = mask_with_bias(mask, self.score_bias(), queries)
         if queries.shape[2] == 1 and (
             self.observation_window or not all(k.is_unquantized and v.is_unquantized for k, v in stored)
         ):
-            tokens = [*stored, (unquantized(chunk[0]), unquantized(chunk[1]))]
+            tokens = [*stored, chunk.as_bucket()]
             if self.latent:
                 tokens = [(k, k) for k, _ in tokens]
             bias = mask[:, :, 0] if isinstance(mask, mx.array) else None
@@ -117,14 +223,32 @@ class LayerCache(ABC):
             keys = values = self._concat_stored(0, keys)
         output = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
         last = min(self.observation_window, queries.shape[2])
-        self.absorb(*chunk, attention_mass(queries, keys, scale, mask, last, chunk[0].shape[1]) if last else None)
+        kv_heads = chunk.keys.shape[1]
+        self.absorb(*chunk, attention_mass(queries, keys, scale, mask, last, kv_heads) if last else None)
         # Generation evaluates outputs alone: state that no output needs yet would hold on to every step before.
         return mx.depends(output, self.state)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
-        """None for one token, else "causal" or bool `[N, kept + N]`: a stored token is always visible.
+        """Return the mask of the next chunk: every stored token is visible, the chunk causally.
 
-        Raises UnsupportedError for a window: sliding-window layers keep mlx-lm's own cache.
+        Parameters
+        ----------
+        N
+            Tokens in the chunk.
+        return_array
+            Whether "causal" will not do.
+        window_size
+            The window of a sliding-window layer, which is refused.
+
+        Returns
+        -------
+        mx.array, str or None
+            None for one token, else "causal" or bool `[N, kept + N]`.
+
+        Raises
+        ------
+        UnsupportedError
+            For a window: sliding-window layers keep mlx-lm's own cache.
         """
         if window_size is not None:
             raise UnsupportedError("a live cache is not for sliding-window layers: keep mlx-lm's own there")
@@ -134,19 +258,33 @@ class LayerCache(ABC):
 
     @property
     def kept(self) -> int:
-        """Tokens stored, of the `offset` tokens seen."""
+        """Entries stored, for the `offset` tokens seen."""
         return sum(keys.shape[-2] for keys, _ in self.buckets())
 
     def size(self) -> int:
+        """Return `kept`, under mlx-lm's name.
+
+        Returns
+        -------
+        int
+            Entries stored.
+        """
         return self.kept
 
     def empty(self) -> bool:
+        """Return whether no token has been seen.
+
+        Returns
+        -------
+        bool
+            True before the first chunk.
+        """
         return self.offset == 0
 
     @property
     def state(self) -> list[mx.array]:
         """All arrays held, for `mx.eval`. `mlxkv.save_cache` saves caches, mlx-lm's save_prompt_cache cannot."""
-        return list(_iter_arrays([getattr(self, name) for name in self.state_fields]))
+        return list(iter_arrays([getattr(self, name) for name in self.state_fields]))
 
     @property
     def nbytes(self) -> int:
@@ -154,11 +292,33 @@ class LayerCache(ABC):
         return sum(array.nbytes for array in self.state)
 
     def is_trimmable(self) -> bool:
-        """Whether the last tokens can be taken back: where the method can, as long as it has evicted none."""
+        """Return whether the last tokens can be taken back.
+
+        Returns
+        -------
+        bool
+            True where the method can do so, as long as it has evicted no token.
+        """
         return type(self)._trim is not LayerCache._trim and self.kept == self.offset
 
     def trim(self, n: int) -> int:
-        """Take back the last n tokens, or all there are; returns how many. Raises UnsupportedError after eviction."""
+        """Take back the last tokens.
+
+        Parameters
+        ----------
+        n
+            How many; all where there are fewer.
+
+        Returns
+        -------
+        int
+            How many were taken back.
+
+        Raises
+        ------
+        UnsupportedError
+            When tokens have been evicted already.
+        """
         if not self.is_trimmable():
             raise UnsupportedError("this cache has given up tokens and cannot be trimmed: ask is_trimmable() first")
         count = min(n, self.offset)
@@ -168,80 +328,43 @@ class LayerCache(ABC):
         return count
 
     def _concat_stored(self, slot: int, chunk: mx.array) -> mx.array:
-        """Everything stored in slot 0 or 1, unpacked for as long as it takes, and the chunk."""
+        """Return all that is stored in slot 0 or 1, unpacked for as long as it is used, and then the chunk."""
         return mx.concatenate([*(unpack(pair[slot], chunk.dtype) for pair in self.buckets()), chunk], axis=-2)
 
 
-live_methods: Registry[type[LayerCache]] = Registry("live method", "mlxkv.live.methods", METHOD_GROUP)
+def _check_method(kind: type[LayerCache]) -> None:
+    """Refuse what cannot be a live method, for example one of another package."""
+    if not (isinstance(kind, type) and issubclass(kind, LayerCache)):
+        raise InputError(f"{kind!r} cannot be a live method: it is no subclass of mlxkv.live.LayerCache")
+    config = getattr(kind, "config_class", None)
+    if not (isinstance(config, type) and issubclass(config, Config)):
+        raise InputError(f"live method {kind.__name__} needs a config_class, a subclass of mlxkv.config.Config")
+
+
+live_methods: Registry[type[LayerCache]] = Registry("live method", "mlxkv.live.methods", METHOD_GROUP, _check_method)
 
 
 def cache_class_of(config: Config) -> type[LayerCache]:
-    """The cache class that takes these settings. Raises InputError when no registered method does."""
-    for _, found in live_methods.items():
-        if found.config_class is type(config):
-            return found
+    """Return the registered method that has such settings.
+
+    Parameters
+    ----------
+    config
+        Settings of a live method.
+
+    Returns
+    -------
+    type of LayerCache
+        The method's cache class.
+
+    Raises
+    ------
+    InputError
+        When no method has settings of this class, or when several do.
+    """
+    found = {name: kind for name, kind in live_methods.items() if kind.config_class is type(config)}
+    if len(found) > 1:
+        raise InputError(f"{config!r} could be of {' or '.join(found)}: name the method instead")
+    for kind in found.values():
+        return kind
     raise InputError(f"{config!r} are no settings of a live method: those are {', '.join(live_methods.names())}")
-
-
-def unquantized(x: mx.array) -> QuantizedArray:
-    """x `[..., T, D]` kept as it is, in the form of a bucket."""
-    return pack(x, UNPACKED, 1, x.shape[-1])
-
-
-def to_storage_dtype(x: mx.array) -> mx.array:
-    """float32 as float16, other types as they are: what is stored has at most the 2 bytes an element of the yardstick."""
-    return x.astype(mx.float16) if x.dtype == mx.float32 else x
-
-
-def copy_without_parent(x: mx.array) -> mx.array:
-    """A copy of x `[..., T, D]`, since a slice or view keeps alive all of the array that it is of."""
-    return mx.concatenate([x[..., :0, :], x], axis=-2)
-
-
-def causal_mask(queries: int, tokens: int) -> mx.array:
-    """Bool `[queries, tokens]`: the last query sees all tokens, the one before it all but the last, and so on."""
-    return mx.arange(tokens - queries, tokens)[:, None] >= mx.arange(tokens)[None]
-
-
-def attention_mass(
-    queries: mx.array, keys: mx.array, scale: float, mask: mx.array | str | None, last: int, kv_heads: int
-) -> mx.array:
-    """How much attention each token gets from the last queries: `[B, kv_heads, T]` float32, of queries `[B, Hq, L, D]`
-    and keys `[B, H, T, D]`, summed over those queries and over the query heads of a kv head."""
-    B, Hq, L, _ = queries.shape
-    H, T = keys.shape[1:3]
-    mass = mx.zeros((B, kv_heads, T))
-    for start in range(L - last, L, _QUERY_BLOCK):
-        rows = slice(start, min(start + _QUERY_BLOCK, L))
-        block = (queries[:, :, rows].astype(mx.float32) * scale).reshape(B, H, Hq // H, -1, queries.shape[-1])
-        scores = (block @ keys.astype(mx.float32)[:, :, None].swapaxes(-1, -2)).reshape(B, Hq, -1, T)
-        part = causal_mask(L, T)[rows] if isinstance(mask, str) else mask if mask is None else mask[..., rows, :]
-        if part is not None:
-            scores = mx.where(part, scores, -mx.inf) if part.dtype == mx.bool_ else scores + part
-        mass += mx.softmax(scores, axis=-1).reshape(B, kv_heads, -1, T).sum(axis=2)
-    return mass
-
-
-def _mask_with_bias(mask: mx.array | str | None, bias: mx.array | None, queries: mx.array) -> mx.array | str | None:
-    """The mask of `attend` with a bias `[B, H, kept]` of what is stored: scores to add, `[B, Hq, L, kept + L]`."""
-    if bias is None:
-        return mask
-    Hq, L = queries.shape[1:3]
-    bias = mx.pad(mx.repeat(bias, Hq // bias.shape[1], axis=1), [(0, 0), (0, 0), (0, L)])[:, :, None]
-    if mask is None:
-        return bias.astype(queries.dtype)
-    seen = causal_mask(L, bias.shape[-1]) if isinstance(mask, str) else mask
-    return (mx.where(seen, bias, -mx.inf) if seen.dtype == mx.bool_ else seen + bias).astype(queries.dtype)
-
-
-def _iter_arrays(tree: Any) -> Iterator[mx.array]:
-    """All arrays in nested lists, tuples, dicts and Packed."""
-    if isinstance(tree, mx.array):
-        yield tree
-    elif isinstance(tree, QuantizedArray):
-        yield from (tree.words, tree.bias, tree.scale)
-    elif isinstance(tree, Sequence) and not isinstance(tree, str):
-        for item in tree:
-            yield from _iter_arrays(item)
-    elif isinstance(tree, dict):
-        yield from _iter_arrays(list(tree.values()))

@@ -1,13 +1,12 @@
-"""Online clustering that never holds more than C centroids: new tokens found centroids of their own, and the cheapest
-pairs of all are merged until C are left. So a rare token keeps a centroid of count 1, which is the token itself.
+"""Online clustering that never holds more than C centroids.
 
-Of N independent clusterings (batch x heads) at once, in one pass, with no loop over tokens. Which pairs are cheap says
-Ward's criterion (J. Am. Stat. Assoc. 58, 1963): merging centroids of weights a and b at a distance d adds
-a * b / (a + b) * d^2 to the weighted squared error. Many pairs are merged at once, as ToMe does
-(https://arxiv.org/abs/2210.09461), each centroid into an earlier one or into one that stays.
+New tokens become centroids of their own, then the cheapest pairs of all are merged until C are left. So a rare token
+keeps a centroid of count 1, which is the token itself. N independent clusterings (batch x heads) are done at once.
 
-Nothing waits for a value: how many slots there are follows from the number of tokens, and a slot without tokens has
-count 0.
+Ward's criterion (J. Am. Stat. Assoc. 58, 1963) says which pairs are cheap: merging centroids of weights a and b at a
+distance d adds a * b / (a + b) * d^2 to the weighted squared error. Many pairs are merged at once, as ToMe does
+(https://arxiv.org/abs/2210.09461), each centroid into an earlier one or into one that stays. Nothing waits for a value:
+how many slots there are follows from the number of tokens, and a slot without tokens has count 0.
 """
 
 from __future__ import annotations
@@ -17,46 +16,46 @@ from typing import NamedTuple, get_args
 
 import mlx.core as mx
 
-from mlxkv.config import Config, choice, integer, is_int, number
+from mlxkv.config import Config, choice, integer, number
 from mlxkv.errors import InputError, MismatchError
 from mlxkv.kernels.centroids import Metric, assign, sums
 
 ROUNDS = 4  # in which the excess is merged: after each, costs are those of what has become of the pairs
 BLOCK = 64  # tokens that `OnlineClustering` takes at a time
-_BARRED, _FAR = 1e30, 1e20  # what must not be merged costs the one, and nothing else as much as the other
+_FORBIDDEN, _FORBIDDEN_FROM = 1e30, 1e20  # cost of a merger that must not be; others cost less than the second
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusteringConfig(Config):
-    """How to cluster.
+    """Settings of the clustering.
 
     Parameters
     ----------
     centroids
-        Most there are.
+        Maximal number of centroids, more than `sinks`.
     metric
-        Of vectors; "cosine" looks at their directions only.
+        Distance of vectors: "euclidean", or "cosine" for their directions only.
     value_weight
-        How much a difference of carried values counts beside one of vectors, 0 for not at all.
+        Factor of differences between values beside those between keys; 0 leaves values out of the distance.
     similarity
-        A token at least so similar to its nearest centroid joins it at once (cosine, or minus the squared distance).
+        Similarity (cosine, or minus the squared distance) from which on a token joins its nearest centroid at once.
+        With None and no `quantile` tokens are merged only for lack of room.
     quantile
-        Instead, those above this quantile of the similarities of the tokens that come together. With neither, tokens are
-        only ever merged for want of room.
+        In place of `similarity`: the quantile of the similarities of tokens that come together above which they join.
     merge_similarity
-        What is less similar is never merged; for want of room the lightest centroids are given up then.
+        Similarity below which centroids are never merged; for lack of room the lightest ones are dropped then.
     sinks
-        First tokens that keep centroids of their own.
+        First tokens, which keep centroids of their own.
     ema
-        A centroid that tokens join moves towards them by 1 - ema for each, however many it stands for; None: it is the
-        mean of all its tokens.
+        Factor of a centroid's old place for each token that joins it, however many tokens it stands for; with None it
+        is the mean of all its tokens.
     persistence
-        By how much counts and weights fade whenever tokens come, 1 for not at all.
+        Factor by which counts and weights fade whenever tokens come; 1 keeps them.
     min_count
-        Centroids of less than this are not given out; they stay, and may grow.
+        Count below which a centroid is hidden from attention; it stays, and may grow.
     """
 
-    centroids: int = 256
+    centroids: int = integer(256, least=1)
     metric: Metric = choice("euclidean", get_args(Metric))
     value_weight: float = number(0.0, least=0)
     similarity: float | None = number(None)
@@ -69,10 +68,8 @@ class ClusteringConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_int(self.centroids, least=self.sinks + 1):
-            raise InputError(
-                f"centroids must be 1 or more beside sinks >= 0, not {self.centroids!r} and {self.sinks!r}"
-            )
+        if self.centroids <= self.sinks:
+            raise InputError(f"centroids must be more than sinks, not {self.centroids} and {self.sinks}")
         if self.similarity is not None and self.quantile is not None:
             raise InputError("similarity and quantile are two ways to say the same: set at most one")
 
@@ -80,8 +77,16 @@ class ClusteringConfig(Config):
 class Clusters(NamedTuple):
     """M slots in each of N clusterings, in the order of their first tokens; float32.
 
-    keys `[N, M, D]`, values `[N, M, Dv]` and positions `[N, M]`: means of a slot's tokens, by weight. counts `[N, M]`: how
-    many they are, 0 for an empty slot. weights `[N, M]`: the sum of theirs.
+    Parameters
+    ----------
+    keys, values
+        Weighted means of a slot's tokens, `[N, M, D]` and `[N, M, Dv]`.
+    positions
+        Weighted means of their positions, `[N, M]`.
+    counts
+        How many tokens they are, `[N, M]`, 0 for an empty slot.
+    weights
+        The sum of the tokens' weights, `[N, M]`.
     """
 
     keys: mx.array
@@ -92,9 +97,25 @@ class Clusters(NamedTuple):
 
 
 def insert(old: Clusters | None, new: Clusters, config: ClusteringConfig) -> Clusters:
-    """`new` tokens, each in a slot of its own, taken into `old`: as many slots as there are of both, at most C.
+    """Insert new tokens into a clustering.
 
-    All pairs of them are compared: `[N, M, M]` floats for as long as it takes.
+    Parameters
+    ----------
+    old
+        The clusters so far, None for none.
+    new
+        T new tokens, each in a slot of its own.
+    config
+        Settings.
+
+    Returns
+    -------
+    Clusters
+        As many slots as there are in both, at most `config.centroids`.
+
+    Notes
+    -----
+    Compares all pairs of slots, which takes `[N, M, M]` floats.
     """
     if old is None:
         old = _slice_slots(new, 0, 0)
@@ -113,12 +134,25 @@ def insert(old: Clusters | None, new: Clusters, config: ClusteringConfig) -> Clu
 
 
 def visible_counts(counts: mx.array, config: ClusteringConfig) -> mx.array:
-    """Counts `[..., M]`, 0 where `min_count` hides a centroid."""
+    """Return counts with zeros where `min_count` hides a centroid.
+
+    Parameters
+    ----------
+    counts
+        `[..., M]`.
+    config
+        Settings.
+
+    Returns
+    -------
+    mx.array
+        `[..., M]`.
+    """
     return mx.where((counts >= config.min_count) | (mx.arange(counts.shape[-1]) < config.sinks), counts, 0)
 
 
 def _join_similar(old: Clusters, new: Clusters, config: ClusteringConfig) -> tuple[Clusters, Clusters]:
-    """Tokens that are similar enough to their nearest centroid go into it, and leave empty slots behind."""
+    """Let tokens that are similar enough to their nearest centroid join it; they leave empty slots behind."""
     M, T = old.counts.shape[1], new.counts.shape[1]
     open_to = mx.where(mx.arange(M) < config.sinks, 0, old.counts)
     nearest, similarity = assign(_features(new, config), _features(old, config), open_to, config.metric)
@@ -138,30 +172,32 @@ def _join_similar(old: Clusters, new: Clusters, config: ClusteringConfig) -> tup
 
 
 def _merge_cheapest(slots: Clusters, excess: int, config: ClusteringConfig) -> Clusters:
-    """With `excess` slots less: those that cost least to merge into an earlier one go into the one of the others, of
-    those that stay, that costs least. Empty slots go first and cost nothing."""
+    """Merge as many slots into others as there are in excess; empty slots go first and cost nothing.
+
+    Those go that cost least to merge into an earlier slot, each into the slot of those that stay that costs least.
+    """
     M = slots.counts.shape[1]
     index = mx.arange(M)
-    cost, fixed = _costs(slots, config)
-    earlier = mx.where(index[:, None] > index, cost, _BARRED).min(axis=-1)
-    # Without another to merge into, the lightest are given up.
-    lightest = _BARRED * (1 + slots.weights / (1 + slots.weights))
-    key = mx.where(slots.counts <= 0, -mx.inf, mx.where(earlier < _FAR, earlier, lightest))
-    going = mx.argpartition(mx.where(fixed, mx.inf, key), excess - 1, axis=-1)[:, :excess]
-    stays = mx.put_along_axis(mx.ones(fixed.shape, mx.bool_), going, mx.array(False), axis=1)
-    place = mx.cumsum(stays.astype(mx.int32), axis=1) - 1
-    choice = mx.where(stays[:, None], mx.take_along_axis(cost, going[..., None], axis=1), _BARRED)
-    target = mx.take_along_axis(place, choice.argmin(axis=-1), axis=1)
-    target = mx.where(choice.min(axis=-1) < _FAR, target, -1)
-    return merge_by_owner(slots, mx.put_along_axis(place, going, target, axis=1), M - excess)
+    cost, fixed = _merge_costs(slots, config)
+    earlier = mx.where(index[:, None] > index, cost, _FORBIDDEN).min(axis=-1)
+    # Without another to merge into, the lightest are dropped.
+    lightest = _FORBIDDEN * (1 + slots.weights / (1 + slots.weights))
+    key = mx.where(slots.counts <= 0, -mx.inf, mx.where(earlier < _FORBIDDEN_FROM, earlier, lightest))
+    merged = mx.argpartition(mx.where(fixed, mx.inf, key), excess - 1, axis=-1)[:, :excess]
+    stays = mx.put_along_axis(mx.ones(fixed.shape, mx.bool_), merged, mx.array(False), axis=1)
+    new_index = mx.cumsum(stays.astype(mx.int32), axis=1) - 1
+    choice = mx.where(stays[:, None], mx.take_along_axis(cost, merged[..., None], axis=1), _FORBIDDEN)
+    target = mx.take_along_axis(new_index, choice.argmin(axis=-1), axis=1)
+    target = mx.where(choice.min(axis=-1) < _FORBIDDEN_FROM, target, -1)
+    return merge_by_owner(slots, mx.put_along_axis(new_index, merged, target, axis=1), M - excess)
 
 
-def _costs(slots: Clusters, config: ClusteringConfig) -> tuple[mx.array, mx.array]:
-    """What merging slot i into slot j costs, `[N, M, M]`, and which slots stay as they are, `[N, M]`: first tokens and
-    those that hold NaN. Beyond _FAR it costs to merge into those, and pairs too unlike.
+def _merge_costs(slots: Clusters, config: ClusteringConfig) -> tuple[mx.array, mx.array]:
+    """Return Ward's cost of merging slot i into slot j, `[N, M, M]`, and which slots are never merged, `[N, M]`.
 
-    One product gives all distances, and as few passes as can be over so many pairs: they are what takes the time.
-    Float32's rounding of the squared norms is what can be between two equal vectors.
+    Never merged are the first tokens and slots that hold NaN. Merging into those, or what is too unlike, costs more than
+    _FORBIDDEN_FROM. One product gives all distances, with as few passes over all pairs as possible, since they take most
+    of the time. Two equal vectors may differ by the rounding of their squared norms.
     """
     x = _features(slots, config)
     broken = mx.isnan(x).any(axis=-1)
@@ -170,7 +206,7 @@ def _costs(slots: Clusters, config: ClusteringConfig) -> tuple[mx.array, mx.arra
         x = _units(x)
     squares = mx.square(x).sum(axis=-1, keepdims=True)
     fixed = broken | (mx.arange(x.shape[1]) < config.sinks)
-    barred = mx.where(fixed[..., None], _BARRED, squares)
+    barred = mx.where(fixed[..., None], _FORBIDDEN, squares)
     ones = mx.ones(squares.shape)
     distance = mx.concatenate([x, squares, ones], -1) @ mx.concatenate([-2 * x, ones, barred], -1).swapaxes(1, 2)
     weights = slots.weights / mx.maximum(slots.weights.mean(axis=1, keepdims=True), 1e-30)
@@ -178,19 +214,34 @@ def _costs(slots: Clusters, config: ClusteringConfig) -> tuple[mx.array, mx.arra
     cost = distance / (inverse[:, :, None] + inverse[:, None])
     if config.merge_similarity is not None:
         similarity = 1 - distance / 2 if config.metric == "cosine" else -distance
-        cost = mx.where(similarity >= config.merge_similarity, cost, _BARRED)
+        cost = mx.where(similarity >= config.merge_similarity, cost, _FORBIDDEN)
     return cost, fixed
 
 
 def _features(slots: Clusters, config: ClusteringConfig) -> mx.array:
-    """What is compared, `[N, M, D or D + Dv]`."""
+    """Return the vectors that are compared, `[N, M, D or D + Dv]`."""
     if not config.value_weight:
         return slots.keys
     return mx.concatenate([slots.keys, config.value_weight * slots.values], axis=-1)
 
 
 def merge_by_owner(slots: Clusters, owner: mx.array, size: int) -> Clusters:
-    """The slots of each owner `[N, M]` as one slot; those of owner -1 are given up."""
+    """Merge all slots of the same owner into one.
+
+    Parameters
+    ----------
+    slots
+        M slots.
+    owner
+        Index of the new slot of each, int32 `[N, M]`; -1 drops it.
+    size
+        How many slots to return.
+
+    Returns
+    -------
+    Clusters
+        `size` slots, empty where no slot has this owner.
+    """
     D, Dv = slots.keys.shape[-1], slots.values.shape[-1]
     joint = mx.concatenate([slots.keys, slots.values, slots.positions[..., None]], axis=-1)
     totals, weights = sums(joint, owner, size, slots.weights)
@@ -200,35 +251,69 @@ def merge_by_owner(slots: Clusters, owner: mx.array, size: int) -> Clusters:
 
 
 def _slice_slots(slots: Clusters, start: int, stop: int) -> Clusters:
+    """Return slots start..stop."""
     return Clusters(*(x[:, start:stop] for x in slots))
 
 
 def _units(x: mx.array) -> mx.array:
+    """Return vectors of length 1, or 0 for 0."""
     return _ratio(x, mx.linalg.norm(x, axis=-1, keepdims=True))
 
 
 def _ratio(a: mx.array, b: mx.array) -> mx.array:
+    """Return a / b, 0 where b is not above 0."""
     return mx.where(b > 0, a / b, 0)
 
 
 class OnlineClustering:
-    """N clusterings of plain arrays, filled as tokens come: without a model, for streams and experiments.
+    """Clusterings of plain arrays, filled as tokens come: without a model, for streams and experiments.
 
-    Memory is taken once, for C centroids. `keys` `[N, C, D]`, `values` `[N, C, Dv]` and `positions` `[N, C]` are means
-    of a centroid's tokens, `counts` `[N, C]` how many they are; where that is 0 there is no centroid.
+    Memory is taken once, for C centroids each.
+
+    Parameters
+    ----------
+    config
+        Settings; C is `config.centroids`.
+    batch
+        N, how many independent clusterings.
+    dim
+        D, of the vectors that are clustered.
+    value_dim
+        Dv, of values that are carried along, 0 for none.
+
+    Examples
+    --------
+    Three tokens, two of which are equal, and room for two centroids:
+
+    >>> clustering = OnlineClustering(ClusteringConfig(centroids=2), batch=1, dim=2)
+    >>> clustering.insert(mx.array([[[1.0, 0.0], [0.0, 5.0], [1.0, 0.0]]]))
+    >>> clustering.keys.tolist(), clustering.counts.tolist()
+    ([[[1.0, 0.0], [0.0, 5.0]]], [[2.0, 1.0]])
     """
 
-    def __init__(self, config: ClusteringConfig, clusterings: int, dim: int, value_dim: int = 0) -> None:
-        shape = clusterings, config.centroids
+    def __init__(self, config: ClusteringConfig, batch: int, dim: int, value_dim: int = 0) -> None:
+        shape = batch, config.centroids
         self.config, self.tokens, self.used = config, 0, 0
         self.state = Clusters(
             mx.zeros((*shape, dim)), mx.zeros((*shape, value_dim)), mx.zeros(shape), mx.zeros(shape), mx.zeros(shape)
         )
 
     def insert(self, x: mx.array, values: mx.array | None = None, weights: mx.array | None = None) -> None:
-        """Take in tokens x `[N, T, D]`, with values `[N, T, Dv]` and weights `[N, T]` > 0, 1 where None, in blocks of BLOCK.
+        """Insert tokens, in blocks of BLOCK.
 
-        Raises MismatchError for other shapes.
+        Parameters
+        ----------
+        x
+            `[N, T, D]`.
+        values
+            `[N, T, Dv]`; None only where Dv is 0.
+        weights
+            `[N, T]`, above 0; 1 for all where None.
+
+        Raises
+        ------
+        MismatchError
+            For other shapes.
         """
         (N, _, D), Dv = self.state.keys.shape, self.state.values.shape[-1]
         shape = x.shape[:2]
@@ -245,24 +330,28 @@ class OnlineClustering:
             block = _slice_slots(new, start, start + BLOCK)
             grown = insert(_slice_slots(self.state, 0, self.used), block, self.config)
             self.used = grown.counts.shape[1]
-            for whole, part in zip(self.state, grown):
-                whole[:, : self.used] = part
+            for memory, part in zip(self.state, grown):
+                memory[:, : self.used] = part
         self.tokens += shape[1]
 
     @property
     def keys(self) -> mx.array:
+        """Means of each centroid's vectors, `[N, C, D]`."""
         return self.state.keys
 
     @property
     def values(self) -> mx.array:
+        """Means of each centroid's values, `[N, C, Dv]`."""
         return self.state.values
 
     @property
     def positions(self) -> mx.array:
+        """Means of each centroid's positions, `[N, C]`."""
         return self.state.positions
 
     @property
     def counts(self) -> mx.array:
+        """How many tokens each centroid stands for, `[N, C]`; 0 where there is none, or `min_count` hides it."""
         return visible_counts(self.state.counts, self.config)
 
     @property
@@ -274,12 +363,28 @@ class OnlineClustering:
 def energy_loss(
     queries: mx.array, keys: mx.array, owner: mx.array, centroids: mx.array, bias: mx.array, diversity: float = 0.0
 ) -> mx.array:
-    """Attention mass that centroids misplace, `[N]` float32: half of the sum, over centroids, of how far the mass each
-    gets is from what its tokens get, a mean over queries. 0 where none is misplaced, 1 where all is.
+    """Return the attention mass that centroids misplace.
 
-    queries `[N, Q, D]`, already scaled. keys `[N, T, D]`, the tokens; owner `[N, T]` their centroids, -1 for none: that
-    mass counts as misplaced. centroids `[N, C, D]` with bias `[N, C]`: the logarithm of their counts. diversity: what a
-    mean cosine of 1 between different centroids adds, since centroids that say the same waste slots.
+    Parameters
+    ----------
+    queries
+        `[N, Q, D]`, already scaled.
+    keys
+        The tokens, `[N, T, D]`.
+    owner
+        Their centroids, `[N, T]`; -1 for none, whose mass counts as misplaced.
+    centroids
+        `[N, C, D]`.
+    bias
+        Logarithms of the centroids' counts, `[N, C]`, -inf where there is no centroid.
+    diversity
+        How much a mean cosine of 1 between different centroids adds, since similar centroids waste slots.
+
+    Returns
+    -------
+    mx.array
+        `[N]` float32: half of the sum, over centroids, of the difference between the mass that a centroid gets and the
+        mass that its tokens get, averaged over queries. 0 where none is misplaced, 1 where all is.
     """
     exact = mx.softmax(queries.astype(mx.float32) @ keys.astype(mx.float32).swapaxes(1, 2), axis=-1)
     scores = queries.astype(mx.float32) @ centroids.astype(mx.float32).swapaxes(1, 2) + bias[:, None]

@@ -1,4 +1,4 @@
-"""Importance of tokens to a kv head: the attention that they get, over time."""
+"""Importance of tokens: how much attention each gets from the queries of a kv head, averaged or summed over time."""
 
 from __future__ import annotations
 
@@ -6,15 +6,43 @@ import mlx.core as mx
 
 
 def update_importance(importance: mx.array, mass: mx.array, queries: int, decay: float) -> mx.array:
-    """Importance `[B, Hkv, T]` and what the last queries attended to, `[B, Hkv, T + L]`, as importance `[B, Hkv, T + L]`.
+    """Bring importance up to date after a chunk.
 
-    An average of the attention of one query, in which each query counts `decay` times as much as the one after it;
-    with decay 1 the sum over all queries. mass: summed over those queries. A new token starts with the mean of the
-    queries that could see it, or it would look unimportant for having come last.
+    Parameters
+    ----------
+    importance
+        `[B, Hkv, T]`, of the T tokens before the chunk.
+    mass
+        `[B, Hkv, T + L]`, attention probabilities that the last queries gave to all tokens, summed over those queries.
+    queries
+        How many queries that were.
+    decay
+        How much a query counts in comparison with the one after it, above 0. With 1 importance is the sum over all
+        queries, else a moving average of the attention of one query.
+
+    Returns
+    -------
+    mx.array
+        `[B, Hkv, T + L]`.
+
+    Notes
+    -----
+    H2O (https://arxiv.org/abs/2306.14048) is the case of decay 1. In the moving average a new token starts with the
+    mean over those queries that could see it, or it would look unimportant because it came last.
+
+    Examples
+    --------
+    One token so far; a new one comes, whose query gives it 3/4 of its attention:
+
+    >>> old, mass = mx.array([[[0.5]]]), mx.array([[[0.25, 0.75]]])
+    >>> update_importance(old, mass, queries=1, decay=1).tolist()
+    [[[0.75, 0.75]]]
+    >>> update_importance(old, mass, queries=1, decay=0.5).tolist()
+    [[[0.375, 0.75]]]
     """
     T = importance.shape[-1]
     if decay == 1:
         return mx.concatenate([importance + mass[..., :T], mass[..., T:]], axis=-1)
     mean = mass / mx.minimum(mx.arange(mass.shape[-1], 0, -1), queries)
-    kept = decay**queries
-    return mx.concatenate([kept * importance + (1 - kept) * mean[..., :T], mean[..., T:]], axis=-1)
+    weight = decay**queries
+    return mx.concatenate([weight * importance + (1 - weight) * mean[..., :T], mean[..., T:]], axis=-1)

@@ -1,77 +1,151 @@
-"""What methods share that pack old tokens and keep the newest as they are."""
+"""What methods share that quantize old tokens and keep the newest unquantized."""
 
 from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
+from typing import ClassVar
 
 import mlx.core as mx
 
 from mlxkv.config import Config
 from mlxkv.kernels.bits import QuantizedArray, pack, unpack
 from mlxkv.kernels.decode_attention import Bucket, slice_rows
-from mlxkv.live.base import LayerCache, copy_without_parent, to_storage_dtype, unquantized
+from mlxkv.live.arrays import copy_without_parent
+from mlxkv.live.base import KeysValues, LayerCache, append_chunk
 from mlxkv.spec import CacheSpec
 
 BLOCK = 64  # tokens packed at a time: few enough to stay small, many enough that copying `packed` is rare
 
 
 class PackingCache(LayerCache):
-    """Old tokens packed, and a tail of the newest, at least `recent` and fewer than `recent + BLOCK` tokens.
+    """Old tokens quantized, and a tail of the newest: at least `recent` and fewer than `recent + BLOCK` tokens.
 
     Blocks of BLOCK tokens leave the tail together, so what is stored depends on the tokens and not on their chunks.
-    After `trim` the tokens of a block that is cut stay, at the values they had, in the tail. A method adds `pack`.
+    After `trim` those tokens of a partly trimmed block that are left go to the tail, at their quantized values. A
+    method implements `pack`.
+
+    Parameters
+    ----------
+    config
+        Settings, of the method's `config_class`.
+    spec
+        What the model caches.
+    layer
+        The layer's index in the model.
+
+    Attributes
+    ----------
+    packed
+        Keys and values of the old tokens, None while there are none.
+    tail
+        The newest tokens.
+    recent
+        Newest tokens that stay in the tail, at least.
     """
 
     state_fields = ("packed", "tail")
+    state_types: ClassVar = {"tail": KeysValues}
     recent = 0
 
     def __init__(self, config: Config, spec: CacheSpec, layer: int) -> None:
         super().__init__(config, spec, layer)
         self.packed: Bucket | None = None
-        self.tail: tuple[mx.array, mx.array] | None = None
+        self.tail: KeysValues | None = None
 
     @abstractmethod
     def pack(self, keys: mx.array, values: mx.array) -> Bucket:
-        """Keys and values `[B, Hkv, n * BLOCK, D]`, packed in tiles that divide BLOCK."""
+        """Quantize whole blocks of tokens.
+
+        Parameters
+        ----------
+        keys, values
+            `[B, Hkv, n * BLOCK, D]` and `[B, Hkv, n * BLOCK, Dv]`.
+
+        Returns
+        -------
+        Bucket
+            Both, packed in tiles whose tokens divide BLOCK.
+        """
 
     def buckets(self) -> list[Bucket]:
+        """Return the packed tokens, then the tail."""
         packed = [] if self.packed is None else [self.packed]
-        return packed if self.tail is None else [*packed, (unquantized(self.tail[0]), unquantized(self.tail[1]))]
+        return packed if self.tail is None else [*packed, self.tail.as_bucket()]
 
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
-        keys, values = to_storage_dtype(keys), to_storage_dtype(values)
-        old = (keys[..., :0, :], values[..., :0, :]) if self.tail is None else self.tail
-        keys, values = mx.concatenate([old[0], keys], axis=-2), mx.concatenate([old[1], values], axis=-2)
-        count = max(0, keys.shape[-2] - self.recent) // BLOCK * BLOCK
+        """Append the chunk to the tail and pack the blocks that are old enough."""
+        tail = append_chunk(self.tail, keys, values)
+        count = max(0, tail.tokens - self.recent) // BLOCK * BLOCK
         if count:
-            block = self.pack(keys[..., :count, :], values[..., :count, :])
-            if self.packed is not None:
-                block = concat_tokens(self.packed[0], block[0]), concat_tokens(self.packed[1], block[1])
-            self.packed = block
-            keys, values = copy_without_parent(keys[..., count:, :]), copy_without_parent(values[..., count:, :])
-        self.tail = keys, values
+            block = self.pack(tail.keys[..., :count, :], tail.values[..., :count, :])
+            self.packed = block if self.packed is None else concat_buckets(self.packed, block)
+            tail = tail.copy_tokens(count)
+        self.tail = tail
 
     def _trim(self, count: int) -> None:
+        """Drop tokens of the tail; where it has too few, unpack the rest of a block."""
         left = self.kept - count
-        start = 0 if self.packed is None else self.packed[0].shape[-2]
-        if self.packed is not None and left < start:
+        packed_tokens = token_count(self.packed)
+        if self.packed is not None and left < packed_tokens:
             keys, values = self.packed
             start = left // BLOCK * BLOCK
-            self.tail = (
-                unpack(copy_rows(keys, start, left), keys.dtype),
-                unpack(copy_rows(values, start, left), values.dtype),
-            )
+            rest = copy_rows(keys, start, left), copy_rows(values, start, left)
+            self.tail = KeysValues(unpack(rest[0], keys.dtype), unpack(rest[1], values.dtype))
             self.packed = copy_rows(keys, 0, start), copy_rows(values, 0, start)
         elif self.tail is not None:
-            self.tail = (
-                copy_without_parent(self.tail[0][..., : left - start, :]),
-                copy_without_parent(self.tail[1][..., : left - start, :]),
-            )
+            self.tail = self.tail.copy_tokens(0, left - packed_tokens)
+
+
+def token_count(bucket: Bucket | None) -> int:
+    """Return how many tokens a bucket has.
+
+    Parameters
+    ----------
+    bucket
+        Keys and values, or None.
+
+    Returns
+    -------
+    int
+        Tokens, 0 for None.
+    """
+    return 0 if bucket is None else bucket[0].shape[-2]
+
+
+def concat_buckets(first: Bucket, second: Bucket) -> Bucket:
+    """Return the tokens of two buckets of one kind as one bucket.
+
+    Parameters
+    ----------
+    first
+        T1 tokens, whose tiles are full.
+    second
+        T2 tokens.
+
+    Returns
+    -------
+    Bucket
+        T1 + T2 tokens.
+    """
+    return concat_tokens(first[0], second[0]), concat_tokens(first[1], second[1])
 
 
 def concat_tokens(first: QuantizedArray, second: QuantizedArray) -> QuantizedArray:
-    """Packed rows `[..., T1, D]` and `[..., T2, D]` of one kind as `[..., T1 + T2, D]`; the first's tiles are whole."""
+    """Return packed rows and then others of the same kind.
+
+    Parameters
+    ----------
+    first
+        `[..., T1, D]`, whose tiles are full.
+    second
+        `[..., T2, D]`.
+
+    Returns
+    -------
+    QuantizedArray
+        `[..., T1 + T2, D]`.
+    """
     words, bias, scale = (
         mx.concatenate([getattr(first, name), getattr(second, name)], axis=-2) for name in ("words", "bias", "scale")
     )
@@ -79,7 +153,22 @@ def concat_tokens(first: QuantizedArray, second: QuantizedArray) -> QuantizedArr
 
 
 def copy_rows(packed: QuantizedArray, start: int, stop: int) -> QuantizedArray:
-    """A copy of rows start..stop, start at the beginning of a tile."""
+    """Return a copy of some packed rows.
+
+    Parameters
+    ----------
+    packed
+        `[..., T, D]`.
+    start
+        The first row, at the beginning of a tile.
+    stop
+        The row after the last.
+
+    Returns
+    -------
+    QuantizedArray
+        `[..., stop - start, D]`, which keeps nothing else alive.
+    """
     rows = slice_rows(packed, start, stop)
     return dataclasses.replace(
         rows,
@@ -89,7 +178,41 @@ def copy_rows(packed: QuantizedArray, start: int, stop: int) -> QuantizedArray:
     )
 
 
+def gather_rows(packed: QuantizedArray, indices: mx.array) -> QuantizedArray:
+    """Return rows of what is packed token by token, another choice for each head.
+
+    Parameters
+    ----------
+    packed
+        `[B, H, T, D]` in tiles of one token.
+    indices
+        `[B, H, n]`.
+
+    Returns
+    -------
+    QuantizedArray
+        `[B, H, n, D]`.
+    """
+    words, bias, scale = (
+        mx.take_along_axis(x, indices[..., None], axis=2) for x in (packed.words, packed.bias, packed.scale)
+    )
+    return dataclasses.replace(packed, words=words, bias=bias, scale=scale)
+
+
 def quantize_per_token(x: mx.array, bits: int) -> QuantizedArray:
-    """x `[..., T, D]` packed by token, in groups of 64 dims or, where 64 does not divide D, all D together."""
+    """Quantize each token by itself, in groups of 64 dims or, where 64 does not divide D, all dims together.
+
+    Parameters
+    ----------
+    x
+        `[..., T, D]`.
+    bits
+        Of every value: 2, 3, 4 or 8, or 16 for none saved.
+
+    Returns
+    -------
+    QuantizedArray
+        `[..., T, D]`, with a minimum and a step for each group.
+    """
     dim = x.shape[-1]
     return pack(x, bits, 1, 64 if dim % 64 == 0 else dim)

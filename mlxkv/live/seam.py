@@ -6,31 +6,93 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxkv.config import Config
 from mlxkv.errors import InputError, PresetError
-from mlxkv.live.base import cache_class_of, live_methods
+from mlxkv.live.base import LayerCache, cache_class_of, live_methods
 from mlxkv.models import cache_spec
 from mlxkv.presets import method_preset, preset_names
 
 _ATTENTION = "scaled_dot_product_attention"
 
 
-def make_cache(model: Any, method: str | Config, **overrides: Any) -> list[Any]:
-    """A prompt cache for mlx-lm's `generate(..., prompt_cache=...)`, one entry a layer.
+class CacheEntry(Protocol):
+    """One layer's entry of a prompt cache: a `LayerCache`, or a cache of mlx-lm's own for other layers."""
 
-    method: the name of a preset, or of a method for its default settings, or a method's settings; overrides replace
-    single settings. Layers whose state is not keys and values (convolutions) keep mlx-lm's own cache. Installs
-    `attach(model)`. Raises PresetError for unknown names and settings, UnsupportedError for a model or method that
-    cannot be live.
+    @property
+    def state(self) -> Any:
+        """All arrays held, for `mx.eval`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays held."""
+
+    def empty(self) -> bool:
+        """Return whether no token has been seen."""
+
+    def is_trimmable(self) -> bool:
+        """Return whether the last tokens can be taken back."""
+
+
+def make_cache(model: Any, method: str | Config, **overrides: Any) -> list[CacheEntry]:
+    """Make a prompt cache for mlx-lm's `generate(..., prompt_cache=...)`; installs `attach(model)`.
+
+    Parameters
+    ----------
+    model
+        A model that mlx-lm loaded.
+    method
+        The name of a preset; or of a live method, for its default settings; or a live method's settings.
+    **overrides
+        Single settings to replace.
+
+    Returns
+    -------
+    list of CacheEntry
+        One entry a layer: a `LayerCache` where the layer keeps keys and values of all tokens, mlx-lm's own cache for
+        other layers (convolutions, sliding windows).
+
+    Raises
+    ------
+    PresetError
+        For an unknown name, a codec's preset, and unknown or impossible settings.
+    InputError
+        For settings that are not of a live method.
+    UnsupportedError
+        For a model or method that cannot be live.
     """
-    config, spec = live_config(method, **overrides), cache_spec(model)
-    cache_class = cache_class_of(config)
-    caches = make_prompt_cache(model)
+    cache_class, config = _resolve_method(method, overrides)
+    return make_cache_of(model, cache_class, config)
+
+
+def make_cache_of(model: Any, cache_class: type[LayerCache], config: Config) -> list[CacheEntry]:
+    """Make a prompt cache of a method's class, which need not be registered; installs `attach(model)`.
+
+    Parameters
+    ----------
+    model
+        A model that mlx-lm loaded.
+    cache_class
+        The method.
+    config
+        Its settings.
+
+    Returns
+    -------
+    list of CacheEntry
+        As `make_cache` returns them.
+
+    Raises
+    ------
+    UnsupportedError
+        For a model or method that cannot be live.
+    """
+    spec = cache_spec(model)
+    caches: list[CacheEntry] = make_prompt_cache(model)
     for layer in spec.attention_layers:
         caches[layer] = cache_class(config, spec, layer)
     attach(model)
@@ -38,35 +100,67 @@ def make_cache(model: Any, method: str | Config, **overrides: Any) -> list[Any]:
 
 
 def live_config(method: str | Config, **overrides: Any) -> Config:
-    """Settings of the live method that a preset names, or else of the method of that name; overrides replace single ones.
+    """Return the settings that `make_cache` would use.
 
-    Raises PresetError listing presets and methods for another name, for a codec's preset and for unknown settings.
+    Parameters
+    ----------
+    method
+        The name of a preset; or of a live method, for its default settings; or a live method's settings.
+    **overrides
+        Single settings to replace.
+
+    Returns
+    -------
+    Config
+        Settings of a live method.
+
+    Raises
+    ------
+    PresetError
+        For an unknown name, a codec's preset, and unknown or impossible settings.
+    InputError
+        For settings that are not of a live method.
     """
-    config = method if isinstance(method, Config) else _named_config(method)
+    return _resolve_method(method, overrides)[1]
+
+
+def _resolve_method(method: str | Config, overrides: dict[str, Any]) -> tuple[type[LayerCache], Config]:
+    """Return the class and the settings that a preset, a method or settings stand for."""
+    if isinstance(method, Config):
+        cache_class, config = cache_class_of(method), method
+    else:
+        cache_class, config = _named_method(method)
     try:
-        return config.replace(**overrides)
+        return cache_class, config.replace(**overrides)
     except InputError as error:
         raise PresetError(f"{method}: {error}") from None
 
 
-def _named_config(name: str) -> Config:
+def _named_method(name: str) -> tuple[type[LayerCache], Config]:
+    """Return the class and the settings of a preset, or of the live method of that name."""
     if name not in preset_names("methods"):
         if (found := live_methods.find(name)) is None:
             known = ", ".join(sorted({*preset_names("methods"), *live_methods.names()}))
             raise PresetError(f"no preset or live method {name!r}; there are {known}")
-        return found.config_class()
+        return found, found.config_class()
     preset = method_preset(name)
     if (found := live_methods.find(preset.method)) is None:
         raise PresetError(
-            f"{name!r} compresses whole caches and is not a live method: those are {', '.join(live_methods.names())}"
+            f"preset {name!r} is of method {preset.method!r}, which is not a live method: those are "
+            f"{', '.join(live_methods.names())}"
         )
-    return preset.config(found.config_class)
+    return found, preset.config(found.config_class)
 
 
 def attach(model: Any) -> None:
-    """Let live caches compute the attention of this model, and of all others that mlx-lm implements by its modules.
+    """Let live caches compute the attention of this model, and of all others that use the same modules of mlx-lm.
 
     Other caches get mlx-lm's own attention, as before. Attaching twice is attaching once; `detach` undoes it.
+
+    Parameters
+    ----------
+    model
+        A model that mlx-lm loaded.
     """
     for module in _attention_modules(model):
         original = getattr(module, _ATTENTION)
@@ -75,18 +169,26 @@ def attach(model: Any) -> None:
 
 
 def detach(model: Any) -> None:
-    """Put mlx-lm's own attention back. Live caches of the model then raise UnsupportedError on their second use."""
+    """Put mlx-lm's own attention back. Live caches of the model then raise UnsupportedError on their second use.
+
+    Parameters
+    ----------
+    model
+        A model that mlx-lm loaded.
+    """
     for module in _attention_modules(model):
         setattr(module, _ATTENTION, getattr(getattr(module, _ATTENTION), "__wrapped__", getattr(module, _ATTENTION)))
 
 
 def _attention_modules(model: Any) -> Iterator[ModuleType]:
-    """The Python modules that define the model's parts and call attention by a name of their own."""
+    """Return the Python modules that define the model's parts and call attention by a name of their own."""
     names = {kind.__module__ for part in model.modules() for kind in type(part).__mro__}
     return (sys.modules[name] for name in sorted(names) if hasattr(sys.modules[name], _ATTENTION))
 
 
 def _with_live_caches(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """Wrap mlx-lm's attention so that live caches attend themselves."""
+
     @functools.wraps(original)
     def attention(
         queries: mx.array, keys: mx.array, values: mx.array, cache: Any, *args: Any, **kwargs: Any

@@ -14,16 +14,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxkv.config import Config, is_int
+from mlxkv.config import Config
 from mlxkv.errors import FormatError, InputError, MismatchError
 from mlxkv.io import container
 from mlxkv.io.atomic import atomic_write
 from mlxkv.io.container import Reader, encode_section
 from mlxkv.kernels.bits import QuantizedArray
 from mlxkv.live.base import LayerCache, live_methods
-from mlxkv.live.seam import make_cache
+from mlxkv.live.seam import CacheEntry, make_cache_of
 from mlxkv.models import cache_spec
-from mlxkv.spec import fingerprint
+from mlxkv.spec import fingerprint, is_int
 from mlxkv.version import __version__
 
 KIND = "live cache"
@@ -34,17 +34,29 @@ _TYPES = {
 _MAX_AXES = 8
 
 
-def save_cache(path: str | Path, model: Any, caches: Sequence[Any]) -> None:
-    """Write the live caches of a model, as `make_cache` made them, other layers' own states included.
+def save_cache(path: str | Path, model: Any, caches: Sequence[CacheEntry]) -> None:
+    """Write the live caches of a model, the states of other layers included.
 
-    Raises InputError for caches without a live one among them or with states that are not arrays and numbers.
+    Parameters
+    ----------
+    path
+        The file to write; it appears whole or not at all.
+    model
+        The model that the caches are of.
+    caches
+        What `make_cache` made, one entry a layer.
+
+    Raises
+    ------
+    InputError
+        For caches without a live one among them, and for states that are not arrays and numbers.
     """
     live = [entry for entry in caches if isinstance(entry, LayerCache)]
     if not live:
         raise InputError("none of these caches is a live one: mlxkv.make_cache makes them")
     arrays: list[mx.array] = []
     layers = [
-        [entry.offset, _describe_state([getattr(entry, name) for name in entry.state_fields], arrays)]
+        [entry.offset, _describe_state([_to_plain_type(entry, name) for name in entry.state_fields], arrays)]
         if isinstance(entry, LayerCache)
         else [None, _describe_state(entry.state, arrays)]
         for entry in caches
@@ -64,10 +76,27 @@ def save_cache(path: str | Path, model: Any, caches: Sequence[Any]) -> None:
         container.write(file, header, sections)
 
 
-def load_cache(path: str | Path, model: Any) -> list[Any]:
-    """What `save_cache` wrote, ready to go on with: a prompt cache for this model, with `attach(model)` installed.
+def load_cache(path: str | Path, model: Any) -> list[CacheEntry]:
+    """Read what `save_cache` wrote; installs `attach(model)`.
 
-    Raises MismatchError when it was made with other weights, FormatError (ChecksumError) for damaged files.
+    Parameters
+    ----------
+    path
+        The file to read.
+    model
+        The model that the caches were made with.
+
+    Returns
+    -------
+    list of CacheEntry
+        A prompt cache that goes on as the saved one would have.
+
+    Raises
+    ------
+    MismatchError
+        When it was made with another model or other weights.
+    FormatError
+        For damaged files (ChecksumError), and for methods that are not installed.
     """
     with Reader(path) as reader:
         header = reader.header
@@ -76,8 +105,8 @@ def load_cache(path: str | Path, model: Any) -> list[Any]:
         if header.get("fingerprint") != fingerprint(model) or header.get("spec") != cache_spec(model).to_json():
             raise MismatchError(f"{reader.name} was made with another model or other weights than this one")
         try:
-            caches = make_cache(model, _config(reader))
-            arrays = [_read(reader, str(i), *row) for i, row in enumerate(header["arrays"])]
+            caches = make_cache_of(model, *_read_method(reader))
+            arrays = [_read_array(reader, str(i), *row) for i, row in enumerate(header["arrays"])]
             for entry, (offset, tree) in zip(caches, header["layers"], strict=True):
                 _restore(entry, offset, _rebuild_state(tree, arrays))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError) as error:
@@ -85,15 +114,17 @@ def load_cache(path: str | Path, model: Any) -> list[Any]:
     return caches
 
 
-def _config(reader: Reader) -> Config:
-    """The settings that a header names. Raises FormatError for a method that is not installed."""
-    method = live_methods.find(reader.header["method"])
-    if method is None:
-        raise FormatError(f"{reader.name} is of method {reader.header['method']!r}, which is not installed here")
-    return method.config_class.from_dict(reader.header["settings"])
+def _read_method(reader: Reader) -> tuple[type[LayerCache], Config]:
+    """Return the method that a header names, and its settings; the name is only looked up."""
+    name = reader.header["method"]
+    cache_class = live_methods.find(name)
+    if cache_class is None:
+        raise FormatError(f"{reader.name} is of method {str(name)[:80]!r}, which is not installed here")
+    return cache_class, cache_class.config_class.from_dict(reader.header["settings"])
 
 
 def _restore(entry: Any, offset: Any, state: Any) -> None:
+    """Give a new cache the state that a file has, checked against the model."""
     if not isinstance(entry, LayerCache):
         entry.state = state
         return
@@ -103,7 +134,7 @@ def _restore(entry: Any, offset: Any, state: Any) -> None:
         )
     entry.offset = offset
     for name, value in zip(entry.state_fields, state):
-        setattr(entry, name, value)
+        setattr(entry, name, _to_state_type(entry, name, value))
     first, second = entry.slots
     for keys, values in entry.buckets():
         found = [(x.shape[1], x.shape[3], len(x.shape)) for x in (keys, values)]
@@ -113,15 +144,33 @@ def _restore(entry: Any, offset: Any, state: Any) -> None:
         raise FormatError(f"layer {entry.layer} stores {entry.kept} of {offset} tokens")
 
 
+def _to_plain_type(entry: LayerCache, name: str) -> Any:
+    """Return a field of the state, a NamedTuple as a tuple without the optional fields at its end that are None."""
+    value = getattr(entry, name)
+    if name not in entry.state_types or not isinstance(value, tuple):
+        return value
+    used = [i for i, part in enumerate(value) if part is not None]
+    return tuple(value[: used[-1] + 1])
+
+
+def _to_state_type(entry: LayerCache, name: str, value: Any) -> Any:
+    """Return a field of the state as the NamedTuple that it was saved from."""
+    if name not in entry.state_types or value is None:
+        return value
+    if not all(isinstance(part, mx.array) for part in value):
+        raise FormatError(f"layer {entry.layer} should have arrays as its {name}")
+    return entry.state_types[name](*value)
+
+
 def _describe_state(tree: Any, arrays: list[mx.array]) -> Any:
-    """A state as JSON; its arrays go to the end of the list and are named by their place there."""
+    """Return a state as JSON; its arrays are appended to the list and named by their index in it."""
     if isinstance(tree, mx.array):
         arrays.append(tree)
         return {"array": len(arrays) - 1}
     if isinstance(tree, QuantizedArray):
         parts = [_describe_state(part, arrays) for part in (tree.words, tree.bias, tree.scale)]
         return {"packed": [*parts, tree.bits, tree.dim, tree.tile_tokens, tree.tile_dims]}
-    if isinstance(tree, list | tuple):
+    if type(tree) in (list, tuple):
         return {type(tree).__name__: [_describe_state(item, arrays) for item in tree]}
     if isinstance(tree, dict):
         return {"dict": [[key, _describe_state(item, arrays)] for key, item in tree.items()]}
@@ -131,7 +180,7 @@ def _describe_state(tree: Any, arrays: list[mx.array]) -> Any:
 
 
 def _rebuild_state(tree: Any, arrays: Sequence[mx.array]) -> Any:
-    """The inverse of `_described`."""
+    """Return the state that `_describe_state` described."""
     if not isinstance(tree, dict):
         return tree
     ((kind, content),) = tree.items()
@@ -148,10 +197,12 @@ def _rebuild_state(tree: Any, arrays: Sequence[mx.array]) -> Any:
 
 
 def _to_bytes(array: mx.array) -> bytes:
+    """Return an array's elements as they lie in memory."""
     return np.array(array.reshape(-1).view(mx.uint8)).tobytes()  # NumPy has no bfloat16
 
 
-def _read(reader: Reader, name: str, kind: str, shape: list[int]) -> mx.array:
+def _read_array(reader: Reader, name: str, kind: str, shape: list[int]) -> mx.array:
+    """Read an array of a stated type and shape from its section."""
     section = reader.sections.get(name)
     if section is None or section.coding != "raw":
         raise FormatError(f"{reader.name}: array {name} must be there, stored plain")

@@ -1,7 +1,7 @@
 """Sketches on plain arrays: how much each of many keys has collected, in fewer counters than there are keys.
 
-A sketch object says how to write and read; counters `[N, depth, width]` float32, N independent tables, belong to the
-caller, who decays them by a product. What the rows are hashed with follows from the seed and is never stored.
+A sketch object says how to write and read. Counters, `[N, depth, width]` float32 for N independent tables, belong to the
+caller, who lets them decay by multiplying them. The hash functions follow from the seed and are never stored.
 """
 
 from __future__ import annotations
@@ -13,75 +13,195 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from mlxkv.config import is_int
+from mlxkv.config import Config, integer
 from mlxkv.errors import InputError
 from mlxkv.kernels import count_min
 from mlxkv.kernels.count_min import hash_functions
 
 
 @dataclass(frozen=True)
-class Sketch(ABC):
-    """width: counters of a row. depth: rows. seed: of the hash functions. Raises InputError for impossible ones."""
+class Sketch(Config, ABC):
+    """Base of all sketches.
 
-    width: int = 512
-    depth: int = 4
-    seed: int = 0
+    Parameters
+    ----------
+    width
+        Counters of a row.
+    depth
+        Rows of a table.
+    seed
+        Of the hash functions.
 
-    def __post_init__(self) -> None:
-        if not is_int(self.width, least=1) or not is_int(self.depth, least=1) or not is_int(self.seed):
-            raise InputError(f"width and depth must be 1 or more and seed 0 or more: {self}")
+    Raises
+    ------
+    InputError
+        When width or depth is below 1, or seed below 0.
+    """
+
+    width: int = integer(512, least=1)
+    depth: int = integer(4, least=1)
+    seed: int = integer(0)
 
     @abstractmethod
     def update(self, counters: mx.array, keys: mx.array, amounts: mx.array) -> mx.array:
-        """Counters with each key's amount added. keys: `[T]`, the same for all tables, or `[N, T]`; of RACE `[N, T, D]`. A
-        key may occur many times. amounts: `[N, T]`."""
+        """Return counters to which each key's amount is added.
+
+        Parameters
+        ----------
+        counters
+            `[N, depth, width]` float32.
+        keys
+            Whole numbers `[T]`, the same for all tables, or `[N, T]`; for RACE vectors `[N, T, D]`. A key may occur
+            many times.
+        amounts
+            `[N, T]`.
+
+        Returns
+        -------
+        mx.array
+            `[N, depth, width]` float32.
+        """
 
     @abstractmethod
     def query(self, counters: mx.array, keys: mx.array) -> mx.array:
-        """What each of the keys has collected, as far as the sketch knows: `[N, T]`."""
+        """Return an estimate of how much each key has collected.
+
+        Parameters
+        ----------
+        counters
+            `[N, depth, width]` float32.
+        keys
+            As in `update`.
+
+        Returns
+        -------
+        mx.array
+            `[N, T]` float32.
+        """
 
     def top_k(self, counters: mx.array, keys: mx.array, k: int) -> tuple[mx.array, mx.array]:
-        """Where among the keys those are that have collected most, and what they have, both `[N, k]`, most first."""
+        """Return which of the keys have collected most.
+
+        Parameters
+        ----------
+        counters
+            `[N, depth, width]` float32.
+        keys
+            As in `update`.
+        k
+            How many; all where there are fewer keys.
+
+        Returns
+        -------
+        tuple of mx.array
+            Indices among the keys and estimates, both `[N, k]`, from the highest estimate to the lowest.
+        """
         estimates = self.query(counters, keys)
-        places = mx.argsort(-estimates, axis=-1)[:, :k]
-        return places, mx.take_along_axis(estimates, places, axis=-1)
+        indices = mx.argsort(-estimates, axis=-1)[:, :k]
+        return indices, mx.take_along_axis(estimates, indices, axis=-1)
 
     def empty(self, tables: int) -> mx.array:
-        """Counters of sketches that have seen nothing."""
+        """Return counters of sketches that have seen nothing.
+
+        Parameters
+        ----------
+        tables
+            N, how many.
+
+        Returns
+        -------
+        mx.array
+            Zeros `[N, depth, width]` float32.
+        """
         return mx.zeros((tables, self.depth, self.width))
 
     def nbytes(self, tables: int = 1) -> int:
-        """Bytes of the counters of so many tables: all that a sketch takes."""
+        """Return the bytes of the counters, which is all that a sketch takes.
+
+        Parameters
+        ----------
+        tables
+            N, how many.
+
+        Returns
+        -------
+        int
+            4 bytes a counter.
+        """
         return 4 * tables * self.depth * self.width
 
 
 @dataclass(frozen=True)
 class CountMin(Sketch):
-    """Keys are whole numbers. An estimate is never too low, and too high by more than e / width of all that was added
-    with probability at most exp(-depth), over the seeds.
+    """Count-Min, for keys that are whole numbers and amounts of 0 or more: never too low.
 
-    Cormode and Muthukrishnan, "An improved data stream summary", J. Algorithms 55, 2005; amounts must be >= 0.
+    Parameters
+    ----------
+    width
+        Counters of a row.
+    depth
+        Rows of a table.
+    seed
+        Of the hash functions.
+
+    Raises
+    ------
+    InputError
+        When width or depth is below 1, or seed below 0.
+
+    Notes
+    -----
+    Cormode and Muthukrishnan, "An improved data stream summary", J. Algorithms 55, 2005. An estimate is too high by
+    more than e / width of all that was added with probability at most exp(-depth), over the seeds.
+
+    Examples
+    --------
+    >>> sketch = CountMin(width=64, depth=2)
+    >>> keys = mx.array([7, 12, 7])
+    >>> counters = sketch.update(sketch.empty(1), keys, mx.array([[1.0, 5.0, 2.0]]))
+    >>> sketch.query(counters, mx.array([7, 12, 99])).tolist()
+    [[3.0, 5.0, 0.0]]
     """
 
     signed: ClassVar[bool] = False
 
     @property
     def hashes(self) -> mx.array:
+        """The hash functions, uint32 `[depth, 4]`."""
         return _hashes(self.depth, self.seed)
 
     def update(self, counters: mx.array, keys: mx.array, amounts: mx.array) -> mx.array:
+        """Return counters to which each key's amount is added."""
         return count_min.update(counters, keys, amounts, self.hashes, self.signed)
 
     def query(self, counters: mx.array, keys: mx.array) -> mx.array:
+        """Return an estimate of how much each key has collected."""
         return count_min.query(counters, keys, self.hashes, self.signed)
 
 
 @dataclass(frozen=True)
 class CountSketch(CountMin):
-    """Keys are whole numbers. Each row's estimate is right on average over the seeds and errs by about the root of the
-    other keys' squares over width: far less than Count-Min where many keys have alike. The median of the rows is taken.
+    """Count-Sketch, for keys that are whole numbers: right on average.
 
-    Charikar, Chen and Farach-Colton, "Finding frequent items in data streams", ICALP 2002.
+    Parameters
+    ----------
+    width
+        Counters of a row.
+    depth
+        Rows of a table.
+    seed
+        Of the hash functions.
+
+    Raises
+    ------
+    InputError
+        When width or depth is below 1, or seed below 0.
+
+    Notes
+    -----
+    Charikar, Chen and Farach-Colton, "Finding frequent items in data streams", ICALP 2002. Each row is right on average
+    over the seeds and errs by about the root of the other keys' squares over width: far less than Count-Min where many
+    keys have similar amounts. The estimate is the median of the rows.
     """
 
     signed: ClassVar[bool] = True
@@ -89,11 +209,28 @@ class CountSketch(CountMin):
 
 @dataclass(frozen=True)
 class Race(Sketch):
-    """Keys are vectors `[N, T, D]`. Estimates what lies near a vector: the sum over all that was added of the amount times
-    (1 - angle / pi) ** log2(width), right on average over the seeds. width must be a power of 2.
+    """RACE, for keys that are vectors: estimates how much was added near a vector.
 
-    https://arxiv.org/abs/1912.02283, with a column for each pattern of signs of log2(width) random projections, so
-    nothing is hashed a second time. Departs from it in taking the mean of the rows, not a median of means.
+    Parameters
+    ----------
+    width
+        Counters of a row, a power of 2.
+    depth
+        Rows of a table.
+    seed
+        Of the random projections.
+
+    Raises
+    ------
+    InputError
+        When width is no power of 2, depth below 1 or seed below 0.
+
+    Notes
+    -----
+    https://arxiv.org/abs/1912.02283. The estimate is the sum over all that was added of the amount times
+    (1 - angle / pi) ** log2(width), right on average over the seeds. There is a column for each pattern of signs of
+    log2(width) random projections, so nothing is hashed a second time. It departs from the paper in taking the mean of
+    the rows, not a median of means.
     """
 
     def __post_init__(self) -> None:
@@ -102,16 +239,18 @@ class Race(Sketch):
             raise InputError(f"RACE's width must be a power of 2, not {self.width}")
 
     def update(self, counters: mx.array, keys: mx.array, amounts: mx.array) -> mx.array:
+        """Return counters to which each vector's amount is added."""
         rows = counters.reshape(-1, 1, self.width)
         added = count_min.update(rows, self._columns(keys), mx.repeat(amounts, self.depth, axis=0), _IDENTITY)
         return added.reshape(counters.shape)
 
     def query(self, counters: mx.array, keys: mx.array) -> mx.array:
+        """Return an estimate of how much was added near each vector."""
         rows = count_min.query(counters.reshape(-1, 1, self.width), self._columns(keys), _IDENTITY)
         return rows.reshape(-1, self.depth, rows.shape[-1]).mean(axis=1)
 
     def _columns(self, vectors: mx.array) -> mx.array:
-        """uint32 `[N * depth, T]`: the signs of a vector's projections, as the bits of a number."""
+        """Return each vector's column in each row, uint32 `[N * depth, T]`: the signs of its projections, as bits."""
         N, T, D = vectors.shape
         bits = self.width.bit_length() - 1
         signs = vectors.astype(mx.float32) @ _planes(self.depth * bits, D, self.seed) > 0  # [N, T, depth * bits]
@@ -127,10 +266,11 @@ _IDENTITY = mx.array([[1, 0, 1, 0]], dtype=mx.uint32)
 
 @cache
 def _hashes(depth: int, seed: int) -> mx.array:
+    """Return the hash functions of a seed, made once."""
     return hash_functions(depth, seed)
 
 
 @cache
 def _planes(count: int, dims: int, seed: int) -> mx.array:
-    """Normals of random hyperplanes, `[dims, count]`."""
+    """Return normals of random hyperplanes, `[dims, count]`."""
     return mx.random.normal((dims, count), key=mx.random.key(seed))

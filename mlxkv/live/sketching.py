@@ -1,20 +1,21 @@
-"""What methods share that ask a sketch which tokens have drawn most attention, to keep those and the newest as they are."""
+"""What methods share that keep the newest tokens and those that, by a sketch, got most attention."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, cast
 
 import mlx.core as mx
 
 from mlxkv.config import Config, choice, integer, number
 from mlxkv.errors import InputError, UnsupportedError
 from mlxkv.kernels.decode_attention import Bucket
-from mlxkv.live.base import LayerCache, copy_without_parent, to_storage_dtype, unquantized
+from mlxkv.live.base import KeysValues, LayerCache, append_chunk
 from mlxkv.live.sketches import SKETCHES
 from mlxkv.spec import CacheSpec
 
 PER = ("head", "layer")
-MIN_SCALE, MAX_SCALE = 0.5, 2.0  # times `heavy` and `recent`: as far as the controller goes
+MIN_SCALE, MAX_SCALE = 0.5, 2.0  # limits of the controller: times `heavy` and `recent`
 SHRINK, GROW = 0.9, 1.25  # its steps: quick to keep more, slow to keep less
 
 
@@ -24,23 +25,31 @@ class SketchConfig(Config):
 
     Parameters
     ----------
-    sinks, recent
-        First and newest tokens that stay.
+    sinks
+        First tokens, which always stay.
     heavy
-        Tokens that stay because they drew most attention.
+        Tokens that stay because they got most attention.
+    recent
+        Newest tokens that stay, at least.
     interval
-        Tokens that leave the recent ones together.
-    sketch, width, depth, seed
-        What counts the attention, as in mlxkv/live/sketches.py.
+        Tokens that leave the newest ones together.
+    sketch
+        The sketch that counts attention: "count-min", "count-sketch" or "race".
+    width
+        Counters of a row of the sketch; a power of 2 for "race".
+    depth
+        Rows of the sketch.
+    seed
+        Of the sketch's hash functions.
     per
         Whether each kv "head" or each "layer" has a sketch and a choice of tokens.
     queries
-        Queries of a chunk that are asked what they attend to, the last ones.
+        Last queries of each chunk whose attention is counted.
     decay
-        What was counted before fades by it with each query of a chunk that is asked.
+        Factor by which earlier attention fades with each query that is counted.
     target
-        The share of the counted attention that went to tokens still kept exactly, which the controller holds by widening
-        and narrowing `heavy` and `recent`; 0 leaves them as they are.
+        Share of the counted attention that should go to tokens still kept; a controller scales `heavy` and `recent` to
+        reach it. 0 leaves them as they are.
     """
 
     sinks: int = integer(4)
@@ -48,9 +57,9 @@ class SketchConfig(Config):
     recent: int = integer(248)
     interval: int = integer(16, least=1)
     sketch: str = choice("count-min", SKETCHES)
-    width: int = 256
-    depth: int = 2
-    seed: int = 0
+    width: int = integer(256, least=1)
+    depth: int = integer(2, least=1)
+    seed: int = integer(0)
     per: str = choice("head", PER)
     queries: int = integer(256, least=1)
     decay: float = number(0.99, above=0, most=1)
@@ -58,27 +67,67 @@ class SketchConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        SKETCHES[self.sketch](self.width, self.depth, self.seed)  # checks these three
+        SKETCHES[self.sketch](self.width, self.depth, self.seed)  # refuses widths that the sketch cannot have
         if self.target and self.sketch != "count-min":
             raise InputError(f"target needs count-min, whose rows add up to all that was counted, not {self.sketch}")
 
 
 class SketchingCache(LayerCache):
-    """`heavy`, in the order they came, the sinks first; then `tail`, the newest. While all fit, all are the tail. How many
-    tokens leave it follows from how many have come, not from their chunks; which of them stay, from the sketch.
+    """Heavy tokens in the order they came, the sinks first; then the tail, the newest. While all fit, all are the tail.
 
-    `counters` `[B or B * Hkv, depth, width]` collect attention by token position, also of tokens that are given up later:
-    what they drew fades by `decay`. `positions` `[B, 1 or Hkv, heavy]` int32 are how heavy tokens are found in them;
-    RACE finds them by their keys. A method says in `evict` what becomes of the others, and has room for `entries`.
+    How many tokens leave the tail follows from how many have come, not from their chunks; which of them stay follows
+    from the sketch. A method says in `evict` what becomes of the others.
 
-    The controller (`target`) reads at an interval's end what the one before computed, which has long been evaluated, for
-    all rows of a batch together. Layers then keep different numbers of tokens, and MLA's one mask for all cannot have
-    that: UnsupportedError.
+    The controller (`target`) reads at an interval's end what the interval before computed, which has long been
+    evaluated, for all rows of a batch together.
+
+    Parameters
+    ----------
+    config
+        Settings, of the method's `config_class`.
+    spec
+        What the model caches.
+    layer
+        The layer's index in the model.
+
+    Attributes
+    ----------
+    counters
+        `[B or B * Hkv, depth, width]`: attention by token position, also of tokens that have been evicted since.
+    heavy
+        Tokens that stay.
+    positions
+        `[B, 1 or Hkv, heavy]` int32, by which heavy tokens are found in the sketch; None for RACE, which finds them by
+        their keys.
+    tail
+        The newest tokens.
+    evicted_attention
+        `[B or B * Hkv]`, the fading attention that evicted tokens had got; only where the controller is on.
+    coverage
+        The share of counted attention that went to tokens still kept, at the last interval's end.
+    size_factor
+        What the controller multiplies `heavy` and `recent` by.
+    merged_entries
+        How many entries the method has for evicted tokens.
+
+    Raises
+    ------
+    UnsupportedError
+        For a controller with MLA: layers would keep different numbers of tokens, and MLA has one mask for all.
     """
 
     config: SketchConfig
-    state_fields: tuple[str, ...] = ("counters", "heavy", "positions", "tail", "lost", "covered", "scale")
-    entries = 0
+    state_fields: ClassVar[tuple[str, ...]] = (
+        "counters",
+        "heavy",
+        "positions",
+        "tail",
+        "evicted_attention",
+        "coverage",
+        "size_factor",
+    )
+    state_types: ClassVar = {"heavy": KeysValues, "tail": KeysValues}
+    merged_entries = 0
 
     def __init__(self, config: SketchConfig, spec: CacheSpec, layer: int) -> None:
         super().__init__(config, spec, layer)
@@ -87,124 +136,138 @@ class SketchingCache(LayerCache):
         self.observation_window = config.queries
         self.sketch = SKETCHES[config.sketch](config.width, config.depth, config.seed + layer)
         self.counters: mx.array | None = None
-        self.heavy: tuple[mx.array, mx.array] | None = None
+        self.heavy: KeysValues | None = None
         self.positions: mx.array | None = None
-        self.tail: tuple[mx.array, mx.array] | None = None
-        self.lost: mx.array | None = None
-        self.covered: mx.array | None = None
-        self.scale = 1.0
+        self.tail: KeysValues | None = None
+        self.evicted_attention: mx.array | None = None
+        self.coverage: mx.array | None = None
+        self.size_factor = 1.0
 
-    def evict(self, keys: mx.array, values: mx.array, places: mx.array) -> None:
-        """Take leave of tokens: those at places `[B, Hkv, n]`, falling in attention, of keys and values `[B, Hkv, T, D]`."""
+    def evict(self, tokens: KeysValues, indices: mx.array) -> None:
+        """Do what the method does with tokens that are evicted, which by default is nothing.
+
+        Parameters
+        ----------
+        tokens
+            T tokens, the evicted ones among them.
+        indices
+            `[B, Hkv, n]`, those that are evicted, from the most attention to the least.
+        """
 
     def buckets(self) -> list[Bucket]:
-        return [(unquantized(part[0]), unquantized(part[1])) for part in (self.heavy, self.tail) if part is not None]
+        """Return the heavy tokens, then the tail."""
+        return [part.as_bucket() for part in (self.heavy, self.tail) if part is not None]
 
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
+        """Count the attention of the chunk's queries, append the chunk to the tail, flush whole intervals."""
         assert mass is not None  # since observation_window is never 0
-        chunk = to_storage_dtype(keys), to_storage_dtype(values)
-        self.tail = chunk if self.tail is None else _concat(self.tail, chunk)
-        names = self._names()
-        drawn = self._by_table(mass[..., -names.shape[1] :])
+        self.tail = append_chunk(self.tail, keys, values)
+        sketch_keys = self._sketch_keys()
+        attention = self._to_tables(mass[..., -sketch_keys.shape[1] :])
         fade = self.config.decay ** min(keys.shape[2], self.config.queries)
-        past = self.sketch.empty(len(drawn)) if self.counters is None else fade * self.counters
-        self.counters = self.sketch.update(past, names, drawn)
+        past = self.sketch.empty(len(attention)) if self.counters is None else fade * self.counters
+        self.counters = self.sketch.update(past, sketch_keys, attention)
         if self.config.target:
-            self.lost = mx.zeros(len(drawn)) if self.lost is None else fade * self.lost
-        leaving = self._flushed_tokens() - (self.offset - self.tail[0].shape[2])
+            old = self.evicted_attention
+            self.evicted_attention = mx.zeros(len(attention)) if old is None else fade * old
+        leaving = self._flushed_tokens() - (self.offset - self.tail.tokens)
         if leaving > 0:
-            # What the chunk drew is known exactly: only what was before is asked of the sketch.
-            self._flush_tail(leaving, names, self.sketch.query(past, names) + drawn)
+            # The chunk's attention is known exactly: only what came before is asked of the sketch.
+            self._flush_tail(leaving, sketch_keys, self.sketch.query(past, sketch_keys) + attention)
 
     def _trim(self, count: int) -> None:
-        """What the trimmed tokens' queries paid attention to stays counted."""
+        """Drop the last tokens of the tail; attention that the trimmed tokens' queries gave stays counted."""
         assert self.tail is not None
-        assert self.heavy is None  # else tokens have been given up
-        self.tail = (
-            copy_without_parent(self.tail[0][..., :-count, :]),
-            copy_without_parent(self.tail[1][..., :-count, :]),
-        )
+        assert self.heavy is None  # else tokens have been evicted
+        self.tail = self.tail.copy_tokens(0, -count)
 
-    def _sizes(self) -> tuple[int, int]:
-        """How many heavy and how many recent tokens there are to be."""
-        return max(1, round(self.scale * self.config.heavy)), round(self.scale * self.config.recent)
+    def _target_sizes(self) -> tuple[int, int]:
+        """Return how many heavy and how many recent tokens there should be."""
+        return max(1, round(self.size_factor * self.config.heavy)), round(self.size_factor * self.config.recent)
 
     def _flushed_tokens(self) -> int:
-        """Tokens of the text that have left the tail: whole intervals, and none while all tokens fit."""
-        (heavy, recent), interval = self._sizes(), self.config.interval
-        if self.offset < self.config.sinks + heavy + self.entries + recent + interval:
+        """Return how many tokens of the text have left the tail: whole intervals, and none while all tokens fit."""
+        (heavy, recent), interval = self._target_sizes(), self.config.interval
+        if self.offset < self.config.sinks + heavy + self.merged_entries + recent + interval:
             return 0
         return (self.offset - recent) // interval * interval
 
-    def _flush_tail(self, leaving: int, names: mx.array, drawn: mx.array) -> None:
-        """The oldest `leaving` tokens of the tail join the heavy ones, of which then the lightest go. drawn `[N, T]`: the
-        attention of heavy tokens and tail, names as in `_names`."""
+    def _flush_tail(self, leaving: int, sketch_keys: mx.array, attention: mx.array) -> None:
+        """Move the oldest `leaving` tokens of the tail to the heavy ones, then evict those with least attention.
+
+        `attention` `[N, T]` is of the heavy tokens and the tail, as `sketch_keys` are.
+        """
         assert self.tail is not None
-        sinks, (room, _) = self.config.sinks, self._sizes()
-        old = tuple(part[..., :leaving, :] for part in self.tail)
-        keys, values = old if self.heavy is None else _concat(self.heavy, old)
-        self.tail = (
-            copy_without_parent(self.tail[0][..., leaving:, :]),
-            copy_without_parent(self.tail[1][..., leaving:, :]),
-        )
-        T = keys.shape[2]
-        ranking = sinks + mx.argsort(-drawn[:, sinks:T], axis=-1)
+        sinks, (room, _) = self.config.sinks, self._target_sizes()
+        old = KeysValues(*(part[..., :leaving, :] for part in self.tail))
+        tokens = old if self.heavy is None else self.heavy.append(old)
+        self.tail = self.tail.copy_tokens(leaving)
+        ranking = sinks + mx.argsort(-attention[:, sinks : tokens.tokens], axis=-1)
         first = mx.broadcast_to(mx.arange(sinks, dtype=ranking.dtype), (len(ranking), sinks))
         stay = mx.sort(mx.concatenate([first, ranking[:, :room]], axis=-1), axis=-1)
         if self.config.sketch != "race":
-            self.positions = mx.take_along_axis(names, stay, axis=-1).reshape(len(keys), -1, stay.shape[-1])
-        stay = self._by_head(stay)
-        self.heavy = gather_tokens(keys, stay), gather_tokens(values, stay)
-        if T - sinks > room:
-            self.evict(keys, values, self._by_head(ranking[:, room:]))
+            positions = mx.take_along_axis(sketch_keys, stay, axis=-1)
+            self.positions = positions.reshape(len(tokens.keys), -1, stay.shape[-1])
+        self.heavy = gather_tokens(tokens, self._to_heads(stay))
+        if tokens.tokens - sinks > room:
+            self.evict(tokens, self._to_heads(ranking[:, room:]))
         if self.config.target:
-            self._update_controller(mx.take_along_axis(drawn, ranking[:, room:], axis=-1).sum(axis=-1))
+            self._update_controller(mx.take_along_axis(attention, ranking[:, room:], axis=-1).sum(axis=-1))
 
-    def _update_controller(self, drawn: mx.array) -> None:
-        """One step of the controller, by what the interval before found covered. drawn `[N]`: by tokens just given up."""
+    def _update_controller(self, evicted: mx.array) -> None:
+        """Scale the sizes by the coverage that the interval before found; `evicted` `[N]` is attention just evicted."""
         assert self.counters is not None
-        assert self.lost is not None
-        if self.covered is not None:
-            step = GROW if self.covered.item() < self.config.target else SHRINK
-            self.scale = min(MAX_SCALE, max(MIN_SCALE, step * self.scale))
-        self.lost = self.lost + drawn
-        self.covered = 1 - (self.lost / self.counters[:, 0].sum(axis=-1)).mean()
+        assert self.evicted_attention is not None
+        if self.coverage is not None:
+            step = GROW if cast(float, self.coverage.item()) < self.config.target else SHRINK
+            self.size_factor = min(MAX_SCALE, max(MIN_SCALE, step * self.size_factor))
+        self.evicted_attention = self.evicted_attention + evicted
+        self.coverage = 1 - (self.evicted_attention / self.counters[:, 0].sum(axis=-1)).mean()
 
-    def _names(self) -> mx.array:
-        """What the sketch knows the heavy tokens and the tail by: `[N, T]` positions, or vectors `[N, T, D]` for RACE."""
+    def _sketch_keys(self) -> mx.array:
+        """Return the sketch's keys of heavy tokens and tail: positions `[N, T]`, or for RACE vectors `[N, T, D]`."""
         assert self.tail is not None
-        B, H, T, _ = self.tail[0].shape
+        B, H, T, _ = self.tail.keys.shape
         if self.config.sketch == "race":
-            keys = self.tail[0] if self.heavy is None else mx.concatenate([self.heavy[0], self.tail[0]], axis=2)
+            keys = self.tail.keys if self.heavy is None else mx.concatenate([self.heavy.keys, self.tail.keys], axis=2)
             if self.config.per == "layer":
                 keys = keys.swapaxes(1, 2).reshape(B, 1, keys.shape[2], -1)
             return keys.reshape(-1, *keys.shape[2:])
-        parts = H if self.config.per == "head" else 1
-        tail = mx.broadcast_to(mx.arange(self.offset - T, self.offset), (B * parts, T))
+        tables = B * (H if self.config.per == "head" else 1)
+        tail = mx.broadcast_to(mx.arange(self.offset - T, self.offset), (tables, T))
         if self.positions is None:
             return tail
-        return mx.concatenate([self.positions.reshape(B * parts, -1), tail], axis=-1)
+        return mx.concatenate([self.positions.reshape(tables, -1), tail], axis=-1)
 
-    def _by_table(self, drawn: mx.array) -> mx.array:
-        """`[B, Hkv, T]` as `[N, T]`: apart, or the sum over heads."""
+    def _to_tables(self, attention: mx.array) -> mx.array:
+        """Return `[B, Hkv, T]` as `[N, T]`: a table for each head, or the sum over heads."""
         if self.config.per == "layer":
-            return drawn.sum(axis=1)
-        return drawn.reshape(-1, drawn.shape[-1])
+            return attention.sum(axis=1)
+        return attention.reshape(-1, attention.shape[-1])
 
-    def _by_head(self, places: mx.array) -> mx.array:
-        """`[N, n]` as `[B, Hkv, n]`: apart, or the same for all heads."""
-        heads, n = self.slots[0].heads, places.shape[-1]
+    def _to_heads(self, indices: mx.array) -> mx.array:
+        """Return `[N, n]` as `[B, Hkv, n]`: each head's own, or the same for all heads."""
+        heads, n = self.slots[0].heads, indices.shape[-1]
         if self.config.per == "layer":
-            return mx.broadcast_to(places[:, None], (len(places), heads, n))
-        return places.reshape(-1, heads, n)
+            return mx.broadcast_to(indices[:, None], (len(indices), heads, n))
+        return indices.reshape(-1, heads, n)
 
 
-def gather_tokens(x: mx.array, places: mx.array) -> mx.array:
-    """Rows places `[B, H, n]` of x `[B, H, T, D]`, another choice for each head."""
-    B, H = places.shape[:2]
-    return x[mx.arange(B)[:, None, None], mx.arange(H)[:, None], places]
+def gather_tokens(tokens: KeysValues, indices: mx.array) -> KeysValues:
+    """Return some tokens, another choice for each head.
 
+    Parameters
+    ----------
+    tokens
+        T tokens of H heads.
+    indices
+        `[B, H, n]`.
 
-def _concat(first: tuple[mx.array, ...], second: tuple[mx.array, ...]) -> tuple[mx.array, mx.array]:
-    keys, values = (mx.concatenate([*pair], axis=2) for pair in zip(first, second))
-    return keys, values
+    Returns
+    -------
+    KeysValues
+        n tokens of each head.
+    """
+    B, H = indices.shape[:2]
+    rows = mx.arange(B)[:, None, None], mx.arange(H)[:, None], indices
+    return KeysValues(tokens.keys[rows], tokens.values[rows])

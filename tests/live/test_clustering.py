@@ -157,7 +157,7 @@ def test_the_first_tokens_stay_as_they_are():
     x = np.repeat(numbers(0, N, 1, D), 150, axis=1)
     x[:, 3:] += 1e-3 * numbers(1, N, 147, D)
     for more in ({}, {"similarity": -1.0}):
-        found = clustered(x, ClusteringConfig(centroids=5, preserve=3, **more))
+        found = clustered(x, ClusteringConfig(centroids=5, sinks=3, **more))
         np.testing.assert_array_equal(found.counts[:, :3], np.ones((N, 3)))
         np.testing.assert_allclose(found.keys[:, :3], x[:, :3], rtol=1e-6)
         np.testing.assert_array_equal(found.counts.sum(axis=1), [150] * N)
@@ -187,7 +187,7 @@ def test_centroids_of_few_tokens_are_not_given_out_but_may_grow():
     np.testing.assert_array_equal((np.array(found.counts) == 0).sum(1), [1] * N)
     found.insert(mx.array(x[:, :1]))
     assert float(found.counts.min()) == 2
-    first = clustered(x, ClusteringConfig(centroids=3, min_count=2, preserve=1))
+    first = clustered(x, ClusteringConfig(centroids=3, min_count=2, sinks=1))
     assert float(first.counts[:, 0].min()) == 1
 
 
@@ -213,7 +213,7 @@ def test_a_token_with_nan_spoils_no_other():
 @pytest.mark.parametrize(
     "rules",
     [
-        {"centroids": 0}, {"centroids": 4, "preserve": 4}, {"preserve": -1}, {"metric": "manhattan"}, {"ema": 1.5},
+        {"centroids": 0}, {"centroids": 4, "sinks": 4}, {"sinks": -1}, {"metric": "manhattan"}, {"ema": 1.5},
         {"quantile": 2.0}, {"similarity": float("nan")}, {"merge_similarity": "much"}, {"persistence": 0},
         {"persistence": 1.1}, {"min_count": -1}, {"value_weight": -1}, {"similarity": 0.5, "quantile": 0.5},
     ],

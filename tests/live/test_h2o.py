@@ -14,7 +14,7 @@ HEAVY, RECENT = 6, 5
 
 
 def new_cache(heavy=HEAVY, recent=RECENT):
-    return H2OCache(H2OConfig(heavy, recent), CacheSpec("llama", (kv_slots(H, D, None),)), 0)
+    return H2OCache(H2OConfig(heavy=heavy, recent=recent), CacheSpec("llama", (kv_slots(H, D, None),)), 0)
 
 
 def numbers(seed, *shape, wide=1.0):
@@ -89,7 +89,7 @@ def test_there_are_never_more_tokens_than_the_budget_and_the_recent_ones_are_alw
         run(cache, *(x[:, :, end - length : end] for x in (queries, keys, values)), [length])
         assert cache.kept == min(end, HEAVY + RECENT)
         recent = keys[:, :, max(0, end - RECENT) : end]
-        assert np.array_equal(np.array(cache.tokens[0])[:, :, -recent.shape[2] :], recent)
+        assert np.array_equal(np.array(cache.tokens.keys)[:, :, -recent.shape[2] :], recent)
         a_token = H * (2 * D * 2 + 4)  # keys and values in 2 bytes an element, the sum in 4
         assert cache.nbytes == B * cache.kept * a_token
 
@@ -100,10 +100,10 @@ def test_a_token_that_everyone_looks_at_outlives_one_that_no_one_does():
     keys[:, :, 9] = -5
     cache = new_cache()
     run(cache, np.full((1, HQ, 40, D), 1, np.float32), keys, keys, [20] + [1] * 20)
-    held = np.array(cache.tokens[0])[0, 0, :, 0]
+    held = np.array(cache.tokens.keys)[0, 0, :, 0]
     assert 5 in held
     assert -5 not in held
-    assert float(cache.tokens[2].max()) > 30 * HQ / H
+    assert float(cache.tokens.attention.max()) > 30 * HQ / H
 
 
 def test_trimming_takes_back_the_last_tokens_until_some_have_been_given_up():
@@ -131,7 +131,8 @@ def test_with_room_for_every_token_the_model_says_what_it_says_with_the_whole_ca
 
 @pytest.mark.parametrize("settings", [{"heavy": 0}, {"recent": -1}, {"heavy": 2.0}, {"recent": True}])
 def test_impossible_settings_are_refused(settings):
-    with pytest.raises(InputError, match="heavy must be 1 or more"):
+    message = {"heavy": "heavy must be 1 or more", "recent": "recent must be 0 or more"}[next(iter(settings))]
+    with pytest.raises(InputError, match=message):
         H2OConfig(**settings)
-    with pytest.raises(PresetError, match="heavy must be 1 or more"):
+    with pytest.raises(PresetError, match=message):
         make_cache(tiny_model("llama"), "h2o-256", **settings)

@@ -14,6 +14,7 @@ from mlxkv.errors import PresetError, UnsupportedError
 from mlxkv.kernels.decode_attention import decode_attention
 from mlxkv.live.base import LayerCache, attention_mass, causal_mask, unquantized
 from mlxkv.live.methods import full
+from mlxkv.live.methods.streaming_llm import StreamingLLMConfig
 from mlxkv.live.seam import attach, detach, make_cache
 from mlxkv.models import cache_spec, kv_slots
 from mlxkv.spec import CacheSpec, Rope
@@ -97,11 +98,12 @@ def test_layers_without_keys_and_values_keep_mlx_lms_cache(name):
 
 def test_a_preset_a_method_and_overrides_name_settings():
     model = tiny_model("llama")
-    assert make_cache(model, "streaming-llm-256")[0].settings.window == 252
-    assert make_cache(model, "streaming-llm")[0].settings.window == 508
-    assert make_cache(model, "streaming-llm-256", sinks=7)[0].settings == type(
-        make_cache(model, "streaming-llm")[0].settings
-    )(7, 252)
+    assert make_cache(model, "streaming-llm-256")[0].config.recent == 252
+    assert make_cache(model, "streaming-llm")[0].config.recent == 508
+    expected = StreamingLLMConfig(sinks=7, recent=252)
+    assert make_cache(model, "streaming-llm-256", sinks=7)[0].config == expected
+    assert make_cache(model, expected)[0].config == expected
+    assert make_cache(model, expected, sinks=8)[0].config == StreamingLLMConfig(sinks=8, recent=252)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_a_preset_a_method_and_overrides_name_settings():
         ("_packing", {}, "no preset or live method"),
         ("kvtc-8", {}, r"not a live method.*int8"),
         ("int8", {"window": 3}, "window"),
-        ("streaming-llm", {"window": 0}, "window 1 or more"),
+        ("streaming-llm", {"recent": 0}, "recent must be 1 or more"),
     ],
 )
 def test_wrong_names_and_settings_are_refused(name, overrides, message):
@@ -129,7 +131,7 @@ def test_a_layer_without_keys_has_no_live_cache():
 
 def test_a_mask_shows_all_that_is_kept_and_the_chunk_causally():
     model = tiny_model("llama")
-    caches = make_cache(model, "sliding-window", window=5)
+    caches = make_cache(model, "sliding-window", recent=5)
     model(mx.array([tiny_tokens(20)]), cache=caches)
     cache = caches[0]
     assert (cache.offset, cache.kept, cache.size()) == (20, 5, 5)
@@ -148,11 +150,11 @@ def test_no_attribute_makes_mlx_lm_take_the_cache_for_its_own_quantized_one():
 
 def test_trimming_takes_back_tokens_unless_some_were_evicted():
     model, tokens = tiny_model("llama"), tiny_tokens(100)
-    caches = make_cache(model, "sliding-window", window=90)
+    caches = make_cache(model, "sliding-window", recent=90)
     model(mx.array([tokens[:80]]), cache=caches)
     assert trim_prompt_cache(caches, 30) == 30
     assert (caches[0].offset, caches[0].kept) == (50, 50)
-    fresh = make_cache(model, "sliding-window", window=90)
+    fresh = make_cache(model, "sliding-window", recent=90)
     model(mx.array([tokens[:50]]), cache=fresh)
     following = mx.array([tokens[50:60]])
     assert mx.allclose(model(following, cache=caches), model(following, cache=fresh), atol=1e-2)

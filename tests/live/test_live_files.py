@@ -42,7 +42,7 @@ def test_bfloat16_and_batches_are_kept(method, tmp_path):
     mx.eval(model(mx.repeat(START, 2, axis=0), cache=caches))
     save_cache(tmp_path / "cache", model, caches)
     loaded = load_cache(tmp_path / "cache", model)
-    assert loaded[0].settings == caches[0].settings
+    assert loaded[0].config == caches[0].config
     for old, new in zip(caches[0].state, loaded[0].state, strict=True):
         assert old.dtype == new.dtype
         assert mx.array_equal(old, new)

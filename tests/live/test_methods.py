@@ -1,17 +1,18 @@
-"""Every live method on every architecture. Methods are found by their files: a new one is tested without an edit."""
+"""Every live method on every architecture. Methods are found in the registry: a new one is tested without an edit."""
 
 import dataclasses
+import json
 from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import DIFFERENT, tiny_model, tiny_tokens
-from live_checks import METHODS, checked_cache, feed, lone_cache, module_of, small, stored
+from live_checks import METHODS, checked_cache, feed, lone_cache, small, stored
 
 from mlxkv import presets
-from mlxkv.live import live_config, make_cache
-from mlxkv.live.base import LayerCache, cache_class_of
+from mlxkv.live import LayerCache, live_config, live_methods, make_cache
+from mlxkv.live.base import cache_class_of
 from mlxkv.spec import CacheSpec, Slot
 
 TOY = CacheSpec("toy", ((Slot("keys", 2, 16), Slot("values", 2, 8)),))
@@ -88,21 +89,23 @@ def test_trimming_and_going_on_is_as_if_the_tokens_had_never_come(method, kept):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_methods_file_names_it_and_its_settings_check_themselves(method):
-    module, settings = module_of(method), live_config(method)
-    assert method == module.METHOD
-    assert issubclass(module.Cache, LayerCache)
-    assert cache_class_of(settings) is module.Cache
+def test_a_method_is_registered_once_and_its_settings_check_themselves(method):
+    cache_class, settings = live_methods.get(method), live_config(method)
+    assert method == live_methods.name_of(cache_class) == lone_cache(method, TOY).method_name
+    assert issubclass(cache_class, LayerCache)
+    assert cache_class_of(settings) is cache_class
+    assert type(settings) is cache_class.config_class
     assert type(settings)(**dataclasses.asdict(settings)) == settings
+    assert type(settings).from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.anything = 1
-    for name in (f.name for f in dataclasses.fields(settings) if f.type in ("int", "float")):
+    for name in (f.name for f in dataclasses.fields(settings) if f.type in ("int", "float", int, float)):
         with pytest.raises(presets.PresetError, match=name):
             live_config(method, **{name: -1})
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_each_method_has_a_preset_and_a_preset_named_like_a_method_is_of_it(method):
+@pytest.mark.parametrize("method", [m for m in METHODS if live_methods.get(m).__module__.startswith("mlxkv.")])
+def test_each_method_of_ours_has_a_preset_and_a_preset_named_like_a_method_is_of_it(method):
     found = {name: presets.method_preset(name).method for name in presets.preset_names("methods")}
     assert method in found.values()
     assert found.get(method, method) == method
@@ -112,8 +115,9 @@ def test_each_method_has_a_preset_and_a_preset_named_like_a_method_is_of_it(meth
     "name", [n for n in presets.preset_names("methods") if presets.method_preset(n).method in METHODS]
 )
 def test_every_live_preset_makes_caches(name):
-    caches = make_cache(tiny_model("llama", head_dim=64), name)
-    assert all(entry.settings == presets.method_preset(name).settings for entry in caches)
+    caches, preset = make_cache(tiny_model("llama", head_dim=64), name), presets.method_preset(name)
+    expected = preset.config(live_methods.get(preset.method).config_class)
+    assert all(entry.config == expected for entry in caches)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])

@@ -34,13 +34,13 @@ def coded(x, bits, tokens, dims):
 class PlainPacking:
     """All tokens `[H, T, D]`; the first `packed` of them went through codes."""
 
-    def __init__(self, residual, key_tile, value_tile):
-        self.residual, self.tiles, self.packed = residual, (key_tile, value_tile), 0
+    def __init__(self, recent, key_tile, value_tile):
+        self.recent, self.tiles, self.packed = recent, (key_tile, value_tile), 0
         self.slots = [np.zeros((2, 0, 16), np.float32)] * 2
 
     def append(self, keys, values, offset):
         self.slots = [np.concatenate(pair, axis=1) for pair in zip(self.slots, (keys, values))]
-        while self.slots[0].shape[1] - self.packed >= self.residual + BLOCK:
+        while self.slots[0].shape[1] - self.packed >= self.recent + BLOCK:
             rows = slice(self.packed, self.packed + BLOCK)
             for x, tile in zip(self.slots, self.tiles):
                 x[:, rows] = coded(x[:, rows], *tile)
@@ -67,8 +67,8 @@ class PlainSelection:
         self.slots = [x[:, :-count] for x in self.slots]
 
 
-def window_victims(sinks, window):
-    return lambda count, offset: range(sinks, max(sinks, count - window))
+def window_victims(sinks, recent):
+    return lambda count, offset: range(sinks, max(sinks, count - recent))
 
 
 def random_victims(tokens, sinks, recent, layer):

@@ -13,7 +13,7 @@ from mlxkv.spec import CacheSpec, Rope
 B, H, D = 2, 2, 8
 FLAT = CacheSpec("flat", (kv_slots(H, D, None),))
 TURNING = CacheSpec("turning", (kv_slots(H, D, Rope(D, base=100.0)),))
-TINY_SETTINGS = {"centroids": 12, "preserve": 2, "window": 10, "flush": 8}
+TINY_SETTINGS = {"centroids": 12, "sinks": 2, "recent": 10, "flush": 8}
 
 
 def numbers(seed, *shape):
@@ -30,7 +30,7 @@ def fed(cache, keys, values, chunk):
 
 
 def counts(cache):
-    return np.array(cache.centroids[3])
+    return np.array(cache.centroids.counts)
 
 
 @pytest.mark.parametrize("chunk", [1, 40])
@@ -45,13 +45,13 @@ def test_with_a_centroid_for_every_distinct_key_it_is_full_attention(weights, di
     settings = {**TINY_SETTINGS, "centroids": distinct + 2, "weights": weights, "value_weight": 0.0}
     cache, output = fed(lone_cache("mp-kvm", FLAT, **settings), keys, values, chunk)
     assert cache.kept < 30 + distinct
-    np.testing.assert_allclose(counts(cache).sum(-1), 80 - cache.tail[0].shape[2])
+    np.testing.assert_allclose(counts(cache).sum(-1), 80 - cache.tail.keys.shape[2])
     expected = plain_attention(keys[:, :, -chunk:], keys, values, 0.3, "causal")
     np.testing.assert_allclose(output, expected, atol=2e-3)
     if weights == "count":  # where values differ; the bias is what makes it so
         last = keys[:, :, :1], values[:, :, :1]
         right = plain_attention(last[0], *(np.concatenate([*pair], 2) for pair in zip((keys, values), last)), 0.3, None)
-        cache.bias = lambda: None
+        cache.score_bias = lambda: None
         _, wrong = fed(cache, *last, 1)
         assert np.abs(wrong - right).max() > 0.02
 
@@ -78,7 +78,7 @@ def test_the_same_text_500_positions_later_gives_the_same_centroids(architecture
     for caches in (first, later):
         model(tokens, cache=caches)
     for a, b in zip(first, later):
-        before, after = a.clusters(), b.clusters()
+        before, after = a.unrotated_clusters(), b.unrotated_clusters()
         np.testing.assert_array_equal(before.counts, after.counts)
         assert float(before.counts.max()) > 3
         np.testing.assert_allclose(before.positions + 500, after.positions, atol=1e-2)
@@ -114,8 +114,8 @@ def test_there_are_no_more_slots_than_tokens_that_have_left_the_window():
     cache = lone_cache("mp-kvm", TURNING, **TINY_SETTINGS)
     for length, kept in ((17, 0), (1, 8), (7, 8), (1, 12), (50, 12)):
         cache, _ = fed(cache, numbers(0, 1, H, length, D), numbers(1, 1, H, length, D), length)
-        assert (0 if cache.centroids is None else cache.centroids[0].shape[2]) == kept
-        assert 10 <= cache.tail[0].shape[2] < 18
+        assert (0 if cache.centroids is None else cache.centroids.keys.shape[2]) == kept
+        assert 10 <= cache.tail.keys.shape[2] < 18
 
 
 @pytest.mark.parametrize("more", [{}, {"partition": "shared"}, {"stride": 3}])
@@ -130,10 +130,10 @@ def test_tokens_weigh_the_attention_that_a_query_pays_them_on_average_and_no_les
     each = more.get("stride", 1)
     taken = [0, 1, *(place for place in range(2, 40) if place % each == 0)]
     stands_for = np.array([1, 1] + [each] * (len(taken) - 2))
-    np.testing.assert_allclose(cache.centroids[4], stands_for * mean[..., taken], atol=1e-4)
-    np.testing.assert_allclose(cache.tail[2], mean[..., 40:], atol=1e-4)
+    np.testing.assert_allclose(cache.centroids.attention, stands_for * mean[..., taken], atol=1e-4)
+    np.testing.assert_allclose(cache.tail.attention, mean[..., 40:], atol=1e-4)
     weights = (stands_for * (0.01 + mean[..., taken])).reshape(-1, len(taken))
-    np.testing.assert_allclose(cache.clusters().weights, weights, atol=1e-4)
+    np.testing.assert_allclose(cache.unrotated_clusters().weights, weights, atol=1e-4)
 
 
 def test_what_everyone_looks_at_keeps_a_centroid_of_its_own():
@@ -153,22 +153,22 @@ def test_a_token_that_is_alone_keeps_its_key_and_a_pair_is_rotated_to_the_place_
     rope, plain = TURNING.layers[0][0].rope, numbers(0, 1, H, 40, D)
     plain[:, :, 20:] = 5 * plain[:, :, 20:21]
     keys = np.array(rope.rotate(mx.array(plain)).astype(mx.float16).astype(mx.float32))
-    cache = lone_cache("mp-kvm", TURNING, weights="count", **{**TINY_SETTINGS, "centroids": 21, "window": 0})
+    cache = lone_cache("mp-kvm", TURNING, weights="count", **{**TINY_SETTINGS, "centroids": 21, "recent": 0})
     fed(cache, keys, plain, 40)
-    held = np.array(cache.centroids[0].astype(mx.float32))
+    held = np.array(cache.centroids.keys.astype(mx.float32))
     np.testing.assert_allclose(held[:, :, :20], keys[:, :, :20], atol=2e-3)
-    np.testing.assert_allclose(cache.centroids[2][:, :, 20], np.full((1, H), 29.5), rtol=1e-5)
+    np.testing.assert_allclose(cache.centroids.positions[:, :, 20], np.full((1, H), 29.5), rtol=1e-5)
     np.testing.assert_allclose(held[:, :, 20:], rope.rotate(mx.array(plain[:, :, 20:21]), 30), atol=2e-2)
 
 
 @pytest.mark.parametrize("rotation", ["slot", "kept"])
 def test_centroids_can_be_rotated_to_their_slot_or_be_of_rotated_keys(rotation):
     rope, plain, values = TURNING.layers[0][0].rope, numbers(0, 1, H, 60, D), numbers(1, 1, H, 60, D)
-    settings = {**TINY_SETTINGS, "weights": "count", "window": 0, "flush": 60, "rotation": rotation}
+    settings = {**TINY_SETTINGS, "weights": "count", "recent": 0, "flush": 60, "rotation": rotation}
     cache, _ = fed(lone_cache("mp-kvm", TURNING, **settings), np.array(rope.rotate(mx.array(plain))), values, 60)
     given = plain if rotation == "slot" else np.array(rope.rotate(mx.array(plain)))
     expected, _ = fed(lone_cache("mp-kvm", FLAT, **settings), given, values, 60)
-    turned = expected.centroids[0].astype(mx.float32)
+    turned = expected.centroids.keys.astype(mx.float32)
     turned = rope.rotate(turned) if rotation == "slot" else turned
     np.testing.assert_allclose(stored(cache, 0), turned, atol=5e-3)
 
@@ -209,7 +209,7 @@ def test_tokens_can_be_taken_back_until_one_leaves_the_window():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"window": -1}, {"flush": 0}, {"stride": 0}, {"queries": 0}, {"decay": 0.0}, {"decay": 1.1}, {"floor": 0},
+        {"recent": -1}, {"flush": 0}, {"stride": 0}, {"queries": 0}, {"decay": 0.0}, {"decay": 1.1}, {"floor": 0},
         {"weights": "mass"}, {"rotation": "sink"}, {"partition": "layer"}, {"centroids": 4}, {"persistence": 2.0},
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""mlx-lm's own server with live caches: the README's script, a real process, real requests."""
+"""mlx-lm's own server with live caches: the documentation's script, a real process, real requests."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from mlxkv import lm
 from mlxkv.live.seam import make_cache
 
 ROOT = Path(__file__).parents[2]
-(SCRIPT,) = [block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+(SCRIPT,) = [block for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "live.md").read_text(), re.DOTALL)
              if "server.main" in block]  # fmt: skip
 MODEL = ROOT / "benchmarks" / "checkpoints" / "qwen3"
 
@@ -27,7 +27,7 @@ MODEL = ROOT / "benchmarks" / "checkpoints" / "qwen3"
 def address(tmp_path_factory):
     script = tmp_path_factory.mktemp("server") / "serve.py"
     assert 'method="int8"' in SCRIPT
-    script.write_text(SCRIPT.replace('"int8"', '"kivi", residual=0'))  # which changes the text
+    script.write_text(SCRIPT.replace('"int8"', '"kivi", recent=0'))  # which changes the text
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process = subprocess.Popen(
@@ -57,7 +57,7 @@ def test_the_server_answers_as_generate_does_and_takes_up_a_conversation(address
     model, tokenizer = lm.load(str(MODEL))
     model.set_dtype(mx.float16)  # as the server loads it
     prompt = "This module defines functions and classes. " * 3
-    cache = make_cache(model, "kivi", residual=0)
+    cache = make_cache(model, "kivi", recent=0)
     expected = generate(model, tokenizer, prompt, max_tokens=40, prompt_cache=cache)
     assert expected != generate(model, tokenizer, prompt, max_tokens=40)
     first = completed(address, prompt)

@@ -90,10 +90,10 @@ def test_how_many_tokens_are_kept_follows_from_how_many_came_and_not_from_their_
     run(one, parts, [90])
     run(many, parts, random_chunks(seed, 90))
     assert (one.kept, one.nbytes) == (many.kept, many.nbytes)
-    assert one.kept - one.entries == 2 + 12 + 8 + 90 % 4
+    assert one.kept - one.merged_entries == 2 + 12 + 8 + 90 % 4
     for cache in (one, many):
         assert np.array_equal(stored(cache, 0)[:, :, -8:], np.array(parts[1][:, :, -8:])), "the recent ones"
-        sinks = stored(cache, 0)[:, :, cache.entries : cache.entries + 2]
+        sinks = stored(cache, 0)[:, :, cache.merged_entries : cache.merged_entries + 2]
         assert np.array_equal(sinks, np.array(parts[1][:, :, :2]))
 
 
@@ -116,7 +116,7 @@ def test_attention_of_long_ago_fades_by_decay(decay):
     queries[:, :, 4:36, 0], queries[:, :, 36:, 1] = 8, 8
     cache = lone_cache("sketch-topk", SPEC, **WIDE | {"decay": decay}, sinks=0, heavy=1, recent=47, interval=4)
     run(cache, (mx.array(queries), mx.array(keys), mx.array(keys)), [1] * 60)
-    held = np.array(cache.heavy[0])[0, 0, 0]
+    held = np.array(cache.heavy.keys)[0, 0, 0]
     assert held.argmax() == (0 if decay == 1 else 1)
 
 
@@ -138,7 +138,7 @@ def test_entries_weigh_as_many_as_were_merged_and_their_means_add_up_to_what_cam
     cache, parts = lone_cache("sketch-aggregate", SPEC, **SIZES, entries=6), text(seed, 90)
     run(cache, parts, random_chunks(seed, 90))
     exact = cache.kept - 6
-    weights = np.exp(np.array(cache.bias()))
+    weights = np.exp(np.array(cache.score_bias()))
     assert np.array_equal(weights[..., :6].sum(axis=-1).round(3), np.full((B, H), 90 - exact))
     assert np.array_equal(weights[..., 6:], np.ones((B, H, exact)))
     for slot in (0, 1):
@@ -170,7 +170,7 @@ def test_per_layer_all_heads_keep_the_same_tokens_by_one_sketch(method):
         cache = lone_cache(method, SPEC, **SIZES, per=per)
         run(cache, parts, [50] + [1] * 40)
         assert len(cache.counters) == (B if per == "layer" else B * H)
-        held, every = np.array(cache.heavy[0]), np.array(parts[1])
+        held, every = np.array(cache.heavy.keys), np.array(parts[1])
         places[per] = [[[np.flatnonzero((every[b, h] == k).all(axis=1))[0] for k in held[b, h]] for h in range(H)] for b in range(B)]  # fmt: skip
         expected = np.broadcast_to(np.array(cache.positions), (B, H, 14))
         assert np.array_equal(places[per], expected)
@@ -187,7 +187,7 @@ def test_every_sketch_keeps_a_token_that_everyone_looks_at(method, per, sketch):
     keys[:, :, 17] = -5
     cache = lone_cache(method, SPEC, **SIZES, per=per, sketch=sketch, width=64, depth=4)
     run(cache, (mx.ones((B, HQ, 90, D)), keys, values), [30] + [1] * 60)
-    held = np.array(cache.heavy[0])[:, :, :, 0]
+    held = np.array(cache.heavy.keys)[:, :, :, 0]
     assert (held == 5).any(axis=-1).all()
     assert not (held == -5).any()
     assert (cache.positions is None) == (sketch == "race"), "RACE finds tokens by their keys"
@@ -223,8 +223,8 @@ def test_the_controller_widens_for_a_high_target_and_narrows_for_a_low_one(metho
     for target in (0.001, 0.999):
         cache = lone_cache(method, SPEC, **SIZES, target=target)
         run(cache, text(0, 150, wide=0.5), [40] + [1] * 110)
-        kept[target] = cache.kept - cache.entries - 2
-        assert cache.scale == (sketching.MAX_SCALE if target > 0.5 else sketching.MIN_SCALE)
+        kept[target] = cache.kept - cache.merged_entries - 2
+        assert cache.size_factor == (sketching.MAX_SCALE if target > 0.5 else sketching.MIN_SCALE)
     assert kept[0.999] in range(2 * 20, 2 * 20 + 4)
     assert kept[0.001] in range(10, 10 + 4)
 
@@ -238,20 +238,22 @@ def test_what_is_covered_is_what_was_not_given_up():
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     drawn = (weights / weights.sum(axis=-1, keepdims=True)).sum(axis=(2, 3)) / (40 * HQ / H)
     stay = np.concatenate([np.array(cache.positions), np.broadcast_to(np.arange(32, 40), (B, H, 8))], axis=-1)
-    assert float(cache.covered) == pytest.approx(np.take_along_axis(drawn, stay, axis=-1).sum(axis=-1).mean(), abs=1e-4)
-    assert cache.scale == 1.0, "a step waits for what the interval before has computed"
+    assert float(cache.coverage) == pytest.approx(
+        np.take_along_axis(drawn, stay, axis=-1).sum(axis=-1).mean(), abs=1e-4
+    )
+    assert cache.size_factor == 1.0, "a step waits for what the interval before has computed"
 
 
 def test_what_is_covered_goes_on_as_the_share_that_kept_tokens_drew():
     cache = lone_cache("sketch-topk", SPEC, **WIDE | {"decay": 0.9}, **SIZES, target=0.5)
     found, expected, parts = [], [], text(0, 90)
     for start in range(0, 90, 5):
-        before = cache.covered
+        before = cache.coverage
         run(cache, [x[:, :, start : start + 5] for x in parts], [5])
-        if cache.covered is not before:
-            kept = cache.sketch.query(cache.counters, cache._names()).sum(axis=-1)
+        if cache.coverage is not before:
+            kept = cache.sketch.query(cache.counters, cache._sketch_keys()).sum(axis=-1)
             expected.append(float((kept / cache.counters[:, 0].sum(axis=-1)).mean()))
-            found.append(float(cache.covered))
+            found.append(float(cache.coverage))
     np.testing.assert_allclose(found, expected, atol=1e-3)
     assert len(found) > 9
     assert max(found) < 0.999

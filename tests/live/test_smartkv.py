@@ -54,11 +54,11 @@ def test_the_budget_holds_to_the_byte_after_every_chunk(dims, heads, budget):
     for allocator in ("greedy", "exact", "uniform"):
         cache = lone_cache("smartkv", spec(*dims, heads), budget=budget, allocator=allocator)
         seen = 0
-        sizes = random_sizes(rng, 2.2 * cache.sizes.short + 300)
+        sizes = random_sizes(rng, 2.2 * cache.budget.holds_from + 300)
         for size, _ in zip(sizes, fill(cache, sizes, batch)):
             seen += size
             assert cache.kept == cache.offset == seen
-            share = max(seen, (cache.sizes.short + 3 * seen) / 4)  # the budget itself from `short` tokens on
+            share = max(seen, (cache.budget.holds_from + 3 * seen) / 4)  # the budget itself from `short` tokens on
             assert cache.nbytes <= budget * 2 * batch * heads * sum(dims) * share
         used = cache.nbytes / (2 * batch * heads * sum(dims) * seen)
         assert allocator == "uniform" or used > 0.85 * budget, "bytes are left unused"
@@ -68,7 +68,7 @@ def test_a_long_recent_window_counts_too():
     cache = lone_cache("smartkv", spec(), budget=0.5, recent=100)
     for _ in fill(cache, [*[1] * 120, *[300] * 6, *[1] * 40]):
         assert counts(cache)[-1] >= min(100, cache.offset)
-        share = max(cache.offset, (cache.sizes.short + 3 * cache.offset) / 4)
+        share = max(cache.offset, (cache.budget.holds_from + 3 * cache.offset) / 4)
         assert cache.nbytes <= 0.5 * 2 * 2 * 128 * share
 
 
@@ -76,7 +76,7 @@ def test_what_is_held_is_what_the_plan_thinks_is_held():
     cache = lone_cache("smartkv", spec(64, 16, 3), budget=0.4)
     for _ in fill(cache, [300, 1, 1, 40, 1, 200]):
         *lower, top, waiting = counts(cache)
-        assert cache.nbytes == cache.sizes.held(lower, top, waiting)
+        assert cache.nbytes == cache.budget.used_bytes(lower, top, waiting)
 
 
 def test_precision_of_a_token_never_rises():

@@ -109,7 +109,7 @@ def stored_entries(cache: Any) -> Entries:
         np.concatenate([np.array(unpack(x, mx.float32) if live else x.astype(mx.float32))[0] for x in parts], axis=1)
         for parts in zip(*pairs)
     )
-    bias = cache.bias() if live else None
+    bias = cache.score_bias() if live else None
     added = np.zeros(1) if bias is None else np.array(bias)[0]
     return Entries(keys, values, np.broadcast_to(added, keys.shape[:2]), ordered=not live)
 

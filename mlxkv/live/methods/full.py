@@ -1,4 +1,4 @@
-"""The whole cache, as it is: what all other methods are measured against. Same bits as mlx-lm's KVCache."""
+"""The full cache: the baseline of all other methods, equal to mlx-lm's KVCache bit for bit."""
 
 from __future__ import annotations
 
@@ -10,20 +10,37 @@ from mlx_lm.models.cache import KVCache
 
 from mlxkv.config import Config
 from mlxkv.kernels.decode_attention import Bucket
-from mlxkv.live.base import LayerCache, live_methods, unquantized
+from mlxkv.live.arrays import unquantized
+from mlxkv.live.base import LayerCache, live_methods
 from mlxkv.spec import CacheSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class FullConfig(Config):
-    """Nothing to set."""
+    """Settings of the full cache: none."""
 
 
 @live_methods.register("full")
 class FullCache(LayerCache):
-    """Stores a chunk before it is attended: nothing is lost on the way, and so nothing has to be copied to join the two.
+    """Full: every token in the model's own type.
 
-    Grows as mlx-lm's KVCache does, by steps of 256 tokens; `nbytes` counts whole steps.
+    A chunk is stored before it is attended, as mlx-lm does it; since nothing is lost, that is the same, and chunk and
+    cache need not be copied together. Grows as mlx-lm's KVCache does, by steps of 256 tokens; `nbytes` counts full
+    steps.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    spec
+        What the model caches.
+    layer
+        The layer's index in the model.
+
+    Attributes
+    ----------
+    keys, values
+        `[B, Hkv, S, D]`, S >= offset; None before the first chunk.
     """
 
     config_class = FullConfig
@@ -37,11 +54,13 @@ class FullCache(LayerCache):
         self.values: mx.array | None = None
 
     def buckets(self) -> list[Bucket]:
+        """Return all tokens."""
         if self.keys is None or self.values is None:
             return []
         return [(unquantized(self.keys[..., : self.offset, :]), unquantized(self.values[..., : self.offset, :]))]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Store a chunk and return all tokens."""
         store: Any = KVCache()  # type: ignore[no-untyped-call]
         store.state = self.keys, self.values, self.offset
         super().update_and_fetch(keys, values)
@@ -50,13 +69,14 @@ class FullCache(LayerCache):
         return everything
 
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
-        """The chunk is stored already."""
+        """Do nothing: the chunk is stored already."""
 
     def attend(
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None = None
     ) -> mx.array:
-        self._chunk = None
+        """Return mlx-lm's own attention over all tokens."""
+        self._pending_chunk = None
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
     def _trim(self, count: int) -> None:
-        """The next chunk overwrites them."""
+        """Do nothing: the next chunk overwrites the tokens."""

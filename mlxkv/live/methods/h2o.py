@@ -1,18 +1,17 @@
-"""H2O: the heavy hitters, tokens that have drawn most attention so far, and a window of the last tokens.
-
-https://arxiv.org/abs/2306.14048
-"""
+"""H2O: the tokens that got most attention so far, and the newest."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import mlx.core as mx
 
 from mlxkv.config import Config, integer
 from mlxkv.kernels.decode_attention import Bucket
-from mlxkv.live.base import LayerCache, copy_without_parent, live_methods, to_storage_dtype, unquantized
+from mlxkv.live.arrays import KeysValues, concat_pairs, copy_without_parent, to_storage_dtype
+from mlxkv.live.base import LayerCache, live_methods
 from mlxkv.spec import CacheSpec
 
 
@@ -23,7 +22,7 @@ class H2OConfig(Config):
     Parameters
     ----------
     heavy
-        Tokens that each kv head keeps because they drew most attention.
+        Tokens that each kv head keeps because they got most attention.
     recent
         Newest tokens that stay besides.
     """
@@ -32,49 +31,85 @@ class H2OConfig(Config):
     recent: int = integer(256)
 
 
+class AttendedTokens(NamedTuple):
+    """Tokens and the attention that each has got.
+
+    Parameters
+    ----------
+    keys, values
+        `[B, Hkv, T, D]` and `[B, Hkv, T, Dv]`.
+    attention
+        `[B, Hkv, T]` float32: attention probabilities, summed over all queries since a token came, its own included.
+    """
+
+    keys: mx.array
+    values: mx.array
+    attention: mx.array
+
+
 @live_methods.register("h2o")
 class H2OCache(LayerCache):
-    """Each kv head keeps tokens of its own, in the order they came. `tokens` are keys, values and `[B, Hkv, kept]`
-    float32: the attention that each has drawn from all queries since it came, its own included.
+    """H2O: each kv head keeps its heavy hitters, the tokens that got most attention, and the newest tokens.
 
-    Departs from the paper in grouped queries, whose attention is summed for their kv head, and in prefill, where tokens
-    are given up once a chunk and not once a token. As there, tokens keep their own positions, first tokens are nothing
-    special, and attention never fades. After `trim` what the trimmed tokens' queries paid attention to stays counted.
+    Parameters
+    ----------
+    config
+        Settings.
+    spec
+        What the model caches.
+    layer
+        The layer's index in the model.
+
+    Attributes
+    ----------
+    tokens
+        The tokens kept, in the order they came; None before the first chunk.
+
+    Notes
+    -----
+    https://arxiv.org/abs/2306.14048. Departs from the paper in grouped queries, whose attention is summed for their kv
+    head, and in prefill, where tokens are evicted once a chunk and not once a token. As there, tokens keep their own
+    positions, first tokens are nothing special, and attention never fades. After `trim` the attention of the trimmed
+    tokens' queries stays counted.
     """
 
     config_class = H2OConfig
     config: H2OConfig
 
     state_fields = ("tokens",)
+    state_types: ClassVar = {"tokens": AttendedTokens}
     observation_window = sys.maxsize
 
     def __init__(self, config: H2OConfig, spec: CacheSpec, layer: int) -> None:
         super().__init__(config, spec, layer)
-        self.tokens: tuple[mx.array, mx.array, mx.array] | None = None
+        self.tokens: AttendedTokens | None = None
 
     def buckets(self) -> list[Bucket]:
-        return [] if self.tokens is None else [(unquantized(self.tokens[0]), unquantized(self.tokens[1]))]
+        """Return the tokens kept."""
+        return [] if self.tokens is None else [KeysValues(self.tokens.keys, self.tokens.values).as_bucket()]
 
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
-        assert mass is not None  # observation_window asks for it
-        keys, values, drawn = to_storage_dtype(keys), to_storage_dtype(values), mx.zeros(keys.shape[:3])
+        """Append the chunk, add the attention that all tokens got, and evict the lightest."""
+        assert mass is not None  # since observation_window is never 0
+        tokens = AttendedTokens(to_storage_dtype(keys), to_storage_dtype(values), mx.zeros(keys.shape[:3]))
         if self.tokens is not None:
-            keys, values, drawn = (mx.concatenate([*pair], axis=2) for pair in zip(self.tokens, (keys, values, drawn)))
-        self.tokens = keys, values, drawn + mass
-        if keys.shape[2] > self.config.heavy + self.config.recent:
-            self.tokens = self._evict(*self.tokens)
+            tokens = AttendedTokens(*concat_pairs(self.tokens, tokens))
+        tokens = tokens._replace(attention=tokens.attention + mass)
+        if tokens.keys.shape[2] > self.config.heavy + self.config.recent:
+            tokens = self._keep_heavy_and_recent(tokens)
+        self.tokens = tokens
 
-    def _evict(self, keys: mx.array, values: mx.array, drawn: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """The recent tokens and, of those before them, each head's heaviest."""
-        B, H, T = drawn.shape
-        last = T - self.config.recent
-        heavy = mx.argpartition(-drawn[..., :last], self.config.heavy - 1, axis=-1)[..., : self.config.heavy]
-        recent = mx.broadcast_to(mx.arange(last, T, dtype=heavy.dtype), (B, H, T - last))
-        kept = mx.concatenate([mx.sort(heavy, axis=-1), recent], axis=-1)
+    def _keep_heavy_and_recent(self, tokens: AttendedTokens) -> AttendedTokens:
+        """Return the newest tokens and, of those before them, each head's heaviest."""
+        B, H, T = tokens.attention.shape
+        last, heavy = T - self.config.recent, self.config.heavy
+        heaviest = mx.argpartition(-tokens.attention[..., :last], heavy - 1, axis=-1)[..., :heavy]
+        recent = mx.broadcast_to(mx.arange(last, T, dtype=heaviest.dtype), (B, H, T - last))
+        kept = mx.concatenate([mx.sort(heaviest, axis=-1), recent], axis=-1)
         rows = mx.arange(B)[:, None, None], mx.arange(H)[:, None], kept
-        return keys[rows], values[rows], drawn[rows]
+        return AttendedTokens(*(part[rows] for part in tokens))
 
     def _trim(self, count: int) -> None:
+        """Drop the last tokens."""
         if self.tokens is not None:
-            keys, values, drawn = (copy_without_parent(part[:, :, :-count]) for part in self.tokens)
-            self.tokens = keys, values, drawn
+            self.tokens = AttendedTokens(*(copy_without_parent(part[:, :, :-count]) for part in self.tokens))

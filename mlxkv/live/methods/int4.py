@@ -1,4 +1,4 @@
-"""4 bits a value: each token's dims in groups of 64 (or the whole head), from their minimum to their maximum."""
+"""Uniform quantization to 4 bits."""
 
 from __future__ import annotations
 
@@ -14,15 +14,29 @@ from mlxkv.live.packing import PackingCache, quantize_per_token
 
 @dataclass(frozen=True, kw_only=True)
 class Int4Config(Config):
-    """Nothing to set."""
+    """Settings of int4: none."""
 
 
 @live_methods.register("int4")
 class Int4Cache(PackingCache):
-    """Uniform: all tokens alike, but for the newest, which wait unpacked until there are 64 of them."""
+    """int4: 4 bits for every value of every token but the newest, which wait unquantized until there are 64.
+
+    A token's dims are quantized in groups of 64 (all together where 64 does not divide them), in equal steps from a
+    group's minimum to its maximum.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    spec
+        What the model caches.
+    layer
+        The layer's index in the model.
+    """
 
     config_class = Int4Config
     config: Int4Config
 
     def pack(self, keys: mx.array, values: mx.array) -> Bucket:
+        """Quantize keys and values token by token."""
         return quantize_per_token(keys, 4), quantize_per_token(values, 4)

@@ -1,4 +1,4 @@
-"""8 bits a value: each token's dims in groups of 64 (or the whole head), from their minimum to their maximum."""
+"""Uniform quantization to 8 bits."""
 
 from __future__ import annotations
 
@@ -14,15 +14,29 @@ from mlxkv.live.packing import PackingCache, quantize_per_token
 
 @dataclass(frozen=True, kw_only=True)
 class Int8Config(Config):
-    """Nothing to set."""
+    """Settings of int8: none."""
 
 
 @live_methods.register("int8")
 class Int8Cache(PackingCache):
-    """Uniform: all tokens alike, but for the newest, which wait unpacked until there are 64 of them."""
+    """int8: 8 bits for every value of every token but the newest, which wait unquantized until there are 64.
+
+    A token's dims are quantized in groups of 64 (all together where 64 does not divide them), in equal steps from a
+    group's minimum to its maximum.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    spec
+        What the model caches.
+    layer
+        The layer's index in the model.
+    """
 
     config_class = Int8Config
     config: Int8Config
 
     def pack(self, keys: mx.array, values: mx.array) -> Bucket:
+        """Quantize keys and values token by token."""
         return quantize_per_token(keys, 8), quantize_per_token(values, 8)

@@ -1,7 +1,4 @@
-"""KIVI: keys in few bits by channel, values in few bits by token, the newest tokens as they are.
-
-https://arxiv.org/abs/2402.02750
-"""
+"""KIVI: keys quantized by channel, values by token, the newest tokens unquantized."""
 
 from __future__ import annotations
 
@@ -24,9 +21,9 @@ class KIVIConfig(Config):
     Parameters
     ----------
     bits
-        Bits of each code: 2, 3, 4 or 8.
+        Bits of each quantized value: 2, 3, 4 or 8.
     group
-        Tokens of a key channel, and dims of a value token, that share a scale; divides 64.
+        Tokens of a key channel, and dims of a value token, that share a minimum and a step; divides 64.
     recent
         Newest tokens that stay unquantized, at least.
     """
@@ -38,9 +35,26 @@ class KIVIConfig(Config):
 
 @live_methods.register("kivi")
 class KIVICache(PackingCache):
-    """Departs from the paper where the recent tokens go: keys and values leave it together, 64 tokens at a time, so it
-    holds `recent` to `recent + 63` tokens (there: keys up to `recent`, values exactly so many). For MLA the
-    latent, which is both key and value, is packed by channel, and k_pe by token."""
+    """KIVI: keys in few bits by channel, values in few bits by token, the newest tokens unquantized.
+
+    A few channels of the keys have large values in all tokens, so keys are quantized by channel: each group of tokens
+    of a channel has its own minimum and step. Values have no such channels and are quantized by token.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    spec
+        What the model caches.
+    layer
+        The layer's index in the model.
+
+    Notes
+    -----
+    https://arxiv.org/abs/2402.02750. Departs from the paper in which tokens are unquantized: keys and values leave
+    together, 64 tokens at a time, so there are `recent` to `recent + 63` of them (there: keys up to `recent`, values
+    exactly as many). For MLA the latent, which is both key and value, is quantized by channel, and k_pe by token.
+    """
 
     config_class = KIVIConfig
     config: KIVIConfig
@@ -50,5 +64,6 @@ class KIVICache(PackingCache):
         self.recent = config.recent
 
     def pack(self, keys: mx.array, values: mx.array) -> Bucket:
+        """Quantize keys by channel and values by token."""
         bits, group = self.config.bits, self.config.group
         return pack(keys, bits, group, 1), pack(values, bits, 1, min(group, values.shape[-1]))

@@ -1,24 +1,18 @@
-"""MP-KVM: sinks and a recent window as they are; the tokens in between as centroids of keys and values, clustered as they
-leave the window by the keys they had before rotation, each with the logarithm of its count added to its scores.
-
-Each token weighs in the means, and in what it costs to merge it, as much as the attention that it draws: so what the
-queries look for stays apart, and the rest is pooled. Without that (weights "count", as planned) a tenth of SmolLM2's cache
-has four times the KL, more than StreamingLLM; without counts in the scores 2.6 times. Clustering keys as they are rotated
-does as well there (1.05 times): the gain of pre-RoPE keys is that centroids do not depend on the position. From
-benchmarks/results/mp_kvm_ablation.json.
-"""
+"""MP-KVM: the first tokens and the newest unchanged, the tokens in between as centroids of keys and values."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from mlxkv.config import choice, integer, number
 from mlxkv.kernels.decode_attention import Bucket
-from mlxkv.live.base import LayerCache, copy_without_parent, live_methods, to_storage_dtype, unquantized
+from mlxkv.live.arrays import KeysValues, copy_without_parent, to_storage_dtype
+from mlxkv.live.base import LayerCache, live_methods
 from mlxkv.live.clustering import ClusteringConfig, Clusters, insert, visible_counts
 from mlxkv.live.importance import update_importance
 from mlxkv.spec import CacheSpec
@@ -30,32 +24,38 @@ PARTITIONS = ("head", "shared")
 
 @dataclass(frozen=True, kw_only=True)
 class MPKVMConfig(ClusteringConfig):
-    """Settings of MP-KVM: how to cluster (`centroids` are most slots, the `sinks` first tokens among them), and
+    """Settings of MP-KVM: those of the clustering, and further ones.
 
     Parameters
     ----------
+    centroids
+        Maximal number of centroids, the first tokens included.
+    value_weight
+        Factor of differences between values beside those between keys; 0 leaves values out of the distance.
+    sinks
+        First tokens, which keep centroids of their own.
     recent
-        Newest tokens that stay as they are, at least.
+        Newest tokens that stay unchanged, at least.
     flush
-        Tokens that leave the recent ones together.
+        Tokens that leave the newest ones together.
     stride
-        Only every stride-th of them is taken, for that many tokens.
+        Only every stride-th token between is clustered, and counts for as many.
     weights
-        What a token weighs: "attention", what it draws, or "count", 1.
+        What a token weighs in means and in the cost of merging it: the "attention" that it gets, or its "count", 1.
     queries
-        Queries of a prefill chunk that are asked what they attend to, the last ones.
+        Last queries of a prefill chunk whose attention is averaged.
     decay
-        Of that attention, by query.
+        Factor by which earlier attention fades with each query.
     floor
-        What a token that draws no attention weighs.
+        What a token that gets no attention weighs.
     rotation
-        A centroid's: that of the "mean" position of its tokens, that of its "slot"'s place right behind the sinks, or
-        "kept", what its tokens had: then keys are clustered as they are rotated.
+        The position that a centroid's key is rotated to: the "mean" of its tokens' positions, its "slot", counted from
+        0, or "kept" for none, in which case keys are clustered as they are rotated.
     partition
-        "head", each kv head by itself, or "shared", all heads' keys together.
+        "head" clusters each kv head by itself, "shared" all heads' keys together.
     """
 
-    centroids: int = 198
+    centroids: int = integer(198, least=1)
     value_weight: float = number(1.0, least=0)
     sinks: int = integer(4, key="preserve")
     recent: int = integer(32, key="window")
@@ -69,114 +69,191 @@ class MPKVMConfig(ClusteringConfig):
     partition: str = choice("head", PARTITIONS)
 
 
+class Tail(NamedTuple):
+    """The newest tokens.
+
+    Parameters
+    ----------
+    keys, values
+        `[B, Hkv, T, D]` and `[B, Hkv, T, Dv]`.
+    attention
+        `[B, H, T]` float32, the importance of each token; H is 1 for a shared partition. None where weights are counts.
+    """
+
+    keys: mx.array
+    values: mx.array
+    attention: mx.array | None = None
+
+
+class Centroids(NamedTuple):
+    """Centroids as attention takes them: keys are rotated.
+
+    Parameters
+    ----------
+    keys, values
+        Means, `[B, Hkv, M, D]` and `[B, Hkv, M, Dv]`.
+    positions
+        Mean positions, `[B, H, M]` float32; H is 1 for a shared partition.
+    counts
+        How many tokens a centroid stands for, `[B, H, M]` float32.
+    attention
+        Sum of the tokens' importance, `[B, H, M]` float32. None where weights are counts.
+    """
+
+    keys: mx.array
+    values: mx.array
+    positions: mx.array
+    counts: mx.array
+    attention: mx.array | None = None
+
+
 @live_methods.register("mp-kvm")
 class MPKVMCache(LayerCache):
-    """`centroids`: keys and values `[B, Hkv, M, D]` as attention takes them, then float32 `[B, H, M]` mean positions, counts
-    and, where weights are attention, the attention drawn; H is 1 for a shared partition. `tail`: keys and values of the
-    window and of what waits to leave it, and the attention drawn.
+    """MP-KVM: the first and the newest tokens stay; those between are clustered, and a centroid stands for many.
 
-    M is the number of tokens that have left the window, at most `centroids`; slots may be empty. Blocks of `flush` tokens
-    leave at fixed places of the text, so with weights "count" what is stored does not depend on the chunks. Attention is
-    asked for once a chunk, of its last `queries` queries. Means are rounded to the model's type after every block. For
-    MLA a token is its latent and its k_pe together.
+    Tokens are clustered as they leave the newest ones, by the keys they had before rotation, so that centroids do not
+    depend on positions; a centroid's key is rotated again before it is stored. The logarithm of its count is added to
+    its scores. Tokens weigh as much as the attention they get, in means and in what it costs to merge them: so what
+    queries look for stays apart, and the rest is pooled.
 
-    Departs from the plan in what happens when there are `centroids`: there the nearest one takes a token, here those that
-    are cheapest to merge make room. An interval of steps would be another name for `flush`.
+    There are as many centroids as tokens that have left the newest ones, at most `config.centroids`; slots may be empty.
+    Blocks of `flush` tokens leave at fixed positions of the text, so with weights "count" what is stored does not depend
+    on the chunks. Means are rounded to the model's type after every block. For MLA a token is its latent and its k_pe
+    together.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    spec
+        What the model caches.
+    layer
+        The layer's index in the model.
+
+    Attributes
+    ----------
+    centroids
+        The centroids, None while no token has left the newest ones.
+    tail
+        The newest tokens, None before the first chunk.
+
+    Notes
+    -----
+    Departs from the plan (docs/plans.md) in what happens when all centroids are taken: there a token joins the nearest
+    one, here those that are cheapest to merge make room. An interval of steps would be another name for `flush`.
+
+    With weights "count", as planned, a tenth of SmolLM2's cache has four times the KL, more than StreamingLLM; without
+    counts in the scores 2.6 times. Clustering keys as they are rotated does as well there (1.05 times). From
+    benchmarks/results/mp_kvm_ablation.json.
     """
 
     config_class = MPKVMConfig
     config: MPKVMConfig
 
     state_fields = ("centroids", "tail")
+    state_types: ClassVar = {"centroids": Centroids, "tail": Tail}
 
     def __init__(self, config: MPKVMConfig, spec: CacheSpec, layer: int) -> None:
         super().__init__(config, spec, layer)
         self.observation_window = config.queries if config.weights == "attention" else 0
-        self.centroids: tuple[mx.array, ...] | None = None
-        self.tail: tuple[mx.array, ...] | None = None
+        self.centroids: Centroids | None = None
+        self.tail: Tail | None = None
 
     def buckets(self) -> list[Bucket]:
+        """Return the centroids, then the tail."""
         return [
-            (unquantized(part[0]), unquantized(part[1])) for part in (self.centroids, self.tail) if part is not None
+            KeysValues(part.keys, part.values).as_bucket() for part in (self.centroids, self.tail) if part is not None
         ]
 
-    def bias(self) -> mx.array | None:
+    def score_bias(self) -> mx.array | None:
+        """Return the logarithms of the centroids' counts."""
         if self.centroids is None or self.tail is None:
             return None
-        counts = mx.log(visible_counts(self.centroids[3], self.config))
-        return mx.pad(counts, [(0, 0), (0, 0), (0, self.tail[0].shape[2])])
+        counts = mx.log(visible_counts(self.centroids.counts, self.config))
+        return mx.pad(counts, [(0, 0), (0, 0), (0, self.tail.keys.shape[2])])
 
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
-        new = [to_storage_dtype(keys), to_storage_dtype(values)]
-        if mass is not None:
-            new.append(self._weighed(mass, keys.shape[2]))
-        old = [part[:, :, :0] for part in new] if self.tail is None else self.tail
-        new = [mx.concatenate([*pair], axis=2) for pair in zip(old, new)]
+        """Append the chunk to the tail and cluster the blocks that are old enough."""
+        attention = None if mass is None else self._update_attention(mass, keys.shape[2])
+        tail = Tail(to_storage_dtype(keys), to_storage_dtype(values), attention)
+        tail = _concat(_slice(tail, 0, 0) if self.tail is None else self.tail, tail)
         start, flush = 0, self.config.flush
-        while new[0].shape[2] - start >= self.config.recent + flush:
-            self._flush([part[:, :, start : start + flush] for part in new], self.offset - new[0].shape[2] + start)
+        while tail.keys.shape[2] - start >= self.config.recent + flush:
+            self._flush_block(_slice(tail, start, start + flush), self.offset - tail.keys.shape[2] + start)
             start += flush
-        self.tail = tuple(copy_without_parent(part[:, :, start:]) if start else part for part in new)
+        self.tail = _copy(tail, start, None) if start else tail
 
     def _trim(self, count: int) -> None:
+        """Drop the last tokens of the tail."""
         if self.tail is not None:
-            self.tail = tuple(copy_without_parent(part[:, :, :-count]) for part in self.tail)
+            self.tail = _copy(self.tail, 0, -count)
 
     def is_trimmable(self) -> bool:
-        """As long as no token has left the window."""
+        """Return whether no token has been clustered yet."""
         return self.centroids is None
 
-    def clusters(self) -> Clusters | None:
-        """The centroids, un-rotated, in float32: `[B * Hkv, M, D]`, or for a shared partition `[B, M, Hkv * D]`."""
-        return None if self.centroids is None else self._clusters(self.centroids, self._places(self.centroids[2]))
+    def unrotated_clusters(self) -> Clusters | None:
+        """Return the centroids with unrotated keys, in float32.
 
-    def _weighed(self, mass: mx.array, count: int) -> mx.array:
-        """Bring the attention drawn by stored tokens up to date; that of the `count` new ones."""
+        Returns
+        -------
+        Clusters or None
+            `[B * Hkv, M, D]`, or for a shared partition `[B, M, Hkv * D]`; None while there are none.
+        """
+        if self.centroids is None:
+            return None
+        return self._to_clusters(self.centroids, self._rotation_positions(self.centroids.positions))
+
+    def _update_attention(self, mass: mx.array, count: int) -> mx.array:
+        """Bring the importance of stored tokens up to date; return that of the `count` new ones."""
         if self.config.partition == "shared":
             mass = mass.mean(axis=1, keepdims=True)
-        stored = [part[-1] for part in (self.centroids, self.tail) if part is not None]
-        drawn = mx.concatenate([mass[..., :0], *stored], axis=-1)
-        drawn = update_importance(drawn, mass, min(count, self.config.queries), self.config.decay)
-        slots = 0 if self.centroids is None else self.centroids[0].shape[2]
+        parts = [part for part in (self.centroids, self.tail) if part is not None]
+        stored = [part.attention for part in parts if part.attention is not None]
+        importance = mx.concatenate([mass[..., :0], *stored], axis=-1)
+        importance = update_importance(importance, mass, min(count, self.config.queries), self.config.decay)
+        slots = 0 if self.centroids is None else self.centroids.keys.shape[2]
         if self.centroids is not None:
-            self.centroids = (*self.centroids[:-1], copy_without_parent(drawn[..., :slots]))
+            self.centroids = self.centroids._replace(attention=copy_without_parent(importance[..., :slots]))
         if self.tail is not None:
-            self.tail = (*self.tail[:-1], copy_without_parent(drawn[..., slots:-count]))
-        return drawn[..., -count:]
+            self.tail = self.tail._replace(attention=copy_without_parent(importance[..., slots:-count]))
+        return importance[..., -count:]
 
-    def _flush(self, block: list[mx.array], first: int) -> None:
-        """A block of `flush` tokens, from position `first` on, leaves the window."""
+    def _flush_block(self, block: Tail, first: int) -> None:
+        """Cluster a block of `flush` tokens that leaves the tail, from position `first` on."""
         config = self.config
-        places = np.arange(config.flush)
-        sinks = first + places < config.sinks
-        taken = places[sinks | ((first + places) % config.stride == 0)]
-        if not len(taken):
+        offsets = np.arange(config.flush)
+        sinks = first + offsets < config.sinks
+        chosen = offsets[sinks | ((first + offsets) % config.stride == 0)]
+        if not len(chosen):
             return
-        block = [part[:, :, mx.array(taken)] for part in block]
-        shape = (block[0].shape[0], 1 if config.partition == "shared" else block[0].shape[1], len(taken))
+        keys, values = (part[:, :, mx.array(chosen)] for part in (block.keys, block.values))
+        shape = (keys.shape[0], 1 if config.partition == "shared" else keys.shape[1], len(chosen))
         positions, counts = (
             mx.broadcast_to(mx.array(numbers, mx.float32), shape)
-            for numbers in (first + taken, np.where(sinks[taken], 1, config.stride))
+            for numbers in (first + chosen, np.where(sinks[chosen], 1, config.stride))
         )
-        drawn = [part * counts for part in block[2:]]
-        new = self._clusters([block[0], block[1], positions, counts, *drawn], positions)
-        self.centroids = self._stored(insert(self.clusters(), new, config), shape[0], block[0].dtype)
+        attention = None if block.attention is None else block.attention[:, :, mx.array(chosen)] * counts
+        new = self._to_clusters(Centroids(keys, values, positions, counts, attention), positions)
+        self.centroids = self._to_centroids(insert(self.unrotated_clusters(), new, config), shape[0], keys.dtype)
 
-    def _clusters(self, parts: Sequence[mx.array], at: mx.array) -> Clusters:
-        """Parts like those of `centroids`, rotated to positions `at`, as clusters of un-rotated float32 keys."""
-        keys, values, positions, counts, *drawn = parts
-        keys, values = self._turned(keys.astype(mx.float32), values.astype(mx.float32), at, inverse=True)
+    def _to_clusters(self, centroids: Centroids, positions: mx.array) -> Clusters:
+        """Return centroids, or tokens like them, that are rotated to positions `[B, H, M]` as unrotated clusters."""
+        keys, values = centroids.keys.astype(mx.float32), centroids.values.astype(mx.float32)
+        keys, values = self._unrotate(keys, values, positions)
         if self.latent:
             keys, values = mx.concatenate([keys, values], axis=-1), values[..., :0]
-        weights = drawn[0] + self.config.floor * counts if drawn else counts
+        weights = centroids.counts
+        if centroids.attention is not None:
+            weights = centroids.attention + self.config.floor * centroids.counts
         if self.config.partition == "shared":
-            rows = (x.swapaxes(1, 2).flatten(2) for x in (keys, values))
+            vectors = (x.swapaxes(1, 2).flatten(2) for x in (keys, values))
         else:
-            rows = (x.flatten(0, 1) for x in (keys, values))
-        return Clusters(*rows, *(x.flatten(0, 1) for x in (positions, counts, weights)))
+            vectors = (x.flatten(0, 1) for x in (keys, values))
+        return Clusters(*vectors, *(x.flatten(0, 1) for x in (centroids.positions, centroids.counts, weights)))
 
-    def _stored(self, clusters: Clusters, batch: int, dtype: mx.Dtype) -> tuple[mx.array, ...]:
-        """The inverse of `_clusters`."""
+    def _to_centroids(self, clusters: Clusters, batch: int, dtype: mx.Dtype) -> Centroids:
+        """Return clusters as centroids whose keys are rotated, the inverse of `_to_clusters`."""
         M, heads = clusters.counts.shape[1], self.slots[0].heads
         if self.config.partition == "shared":
             keys, values = (x.reshape(batch, M, heads, x.shape[-1] // heads).swapaxes(1, 2) for x in clusters[:2])
@@ -185,29 +262,54 @@ class MPKVMCache(LayerCache):
         if self.latent:
             keys, values = mx.split(keys, [self.slots[0].dim], axis=-1)
         positions, counts, weights = (x.reshape(batch, -1, M) for x in clusters[2:])
-        keys, values = self._turned(keys, values, self._places(positions), inverse=False)
-        drawn = [] if self.config.weights == "count" else [mx.maximum(weights - self.config.floor * counts, 0)]
-        return (
-            keys.astype(dtype),
-            values.astype(dtype),
-            copy_without_parent(positions),
-            copy_without_parent(counts),
-            *drawn,
-        )
+        keys, values = self._rotate(keys, values, self._rotation_positions(positions))
+        attention = None if self.config.weights == "count" else mx.maximum(weights - self.config.floor * counts, 0)
+        positions, counts = copy_without_parent(positions), copy_without_parent(counts)
+        return Centroids(keys.astype(dtype), values.astype(dtype), positions, counts, attention)
 
-    def _places(self, positions: mx.array) -> mx.array:
-        """The positions that centroids are rotated to, `[B, H, M]`."""
+    def _rotation_positions(self, positions: mx.array) -> mx.array:
+        """Return the positions that centroids' keys are rotated to, `[B, H, M]`, for their mean positions."""
         if self.config.rotation == "slot":
             return mx.broadcast_to(mx.arange(positions.shape[-1]), positions.shape)
         return positions
 
-    def _turned(self, keys: mx.array, values: mx.array, at: mx.array, inverse: bool) -> tuple[mx.array, mx.array]:
-        """Keys, or for MLA the k_pe that are where others have values, rotated to positions, rounded, or back."""
-        rope = self.slots[self.latent].rope
+    def _rotate(self, keys: mx.array, values: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
+        """Rotate keys, or for MLA the k_pe in place of values, to positions `[B, H, M]`, rounded."""
+        return self._apply_rope(keys, values, positions, inverse=False)
+
+    def _unrotate(self, keys: mx.array, values: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
+        """Undo `_rotate`."""
+        return self._apply_rope(keys, values, positions, inverse=True)
+
+    def _apply_rope(
+        self, keys: mx.array, values: mx.array, positions: mx.array, inverse: bool
+    ) -> tuple[mx.array, mx.array]:
+        """Rotate, or rotate back, what the model rotates."""
+        rope = self.slots[1 if self.latent else 0].rope
         if rope is None or self.config.rotation == "kept":
             return keys, values
         x = values if self.latent else keys
-        start = mx.broadcast_to(mx.round(at).astype(mx.int32), x.shape[:3]).flatten()
-        turn = rope.unrotate if inverse else rope.rotate
-        turned = turn(x.reshape(-1, 1, 1, x.shape[-1]), start).reshape(x.shape)
-        return (keys, turned) if self.latent else (turned, values)
+        start = mx.broadcast_to(mx.round(positions).astype(mx.int32), x.shape[:3]).flatten()
+        apply = rope.unrotate if inverse else rope.rotate
+        rotated = apply(x.reshape(-1, 1, 1, x.shape[-1]), start).reshape(x.shape)
+        return (keys, rotated) if self.latent else (rotated, values)
+
+
+def _used(tail: Tail) -> Sequence[mx.array]:
+    """Return the arrays of a tail, without attention where it has none."""
+    return [part for part in tail if part is not None]
+
+
+def _slice(tail: Tail, start: int, stop: int | None) -> Tail:
+    """Return tokens start..stop of a tail."""
+    return Tail(*(part[:, :, start:stop] for part in _used(tail)))
+
+
+def _copy(tail: Tail, start: int, stop: int | None) -> Tail:
+    """Return copies of tokens start..stop of a tail, which keep nothing else alive."""
+    return Tail(*(copy_without_parent(part) for part in _used(_slice(tail, start, stop))))
+
+
+def _concat(first: Tail, second: Tail) -> Tail:
+    """Return the tokens of two tails as one."""
+    return Tail(*(mx.concatenate([*pair], axis=2) for pair in zip(_used(first), _used(second))))

@@ -1,4 +1,4 @@
-"""Tokens drawn at random: what any method that chooses tokens by their importance has to beat."""
+"""Random: tokens drawn at random, the baseline of methods that choose them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ class RandomConfig(Config):
     Parameters
     ----------
     tokens
-        Most tokens that are kept, sinks and recent ones among them.
-    sinks, recent
-        First and newest tokens that always stay.
+        Maximal number of tokens kept, sinks and recent ones included.
+    sinks
+        First tokens, which always stay.
+    recent
+        Newest tokens that always stay.
     seed
         Of the draw.
     """
@@ -34,18 +36,31 @@ class RandomConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.tokens < self.sinks + self.recent:
-            raise InputError(f"tokens must be 1 or more and hold sinks and recent: {self}")
+            raise InputError(f"tokens must be at least sinks + recent: {self}")
 
 
 @live_methods.register("random")
 class RandomCache(SelectingCache):
-    """Where there are too many tokens, those to give up are drawn evenly from between sinks and recent ones. A draw
-    depends on the seed, the layer and the position alone, so a saved cache goes on as it would have."""
+    """Random: where there are too many tokens, those to evict are drawn at random between sinks and recent ones.
+
+    Any method that chooses tokens by their importance has to beat this. A draw depends only on the seed, the layer and
+    the position, so a saved cache goes on as it would have.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    spec
+        What the model caches.
+    layer
+        The layer's index in the model.
+    """
 
     config_class = RandomConfig
     config: RandomConfig
 
     def kept_indices(self, count: int) -> np.ndarray:
+        """Choose all tokens but those drawn."""
         tokens = np.arange(count, dtype=np.int32)
         middle = tokens[self.config.sinks : max(self.config.sinks, count - self.config.recent)]
         draw = np.random.default_rng([self.config.seed, self.layer, self.offset])

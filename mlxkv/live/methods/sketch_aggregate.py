@@ -1,81 +1,120 @@
-"""Sketch aggregate: as sketch-topk, but light tokens are merged into a few weighted entries, not given up."""
+"""Sketch aggregate: as sketch-topk, but evicted tokens are merged into a few weighted entries."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import mlx.core as mx
 
 from mlxkv.config import integer
 from mlxkv.kernels import centroids
 from mlxkv.kernels.decode_attention import Bucket
-from mlxkv.live.base import live_methods, unquantized
+from mlxkv.live.base import KeysValues, live_methods
 from mlxkv.live.sketching import SketchConfig, SketchingCache, gather_tokens
 from mlxkv.spec import CacheSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class SketchAggregateConfig(SketchConfig):
-    """Settings of sketch-aggregate: those of all sketch methods, and
+    """Settings of sketch-aggregate: those of all sketch methods, and the number of entries.
 
     Parameters
     ----------
     entries
-        Entries that light tokens are merged into.
+        Entries into which evicted tokens are merged.
     """
 
     entries: int = integer(16, least=1)
 
 
+class MergedEntries(NamedTuple):
+    """Entries that stand for evicted tokens.
+
+    Parameters
+    ----------
+    keys, values
+        Means over an entry's tokens, `[B, Hkv, entries, D]`.
+    counts
+        How many tokens those are, `[B, Hkv, entries]` float32.
+    """
+
+    keys: mx.array
+    values: mx.array
+    counts: mx.array
+
+
 @live_methods.register("sketch-aggregate")
 class SketchAggregateCache(SketchingCache):
-    """`merged` are means of keys and of values, and of how many tokens, `[B, Hkv, entries]` float32; the logarithm of that
-    is added to their scores, so that an entry of equal tokens weighs as they did.
+    """Sketch aggregate: sinks, heavy and newest tokens stay; evicted ones are merged into a few weighted entries.
 
-    A token that is not heavy joins the entry whose key is nearest to its own, both rotated as they are, since a query meets
-    them so. The first entries are such tokens at even distances. Means are held in the tokens' type, so an entry of some
-    thousand tokens (bfloat16: some hundred) hardly moves any more.
+    A token that is evicted joins the entry whose key is nearest to its own, both as they are rotated, since a query
+    meets them so. The first entries are evicted tokens at even distances. The logarithm of an entry's count is added to
+    its scores, so that an entry of equal tokens weighs as much as they did.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    spec
+        What the model caches.
+    layer
+        The layer's index in the model.
+
+    Attributes
+    ----------
+    merged
+        The entries, None while no token has been evicted.
+
+    Notes
+    -----
+    The choice of tokens is sketch-topk's; merging what is evicted is this project's own. Means are held in the tokens'
+    type, so an entry of some thousand tokens (bfloat16: some hundred) hardly moves any more.
     """
 
     config_class = SketchAggregateConfig
     config: SketchAggregateConfig
 
     state_fields = ("merged", *SketchingCache.state_fields)
+    state_types: ClassVar = {**SketchingCache.state_types, "merged": MergedEntries}
 
     def __init__(self, config: SketchAggregateConfig, spec: CacheSpec, layer: int) -> None:
         super().__init__(config, spec, layer)
-        self.entries = config.entries
-        self.merged: tuple[mx.array, mx.array, mx.array] | None = None
+        self.merged_entries = config.entries
+        self.merged: MergedEntries | None = None
 
     def buckets(self) -> list[Bucket]:
-        merged = [] if self.merged is None else [(unquantized(self.merged[0]), unquantized(self.merged[1]))]
+        """Return the merged entries, then heavy tokens and tail."""
+        merged = [] if self.merged is None else [KeysValues(self.merged.keys, self.merged.values).as_bucket()]
         return [*merged, *super().buckets()]
 
-    def bias(self) -> mx.array | None:
+    def score_bias(self) -> mx.array | None:
+        """Return the logarithms of the entries' counts."""
         if self.merged is None:
             return None
-        return mx.pad(mx.log(self.merged[2]), [(0, 0), (0, 0), (0, self.kept - self.entries)])
+        return mx.pad(mx.log(self.merged.counts), [(0, 0), (0, 0), (0, self.kept - self.merged_entries)])
 
-    def evict(self, keys: mx.array, values: mx.array, places: mx.array) -> None:
-        places = mx.sort(places, axis=-1)
-        keys, values = gather_tokens(keys, places), gather_tokens(values, places)
-        if self.merged is None:
-            first = mx.arange(self.entries) * places.shape[-1] // self.entries
-            old_keys, old_values = keys[:, :, first], values[:, :, first]
-            counts = mx.zeros(old_keys.shape[:3])
-        else:
-            old_keys, old_values, counts = self.merged
+    def evict(self, tokens: KeysValues, indices: mx.array) -> None:
+        """Merge the evicted tokens into the entries with the nearest keys."""
+        indices = mx.sort(indices, axis=-1)
+        evicted = gather_tokens(tokens, indices)
+        old = self.merged
+        if old is None:
+            first = mx.arange(self.merged_entries) * indices.shape[-1] // self.merged_entries
+            keys, values = evicted.keys[:, :, first], evicted.values[:, :, first]
+            old = MergedEntries(keys, values, mx.zeros(keys.shape[:3]))
         # An entry without tokens yet can be the nearest too, so all count as one here.
-        owner, _ = centroids.assign(_flat(keys), _flat(old_keys), mx.ones(_flat(counts).shape), "euclidean")
-        new_keys, grown = centroids.update(_flat(keys), owner, _flat(old_keys), _flat(counts))
-        new_values, _ = centroids.update(_flat(values), owner, _flat(old_values), _flat(counts))
-        self.merged = (
-            new_keys.reshape(old_keys.shape).astype(keys.dtype),
-            new_values.reshape(old_values.shape).astype(values.dtype),
-            grown.reshape(counts.shape),
+        ones = mx.ones(_flat(old.counts).shape)
+        owner, _ = centroids.assign(_flat(evicted.keys), _flat(old.keys), ones, "euclidean")
+        new_keys, counts = centroids.update(_flat(evicted.keys), owner, _flat(old.keys), _flat(old.counts))
+        new_values, _ = centroids.update(_flat(evicted.values), owner, _flat(old.values), _flat(old.counts))
+        self.merged = MergedEntries(
+            new_keys.reshape(old.keys.shape).astype(evicted.keys.dtype),
+            new_values.reshape(old.values.shape).astype(evicted.values.dtype),
+            counts.reshape(old.counts.shape),
         )
 
 
 def _flat(x: mx.array) -> mx.array:
-    """Batch and heads as one axis."""
+    """Return batch and heads as one axis."""
     return x.reshape(-1, *x.shape[2:])

@@ -1,4 +1,4 @@
-"""Sketch top-k: the first tokens, those that a sketch of past attention has heaviest, and a window of the last."""
+"""Sketch top-k: the first tokens, those with most attention by a fading sketch, and the newest."""
 
 from __future__ import annotations
 
@@ -15,12 +15,25 @@ class SketchTopKConfig(SketchConfig):
 
 @live_methods.register("sketch-topk")
 class SketchTopKCache(SketchingCache):
-    """H2O (https://arxiv.org/abs/2306.14048) with a sketch where that has a counter a token, with decay, with first tokens
-    that always stay, and with whole intervals that leave the window. Tokens that are not heavy are given up.
+    """Sketch top-k: H2O with a sketch of attention in place of a counter for each token. Other tokens are evicted.
 
-    The sketch saves nothing here: to find a heavy token in it takes its position, 4 bytes, and an exact counter would be
-    no more. It pays where all of a long text's tokens are counted: it is smaller than exact counters of more than
-    width * depth tokens.
+    Parameters
+    ----------
+    config
+        Settings.
+    spec
+        What the model caches.
+    layer
+        The layer's index in the model.
+
+    Notes
+    -----
+    H2O is https://arxiv.org/abs/2306.14048. This departs from it in the sketch, in attention that fades, in first
+    tokens that always stay, and in whole intervals that leave the newest tokens together.
+
+    The sketch saves nothing here: to find a heavy token in it takes its position, 4 bytes, and an exact counter would
+    take no more. It pays where all of a long text's tokens are counted, for it is smaller than exact counters of more
+    than width * depth tokens.
     """
 
     config_class = SketchTopKConfig

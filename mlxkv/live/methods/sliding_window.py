@@ -1,4 +1,4 @@
-"""The last tokens and nothing else: the simplest baseline, which StreamingLLM's sinks improve on."""
+"""Sliding window: the newest tokens and nothing else."""
 
 from __future__ import annotations
 
@@ -26,10 +26,23 @@ class SlidingWindowConfig(Config):
 
 @live_methods.register("sliding-window")
 class SlidingWindowCache(SelectingCache):
-    """Windows every layer of the model, at the tokens' own positions."""
+    """Sliding window: every layer keeps the newest tokens, at their own positions.
+
+    The simplest baseline; StreamingLLM (https://arxiv.org/abs/2309.17453) improves on it by keeping the first tokens.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    spec
+        What the model caches.
+    layer
+        The layer's index in the model.
+    """
 
     config_class = SlidingWindowConfig
     config: SlidingWindowConfig
 
     def kept_indices(self, count: int) -> np.ndarray:
+        """Choose the newest tokens."""
         return np.arange(max(0, count - self.config.recent), count, dtype=np.int32)

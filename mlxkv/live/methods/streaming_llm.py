@@ -1,7 +1,4 @@
-"""StreamingLLM: the first tokens, which draw attention whatever they say, and a window of the last ones.
-
-https://arxiv.org/abs/2309.17453
-"""
+"""StreamingLLM: the first tokens and the newest."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ class StreamingLLMConfig(Config):
     Parameters
     ----------
     sinks
-        First tokens that stay for ever.
+        First tokens, which always stay.
     recent
         Newest tokens that stay.
     """
@@ -32,14 +29,29 @@ class StreamingLLMConfig(Config):
 
 @live_methods.register("streaming-llm")
 class StreamingLLMCache(SelectingCache):
-    """Departs from the paper in positions: tokens keep the rotation of their place in the text, where the paper rotates
-    them by their place in the cache. So nothing is rotated again, and texts longer than the model was trained for are
-    not made possible by this."""
+    """StreamingLLM: the first tokens stay, since models attend to them whatever they say, and the newest; others go.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    spec
+        What the model caches.
+    layer
+        The layer's index in the model.
+
+    Notes
+    -----
+    https://arxiv.org/abs/2309.17453. Departs from the paper in positions: tokens keep the rotation of their position in
+    the text, where the paper rotates them for their index in the cache. So nothing is rotated again, and texts longer
+    than the model was trained for are not made possible.
+    """
 
     config_class = StreamingLLMConfig
     config: StreamingLLMConfig
 
     def kept_indices(self, count: int) -> np.ndarray:
+        """Choose the first tokens and the newest."""
         sinks, recent = self.config.sinks, self.config.recent
         tokens = np.arange(count, dtype=np.int32)
         return tokens[(tokens < sinks) | (tokens >= count - recent)]

@@ -1,68 +1,67 @@
-"""The live methods' benchmark: a shared prefill changes nothing, and it computes what it says."""
+"""The live methods' experiment: it measures what decoding each text alone says, and computes what it says."""
 
 from math import exp, log
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from conftest import tiny_model, tiny_tokens
 
-from benchmarks import calibration, live_methods, paired, uniform
-from benchmarks.live_runs import caches_of, continued, fp16_bytes, held_bytes, possible, prefilled
+from benchmarks import calibration, paired
+from benchmarks.experiments import live_methods
+from benchmarks.variants import UniformConfig, cached_at_once, measure_while_growing, supported
 from mlxkv import lm
 from mlxkv.codec.calibrate import calibrate
 from mlxkv.codec.methods.kvtc import KVTCConfig
 from mlxkv.codec.session import CacheCodec
 from mlxkv.dump import write_dump
 from mlxkv.evaluate import metrics
-from mlxkv.live import live_config
+from mlxkv.evaluate.variants import cache_sizes, codec_variant
+from mlxkv.live import live_config, make_cache
 from mlxkv.models import cache_spec
 
-VARIANTS = {
+CONFIGS = {
     "full": live_config("full"),
     "int4": live_config("int4"),
-    "kivi": live_config("kivi", residual=16),
+    "kivi": live_config("kivi", recent=16),
     "random": live_config("random", tokens=80),
     "h2o": live_config("h2o", heavy=30, recent=30),
     "smartkv": live_config("smartkv", budget=0.7),
-    "uniform-16": uniform.Settings(16),
+    "uniform-16": UniformConfig(bits=16),
 }
+VARIANTS = [cached_at_once(name, config) for name, config in CONFIGS.items()]
+TEXT = tiny_tokens(149)
+FP16_BYTES = 2 * 2 * 2 * 2 * 8  # a token of tiny llama: bytes x layers x (K, V) x heads x dims
 
 
-def rows(length, batch=2):
-    return np.array([tiny_tokens(length, seed=seed) for seed in range(batch)])
+def named(records, name):
+    (record,) = [record for record in records if record["variant"] == name]
+    return record
 
 
 @pytest.mark.parametrize("name", ["llama", "lfm2", "glm4_moe_lite", "gpt2"])
-def test_a_shared_prefill_leaves_every_cache_as_its_own_would(name):
-    model, tokens = tiny_model(name), mx.array(rows(150))
-    shared = prefilled(model, tokens, VARIANTS)
-    for variant, settings in VARIANTS.items():
-        alone = caches_of(model, settings)
-        model(tokens, cache=alone)
-        pairs = [pair for entries in zip(alone, shared[variant]) for pair in zip(*(entry.state for entry in entries))]
+def test_a_context_is_read_in_one_chunk_as_mlx_lm_would(name):
+    model, tokens = tiny_model(name), tiny_tokens(150)
+    for variant in supported(model, VARIANTS):
+        if variant.name == "uniform-16":  # no method of the library's
+            continue
+        held, alone = variant.build(model, tokens).cache, make_cache(model, CONFIGS[variant.name])
+        model(mx.array([tokens]), cache=alone)
+        pairs = [pair for entries in zip(alone, held) for pair in zip(*(entry.state for entry in entries))]
         assert len(pairs) >= 2 * len(cache_spec(model).attention_layers)
         for ours, theirs in pairs:
             if isinstance(ours, mx.array):
-                same = (
-                    mx.allclose(ours, theirs, atol=1e-6) if ours.dtype == mx.float32 else mx.array_equal(ours, theirs)
-                )
-                assert same, variant
-        after = [model(tokens[:, :1], cache=caches) for caches in (alone, shared[variant])]
-        assert mx.allclose(*after, atol=1e-4), variant
+                assert mx.array_equal(ours, theirs), variant.name
 
 
-def test_records_say_what_decoding_each_text_alone_says():
-    model, texts = tiny_model("llama"), rows(149)
-    records = continued(model, texts, 128, VARIANTS, "tiny")
-    (record,) = [one for one in records if (one["variant"], one["text"]) == ("int4", 1)]
+def test_records_say_what_decoding_the_text_alone_says():
+    model = tiny_model("llama")
+    record = named(measure_while_growing(model, VARIANTS, TEXT, 128), "int4")
     logits = []
-    for settings in (VARIANTS["full"], VARIANTS["int4"]):
-        caches = caches_of(model, settings)
-        model(mx.array(texts[1:, :128]), cache=caches)
-        chunks = (texts[1:, 128:144], texts[1:, 144:-1])
-        logits.append(mx.concatenate([model(mx.array(chunk), cache=caches)[0] for chunk in chunks]))
-    targets = mx.array(texts[1, 129:])
+    for name in ("full", "int4"):
+        caches = make_cache(model, name)
+        model(mx.array([TEXT[:128]]), cache=caches)
+        logits.append(mx.concatenate([model(mx.array([chunk]), cache=caches)[0] for chunk in (TEXT[128:144], TEXT[144:-1])]))
+    targets = mx.array(TEXT[129:])
     assert record["kl"] == pytest.approx(float(metrics.kl_divergence(*logits).mean()), rel=1e-3)
     assert record["top1_agreement"] == pytest.approx(metrics.top1_agreement(*logits))
     assert record["perplexity"] == pytest.approx(metrics.perplexity(logits[1], targets), rel=1e-4)
@@ -70,26 +69,23 @@ def test_records_say_what_decoding_each_text_alone_says():
 
 
 def test_full_differs_from_itself_by_nothing_and_float16_takes_what_the_yardstick_says():
-    records = continued(tiny_model("llama"), rows(149), 128, VARIANTS, "tiny")
-    for record in records:
-        if record["variant"] == "full":
-            assert record["kl"] == 0
-            assert record["top1_agreement"] == 1
-            assert record["perplexity_delta"] == 0
-        if record["variant"] == "uniform-16":
-            assert record["share_of_fp16"] == pytest.approx(1)
-            assert 0 < record["kl"] < 1e-3
+    records = measure_while_growing(tiny_model("llama"), VARIANTS, TEXT, 128)
+    assert [record["variant"] for record in records] == list(CONFIGS)
+    full, float16 = named(records, "full"), named(records, "uniform-16")
+    assert full["kl"] == 0
+    assert full["top1_agreement"] == 1
+    assert full["perplexity_delta"] == 0
+    assert float16["share_of_fp16"] == pytest.approx(1)
+    assert 0 < float16["kl"] < 1e-3
 
 
-def test_bytes_are_a_texts_own_and_a_mean_over_what_the_chunks_find():
-    model, texts = tiny_model("llama"), rows(128 + 32 + 1, batch=3)
-    record = continued(model, texts, 128, VARIANTS, "tiny")[3]
-    caches = prefilled(model, mx.array(texts[:1, :128]), VARIANTS)["int4"]
-    assert record["variant"] == "int4"
-    assert (
-        record["cache_bytes"] == held_bytes(caches) + fp16_bytes(model, 16) / 2
-    )  # two chunks find 0 and 16 in the tail
-    assert fp16_bytes(model, 1) == 2 * 2 * 2 * 2 * 8  # bytes x layers x (K, V) x heads x dims
+def test_bytes_are_a_mean_over_what_the_chunks_find():
+    model, text = tiny_model("llama"), tiny_tokens(128 + 32 + 1)
+    record = named(measure_while_growing(model, VARIANTS, text, 128), "int4")
+    held = VARIANTS[1].build(model, text[:128]).sizes["cache_bytes"]
+    assert record["cache_bytes"] == held + 16 * FP16_BYTES / 2  # two chunks find 0 and 16 in the tail
+    shares = [held / (128 * FP16_BYTES), (held + 16 * FP16_BYTES) / (144 * FP16_BYTES)]
+    assert record["share_of_fp16"] == pytest.approx(sum(shares) / 2)
 
 
 def test_a_curve_is_read_between_its_points_in_logarithms():
@@ -153,8 +149,8 @@ def test_means_over_texts_are_also_geometric():
 
 
 def test_a_method_that_a_model_cannot_have_is_left_out_and_named(capsys):
-    variants = {**VARIANTS, "smartkv-0.05": live_config("smartkv", budget=0.05)}
-    assert list(possible(tiny_model("llama"), variants)) == list(VARIANTS)
+    variants = [*VARIANTS, cached_at_once("smartkv-0.05", live_config("smartkv", budget=0.05))]
+    assert supported(tiny_model("llama"), variants) == VARIANTS
     assert "left out: smartkv-0.05: layer 0" in capsys.readouterr().out
 
 
@@ -162,34 +158,29 @@ def test_a_method_that_a_model_cannot_have_is_left_out_and_named(capsys):
 def codec(tmp_path_factory):
     model, path = tiny_model("llama"), tmp_path_factory.mktemp("dumps") / "dump.npz"
     write_dump(path, lm.dump(model, tiny_tokens(400, seed=9), dtype="float16"))
-    return CacheCodec(calibrate([path], KVTCConfig(4)), recent=16)
-
-
-def test_a_codecs_caches_are_what_each_text_alone_gives_when_filed_and_read_back(codec):
-    model, texts = tiny_model("llama"), rows(149)
-    variants = {"kvtc": codec, **VARIANTS}
-    assert list(prefilled(model, mx.array(texts[:, :128]), variants)) == list(variants)
-    caches = prefilled(model, mx.array(texts[:, :128]), variants)["kvtc"]
-    files = [codec.compress_dump(lm.dump(model, text[:128].tolist(), dtype="float16")) for text in texts]
-    assert held_bytes(caches) == pytest.approx(sum(map(len, files)), rel=0.02)  # a bit, as chunks round otherwise
-    for i, file in enumerate(files):
-        alone = lm.restore(model, codec.decompress_dump(file))
-        for ours, theirs in zip(caches, alone):
-            for both, one in zip(ours.keys_and_values(), theirs.keys_and_values()):
-                assert mx.allclose(both[i], one[0], atol=0.1)
-    before = held_bytes(caches)
-    model(mx.array(texts[:, 128:144]), cache=caches)
-    assert held_bytes(caches) == before + 2 * fp16_bytes(model, 16)
+    return CacheCodec(calibrate([path], KVTCConfig(compression_ratio=4)), recent=16)
 
 
 def test_a_codec_is_scored_beside_live_caches_at_its_files_bytes(codec):
-    model, texts = tiny_model("llama"), rows(149)
-    records = continued(model, texts, 128, possible(model, {**VARIANTS, "kvtc": codec}), "tiny")
-    kvtc = [record for record in records if record["variant"] == "kvtc"]
-    assert len(kvtc) == 2
-    assert all(1e-6 < record["kl"] < 3 for record in kvtc)
-    held = held_bytes(prefilled(model, mx.array(texts[:, :128]), {**VARIANTS, "kvtc": codec})["kvtc"]) / 2
-    assert kvtc[0]["cache_bytes"] == held + fp16_bytes(model, 16) / 2  # two chunks find 0 and 16 after the file
+    model = tiny_model("llama")
+    records = measure_while_growing(model, [*VARIANTS, codec_variant(codec, "kvtc", "float16")], TEXT, 128)
+    assert [record["variant"] for record in records] == [*CONFIGS, "kvtc"]
+    kvtc = named(records, "kvtc")
+    assert 1e-6 < kvtc["kl"] < 3
+    file = codec.compress_dump(lm.dump(model, TEXT[:128], dtype="float16"))
+    assert kvtc["cache_bytes"] == pytest.approx(len(file) + 16 * FP16_BYTES / 2)  # two chunks find 0 and 16 after it
+
+
+def test_a_codecs_score_is_that_of_its_file_read_back(codec):
+    model = tiny_model("llama")
+    records = measure_while_growing(model, [*VARIANTS[:1], codec_variant(codec, "kvtc", "float16")], TEXT, 128)
+    logits = []
+    for coded in (False, True):
+        dump = lm.dump(model, TEXT[:128], dtype="float16" if coded else "auto")
+        cache = lm.restore(model, codec.decompress_dump(codec.compress_dump(dump)) if coded else dump)
+        logits.append(mx.concatenate([model(mx.array([chunk]), cache=cache)[0] for chunk in (TEXT[128:144], TEXT[144:-1])]))
+        assert cache_sizes(model, cache)["tokens"] == 148
+    assert named(records, "kvtc")["kl"] == pytest.approx(float(metrics.kl_divergence(*logits).mean()), rel=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -270,18 +261,3 @@ def test_codecs_of_benchmarks_are_named_by_ratio_and_quality(monkeypatch):
     made = calibration.codecs(model, None, calibration.QUICK, (), (22, 35))
     assert {name: codec.quality for name, codec in made.items()} == {"kvtc-rd-22": 22, "kvtc-rd-35": 35}
     assert list(calibration.codecs(model, None, calibration.QUICK, (4,), (22,))) == ["kvtc-4", "kvtc-rd-22"]
-
-
-def test_components_found_once_give_the_plans_of_each_ratio_alone(tmp_path, monkeypatch):
-    model, stretches = tiny_model("llama"), [tiny_tokens(200, seed=seed) for seed in range(2)]
-    monkeypatch.setattr(calibration.texts, "calibration", lambda *_: stretches)
-    files = [tmp_path / f"{i}.npz" for i in range(2)]
-    for file, tokens in zip(files, stretches):
-        write_dump(file, lm.dump(model, tokens, dtype="float16"))
-    made = calibration.calibrated(model, None, calibration.QUICK, (2, 10))
-    for ratio, ours in made.items():
-        alone = calibrate(files, KVTCConfig(ratio))
-        for name in ("k", "v"):
-            assert ours.stream(name).plan == alone.stream(name).plan
-            assert np.array_equal(ours.stream(name).V, alone.stream(name).V)
-            assert np.array_equal(ours.stream(name).mu, alone.stream(name).mu)

@@ -1,0 +1,270 @@
+"""Arrays of live caches: how they are stored, masks, and the attention that tokens get."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlxkv.kernels.bits import UNQUANTIZED, QuantizedArray, pack
+from mlxkv.kernels.decode_attention import Bucket
+
+_QUERY_BLOCK = 64  # queries whose attention weights exist at a time, where a method asks for attention mass
+
+
+def unquantized(x: mx.array) -> QuantizedArray:
+    """Wrap an array that is stored as it is, in the form that buckets have.
+
+    Parameters
+    ----------
+    x
+        `[..., T, D]`.
+
+    Returns
+    -------
+    QuantizedArray
+        The same values, marked as not quantized.
+    """
+    return pack(x, UNQUANTIZED, 1, x.shape[-1])
+
+
+def to_storage_dtype(x: mx.array) -> mx.array:
+    """Return float32 as float16, other types unchanged, so that no cache takes more than 2 bytes an element.
+
+    Parameters
+    ----------
+    x
+        Any shape.
+
+    Returns
+    -------
+    mx.array
+        The same shape.
+    """
+    return x.astype(mx.float16) if x.dtype == mx.float32 else x
+
+
+def copy_without_parent(x: mx.array) -> mx.array:
+    """Return a copy: a slice or view would keep alive the whole array that it is a part of.
+
+    Parameters
+    ----------
+    x
+        `[..., T, D]`.
+
+    Returns
+    -------
+    mx.array
+        The same values.
+    """
+    return mx.concatenate([x[..., :0, :], x], axis=-2)
+
+
+class KeysValues(NamedTuple):
+    """Keys and values of the same tokens, unquantized.
+
+    Parameters
+    ----------
+    keys
+        `[B, Hkv, T, D]`; for MLA the latents.
+    values
+        `[B, Hkv, T, Dv]`; for MLA k_pe, the part of the keys that is rotated.
+    """
+
+    keys: mx.array
+    values: mx.array
+
+    @property
+    def tokens(self) -> int:
+        """T, how many tokens there are."""
+        return self.keys.shape[2]
+
+    def append(self, newer: KeysValues) -> KeysValues:
+        """Return these tokens and then newer ones.
+
+        Parameters
+        ----------
+        newer
+            Tokens of the same heads and dims.
+
+        Returns
+        -------
+        KeysValues
+            All of them.
+        """
+        return KeysValues(*concat_pairs(self, newer))
+
+    def copy_tokens(self, start: int = 0, stop: int | None = None) -> KeysValues:
+        """Return copies of tokens start..stop, counted as in a slice, that keep nothing else alive.
+
+        Parameters
+        ----------
+        start, stop
+            As in a slice.
+
+        Returns
+        -------
+        KeysValues
+            The copies.
+        """
+        return KeysValues(*(copy_without_parent(part[..., start:stop, :]) for part in self))
+
+    def as_bucket(self) -> Bucket:
+        """Return the pair in the form that `LayerCache.buckets` returns.
+
+        Returns
+        -------
+        Bucket
+            Keys and values, marked as not quantized.
+        """
+        return unquantized(self.keys), unquantized(self.values)
+
+
+def append_chunk(stored: KeysValues | None, keys: mx.array, values: mx.array) -> KeysValues:
+    """Return what is stored and then a chunk, in the type in which it is stored.
+
+    Parameters
+    ----------
+    stored
+        Older tokens, None for none.
+    keys, values
+        The chunk, `[B, Hkv, L, D]` and `[B, Hkv, L, Dv]`, perhaps views of something larger.
+
+    Returns
+    -------
+    KeysValues
+        All of them; keeps nothing else alive.
+    """
+    chunk = KeysValues(to_storage_dtype(keys), to_storage_dtype(values))
+    return chunk.copy_tokens() if stored is None else stored.append(chunk)
+
+
+def concat_pairs(first: Iterable[mx.array], second: Iterable[mx.array]) -> Iterator[mx.array]:
+    """Return arrays of some tokens, each followed by that of newer tokens.
+
+    Parameters
+    ----------
+    first, second
+        Arrays `[B, H, T1, ...]` and as many `[B, H, T2, ...]`.
+
+    Returns
+    -------
+    Iterator of mx.array
+        Arrays `[B, H, T1 + T2, ...]`.
+    """
+    return (mx.concatenate([*pair], axis=2) for pair in zip(first, second))
+
+
+def causal_mask(queries: int, tokens: int) -> mx.array:
+    """Return the mask by which the last query sees all tokens, the one before it all but the last, and so on.
+
+    Parameters
+    ----------
+    queries
+        How many queries, the last tokens.
+    tokens
+        How many tokens, the queries' own included.
+
+    Returns
+    -------
+    mx.array
+        Bool `[queries, tokens]`, True where a query sees a token.
+
+    Examples
+    --------
+    >>> causal_mask(2, 4).tolist()
+    [[True, True, True, False], [True, True, True, True]]
+    """
+    return mx.arange(tokens - queries, tokens)[:, None] >= mx.arange(tokens)[None]
+
+
+def attention_mass(
+    queries: mx.array, keys: mx.array, scale: float, mask: mx.array | str | None, last: int, kv_heads: int
+) -> mx.array:
+    """Return how much attention each token gets from the last queries.
+
+    Parameters
+    ----------
+    queries
+        `[B, Hq, L, D]`.
+    keys
+        `[B, H, T, D]`.
+    scale
+        Factor of the scores.
+    mask
+        None, "causal", bool, or scores to add, `[..., L, T]`.
+    last
+        How many queries, from the end, are counted.
+    kv_heads
+        Heads to return; Hq is a multiple of them.
+
+    Returns
+    -------
+    mx.array
+        `[B, kv_heads, T]` float32: attention probabilities, summed over those queries and over the query heads that
+        share a kv head.
+    """
+    B, Hq, L, _ = queries.shape
+    H, T = keys.shape[1:3]
+    mass = mx.zeros((B, kv_heads, T))
+    for start in range(L - last, L, _QUERY_BLOCK):
+        rows = slice(start, min(start + _QUERY_BLOCK, L))
+        block = (queries[:, :, rows].astype(mx.float32) * scale).reshape(B, H, Hq // H, -1, queries.shape[-1])
+        scores = (block @ keys.astype(mx.float32)[:, :, None].swapaxes(-1, -2)).reshape(B, Hq, -1, T)
+        part = causal_mask(L, T)[rows] if isinstance(mask, str) else mask if mask is None else mask[..., rows, :]
+        if part is not None:
+            scores = mx.where(part, scores, -mx.inf) if part.dtype == mx.bool_ else scores + part
+        mass += mx.softmax(scores, axis=-1).reshape(B, kv_heads, -1, T).sum(axis=2)
+    return mass
+
+
+def mask_with_bias(mask: mx.array | str | None, bias: mx.array | None, queries: mx.array) -> mx.array | str | None:
+    """Add a bias of what is stored to the mask of a chunk.
+
+    Parameters
+    ----------
+    mask
+        The mask that `LayerCache.attend` gets.
+    bias
+        `[B, 1 or Hkv, kept]`, or None for none.
+    queries
+        `[B, Hq, L, D]`, for their shape and type.
+
+    Returns
+    -------
+    mx.array, str or None
+        The mask itself without a bias, else scores to add, `[B, Hq, L, kept + L]`.
+    """
+    if bias is None:
+        return mask
+    Hq, L = queries.shape[1:3]
+    bias = mx.pad(mx.repeat(bias, Hq // bias.shape[1], axis=1), [(0, 0), (0, 0), (0, L)])[:, :, None]
+    if mask is None:
+        return bias.astype(queries.dtype)
+    seen = causal_mask(L, bias.shape[-1]) if isinstance(mask, str) else mask
+    return (mx.where(seen, bias, -mx.inf) if seen.dtype == mx.bool_ else seen + bias).astype(queries.dtype)
+
+
+def iter_arrays(tree: object) -> Iterator[mx.array]:
+    """Return all arrays in nested lists, tuples, dicts and QuantizedArray.
+
+    Parameters
+    ----------
+    tree
+        A cache's state; what is no array is passed over.
+
+    Returns
+    -------
+    Iterator of mx.array
+        Depth first.
+    """
+    if isinstance(tree, mx.array):
+        yield tree
+    elif isinstance(tree, QuantizedArray):
+        yield from (tree.words, tree.bias, tree.scale)
+    elif isinstance(tree, Sequence) and not isinstance(tree, str):
+        for item in tree:
+            yield from iter_arrays(item)
+    elif isinstance(tree, Mapping):
+        yield from iter_arrays(list(tree.values()))

@@ -1,0 +1,62 @@
+"""Live caches that version 0.1.0 wrote before settings and states had their present names, in tests/fixtures/live.
+
+Each is of a model with exact weights, which read 75 tokens in chunks of 60, 1 and 14.
+"""
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from conftest import tiny_model
+from forging import header_of
+from mlx.utils import tree_map
+
+from mlxkv.live.serialization import load_cache, save_cache
+
+FILES = sorted((Path(__file__).parents[1] / "fixtures" / "live").glob("*.cache"))
+KEPT = {
+    "kivi": 75,
+    "streaming-llm": 11,
+    "h2o": 11,
+    "smartkv": 75,
+    "mp-kvm": 13,
+    "mp-kvm-count": 13,
+    "sketch-aggregate": 18,
+}
+
+
+def plain_model():
+    """A tiny llama whose weights are multiples of 1/64, the same on every machine."""
+    model = tiny_model("llama", num_hidden_layers=1)
+    model.update(tree_map(lambda x: ((mx.arange(x.size) * 37 % 101 - 50) / 64).reshape(x.shape), model.parameters()))
+    return model
+
+
+def test_there_is_a_file_of_every_kind_of_state():
+    assert {path.stem for path in FILES} == set(KEPT)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_an_old_file_loads_goes_on_and_is_written_again_byte_for_byte(path, tmp_path):
+    model = plain_model()
+    caches = load_cache(path, model)
+    assert (caches[0].offset, caches[0].kept) == (75, KEPT[path.stem])
+    save_cache(tmp_path / "cache", model, caches)
+    (old, old_arrays), (new, new_arrays) = (header_of(file.read_bytes()) for file in (path, tmp_path / "cache"))
+    assert new_arrays == old_arrays
+    assert {**new, "writer": ""} == {**old, "writer": ""}
+    for name, kind in caches[0].state_types.items():
+        assert isinstance(getattr(caches[0], name), kind)
+    for tokens in (mx.arange(20), mx.arange(1), mx.arange(70)):
+        assert mx.isfinite(model(tokens[None], cache=caches)).all()
+    assert caches[0].offset == 75 + 91
+
+
+def test_old_files_have_the_old_names_of_settings():
+    settings = {path.stem: header_of(path.read_bytes())[0]["settings"] for path in FILES}
+    assert settings["kivi"]["residual"] == 4
+    assert settings["streaming-llm"] == {"sinks": 2, "window": 9}
+    assert (settings["mp-kvm"]["preserve"], settings["mp-kvm"]["window"]) == (2, 6)
+    configs = {path.stem: load_cache(path, plain_model())[0].config for path in FILES}
+    assert configs["kivi"].recent == 4
+    assert (configs["mp-kvm"].sinks, configs["mp-kvm"].recent) == (2, 6)
