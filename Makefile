@@ -31,7 +31,7 @@ fmt: .venv/ready
 	$(BIN)/ruff format .
 
 docs: .venv/ready
-	$(BIN)/python -m mkdocs build --strict --quiet --site-dir site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir site
 
 bench: .venv/ready
 	$(BIN)/python -m pip install -q --no-deps zmlx==0.10.0  # codec_speed compares with it
