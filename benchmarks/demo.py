@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from benchmarks import texts
+from benchmarks.schema import MODEL
 from mlxkv import lm
 from mlxkv.cli import build
 from mlxkv.cli._output import print_record
@@ -28,7 +29,6 @@ from mlxkv.evaluate.tasks import fidelity
 from mlxkv.evaluate.variants import baseline, codec_variant
 from mlxkv.models import cache_spec
 
-MODEL = "smollm2-135m"
 CALIBRATION = (5, 1536)  # texts, tokens of each
 LENGTH, PREDICT, SPOKEN = 2048, 200, 40
 SHOWN = (

@@ -39,20 +39,20 @@ mpl.rcParams.update(
 def panes(
     columns: int = 1, rows: int = 1, width: float = 4.6, height: float = 3.6, **options: Any
 ) -> tuple[Figure, Any]:
-    """A figure of rows x columns axes, each about width x height inches; axes as an array `[rows, columns]`."""
+    """Return a figure of rows x columns axes, each about width x height inches; axes as an array `[rows, columns]`."""
     return plt.subplots(
         rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False, **options
     )
 
 
 def look(name: str) -> dict[str, str]:
-    """Colour and marker of the method that a preset or variant is named after, as options of matplotlib's plots."""
+    """Return colour and marker of the method that a preset or variant is named after, as options of matplotlib's plots."""
     color, marker = LOOKS[max((method for method in LOOKS if name.startswith(method)), key=len)]
     return {"color": color, "marker": marker}
 
 
 def named(method: str) -> str:
-    """A method in a legend, where files stand beside live caches."""
+    """Return a method's name in a legend, where files stand beside live caches."""
     return f"{method} (files)" if method.startswith("kvtc") else method
 
 

@@ -17,7 +17,7 @@ LEAST_KL = 1e-9  # below, rounding decides, even about the sign
 
 
 def at_bytes(size: float, curve: Sequence[tuple[float, float]]) -> float:
-    """The KL of a curve of (bytes, KL) at `size` bytes, linear between its points in the logarithms of both.
+    """Return the KL of a curve of (bytes, KL) at `size` bytes, linear between its points in the logarithms of both.
 
     Outside of the curve its first or last point counts: below, that is one with more bytes than it is compared with.
     """
@@ -26,13 +26,13 @@ def at_bytes(size: float, curve: Sequence[tuple[float, float]]) -> float:
 
 
 def within_bytes(size: float, curve: Sequence[tuple[float, float]]) -> float:
-    """The KL of the largest point of a curve of (bytes, KL) that `size` bytes can hold, or of its first."""
+    """Return the KL of the largest point of a curve of (bytes, KL) that `size` bytes can hold, or of its first."""
     points = sorted(curve)
     return [points[0], *(point for point in points if point[0] <= size)][-1][1]
 
 
 def compare(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
-    """KL on the same texts: the geometric mean of ours over theirs, its 95 % interval over texts, and p by sign flips."""
+    """Compare KL on the same texts: the geometric mean of ours over theirs, its 95 % interval over texts, and p by sign flips."""
     logs = np.log(np.maximum(np.array([ours, theirs]), LEAST_KL))
     differences = logs[0] - logs[1]
     return {
@@ -45,7 +45,7 @@ def compare(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p of several comparisons made at once, corrected as Holm does (https://www.jstor.org/stable/4615733)."""
+    """Return p of several comparisons made at once, corrected as Holm does (https://www.jstor.org/stable/4615733)."""
     order = np.argsort(ps)
     steps = np.maximum.accumulate(np.array(ps)[order] * np.arange(len(ps), 0, -1))
     corrected = np.empty(len(ps))
@@ -54,7 +54,7 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def bd_rate(ours: Curve, theirs: Curve, least: float, most: float) -> float | None:
-    """The Bjontegaard rate: the mean difference of bytes at equal KL, -0.5 for half of them, over the KL from `least` to
+    """Return the Bjontegaard rate: the mean difference of bytes at equal KL, -0.5 for half of them, over the KL from `least` to
     `most` that both curves of (bytes, KL) reach; piecewise linear in both logarithms. None where they share nothing."""
     low, high = (limit(max(point[1] for point in curve) if limit is min else min(point[1] for point in curve)
                        for curve in (ours, theirs)) for limit in (max, min))  # fmt: skip

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.held_out import MODEL
-from benchmarks.schema import Result
+from benchmarks.schema import MODEL, Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +23,7 @@ KINDS = {
 
 
 def ways(result: Result) -> list[dict[str, Any]]:
-    """The rows of SmolLM2 that save bytes, smallest first."""
+    """Return the rows of SmolLM2 that save bytes, smallest first."""
     rows = [row for row in result["summary"]["fidelity"] if row["model"] == MODEL and row["share_of_fp16"] < SMALLER]
     return sorted(rows, key=lambda row: (row["share_of_fp16"], row["kl_geometric"]))
 
@@ -34,7 +33,7 @@ def of_kind(rows: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 
 def front(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of rows, smallest first, those that no other beats in both."""
+    """Return those of some rows, smallest first, that no other beats in both."""
     least = np.minimum.accumulate([np.inf, *(row["kl_geometric"] for row in rows)])
     return [row for row, before in zip(rows, least) if row["kl_geometric"] < before]
 

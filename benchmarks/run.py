@@ -1,8 +1,8 @@
-"""Run benchmarks: some by name, a phase of the plans, or all; each in a process of its own, one after the other.
+"""Run experiments: some by name, a chapter of the report, or all; each in a process of its own, one after the other.
 
-python -m benchmarks.run cr_sweep                  one benchmark, full settings
-python -m benchmarks.run --phase 4 --quick         every benchmark of a phase, in minutes
-python -m benchmarks.run --all --quick             everything, under half an hour on two cores
+python -m benchmarks.run needle                    one experiment, full settings
+python -m benchmarks.run --phase 8 --quick         every experiment of a chapter, in minutes
+python -m benchmarks.run --all --quick             everything, in a quarter of an hour on two cores
 """
 
 from __future__ import annotations
@@ -11,33 +11,57 @@ import argparse
 import ast
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from time import perf_counter
 
-from benchmarks.schema import FOLDER, write_result
+from benchmarks.schema import EXPERIMENTS, write_result
 from mlxkv.errors import UnsupportedError
 
+# Settled studies, whose code is at a tag, and their chapters; benchmarks/STUDIES.md has their reports.
+TAG = "studies-2026-11"
+STUDIES = {
+    "miniatures": 1, "clustering": 2, "manifold": 2, "compression_sweep": 3, "cr_sweep": 3, "rate_miniatures": 3,
+    "codec_ablation": 4, "mp_kvm_ablation": 4, "rate_ablation": 4, "rate_window": 4, "smartkv_ablation": 4,
+    "attention_analysis": 5, "energy_spectrum": 5, "precision_map": 5, "hyperparameters": 6, "sketch_grid": 6,
+    "error_analysis": 7, "aggregator_speed": 8, "dp_speed": 8, "lossless": 8,
+}  # fmt: skip
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run what the command line names and exit, with 0 where all went well."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     known = phases()
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(known)}")
-    parser.add_argument("--phase", type=int, choices=sorted(set(known.values())), help="all benchmarks of this phase")
-    parser.add_argument("--all", action="store_true", help="all benchmarks of all phases")
+    parser.add_argument(
+        "--phase", type=int, choices=sorted({*known.values(), *STUDIES.values()}), help="all of a chapter"
+    )
+    parser.add_argument("--all", action="store_true", help="all experiments")
     parser.add_argument("--quick", action="store_true", help="few texts and variants; writes results/quick/")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     chosen = [name for name, phase in known.items() if arguments.all or phase == arguments.phase]
+    settled = [name for name in arguments.names if name in STUDIES]
+    if not chosen:
+        settled += [name for name, phase in STUDIES.items() if phase == arguments.phase]
+    if unknown := set(arguments.names) - set(known) - set(STUDIES):
+        parser.error(f"no experiment {', '.join(sorted(unknown))}")
+    if settled:
+        parser.error(
+            f"{', '.join(settled)}: settled, and reported in benchmarks/STUDIES.md; to run it again: git worktree add"
+            f" ../mlxkv-studies {TAG}, and there python -m benchmarks.run {' '.join(settled)}"
+        )
     chosen += arguments.names
-    unknown = set(arguments.names) - set(known)
-    if not chosen or unknown:
-        parser.error(f"no benchmark {', '.join(unknown)}" if unknown else "name a benchmark, --phase N or --all")
+    if not chosen:
+        parser.error("name an experiment, --phase N or --all")
     sys.exit(one(chosen[0], arguments.quick) if len(chosen) == 1 else several(chosen, arguments.quick))
 
 
 def phases() -> dict[str, int]:
-    """The phase of every benchmark by name, in the order in which they run; read from the files without running them."""
+    """Return the chapter of every experiment by name, in the order in which they run, without running any."""
     found = {}
-    for path in sorted(FOLDER.glob("*.py")):
+    for path in sorted(EXPERIMENTS.glob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["PHASE"]:
                 found[path.stem] = int(ast.literal_eval(node.value))
@@ -45,10 +69,16 @@ def phases() -> dict[str, int]:
 
 
 def one(name: str, quick: bool) -> int:
-    """Run a benchmark here and write its result; the exit code, which is UnsupportedError's where it cannot run here."""
+    """Run an experiment here and write its result.
+
+    Returns
+    -------
+    int
+        The exit code: 0, or UnsupportedError's where it cannot run here.
+    """
     start = perf_counter()
     try:
-        outcome = import_module(f"benchmarks.{name}").run(quick)
+        outcome = import_module(f"benchmarks.experiments.{name}").run(quick)
     except UnsupportedError as error:
         print(f"{name} is left out: {error}")
         return error.exit_code
@@ -56,8 +86,14 @@ def one(name: str, quick: bool) -> int:
     return 0
 
 
-def several(names: list[str], quick: bool) -> int:
-    """Run benchmarks, each in its own process; how many failed. One that fails does not stop the others."""
+def several(names: Sequence[str], quick: bool) -> int:
+    """Run experiments, each in its own process; one that fails does not stop the others.
+
+    Returns
+    -------
+    int
+        How many failed.
+    """
     failed = []
     for name in names:
         start = perf_counter()

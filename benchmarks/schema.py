@@ -1,14 +1,15 @@
-"""What a benchmark is, and the shared shape of every result file.
+"""What an experiment is, and the shared shape of every result file.
 
-A benchmark is a module of this package with PHASE, the number of the plans' phase it belongs to, and
+An experiment is a module of `benchmarks.experiments` with PHASE, the number of its chapter in the report, and
 
     run(quick) -> Outcome           measures; quick means minutes on two cores
     section(result) -> str          Markdown of the report, from the result file's content alone
     figure(result) -> Figure        a matplotlib figure from the same, for those that have something to draw
-    brief(result) -> str            Markdown for the README, for those whose numbers it shows
+    brief(result) -> str            Markdown for the README, for those whose numbers it may show
 
 Its name is the file's, its title the first line of its docstring. `benchmarks.run` finds, runs and writes it;
-`benchmarks.report` shows it.
+`benchmarks.report` shows it. A result file is a summary; the samples that it was made from lie beside it, in a folder
+that git ignores.
 """
 
 from __future__ import annotations
@@ -23,15 +24,28 @@ from mlxkv.evaluate.machine import describe
 from mlxkv.io.atomic import atomic_write
 
 FOLDER = Path(__file__).parent
+EXPERIMENTS = FOLDER / "experiments"
 RESULTS = FOLDER / "results"
 QUICK = RESULTS / "quick"
+
+MODEL = "smollm2-135m"  # the language model of the experiments
 
 Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """config: what was run. samples: one record for each measurement, nothing left out. summary: what follows from them."""
+    """What an experiment found.
+
+    Parameters
+    ----------
+    config
+        What was run: model, sizes, seeds.
+    samples
+        One record for each measurement, nothing left out.
+    summary
+        What follows from them, and all that `section`, `figure` and `brief` need.
+    """
 
     config: dict[str, Any]
     samples: list[dict[str, Any]]
@@ -39,27 +53,73 @@ class Outcome:
 
 
 def write_result(name: str, outcome: Outcome, seconds: float, quick: bool = False) -> Path:
-    """Write results/<name>.json, or results/quick/<name>.json, and return its path."""
-    result = {
+    """Write results/<name>.json, or results/quick/<name>.json, and its samples in a folder `samples` beside it.
+
+    Parameters
+    ----------
+    name
+        The experiment's.
+    outcome
+        What it found.
+    seconds
+        How long that took.
+    quick
+        Whether it ran with quick settings.
+
+    Returns
+    -------
+    Path
+        The result file.
+    """
+    facts = {
         "benchmark": name,
         "quick": quick,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
         "machine": describe(),
         "config": outcome.config,
-        "summary": outcome.summary,
-        "samples": outcome.samples,
     }
     path = (QUICK if quick else RESULTS) / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(json.dumps(result, indent=1).encode() + b"\n")
+    samples = path.parent / "samples" / path.name
+    samples.parent.mkdir(parents=True, exist_ok=True)
+    for target, content in ((samples, {"samples": outcome.samples}), (path, {"summary": outcome.summary})):
+        with atomic_write(target) as file:
+            file.write(to_json({**facts, **content}).encode())
     return path
 
 
-def read_result(name: str) -> Result | None:
-    """A benchmark's result: the full one, or else the quick one, or None."""
-    for folder in (RESULTS, QUICK):
+def to_json(result: Result) -> str:
+    """Return a result as JSON that a diff can be read of: a key a line, and of lists of records a record a line."""
+    return _lines(result) + "\n"
+
+
+def _lines(value: Any, indent: str = "") -> str:
+    """Spread dicts over lines down to the lists of records in them; everything else takes one line."""
+    if _is_records(value):
+        lines = [_lines(item, f"{indent} ") for item in value]
+    elif isinstance(value, dict) and (not indent or _has_records(value)):
+        lines = [f"{_compact(key)}: {_lines(item, f'{indent} ')}" for key, item in value.items()]
+    else:
+        return _compact(value)
+    first, last = "[]" if isinstance(value, list) else "{}"
+    return f"{first}\n{indent} " + f",\n{indent} ".join(lines) + f"\n{indent}{last}"
+
+
+def _is_records(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def _has_records(value: Any) -> bool:
+    return _is_records(value) or (isinstance(value, dict) and any(map(_has_records, value.values())))
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def read_result(name: str, quick: bool = False) -> Result | None:
+    """Return an experiment's committed result or, where there is none and `quick` allows it, its quick one, or None."""
+    for folder in (RESULTS, QUICK) if quick else (RESULTS,):
         if (path := folder / f"{name}.json").exists():
-            return json.loads(path.read_text())
+            return json.loads(path.read_text(encoding="utf-8"))
     return None

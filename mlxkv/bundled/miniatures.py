@@ -1,7 +1,7 @@
 """The trained miniatures: byte-level models of a few million parameters that a checkout holds.
 
 They are ordinary mlx-lm model directories, `benchmarks/checkpoints/<name>/`, named "miniature/<name>".
-`benchmarks/miniatures.py` trains them; an installed wheel has none.
+`benchmarks/checkpoints/README.md` says how they were trained; an installed wheel has none.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def model_path(name: str) -> Path:
     if name not in names():
         there_are = f"there are {', '.join(names())}" if names() else f"{FOLDER} holds none"
         raise ModelNotFoundError(
-            f"no trained model {name!r}: {there_are}; train one in a checkout: python -m benchmarks.miniature_training NAME"
+            f"no trained model {name!r}: {there_are}; train one in a checkout of the tag studies-2026-11:"
+            " python -m benchmarks.miniature_training NAME"
         )
     return FOLDER / name.removeprefix(PREFIX)

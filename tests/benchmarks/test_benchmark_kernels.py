@@ -7,8 +7,8 @@ import mlx.core as mx
 import pytest
 from metal_host import installed
 
-from benchmarks import kernels
-from benchmarks.kernels import measure
+from benchmarks.experiments import kernels
+from benchmarks.experiments.kernels import measure
 from mlxkv.errors import MlxkvError, UnsupportedError
 from mlxkv.kernels.operations import Example, Operation, iter_examples
 

@@ -60,7 +60,9 @@ def test_records_say_what_decoding_the_text_alone_says():
     for name in ("full", "int4"):
         caches = make_cache(model, name)
         model(mx.array([TEXT[:128]]), cache=caches)
-        logits.append(mx.concatenate([model(mx.array([chunk]), cache=caches)[0] for chunk in (TEXT[128:144], TEXT[144:-1])]))
+        logits.append(
+            mx.concatenate([model(mx.array([chunk]), cache=caches)[0] for chunk in (TEXT[128:144], TEXT[144:-1])])
+        )
     targets = mx.array(TEXT[129:])
     assert record["kl"] == pytest.approx(float(metrics.kl_divergence(*logits).mean()), rel=1e-3)
     assert record["top1_agreement"] == pytest.approx(metrics.top1_agreement(*logits))
@@ -178,7 +180,9 @@ def test_a_codecs_score_is_that_of_its_file_read_back(codec):
     for coded in (False, True):
         dump = lm.dump(model, TEXT[:128], dtype="float16" if coded else "auto")
         cache = lm.restore(model, codec.decompress_dump(codec.compress_dump(dump)) if coded else dump)
-        logits.append(mx.concatenate([model(mx.array([chunk]), cache=cache)[0] for chunk in (TEXT[128:144], TEXT[144:-1])]))
+        logits.append(
+            mx.concatenate([model(mx.array([chunk]), cache=cache)[0] for chunk in (TEXT[128:144], TEXT[144:-1])])
+        )
         assert cache_sizes(model, cache)["tokens"] == 148
     assert named(records, "kvtc")["kl"] == pytest.approx(float(metrics.kl_divergence(*logits).mean()), rel=1e-2)
 

@@ -5,7 +5,7 @@ from types import ModuleType
 import pytest
 
 from benchmarks import pareto, report
-from benchmarks.report import Benchmark
+from benchmarks.report import Experiment
 
 MACHINE = {"os": "Linux-6.1", "processor": "AMD", "cores": 2, "mlx": "0.32", "metal": False, "commit": "abc+"}
 
@@ -19,11 +19,11 @@ def bars(result):
 
 
 def fake(name, phase=1, section=lambda result: f"Of {result['summary']}.", figure=bars, **result):
-    """A benchmark whose result is `result` over some that is full; `ran=False` for one without."""
+    """An experiment whose result is `result` over some that is full; `ran=False` for one without."""
     module = ModuleType(name, f"What is `{name}`, and why?\n\nMore.")
     module.section, module.figure = section, figure
     whole = {"benchmark": name, "date": "2026-01-02T03:04:05", "machine": MACHINE, "summary": [1, 2, 3], **result}
-    return Benchmark(name, phase, module, whole if result.get("ran", True) else None)
+    return Experiment(name, phase, module, whole if result.get("ran", True) else None)
 
 
 def rows(*points):
@@ -36,8 +36,8 @@ def rows(*points):
 SOME = [
     fake("live_methods", 1, section=lambda _: "Rows.", figure=lambda _: bars({"summary": [1, 2, 3]}),
          summary={"fidelity": rows((0.1, 0.5), (0.2, 0.1))}),
-    fake("quick", 2, quick=True),
-    fake("unlucky", 4, ran=False),
+    fake("quick", 3, quick=True),
+    fake("unlucky", 8, ran=False),
 ]  # fmt: skip
 
 
@@ -71,8 +71,8 @@ def test_the_page_needs_no_other_file(tmp_path):
 
 
 def test_every_line_of_the_contents_leads_to_a_heading():
-    texts = [fake("a-b_c", figure=None, section=lambda _: "x"), fake("d", phase=8, ran=False)]
-    page = report.page(report.written([Benchmark(b.name, b.phase, b.module, None) for b in texts]))
+    experiments = [fake("a-b_c", figure=None, section=lambda _: "x"), fake("d", phase=8, ran=False)]
+    page = report.page(report.written([Experiment(e.name, e.phase, e.module, None) for e in experiments]))
     links, anchors = re.findall(r'href="#([^"]+)"', page), re.findall(r'id="([^"]+)"', page)
     assert len(links) == 4
     assert set(links) <= set(anchors)
@@ -91,15 +91,15 @@ def test_a_part_that_fails_names_its_benchmark():
     def broken(result):
         return result["summary"]["missing"]
 
-    with pytest.raises(RuntimeError, match=r"section of benchmarks/poor\.py failed: TypeError"):
+    with pytest.raises(RuntimeError, match=r"section of poor failed: TypeError"):
         report.written([fake("poor", section=broken)])
-    with pytest.raises(RuntimeError, match=r"figure of benchmarks/poor\.py failed: TypeError"):
+    with pytest.raises(RuntimeError, match=r"figure of poor failed: TypeError"):
         report.draw([fake("poor", figure=broken)])
 
 
 def test_what_has_not_run_and_what_ran_quickly_say_so():
     text = report.written(SOME)
-    assert "2 of 3 benchmarks, 1 of them with quick settings" in text
+    assert "2 of 3 experiments, 1 of them with quick settings" in text
     assert "Not run: `unlucky`." in text
     assert "Not run: `python -m benchmarks.run unlucky`" in text
     assert "[quick.json](results/quick/quick.json) · `python -m benchmarks.run quick --quick` · quick settings" in text
@@ -110,6 +110,16 @@ def test_only_results_from_a_mac_take_back_that_there_are_none():
     assert "Nothing in this report is from a Mac." in report.head(SOME)
     mac = fake("mac", machine={**MACHINE, "metal": True})
     assert "from a Mac" not in report.head([*SOME, mac])
+
+
+def test_the_quick_page_has_its_own_figures(tmp_path):
+    page = report.drawn_page(SOME, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
+        "live_methods.png",
+        "pareto.png",
+        "quick.png",
+    ]
+    assert page == report.page(report.written(SOME), tmp_path)
 
 
 def test_marked_parts_are_replaced_and_nothing_else():

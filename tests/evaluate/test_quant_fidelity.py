@@ -104,7 +104,7 @@ def test_bytes_are_those_held_for_each_token_seen():
 
 
 def test_the_section_names_what_does_not_agree_and_what_is_refused():
-    from benchmarks import quant_fidelity
+    from benchmarks.experiments import quant_fidelity
 
     scores = {"kl": 0.01, "flip_rate": 0.1, "perplexity": 8.0}
     base = {"text": 0, "cache": "int8", "ours": scores, "theirs": scores, "refused": None}

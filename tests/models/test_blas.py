@@ -23,6 +23,6 @@ def test_float32_products_keep_their_digits_unless_told_otherwise(given, kept, m
     assert run("import os, mlxkv; print(os.environ['MLX_ENABLE_TF32'])").stdout.strip() == kept
 
 
-@pytest.mark.parametrize("benchmark", ["codec_speed", "demo"])
+@pytest.mark.parametrize("benchmark", ["experiments.codec_speed", "demo"])
 def test_benchmarks_load_the_fast_blas_first(benchmark):
     assert run(f"import benchmarks.{benchmark}").stderr == ""

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import typer
 
-from benchmarks.run import phases
+from benchmarks.run import STUDIES, phases
 from mlxkv.cli import build
 from mlxkv.live import live_config
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = re.findall(r"`((?:python -m|mlxkv|make|pytest) [^`]+)`", (ROOT / "docs" / "plans.md").read_text())
 COMMAND_LINE = typer.main.get_command(build())
-PHASES = phases()
+PHASES = phases() | STUDIES  # a settled study's command says how its code is brought back
 
 
 def problem(command: str) -> str | None:

@@ -1,0 +1,1 @@
+"""Experiments, one a file; `benchmarks/schema.py` says what one is."""
