@@ -1,4 +1,4 @@
-"""Attention of one new token over packed keys and values, in buckets of any precision, without unpacking them in memory.
+"""Attention of one new token over quantized keys and values, in buckets of any precision, without unpacking them in memory.
 
 The kernel is one pass over each bucket: the running maximum and sum of the online softmax
 (https://arxiv.org/abs/1805.02867) for splits of the tokens, as in flash-decoding
@@ -17,22 +17,20 @@ import numpy as np
 
 from mlxkv.errors import InputError, MismatchError
 from mlxkv.kernels import metal
-from mlxkv.kernels.bits import UNPACKED, QuantizedArray, codes, reference_pack, reference_unpack
+from mlxkv.kernels.bits import UNQUANTIZED, QuantizedArray, reference_pack, reference_unpack, unpack_codes
 from mlxkv.kernels.metal import Kernel
 from mlxkv.kernels.operations import Example, Operation, register
 
 Bucket = tuple[QuantizedArray, QuantizedArray]
 
 TILE_FLOATS = 2**18  # unpacked at a time by the reference: a megabyte, which also stays in a CPU's cache
-SPLIT_TOKENS = 128
-SIMD_GROUPS = 8
-# Floats of queries and sums that a SIMD-group's registers may hold for its heads: more would spill.
-REGISTER_FLOATS = 2304
-MAX_HEADS = 8
-MAX_DIMS = 576
-LOWEST = (
-    -3.4e38
-)  # as in the body: where running maxima start: finite, so that a fully masked row has weights 0 and not NaN
+SPLIT_TOKENS = 128  # tokens of a bucket that one threadgroup attends to
+SIMD_GROUPS = 8  # of a threadgroup
+REGISTER_FLOATS = 2304  # queries and sums that a SIMD-group's registers may hold for its heads: more would spill
+MAX_HEADS = 8  # query heads that a SIMD-group attends with
+MAX_DIMS = 576  # of keys or values: what threadgroup memory has room for, and MLA's latents need
+# Running maxima start here, in the body too: finite, so that a fully masked row has weights 0 and not NaN.
+LOWEST = -3.4e38
 
 _ATTEND = Kernel(
     "decode_attention",
@@ -44,18 +42,45 @@ _ATTEND = Kernel(
 def decode_attention(
     queries: mx.array, buckets: Sequence[Bucket], scale: float, bias: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
-    """softmax(scale * queries . keys + bias) . values, accumulated in float32.
+    """Return softmax(scale * queries . keys + bias) . values, accumulated in float32, and the attention mass of each token.
 
-    queries `[B, Hq, 1, D]`; buckets of (keys `[B, Hkv, Tb, D]`, values `[B, Hkv, Tb, Dv]`) with Hq a multiple of Hkv
-    (query head h reads kv head h // (Hq // Hkv)), both packed from one dtype, dims up to 576, each with its own bits
-    and tiles; Tb may be 0. bias `[B, 1 or Hkv or Hq, T]` is for all T tokens in the order of the buckets; -inf masks.
+    Parameters
+    ----------
+    queries
+        `[B, Hq, 1, D]`, one token; D up to 576.
+    buckets
+        Pairs of keys `[B, Hkv, Tb, D]` and values `[B, Hkv, Tb, Dv]`, at least one, both of one float type, each with its
+        own bits and tiles; Tb may be 0, Dv up to 576. Hq is a multiple of Hkv: query head h reads key/value head
+        h // (Hq // Hkv).
+    scale
+        Factor on the products, such as D**-0.5.
+    bias
+        Added to the scaled products, `[B, 1 or Hkv or Hq, T]`, of all T tokens in the order of the buckets; -inf masks a
+        token. None adds nothing.
 
-    Returns the output `[B, Hq, 1, Dv]` of queries' dtype and the mass `[B, Hkv, T]` float32: each token's attention
-    probability summed over the query heads that share its kv head, so a row sums to Hq / Hkv. That is what
-    importance per token and kv head accumulates (H2O, https://arxiv.org/abs/2306.14048). Where every token is masked,
-    or there is none, output and mass are 0; NaN and infinite keys or queries give NaN, as plain softmax does.
+    Returns
+    -------
+    tuple[mx.array, mx.array]
+        The output `[B, Hq, 1, Dv]` of queries' type, and the mass `[B, Hkv, T]` float32: each token's attention probability,
+        summed over the query heads that share its key/value head, so a row sums to Hq / Hkv. That is what importance per
+        token and head accumulates (H2O, https://arxiv.org/abs/2306.14048). Where every token is masked, or there is none,
+        output and mass are 0; NaN and infinite keys or queries give NaN, as plain softmax does.
 
-    Raises InputError without buckets or for larger dims, MismatchError for shapes that do not fit together.
+    Raises
+    ------
+    InputError
+        Without buckets, or for larger dims.
+    MismatchError
+        For shapes or types that do not fit together.
+
+    Examples
+    --------
+    >>> from mlxkv.kernels.bits import pack
+    >>> keys, values = mx.random.normal((1, 2, 100, 64)), mx.random.normal((1, 2, 100, 64))
+    >>> bucket = pack(keys, bits=4, tile_tokens=1, tile_dims=32), pack(values, bits=4, tile_tokens=1, tile_dims=32)
+    >>> output, mass = decode_attention(mx.random.normal((1, 8, 1, 64)), [bucket], scale=64**-0.5)
+    >>> output.shape, mass.shape, [round(row.item(), 3) for row in mass[0].sum(axis=-1)]
+    ((1, 8, 1, 64), (1, 2, 100), [4.0, 4.0])
     """
     return (metal_decode_attention if metal.available() else reference_decode_attention)(queries, buckets, scale, bias)
 
@@ -63,6 +88,18 @@ def decode_attention(
 def reference_decode_attention(
     queries: mx.array, buckets: Sequence[Bucket], scale: float, bias: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
+    """Attend by the array operations that define `decode_attention`, a piece of each bucket unpacked at a time.
+
+    Parameters
+    ----------
+    queries, buckets, scale, bias
+        See `decode_attention`.
+
+    Returns
+    -------
+    tuple[mx.array, mx.array]
+        See `decode_attention`.
+    """
     T = _checked_tokens(queries, buckets, bias)
     B, Hkv, _, Dv = buckets[0][1].shape
     G = queries.shape[1] // Hkv
@@ -91,7 +128,7 @@ def reference_decode_attention(
 
 
 def _tiles(bucket: Bucket) -> Iterator[Bucket]:
-    """A bucket's tokens in pieces of TILE_FLOATS unpacked floats, but whole tiles of keys and of values."""
+    """Cut a bucket's tokens into pieces of TILE_FLOATS unpacked floats, at the edges of tiles of both keys and values."""
     keys, values = bucket
     tokens = math.lcm(keys.tile_tokens, values.tile_tokens)
     step = max(1, TILE_FLOATS // (math.prod(keys.shape[:-2]) * max(keys.dim, values.dim) * tokens)) * tokens
@@ -100,12 +137,12 @@ def _tiles(bucket: Bucket) -> Iterator[Bucket]:
 
 
 def _wait_for(packed: QuantizedArray, before: list[mx.array]) -> QuantizedArray:
-    """A tile that waits for the work on the tile before: MLX would else unpack many before it uses one."""
+    """Make a piece wait for the work on the piece before: MLX would else unpack many before it uses one."""
     return dataclasses.replace(packed, words=mx.depends(packed.words, before)) if before else packed
 
 
 def _scores(x: mx.array, packed: QuantizedArray) -> mx.array:
-    """x `[B, H, G, D]` float32 times the transpose of rows `[B, H, T, D]`: `[B, H, G, T]`.
+    """Multiply `[B, H, G, D]` float32 by the transpose of rows `[B, H, T, D]`: `[B, H, G, T]`.
 
     A row is scale * code + bias. Scales that a whole token or a whole dim shares are taken out of the sum, so that the
     large array is never scaled. Other tiles are unpacked.
@@ -115,12 +152,12 @@ def _scores(x: mx.array, packed: QuantizedArray) -> mx.array:
     if _scaled_by_token(packed):
         scale, bias = _scales(packed.scale), _scales(packed.bias)  # [B, H, groups, T]
         split = x[..., None, :] * _groups(packed)  # [B, H, G, groups, D], each row zero outside its group
-        products = split.reshape(*lead, -1, D) @ codes(packed).swapaxes(-1, -2)
+        products = split.reshape(*lead, -1, D) @ unpack_codes(packed).swapaxes(-1, -2)
         scaled = products.reshape(*split.shape[:-1], T) * scale[..., None, :, :]
         return scaled.sum(axis=-2) + split.sum(axis=-1) @ bias
     if _scaled_by_dim(packed):
         scale, bias = packed.scale.astype(mx.float32), packed.bias.astype(mx.float32)  # [B, H, tiles, D]
-        tiles = codes(packed).reshape(*lead, -1, packed.tile_tokens, D)
+        tiles = unpack_codes(packed).reshape(*lead, -1, packed.tile_tokens, D)
         products = (x[..., None, :, :] * scale[..., None, :]) @ tiles.swapaxes(-1, -2)  # [B, H, tiles, G, tokens]
         products += (x @ bias.swapaxes(-1, -2)).swapaxes(-1, -2)[..., None]
         return products.swapaxes(-2, -3).reshape(*lead, G, T)
@@ -128,17 +165,17 @@ def _scores(x: mx.array, packed: QuantizedArray) -> mx.array:
 
 
 def _weighted_sum(weights: mx.array, packed: QuantizedArray) -> mx.array:
-    """weights `[B, H, G, T]` float32 times rows `[B, H, T, D]`: `[B, H, G, D]`."""
+    """Multiply weights `[B, H, G, T]` float32 by rows `[B, H, T, D]`: `[B, H, G, D]`."""
     *lead, G, T = weights.shape
     D = packed.dim
     if _scaled_by_token(packed):
         groups, scale = _groups(packed), _scales(packed.scale)
         split = weights[..., None, :] * scale[..., None, :, :]  # [B, H, G, groups, T]
-        products = (split.reshape(*lead, -1, T) @ codes(packed)).reshape(*split.shape[:-1], D)
+        products = (split.reshape(*lead, -1, T) @ unpack_codes(packed)).reshape(*split.shape[:-1], D)
         return (products * groups).sum(axis=-2) + weights @ packed.bias.astype(mx.float32) @ groups
     if _scaled_by_dim(packed):
         scale, bias = packed.scale.astype(mx.float32), packed.bias.astype(mx.float32)
-        tiles = codes(packed).reshape(*lead, -1, packed.tile_tokens, D)
+        tiles = unpack_codes(packed).reshape(*lead, -1, packed.tile_tokens, D)
         split = weights.reshape(*lead, G, -1, packed.tile_tokens).swapaxes(-2, -3)  # [B, H, tiles, G, tokens]
         products = (split @ tiles) * scale[..., None, :] + split.sum(axis=-1, keepdims=True) * bias[..., None, :]
         return products.sum(axis=-3)
@@ -164,17 +201,32 @@ def _scaled_by_dim(packed: QuantizedArray) -> bool:
 
 
 def _groups(packed: QuantizedArray) -> mx.array:
-    """Which dims belong to which group of a token, float32 `[groups, D]`."""
+    """Return which dims belong to which group of a token, float32 `[groups, D]`."""
     return mx.array(np.eye(packed.dim // packed.tile_dims, dtype=np.float32).repeat(packed.tile_dims, axis=1))
 
 
 def _scales(part: mx.array) -> mx.array:
-    """Bias or scale `[B, H, T, groups]` as `[B, H, groups, T]` float32."""
+    """Transpose bias or scale `[B, H, T, groups]` to `[B, H, groups, T]` float32."""
     return part.astype(mx.float32).swapaxes(-1, -2)
 
 
 def slice_rows(packed: QuantizedArray, start: int, stop: int) -> QuantizedArray:
-    """Rows start..stop of packed rows, start at the beginning of a tile."""
+    """Return some rows of a quantized array, as views of its parts.
+
+    Parameters
+    ----------
+    packed
+        `[..., T, D]`.
+    start
+        The first row, at the beginning of a tile.
+    stop
+        The row after the last; T or more means all the rest.
+
+    Returns
+    -------
+    QuantizedArray
+        `[..., stop - start, D]`.
+    """
     if start == 0 and stop >= packed.shape[-2]:
         return packed
     tiles = slice(start // packed.tile_tokens, -(-stop // packed.tile_tokens))
@@ -185,6 +237,18 @@ def slice_rows(packed: QuantizedArray, start: int, stop: int) -> QuantizedArray:
 def metal_decode_attention(
     queries: mx.array, buckets: Sequence[Bucket], scale: float, bias: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
+    """Attend by the kernel, a launch for each bucket, and merge the splits of all buckets.
+
+    Parameters
+    ----------
+    queries, buckets, scale, bias
+        See `decode_attention`.
+
+    Returns
+    -------
+    tuple[mx.array, mx.array]
+        See `decode_attention`.
+    """
     T = _checked_tokens(queries, buckets, bias)
     B, Hkv, _, Dv = buckets[0][1].shape
     Hq = queries.shape[1]
@@ -209,7 +273,7 @@ def metal_decode_attention(
 
 
 def _attend(queries: mx.array, k: QuantizedArray, v: QuantizedArray, bias: mx.array) -> list[mx.array]:
-    """One bucket: scores `[B, Hq, T]`, and of each split outputs `[B, Hq, S, Dv]`, maxima and sums `[B, Hq, S]`."""
+    """Attend to one bucket: scores `[B, Hq, T]`, and of each split outputs `[B, Hq, S, Dv]`, maxima and sums `[B, Hq, S]`."""
     B, Hkv, T, Dv = v.shape
     Hq, D = queries.shape[1:]
     passes = -(-Hq // Hkv // min(MAX_HEADS, max(1, REGISTER_FLOATS // (D + Dv))))
@@ -237,13 +301,13 @@ def _attend(queries: mx.array, k: QuantizedArray, v: QuantizedArray, bias: mx.ar
 
 
 def _tile(name: str, packed: QuantizedArray) -> dict[str, int]:
-    """Compiled in, as dividing by a constant is cheap; a single kernel for all unpacked values."""
+    """Return the tile's template values: compiled in, as dividing by a constant is cheap; one kernel for unquantized values."""
     tokens, dims = (1, 1) if packed.is_unquantized else (packed.tile_tokens, packed.tile_dims)
     return {f"{name}_TOKENS": tokens, f"{name}_DIMS": dims}
 
 
 def _buffers(packed: QuantizedArray) -> tuple[mx.array, mx.array, mx.array]:
-    """Words, bias, scale; an unread element for the scales that unpacked values lack, as buffers cannot be empty."""
+    """Return words, bias, scale; an unread element for those that unquantized values lack, as buffers cannot be empty."""
     if packed.is_unquantized:
         unread = mx.zeros((1, 1, 1, 1))
         return packed.words, unread, unread
@@ -251,13 +315,13 @@ def _buffers(packed: QuantizedArray) -> tuple[mx.array, mx.array, mx.array]:
 
 
 def _empty_result(queries: mx.array, kv_heads: int, dims: int) -> tuple[mx.array, mx.array]:
-    """Output and mass of attention over no tokens."""
+    """Return output and mass of attention over no tokens."""
     B, Hq = queries.shape[:2]
     return mx.zeros((B, Hq, 1, dims), queries.dtype), mx.zeros((B, kv_heads, 0))
 
 
 def _checked_tokens(queries: mx.array, buckets: Sequence[Bucket], bias: mx.array | None) -> int:
-    """How many tokens there are in all, once all shapes are found to fit together."""
+    """Return how many tokens there are in all, once all shapes are found to fit together."""
     if not buckets:
         raise InputError("attention needs at least one bucket; it may hold 0 tokens")
     B, Hq, L, D = queries.shape
@@ -279,7 +343,7 @@ def _checked_tokens(queries: mx.array, buckets: Sequence[Bucket], bias: mx.array
 
 
 def _example(key_tokens: int, key_dims: int) -> Callable[[int], tuple]:
-    """32 query heads over 8 kv heads: all tokens with 4-bit keys and 2-bit values, and 32 more as they are."""
+    """Return a call of 32 query heads over 8 kv heads: 4-bit keys and 2-bit values, and 32 more tokens unquantized."""
 
     def arguments(tokens: int) -> tuple:
         queries, old, new = (
@@ -287,7 +351,7 @@ def _example(key_tokens: int, key_dims: int) -> Callable[[int], tuple]:
             for shape in ((1, 32, 1, 128), (1, 8, tokens, 128), (1, 8, 32, 128))
         )
         packed = (reference_pack(old, 4, key_tokens, key_dims), reference_pack(old, 2, 1, 32))
-        return queries, [packed, (reference_pack(new, UNPACKED, 1, 32),) * 2], 128**-0.5
+        return queries, [packed, (reference_pack(new, UNQUANTIZED, 1, 32),) * 2], 128**-0.5
 
     return arguments
 

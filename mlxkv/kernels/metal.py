@@ -7,9 +7,10 @@ others in `device`; 0-d inputs are references; with `atomic` every output is one
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import cast
 
 import mlx.core as mx
 
@@ -20,8 +21,16 @@ from mlxkv.bundled.resources import resource_dir
 class Kernel:
     """A body and the names of its buffers, compiled on first call for each combination of types.
 
-    Call it with the keywords of MLX's kernels: inputs, template, grid (threads), threadgroup, output_shapes,
-    output_dtypes, init_value. It returns the list of outputs.
+    Parameters
+    ----------
+    name
+        The body's file, without `.metal`.
+    inputs
+        Names of the input buffers, in the order of a call's arrays.
+    outputs
+        Names of the output buffers.
+    atomic
+        Make every output an array of atomics, to which threads may add at the same time.
     """
 
     name: str
@@ -29,24 +38,99 @@ class Kernel:
     outputs: tuple[str, ...]
     atomic: bool = False
 
-    def __call__(self, **call: Any) -> list[mx.array]:
-        return compiled(self)(**call)
+    def __call__(
+        self,
+        *,
+        inputs: Sequence[mx.array],
+        grid: tuple[int, ...],
+        threadgroup: tuple[int, int, int],
+        output_shapes: Sequence[tuple[int, ...]],
+        output_dtypes: Sequence[mx.Dtype],
+        template: Sequence[tuple[str, object]] = (),
+        init_value: float | None = None,
+    ) -> list[mx.array]:
+        """Run the kernel.
+
+        Parameters
+        ----------
+        inputs
+            An array for each input buffer.
+        grid
+            Numbers of threads in three dimensions, at least 1 each.
+        threadgroup
+            Numbers of threads that share threadgroup memory, at most 1024 in all.
+        output_shapes
+            A shape for each output buffer.
+        output_dtypes
+            A type for each output buffer.
+        template
+            Names that the body uses for types, integers and booleans; each combination is compiled once.
+        init_value
+            The value that all elements of all outputs start from; None leaves them undefined.
+
+        Returns
+        -------
+        list[mx.array]
+            An array for each output buffer.
+        """
+        return compiled(self)(
+            inputs=inputs,
+            template=list(template),
+            grid=grid,
+            threadgroup=threadgroup,
+            output_shapes=output_shapes,
+            output_dtypes=output_dtypes,
+            init_value=init_value,
+        )
 
 
 def available() -> bool:
-    """Whether dispatchers take Metal: the default device is a GPU that Metal runs."""
+    """Return whether dispatchers call Metal.
+
+    Returns
+    -------
+    bool
+        True where the default device is a GPU that Metal runs.
+    """
     return mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu)
 
 
 def source(name: str) -> str:
-    """The text of one file in metal_kernels/."""
+    """Return the text of one file in metal_kernels/.
+
+    Parameters
+    ----------
+    name
+        The file's name, without `.metal`.
+
+    Returns
+    -------
+    str
+        ASCII text.
+
+    Examples
+    --------
+    >>> "exp" in source("decode_attention")
+    True
+    """
     return (resource_dir("metal_kernels") / f"{name}.metal").read_text("ascii")
 
 
 @cache
-def compiled(kernel: Kernel) -> Any:
-    """MLX's callable for a kernel. MLX compiles it when it is first called."""
-    return mx.fast.metal_kernel(
+def compiled(kernel: Kernel) -> Callable[..., list[mx.array]]:
+    """Return MLX's callable for a kernel. MLX compiles it when it is first called.
+
+    Parameters
+    ----------
+    kernel
+        A declared kernel.
+
+    Returns
+    -------
+    Callable[..., list[mx.array]]
+        The result of `mx.fast.metal_kernel`, made once for each kernel.
+    """
+    kernel_call = mx.fast.metal_kernel(
         name=f"mlxkv_{kernel.name}",
         input_names=list(kernel.inputs),
         output_names=list(kernel.outputs),
@@ -54,3 +138,4 @@ def compiled(kernel: Kernel) -> Any:
         header=source("common"),
         atomic_outputs=kernel.atomic,
     )
+    return cast(Callable[..., list[mx.array]], kernel_call)  # MLX says only that it is an object

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Generic, ParamSpec, TypeVar
+from inspect import signature
 
 import mlx.core as mx
 import numpy as np
 
 from mlxkv.errors import InputError
 from mlxkv.registry import Registry
-
-P = ParamSpec("P")
-R_co = TypeVar("R_co", covariant=True)
 
 # Largest relative and absolute difference from the reference. Integers are identical.
 TOLERANCE = {mx.float32: (1e-5, 1e-6), mx.float16: (2e-3, 1e-3), mx.bfloat16: (1.6e-2, 8e-3)}
@@ -43,8 +40,8 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Operation(Generic[P, R_co]):
-    """One operation of a kernel: three functions of one signature, which the type checker compares.
+class Operation:
+    """One operation of a kernel: three functions of one signature, parameters' names, defaults and types included.
 
     Parameters
     ----------
@@ -62,20 +59,26 @@ class Operation(Generic[P, R_co]):
     Raises
     ------
     InputError
-        Without examples.
+        Without examples, or when the three signatures differ.
     """
 
     name: str
-    dispatch: Callable[P, R_co]
-    reference: Callable[P, R_co]
-    metal: Callable[P, R_co]
+    dispatch: Callable[..., object]
+    reference: Callable[..., object]
+    metal: Callable[..., object]
     examples: tuple[Example, ...]
 
     def __post_init__(self) -> None:
         if not self.examples:
             raise InputError(f"the operation {self.name} needs an example, which mlxkv doctor can check")
+        expected = signature(self.dispatch)
+        for function in (self.reference, self.metal):
+            if signature(function) != expected:
+                raise InputError(
+                    f"{self.name}: a function has {signature(function)} where the dispatcher has {expected}"
+                )
 
-    def agrees(self: Operation[..., object], arguments: tuple[object, ...]) -> bool:
+    def agrees(self, arguments: tuple[object, ...]) -> bool:
         """Return whether kernel and reference give the same shapes, the same types and values within `TOLERANCE`.
 
         Parameters
@@ -92,10 +95,10 @@ class Operation(Generic[P, R_co]):
         return len(expected) == len(found) and all(_same(*pair) for pair in zip(found, expected))
 
 
-kernel_operations: Registry[Operation[..., object]] = Registry("kernel operation", "mlxkv.kernels")
+kernel_operations: Registry[Operation] = Registry("kernel operation", "mlxkv.kernels")
 
 
-def register(operation: Operation[P, R_co]) -> None:
+def register(operation: Operation) -> None:
     """Add an operation to `kernel_operations`, under its name.
 
     Parameters
@@ -106,12 +109,12 @@ def register(operation: Operation[P, R_co]) -> None:
     kernel_operations.register(operation.name)(operation)
 
 
-def iter_examples() -> Iterator[tuple[Operation[..., object], Example]]:
-    """Return every example of every registered operation.
+def iter_examples() -> Iterator[tuple[Operation, Example]]:
+    """Yield every example of every registered operation.
 
-    Returns
-    -------
-    Iterator[tuple[Operation, Example]]
+    Yields
+    ------
+    tuple[Operation, Example]
         Sorted by the operation's name.
 
     Examples

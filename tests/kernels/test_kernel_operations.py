@@ -22,7 +22,8 @@ NAMES = kernel_operations.names()
 
 
 def test_every_operation_of_every_file_is_registered():
-    modules = {info.name for info in iter_modules(mlxkv.kernels.__path__)} - {"metal", "operations"}
+    modules = {info.name for info in iter_modules(mlxkv.kernels.__path__) if not info.name.startswith("_")}
+    modules -= {"metal", "operations"}
     defined = {
         (name, function.removeprefix("metal_"))
         for name in modules
@@ -68,6 +69,30 @@ def test_one_file_adds_a_kernel(monkeypatch, tmp_path):
 def test_an_operation_without_examples_is_refused():
     with pytest.raises(InputError, match=r"any\.op needs an example"):
         Operation("any.op", abs, abs, abs, ())
+
+
+def plain(x: mx.array, bits: int = 2) -> mx.array:
+    return x
+
+
+def other_name(x: mx.array, width: int = 2) -> mx.array:
+    return x
+
+
+def other_default(x: mx.array, bits: int = 3) -> mx.array:
+    return x
+
+
+def other_result(x: mx.array, bits: int = 2) -> list[mx.array]:
+    return [x]
+
+
+@pytest.mark.parametrize("other", [other_name, other_default, other_result])
+def test_functions_of_different_signatures_are_refused(other):
+    examples = (Example("", lambda tokens: ()),)
+    for functions in ((plain, other, plain), (plain, plain, other)):
+        with pytest.raises(InputError, match=r"any\.op: a function has"):
+            Operation("any.op", *functions, examples)
 
 
 @pytest.mark.parametrize(
