@@ -1,7 +1,7 @@
-"""What calibration leaves behind: arrays and plans of each stream, and the facts they were made from.
+"""Calibration artifacts: arrays and plans of each stream, and the facts they were made from.
 
-On disk a folder: for each field of a stream's part one file, such as k_mu.npy, k_V.npy and k_plan.json, and meta.json,
-which holds a checksum of each of the others and is written last.
+On disk they are a folder: one file for each field of a stream's artifacts, such as k_mu.npy, k_V.npy and k_plan.json, and
+meta.json, which holds a checksum of each of the others and is written last.
 """
 
 from __future__ import annotations
@@ -17,21 +17,34 @@ from typing import Any, get_type_hints
 import numpy as np
 
 from mlxkv.codec.methods.base import BlockCoder, CodecMethod, StreamArtifacts, codec_methods
-from mlxkv.codec.stages.plan import Plan
 from mlxkv.errors import ChecksumError, FormatError, InputError, MismatchError, VersionError
 from mlxkv.io.atomic import atomic_write
 from mlxkv.io.container import digest
 from mlxkv.io.inputs import open_input, parse_json
 from mlxkv.io.npz import read_npy
-from mlxkv.spec import STREAMS, CacheSpec
+from mlxkv.spec import STREAMS, CacheSpec, Stream
 
 VERSION = 1
 
 
 @dataclass(frozen=True)
 class CalibrationArtifacts:
-    """Everything a codec needs beside the file. k, v: the streams' parts, as the method defines them. meta: method,
-    settings, model, tokens and versions."""
+    """Everything that a codec needs beside the file.
+
+    Parameters
+    ----------
+    k, v
+        Artifacts of the two streams, as the method defines them.
+    spec
+        Description of the model's cache.
+    meta
+        Method, settings, model, tokens and versions: the contents of meta.json.
+
+    Raises
+    ------
+    MismatchError
+        When the artifacts do not fit the description.
+    """
 
     k: StreamArtifacts
     v: StreamArtifacts
@@ -45,17 +58,33 @@ class CalibrationArtifacts:
                 raise MismatchError(f"the {name} artifacts are {found} wide; the model's cache is {width} wide")
 
     def stream(self, name: str) -> StreamArtifacts:
-        """The k or v part."""
+        """Return the artifacts of one stream.
+
+        Parameters
+        ----------
+        name
+            "k" or "v".
+
+        Returns
+        -------
+        StreamArtifacts
+            Its artifacts.
+        """
         return self.k if name == "k" else self.v
 
     @property
     def streams(self) -> dict[str, StreamArtifacts]:
-        """Both parts by name."""
+        """Artifacts of both streams by name."""
         return {name: self.stream(name) for name in STREAMS}
 
     @property
+    def coded_streams(self) -> list[Stream]:
+        """Streams that have a width."""
+        return [self.spec.stream(name) for name in STREAMS if self.spec.stream(name).width]
+
+    @property
     def method_name(self) -> str:
-        """The name of the codec method that made them."""
+        """Name of the codec method that made them."""
         return str(self.meta.get("method"))
 
     @property
@@ -64,16 +93,28 @@ class CalibrationArtifacts:
         return _method(self.meta, "these artifacts")
 
     def coder(self) -> BlockCoder:
-        """A coder of blocks by these artifacts."""
+        """Return a coder of blocks by these artifacts.
+
+        Returns
+        -------
+        BlockCoder
+            The method's coder.
+        """
         return self.method.coder(self.streams)
 
     def explain(self) -> dict[str, Any]:
-        """What each stream is coded with, for people."""
+        """Describe for people what each stream is coded with.
+
+        Returns
+        -------
+        dict
+            Values by label.
+        """
         return self.method.explain(self.streams, self.meta)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays: shared by all files, so reported beside their ratios."""
+        """Bytes of all arrays. All files share them, so they are reported beside the files' ratios."""
         return sum(
             value.nbytes
             for name in STREAMS
@@ -94,7 +135,18 @@ class CalibrationArtifacts:
         return digest(b"".join(parts)).hex()
 
     def save(self, directory: str | Path) -> None:
-        """Write the folder; each file atomically, meta.json last."""
+        """Write the folder, each file atomically and meta.json last.
+
+        Parameters
+        ----------
+        directory
+            Folder to write; it is made if there is none.
+
+        Raises
+        ------
+        InputError
+            When it cannot be written.
+        """
         directory = Path(directory)
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -103,8 +155,9 @@ class CalibrationArtifacts:
         checksums = {}
         for name in STREAMS:
             for key, value in _fields(self.stream(name)).items():
-                data = _npy(value) if isinstance(value, np.ndarray) else json.dumps(value.to_json()).encode()
-                file_name = f"{name}_{key}.{'npy' if isinstance(value, np.ndarray) else 'json'}"
+                is_array = isinstance(value, np.ndarray)
+                data = _npy(value) if is_array else json.dumps(value.to_json()).encode()
+                file_name = f"{name}_{key}.{'npy' if is_array else 'json'}"
                 checksums[file_name] = digest(data).hex()
                 with atomic_write(directory / file_name) as file:
                     file.write(data)
@@ -124,7 +177,29 @@ class CalibrationArtifacts:
 
     @classmethod
     def from_dir(cls, directory: str | Path) -> CalibrationArtifacts:
-        """Read and verify a folder. Raises InputError, FormatError, ChecksumError or VersionError."""
+        """Read and verify a folder.
+
+        Parameters
+        ----------
+        directory
+            Folder that `save` wrote, from any source.
+
+        Returns
+        -------
+        CalibrationArtifacts
+            The artifacts.
+
+        Raises
+        ------
+        InputError
+            When there are no artifacts.
+        FormatError
+            When they are damaged, or of a method that is not installed.
+        ChecksumError
+            When files have changed or are of different calibrations.
+        VersionError
+            When they were written in another format version.
+        """
         directory = Path(directory)
         if not (directory / "meta.json").is_file():
             raise InputError(
@@ -136,58 +211,67 @@ class CalibrationArtifacts:
                 f"{directory} has artifacts of version {meta.get('version')!r}; this mlxkv reads {VERSION}"
             )
         checksums = meta.pop("checksums", None)
-        kind, known = _method(meta, str(directory)).artifacts_class, checksums if isinstance(checksums, dict) else {}
-        parts = [_read_part(kind, directory, name, known) for name in STREAMS]
-        artifacts = cls(parts[0], parts[1], CacheSpec.from_json(meta.pop("spec", {})), meta)
+        kind = _method(meta, str(directory)).artifacts_class
+        known = checksums if isinstance(checksums, dict) else {}
+        k, v = (_read_stream(kind, directory, name, known) for name in STREAMS)
+        artifacts = cls(k, v, CacheSpec.from_json(meta.pop("spec", {})), meta)
         if meta.get("fingerprint") != artifacts.fingerprint:
             raise ChecksumError(f"{directory}/meta.json does not describe the files beside it; calibrate again")
         return artifacts
 
 
 def _geometry(spec: CacheSpec, name: str) -> dict[str, int]:
+    """Return a stream's numbers for people who read meta.json."""
     stream = spec.stream(name)
     return {"layers": stream.layers, "heads": stream.heads, "dim": stream.dim, "width": stream.width}
 
 
 def _npy(array: np.ndarray) -> bytes:
+    """Return an array as the bytes of a `.npy` file."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 
 def _read(path: Path) -> bytes:
+    """Return the bytes of a file."""
     with open_input(path) as file:
         return file.read()
 
 
-def _read_part(
+def _read_stream(
     kind: type[StreamArtifacts], directory: Path, name: str, checksums: Mapping[str, Any]
 ) -> StreamArtifacts:
+    """Read and verify the files of one stream."""
     values: dict[str, Any] = {}
     types = get_type_hints(kind)
     for field in _dataclass_fields(kind):
-        is_plan = types[field.name] is Plan
-        path = directory / f"{name}_{field.name}.{'json' if is_plan else 'npy'}"
+        is_array = types[field.name] is np.ndarray
+        path = directory / f"{name}_{field.name}.{'npy' if is_array else 'json'}"
         data = _read(path)
         if digest(data).hex() != checksums.get(path.name):
             raise ChecksumError(f"{path} is damaged or from another calibration; calibrate again")
-        if is_plan:
-            values[field.name] = Plan.from_json(parse_json(data, str(path)))
-        else:
+        if is_array:
             values[field.name] = read_npy(io.BytesIO(data), len(data), path.name)
+        else:
+            values[field.name] = types[field.name].from_json(parse_json(data, str(path)))
     return kind(**values)
 
 
 def _dataclass_fields(part: StreamArtifacts | type[StreamArtifacts]) -> tuple[Field[Any], ...]:
-    assert is_dataclass(part)
+    """Return the fields of artifacts, each of which is a file."""
+    if not is_dataclass(part):
+        raise MismatchError(f"{part!r} is no dataclass: a method's artifacts are one, with a field for each file")
     return fields(part)
 
 
-def _fields(part: StreamArtifacts) -> dict[str, np.ndarray | Plan]:
+def _fields(part: StreamArtifacts) -> dict[str, Any]:
+    """Return the values of artifacts by field."""
     return {field.name: getattr(part, field.name) for field in _dataclass_fields(part)}
 
 
 def _method(meta: Mapping[str, Any], name: str) -> CodecMethod:
+    """Return the codec method that meta.json names."""
     method = codec_methods.find(meta.get("method"))
     if method is None:
         raise FormatError(f"{name} are of method {meta.get('method')!r}, which this mlxkv does not have: upgrade mlxkv")

@@ -16,21 +16,41 @@ from mlxkv.version import __version__
 def calibrate(
     files: Sequence[str | Path], config: CodecConfig, progress: Progress = lambda step: None
 ) -> CalibrationArtifacts:
-    """Artifacts of the codec method whose settings these are, from dumps of one model. `progress` is told each step as
-    it starts.
+    """Learn the artifacts of a codec method from dumps of one model.
 
-    Raises InputError when too little is left to calibrate on and MismatchError for dumps of different models.
+    Parameters
+    ----------
+    files
+        Dumps that `mlxkv dump` or `mlxkv.write_dump` wrote. The methods `kvtc-rd` and `kvtc-weighted` need a sensitivity in
+        one of them at least.
+    config
+        Settings; their class decides the method.
+    progress
+        Called with the name of each step as it starts.
+
+    Returns
+    -------
+    CalibrationArtifacts
+        The artifacts, to be saved and shared by all files of the model.
+
+    Raises
+    ------
+    InputError
+        When there are no dumps, or too little is left to learn from.
+    MismatchError
+        For dumps of different models.
     """
-    name, method = _method_of(config)
+    name, method_class = _method_of(config)
+    method = method_class()
     samples = Samples(files, config.sinks, config.samples_per_file, progress)
-    streams = method().train(samples, config)
+    streams = method.train(samples, config)
     meta = {
         "method": name,
         "mlxkv": __version__,
         "model": samples.origin.model,
         "model_fingerprint": samples.origin.fingerprint,
         **config.to_dict(),
-        **method().facts(streams),
+        **method.facts(streams),
         "calibration_tokens": samples.tokens,
         "calibration_files": len(files),
     }
@@ -38,14 +58,36 @@ def calibrate(
 
 
 def codec_config(preset: str) -> CodecConfig:
-    """Settings of the codec method that a preset names. Raises PresetError for a live method's preset."""
-    found = method_preset(preset)
-    if (method := codec_methods.find(found.method)) is None:
-        raise PresetError(f"{preset!r} is of the live method {found.method}: it takes no calibration; use --cache")
-    return found.config(method.config_class)
+    """Return the settings of the codec method that a preset names.
+
+    Parameters
+    ----------
+    preset
+        Name of a method preset, such as "kvtc-16".
+
+    Returns
+    -------
+    CodecConfig
+        The settings.
+
+    Raises
+    ------
+    PresetError
+        For an unknown preset, and for one of a live method.
+
+    Examples
+    --------
+    >>> codec_config("kvtc-16").compression_ratio
+    16.0
+    """
+    named = method_preset(preset)
+    if (method := codec_methods.find(named.method)) is None:
+        raise PresetError(f"{preset!r} is of the live method {named.method}: it takes no calibration; use --cache")
+    return named.config(method.config_class)
 
 
 def _method_of(config: CodecConfig) -> tuple[str, type[CodecMethod]]:
+    """Return the codec method that these are the settings of, with its name."""
     for name, method in codec_methods.items():
         if method.config_class is type(config):
             return name, method

@@ -1,4 +1,9 @@
-"""Which tokens of a cache are raw sinks, coded blocks and window."""
+"""Which tokens of a cache are sinks, coded blocks and window.
+
+    |-- sinks --|-- block 0 --|-- block 1 --| ... |-- last block --|-- window: the newest `recent` tokens --|
+
+Sinks are stored unquantized; the window too, or in blocks of a higher quality.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +14,28 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlxkv.config import is_int
 from mlxkv.errors import FormatError, MismatchError
-from mlxkv.spec import STREAMS, CacheSpec
+from mlxkv.spec import STREAMS, CacheSpec, is_int
 
 Layers = Sequence[np.ndarray] | Sequence[mx.array]
-BLOCK = 512  # rows, batch times tokens, in a coded block: bounds the memory of both directions
-ROWS_AT_ONCE = 4 * BLOCK  # whose lanes are decoded together
-MAX_ROWS = 2**16  # that a reader accepts
+BLOCK_ROWS = 512  # batch times tokens of a coded block: bounds the memory of both directions
+DECODE_ROWS = 4 * BLOCK_ROWS  # whose lanes are decoded together
+MAX_BLOCK_ROWS = 2**16  # that a reader accepts
+_JSON_KEYS = {"batch": "batch", "length": "length", "s": "sinks", "w": "recent", "block": "block_tokens"}
 
 
-class Piece(NamedTuple):
-    """Tokens start .. stop that are coded together, in each stream's section of this name."""
+class CodedBlock(NamedTuple):
+    """Tokens that are coded together, in one section of each stream.
+
+    Parameters
+    ----------
+    name
+        Last part of the sections' names: "0", "1", ... or "window.0", ...
+    start, stop
+        The tokens, from `start` up to `stop`.
+    quality
+        Quality that they are coded with; None for a method with one ratio.
+    """
 
     name: str
     start: int
@@ -30,58 +45,156 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Which tokens of a cache `[batch, …, length, …]` are sinks, coded blocks and window."""
+    """The partition of a cache's tokens.
+
+    Parameters
+    ----------
+    batch
+        Number of sequences B.
+    length
+        Number of tokens T.
+    sinks
+        First tokens, stored unquantized.
+    recent
+        Newest tokens, the window.
+    block_tokens
+        Tokens of a block.
+
+    Raises
+    ------
+    FormatError
+        When the numbers are out of range.
+
+    Examples
+    --------
+    >>> layout = Layout(batch=1, length=1500, sinks=4, recent=128, block_tokens=512)
+    >>> list(layout.blocks())
+    [(0, 4, 516), (1, 516, 1028), (2, 1028, 1372)]
+    """
 
     batch: int
     length: int
     sinks: int
     recent: int
-    block: int
+    block_tokens: int
 
     def __post_init__(self) -> None:
-        counts, positive = (self.sinks, self.recent), (self.batch, self.length, self.block)
+        counts, positive = (self.sinks, self.recent), (self.batch, self.length, self.block_tokens)
         valid = all(is_int(n) for n in counts) and all(is_int(n, least=1) for n in positive)
-        if not valid or self.batch * min(self.block, self.length) > MAX_ROWS:
+        if not valid or self.batch * min(self.block_tokens, self.length) > MAX_BLOCK_ROWS:
             raise FormatError(f"not a layout of tokens: {self}")
 
     def to_json(self) -> dict[str, int]:
-        """By the keys of a container's header."""
-        return {"batch": self.batch, "length": self.length, "s": self.sinks, "w": self.recent, "block": self.block}
+        """Return the layout by the keys of a container's header.
+
+        Returns
+        -------
+        dict[str, int]
+            The numbers `batch`, `length`, `s`, `w` and `block`.
+        """
+        return {key: getattr(self, name) for key, name in _JSON_KEYS.items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Layout:
-        """The inverse of `to_json`. Raises TypeError for other keys, FormatError for impossible numbers."""
-        names = {"s": "sinks", "w": "recent", "sinks": "(sinks)", "recent": "(recent)"}
-        return cls(**{names.get(key, key): value for key, value in data.items()})
+        """Return the inverse of `to_json`.
+
+        Parameters
+        ----------
+        data
+            What `to_json` returned, from any source.
+
+        Returns
+        -------
+        Layout
+            The layout.
+
+        Raises
+        ------
+        FormatError
+            For other keys, and for numbers that are out of range.
+        """
+        if set(data) != set(_JSON_KEYS):
+            raise FormatError(f"a layout of tokens has the keys {', '.join(_JSON_KEYS)}, not {str(list(data))[:80]}")
+        return cls(**{_JSON_KEYS[key]: value for key, value in data.items()})
 
     @property
     def middle(self) -> range:
-        """The coded tokens; empty when sinks and window cover everything."""
-        sink = min(self.sinks, self.length)
-        return range(sink, max(sink, self.length - self.recent))
+        """Tokens between sinks and window; empty when those cover everything."""
+        sinks = min(self.sinks, self.length)
+        return range(sinks, max(sinks, self.length - self.recent))
 
     def blocks(self) -> Iterator[tuple[int, int, int]]:
-        """(index, start, stop) of every coded block."""
-        for index, start in enumerate(range(self.middle.start, self.middle.stop, self.block)):
-            yield index, start, min(start + self.block, self.middle.stop)
+        """Yield the blocks of the middle.
 
-    def pieces(self, quality: float | None, window_quality: float | None) -> Iterator[Piece]:
-        """All that is coded: the blocks and, where it has a quality, the window."""
+        Yields
+        ------
+        tuple[int, int, int]
+            Index, first token and the token after the last one.
+        """
+        for index, start in enumerate(range(self.middle.start, self.middle.stop, self.block_tokens)):
+            yield index, start, min(start + self.block_tokens, self.middle.stop)
+
+    def coded_blocks(self, quality: float | None, window_quality: float | None) -> Iterator[CodedBlock]:
+        """Yield everything that is coded: the blocks of the middle and, where it has a quality, the window in blocks.
+
+        Parameters
+        ----------
+        quality
+            Quality of the middle; None for a method with one ratio.
+        window_quality
+            Quality of the window; None where it is stored unquantized.
+
+        Yields
+        ------
+        CodedBlock
+            A block with its quality.
+        """
         for index, start, stop in self.blocks():
-            yield Piece(str(index), start, stop, quality)
-        starts = range(self.middle.stop, 0 if window_quality is None else self.length, self.block)
+            yield CodedBlock(str(index), start, stop, quality)
+        starts = range(self.middle.stop, 0 if window_quality is None else self.length, self.block_tokens)
         for index, start in enumerate(starts):
-            yield Piece(f"window.{index}", start, min(start + self.block, self.length), window_quality)
+            yield CodedBlock(f"window.{index}", start, min(start + self.block_tokens, self.length), window_quality)
 
-    def groups(self, pieces: Sequence[Piece], first: int, last: int) -> Iterator[list[Piece]]:
-        """Those that have tokens of first .. last, as many together as are decoded at once."""
-        chosen = [piece for piece in pieces if piece.start < last and piece.stop > first]
-        size = max(1, ROWS_AT_ONCE // (self.batch * self.block))
+    def decode_batches(self, blocks: Sequence[CodedBlock], first: int, last: int) -> Iterator[list[CodedBlock]]:
+        """Yield the blocks that have some of the tokens first .. last, as many together as are decoded at once.
+
+        Parameters
+        ----------
+        blocks
+            All coded blocks.
+        first, last
+            The tokens, from `first` up to `last`.
+
+        Yields
+        ------
+        list[CodedBlock]
+            Blocks to decode together.
+        """
+        chosen = [block for block in blocks if block.start < last and block.stop > first]
+        size = max(1, DECODE_ROWS // (self.batch * self.block_tokens))
         return (chosen[i : i + size] for i in range(0, len(chosen), size))
 
 
 def cache_shape(layers: Mapping[str, Layers], spec: CacheSpec) -> tuple[int, int, str]:
-    """Batch, length and dtype of keys and values. Raises MismatchError when they are not one cache of this description."""
+    """Return the shape that all layers of a cache have in common.
+
+    Parameters
+    ----------
+    layers
+        Cached tensors `[B, H, T, D]` of each stream, one for each caching layer.
+    spec
+        Description that they must fit.
+
+    Returns
+    -------
+    tuple[int, int, str]
+        Batch B, length T and the name of the type.
+
+    Raises
+    ------
+    MismatchError
+        When they are not one cache of this description.
+    """
     shapes, dtypes = set(), set()
     for name in STREAMS:
         stream = spec.stream(name)

@@ -1,24 +1,63 @@
-"""What a compressed cache says of itself, checked against its artifacts before anything of its size is allocated."""
+"""Reading a compressed cache: its header is checked against the artifacts before anything of its size is allocated."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
+import mlx.core as mx
 import numpy as np
 
-from mlxkv.codec import raw
+from mlxkv.codec import unquantized
 from mlxkv.codec.artifacts import CalibrationArtifacts
-from mlxkv.codec.layout import Layout, Piece
+from mlxkv.codec.layout import CodedBlock, Layout
 from mlxkv.codec.methods.base import BlockCoder
+from mlxkv.codec.stages.rows import from_rows
+from mlxkv.dump import KVDump
 from mlxkv.errors import FormatError, InputError, MismatchError
-from mlxkv.io.container import Reader
+from mlxkv.io.container import Reader, Section
 from mlxkv.spec import STREAMS, CacheSpec
 
-_TYPES = {"float16": np.float16, "float32": np.float32, "bfloat16": np.float32}
+Progress = Callable[[int], None]
+_DTYPES = {"float16": np.float16, "float32": np.float32, "bfloat16": np.float32}
+
+
+class DecodedTokens(NamedTuple):
+    """A part of a cache, decoded.
+
+    Parameters
+    ----------
+    arrays
+        Keys and values by stream, `[layers, B, H, t, D]` each.
+    start, stop
+        The tokens, from `start` up to `stop`.
+    """
+
+    arrays: dict[str, np.ndarray]
+    start: int
+    stop: int
 
 
 def header_object(reader: Reader, key: str) -> dict[str, Any]:
-    """An object of the header. Raises FormatError when it is none."""
+    """Return an object of the header.
+
+    Parameters
+    ----------
+    reader
+        The open container.
+    key
+        Key of the header.
+
+    Returns
+    -------
+    dict
+        The JSON object.
+
+    Raises
+    ------
+    FormatError
+        When there is no object under this key.
+    """
     value = reader.header.get(key)
     if not isinstance(value, dict):
         raise FormatError(f"{reader.name} has no {key} in its header")
@@ -26,23 +65,71 @@ def header_object(reader: Reader, key: str) -> dict[str, Any]:
 
 
 def read_layout(reader: Reader) -> Layout:
-    """Which tokens are where. Raises FormatError when the header does not say so."""
+    """Return which tokens are where.
+
+    Parameters
+    ----------
+    reader
+        The open container.
+
+    Returns
+    -------
+    Layout
+        The layout.
+
+    Raises
+    ------
+    FormatError
+        When the header does not describe one.
+    """
+    data = header_object(reader, "layout")
     try:
-        return Layout.from_json(header_object(reader, "layout"))
-    except TypeError:
-        raise FormatError(f"{reader.name} describes no layout of tokens") from None
+        return Layout.from_json(data)
+    except FormatError as error:
+        raise FormatError(f"{reader.name}: {error}") from None
 
 
 def read_dtype(reader: Reader) -> np.dtype:
-    """The type that keys and values come back as."""
+    """Return the type that keys and values are decoded to.
+
+    Parameters
+    ----------
+    reader
+        The open container.
+
+    Returns
+    -------
+    np.dtype
+        float16 or float32.
+
+    Raises
+    ------
+    FormatError
+        When the header names another type.
+    """
     name = reader.header.get("dtype")
-    if not isinstance(name, str) or name not in _TYPES:
+    if not isinstance(name, str) or name not in _DTYPES:
         raise FormatError(f"{reader.name} has unknown dtype {name!r}")
-    return np.dtype(_TYPES[name])
+    return np.dtype(_DTYPES[name])
 
 
 def check_origin(reader: Reader, artifacts: CalibrationArtifacts) -> None:
-    """Raises FormatError for a file of another method and MismatchError for other artifacts than these."""
+    """Check that a file was made with these artifacts.
+
+    Parameters
+    ----------
+    reader
+        The open container.
+    artifacts
+        The calibration.
+
+    Raises
+    ------
+    FormatError
+        For a file of another method.
+    MismatchError
+        For a file of other artifacts.
+    """
     method = artifacts.method_name
     if reader.header.get("method") != method:
         raise FormatError(
@@ -54,41 +141,221 @@ def check_origin(reader: Reader, artifacts: CalibrationArtifacts) -> None:
         )
 
 
-def read_pieces(reader: Reader, layout: Layout, spec: CacheSpec, coder: BlockCoder) -> list[Piece]:
-    """What is coded, each with its quality, which must be one that the method has. Every coded section must be there with a
-    size that fits its tokens, and no other section."""
-    quality, window = reader.header.get("quality"), reader.header.get("window_quality")
+def read_coded_blocks(reader: Reader, layout: Layout, spec: CacheSpec, coder: BlockCoder) -> list[CodedBlock]:
+    """Return all coded blocks, once each has a quality that the method has and sections that fit its tokens.
+
+    Parameters
+    ----------
+    reader
+        The open container.
+    layout
+        Its layout.
+    spec
+        Description of the cache.
+    coder
+        The method's coder.
+
+    Returns
+    -------
+    list[CodedBlock]
+        The blocks in the order of tokens.
+
+    Raises
+    ------
+    FormatError
+        When a section is missing, of an impossible size or not described.
+    """
+    quality, window_quality = reader.header.get("quality"), reader.header.get("window_quality")
     try:
-        for each in (quality,) if window is None else (quality, window):
+        for each in (quality,) if window_quality is None else (quality, window_quality):
             coder.check_quality(each)
     except InputError as error:
         raise FormatError(f"{reader.name}: {error}") from None
-    unknown, found = set(reader.sections) - set(header_object(reader, "raw")), []
-    for piece in layout.pieces(quality, window):  # one by one: a forged layout may have far more than sections
+    undescribed, blocks = set(reader.sections) - set(header_object(reader, "raw")), []
+    # One by one: a forged layout may have far more blocks than there are sections.
+    for block in layout.coded_blocks(quality, window_quality):
         for name in (name for name in STREAMS if spec.stream(name).width):
-            key, tokens = f"{name}.{piece.name}", layout.batch * (piece.stop - piece.start)
+            key, tokens = f"{name}.{block.name}", layout.batch * (block.stop - block.start)
             section = reader.sections.get(key)
             if section is None or not coder.is_size(name, tokens, section.size, section.coding):
                 claim = f"has {section.size} bytes" if section else "is missing"
                 raise FormatError(f"{reader.name}: section {key} of {tokens} tokens {claim}")
-            unknown.discard(key)
-        found.append(piece)
-    if unknown:
+            undescribed.discard(key)
+        blocks.append(block)
+    if undescribed:
         raise FormatError(
-            f"{reader.name} has sections that its header does not describe: {', '.join(sorted(unknown)[:5])}"
+            f"{reader.name} has sections that its header does not describe: {', '.join(sorted(undescribed)[:5])}"
         )
-    return found
+    return blocks
 
 
-def read_ends(reader: Reader, layout: Layout, spec: CacheSpec) -> dict[str, np.ndarray]:
-    """Sinks, and windows that are not coded. Their shapes, too, must fit the layout."""
-    ends: dict[str, np.ndarray] = {}
-    for name in raw.ENDS if reader.header.get("window_quality") is None else raw.SINKS:
+def read_unquantized_tokens(reader: Reader, layout: Layout, spec: CacheSpec) -> dict[str, np.ndarray]:
+    """Return sinks, and windows that are not coded.
+
+    Parameters
+    ----------
+    reader
+        The open container.
+    layout
+        Its layout.
+    spec
+        Description of the cache.
+
+    Returns
+    -------
+    dict[str, np.ndarray]
+        Arrays `[layers, B, H, t, D]` by the names of `mlxkv.codec.unquantized.CACHE_SECTIONS`.
+
+    Raises
+    ------
+    FormatError
+        When a shape does not fit the layout.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    window_is_coded = reader.header.get("window_quality") is not None
+    for name in unquantized.SINK_SECTIONS if window_is_coded else unquantized.CACHE_SECTIONS:
         stream = spec.stream(name[0])
         tokens = layout.middle.start if name.endswith("sink") else layout.length - layout.middle.stop
         needed = (stream.layers, layout.batch, stream.heads, tokens, stream.dim)
-        shape = tuple(raw.read_description(reader, name)[1])
+        shape = tuple(unquantized.read_description(reader, name)[1])
         if shape != needed:
             raise FormatError(f"{reader.name}: {name} has shape {shape}, its layout needs {needed}")
-        ends[name] = raw.read(reader, name)
-    return ends
+        arrays[name] = unquantized.read_array(reader, name)
+    return arrays
+
+
+def decode_tokens(
+    reader: Reader,
+    artifacts: CalibrationArtifacts,
+    coder: BlockCoder,
+    tokens: tuple[int, int] | None,
+    progress: Progress | None,
+) -> DecodedTokens:
+    """Decode a cache or a part of it, reading only the blocks of those tokens.
+
+    Parameters
+    ----------
+    reader
+        The open container.
+    artifacts
+        The calibration that it was made with.
+    coder
+        The coder of these artifacts.
+    tokens
+        First token and the token after the last one; None for all.
+    progress
+        Called with the number of tokens of each block that is done.
+
+    Returns
+    -------
+    DecodedTokens
+        Keys and values of these tokens.
+
+    Raises
+    ------
+    InputError
+        For tokens that the container does not have.
+    FormatError
+        For a damaged container, or one of another method.
+    MismatchError
+        For a container of other artifacts.
+    """
+    check_origin(reader, artifacts)
+    spec, layout, dtype = artifacts.spec, read_layout(reader), read_dtype(reader)
+    blocks = read_coded_blocks(reader, layout, spec, coder)
+    first, last = tokens or (0, layout.length)
+    if not 0 <= first < last <= layout.length:
+        raise InputError(f"{reader.name} holds tokens 0 to {layout.length}; {first} to {last} is no part of them")
+    outputs: dict[str, np.ndarray] = {}
+
+    def place(name: str, start: int, array: np.ndarray) -> None:
+        """Copy tokens from position `start` on to where they belong, as far as they were asked for."""
+        a, b = max(start, first), min(start + array.shape[3], last)
+        if a < b:
+            outputs[name][..., a - first : b - first, :] = array[..., a - start : b - start, :]
+
+    stored = read_unquantized_tokens(reader, layout, spec)
+    for name in STREAMS:
+        stream = spec.stream(name)
+        outputs[name] = np.empty((stream.layers, layout.batch, stream.heads, last - first, stream.dim), dtype)
+        place(name, 0, stored[f"{name}.sink"])
+        if f"{name}.window" in stored:
+            place(name, layout.middle.stop, stored[f"{name}.window"])
+    streams, target = artifacts.coded_streams, mx.float16 if dtype == np.float16 else mx.float32
+    for batch in layout.decode_batches(blocks, first, last):
+        payloads = [{stream.name: reader.read(f"{stream.name}.{block.name}") for stream in streams} for block in batch]
+        counts = [layout.batch * (block.stop - block.start) for block in batch]
+        for codes, count, block in zip(coder.unpack(payloads, counts), counts, batch):
+            rows = coder.decode(codes, count, block.quality)
+            for stream in streams:
+                restored = from_rows(stream, rows[stream.name], layout.batch, block.start, target)
+                place(stream.name, block.start, np.array(restored))
+            if progress:
+                progress(block.stop - block.start)
+    return DecodedTokens(outputs, first, last)
+
+
+def read_continued_layout(
+    reader: Reader, artifacts: CalibrationArtifacts, dump: KVDump, header: Mapping[str, Any]
+) -> Layout:
+    """Return a file's layout, once a dump is known to continue the file.
+
+    Parameters
+    ----------
+    reader
+        The open container.
+    artifacts
+        The calibration.
+    dump
+        A dump of the same conversation, as long or longer.
+    header
+        The header that compressing the dump makes.
+
+    Returns
+    -------
+    Layout
+        The layout of the file as it is.
+
+    Raises
+    ------
+    MismatchError
+        When the file was made with other artifacts, settings or tokens.
+    """
+    check_origin(reader, artifacts)
+    layout = read_layout(reader)
+    if not np.array_equal(unquantized.read_plain_array(reader, "tokens"), dump.tokens[:, : layout.length]):
+        raise MismatchError(f"{reader.name} is of other tokens than those that the dump begins with")
+    expected = {**header, "layout": {**header["layout"], "length": layout.length}, "raw": reader.header["raw"]}
+    if changed := [key for key in {**expected, **reader.header} if reader.header.get(key) != expected.get(key)]:
+        raise MismatchError(f"{reader.name} was made with another {', '.join(changed)}: compress the dump anew")
+    return layout
+
+
+def first_sections(reader: Reader, artifacts: CalibrationArtifacts, blocks: int) -> list[Section]:
+    """Return the sections of sinks and the first blocks, which a file begins with.
+
+    Parameters
+    ----------
+    reader
+        The open container.
+    artifacts
+        The calibration.
+    blocks
+        Number of blocks.
+
+    Returns
+    -------
+    list[Section]
+        Their entries, in the file's order.
+
+    Raises
+    ------
+    FormatError
+        When the file has them in another order.
+    """
+    streams = [stream.name for stream in artifacts.coded_streams]
+    names = [*unquantized.SINK_SECTIONS, *(f"{name}.{index}" for index in range(blocks) for name in streams)]
+    sections = list(reader.sections.values())[: len(names)]
+    if [section.name for section in sections] != names:
+        raise FormatError(f"{reader.name} has its sections in another order than they are written in")
+    return sections

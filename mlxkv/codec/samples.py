@@ -1,4 +1,4 @@
-"""What a method is calibrated on: token rows out of the dumps of one model, read again for each stream."""
+"""Training data of a codec method: token rows out of the dumps of one model, read again for each stream."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlxkv.codec.layout import BLOCK
+from mlxkv.codec.layout import BLOCK_ROWS
 from mlxkv.codec.stages.rows import to_rows
 from mlxkv.dump import KVDump, read_dump
 from mlxkv.errors import InputError, MismatchError
@@ -18,18 +18,68 @@ Progress = Callable[[str], None]
 
 
 class Origin(NamedTuple):
-    """What a dump was made by, without its arrays."""
+    """Origin of a dump.
+
+    Parameters
+    ----------
+    model
+        Name that the model was loaded by.
+    fingerprint
+        `mlxkv.spec` of its weights.
+    spec
+        Description of its cache.
+    """
 
     model: str
     fingerprint: str
     spec: CacheSpec
 
 
-class Samples:
-    """Rows of several dumps. sinks: first tokens of each file to leave out. per_file: at most so many tokens of a file,
-    spread evenly. progress is told each step as it starts.
+class Sensitivity(NamedTuple):
+    """Mean sensitivity of several dumps, and what each token adds to it.
 
-    Raises InputError for no files, and where there is too little or NaN in them, MismatchError for different models.
+    Parameters
+    ----------
+    fisher
+        Fisher information `[layers * H, D, D]` of each stream.
+    energies
+        Squared norm of each counted token's gradient, `[N, layers * H]`, of each stream.
+    keys
+        The same tokens' un-rotated keys `[N, p]`.
+    """
+
+    fisher: dict[str, np.ndarray]
+    energies: dict[str, np.ndarray]
+    keys: np.ndarray
+
+
+class Samples:
+    """Token rows of several dumps.
+
+    Parameters
+    ----------
+    files
+        Dumps of one model; at least one.
+    sinks
+        First tokens of each file to leave out.
+    per_file
+        Tokens to use of each file, at most, spread evenly; None for all.
+    progress
+        Called with the name of each step as it starts.
+
+    Attributes
+    ----------
+    spec
+        Description of the model's cache.
+    origin
+        Model of the first dump.
+    tokens
+        Number of rows, once `rows` was called.
+
+    Raises
+    ------
+    InputError
+        When there are no files.
     """
 
     def __init__(
@@ -43,8 +93,26 @@ class Samples:
         self.spec, self.tokens = self.origin.spec, 0
 
     def rows(self, name: str) -> np.ndarray:
-        """Un-rotated rows `[tokens, p]` float32 of one stream of all files; their number is then in `tokens`."""
-        rows = np.concatenate([self._of_file(path, name) for path in self.files])
+        """Return the un-rotated rows of one stream of all files; sets `tokens` to their number.
+
+        Parameters
+        ----------
+        name
+            "k" or "v".
+
+        Returns
+        -------
+        np.ndarray
+            Rows `[tokens, p]` float32.
+
+        Raises
+        ------
+        InputError
+            When there are fewer than two, or some are not finite.
+        MismatchError
+            For dumps of different models.
+        """
+        rows = np.concatenate([self._rows_of_file(path, name) for path in self.files])
         self.tokens = len(rows)
         if self.tokens < 2:
             raise InputError(
@@ -54,8 +122,8 @@ class Samples:
             raise InputError(f"the dumps hold NaN or infinite values in {name}")
         return rows
 
-    def _of_file(self, path: str | Path, name: str) -> np.ndarray:
-        """Made block by block so that only the chosen ones stay."""
+    def _rows_of_file(self, path: str | Path, name: str) -> np.ndarray:
+        """Return the chosen rows of one file, made block by block so that no others stay in memory."""
         self.progress(f"reading {name} of {Path(path).name}")
         dump = self.read(path)
         stream, batch = dump.spec.stream(name), dump.tokens.shape[0]
@@ -65,15 +133,27 @@ class Samples:
         chosen[np.linspace(0, count - 1, limit).astype(int)] = True
         chosen = chosen.reshape(batch, -1)
         kept = [np.zeros((0, stream.width), np.float32)]
-        for start in range(self.sinks, dump.length, BLOCK):
-            stop = min(start + BLOCK, dump.length)
+        for start in range(self.sinks, dump.length, BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, dump.length)
             rows = np.array(to_rows(stream, list(dump.stream(name)), start, stop))
             kept.append(rows[chosen[:, start - self.sinks : stop - self.sinks].reshape(-1)])
         return np.concatenate(kept)
 
-    def measured(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
-        """The dumps' mean sensitivity, `[layers * H, D, D]` for each stream; of each token that counted its energy, `[N,
-        layers * H]`, and its un-rotated keys `[N, p]`. Dumps without one are left out; raises InputError when all are."""
+    def sensitivity(self) -> Sensitivity:
+        """Return the mean sensitivity of the dumps that have one.
+
+        Returns
+        -------
+        Sensitivity
+            Means over all counted tokens.
+
+        Raises
+        ------
+        InputError
+            When no dump has one, or it is zero everywhere.
+        MismatchError
+            For dumps of different models.
+        """
         sums: dict[str, np.ndarray] = {}
         energies: dict[str, list[np.ndarray]] = {name: [] for name in STREAMS}
         keys, stream = [], self.spec.stream("k")
@@ -82,25 +162,43 @@ class Samples:
             dump = self.read(path)
             if not dump.sensitivity:
                 continue
-            of_tokens = {name: dump.sensitivity[f"{name}.energy"] for name in STREAMS}
-            counted = np.flatnonzero(sum(energy.sum(axis=(0, 1)) for energy in of_tokens.values()))
+            energy_of = {name: dump.sensitivity[f"{name}.energy"] for name in STREAMS}
+            counted = np.flatnonzero(sum(energy.sum(axis=(0, 1)) for energy in energy_of.values()))
             for name in STREAMS:
                 heads, dim = np.prod(dump.sensitivity[name].shape[:2]), dump.sensitivity[name].shape[3]
                 total = dump.sensitivity[name].reshape(heads, dim, dim) * len(counted)
                 sums[name] = sums.get(name, 0) + total
-                energies[name].append(of_tokens[name].reshape(heads, -1)[:, counted].T)
+                energies[name].append(energy_of[name].reshape(heads, -1)[:, counted].T)
             rows = np.array(to_rows(stream, list(dump.k[:, :1]), 0, dump.length))
             keys.append(rows[counted])
         if not keys:
             raise InputError("none of these dumps has a sensitivity: make one at least with mlxkv dump --sensitivity")
-        together = np.concatenate(keys)
-        if len(together) < 2:
+        counted_keys = np.concatenate(keys)
+        if len(counted_keys) < 2:
             raise InputError("the dumps' sensitivity is zero everywhere: the model does not read this cache")
-        means = {name: total / len(together) for name, total in sums.items()}
-        return means, {name: np.concatenate(parts) for name, parts in energies.items()}, together
+        means = {name: total / len(counted_keys) for name, total in sums.items()}
+        return Sensitivity(means, {name: np.concatenate(parts) for name, parts in energies.items()}, counted_keys)
 
     def read(self, path: str | Path) -> KVDump:
-        """One dump. Raises MismatchError when it is of another model than the first."""
+        """Read one dump.
+
+        Parameters
+        ----------
+        path
+            Its file.
+
+        Returns
+        -------
+        KVDump
+            The dump.
+
+        Raises
+        ------
+        InputError
+            When it is only a part of a cache.
+        MismatchError
+            When it is of another model than the first.
+        """
         dump, first = read_dump(path), self.origin
         origin = _origin(dump)
         if (origin.spec, origin.fingerprint) != (first.spec, first.fingerprint):
@@ -114,4 +212,5 @@ class Samples:
 
 
 def _origin(dump: KVDump) -> Origin:
+    """Return the origin of a dump."""
     return Origin(dump.model, dump.fingerprint, dump.spec)

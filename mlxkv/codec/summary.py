@@ -4,31 +4,49 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlxkv.codec.layout import Layout
-from mlxkv.codec.raw import ENDS, SINKS, read_description
+from mlxkv.codec.reading import read_layout
+from mlxkv.codec.unquantized import CACHE_SECTIONS, SINK_SECTIONS, read_description
 from mlxkv.errors import FormatError
 from mlxkv.io.container import Reader
 
 
 def summary(reader: Reader) -> dict[str, Any]:
-    """Sizes and ratios. `ratio` counts the whole file; `ratio_middle` only the coded tokens against their sections.
+    """Return the sizes of a container's parts and its compression ratios.
 
-    fp16_bytes is the yardstick, 16 bits an element, whatever type the cache had.
+    Parameters
+    ----------
+    reader
+        The open container.
+
+    Returns
+    -------
+    dict
+        `tokens`, `batch`, `sinks` and `recent`; `fp16_bytes`, the cache at 16 bits an element, whatever type it had;
+        `file_bytes` and its parts `coded_bytes`, `sink_and_window_bytes`, `other_bytes` and `header_bytes`; `ratio` of
+        the whole file, and `ratio_middle` of the tokens between sinks and window against their sections (None if there
+        are none).
+
+    Raises
+    ------
+    FormatError
+        When the container is no compressed cache.
     """
+    if "layout" not in reader.header:
+        raise FormatError(f"{reader.name} is no compressed cache: its header has no layout of tokens")
+    layout = read_layout(reader)
     try:
-        layout = Layout.from_json(reader.header["layout"])
-        shapes = [read_description(reader, name)[1] for name in SINKS]
+        shapes = [read_description(reader, name)[1] for name in SINK_SECTIONS]
         width = sum(layers * heads * dim for layers, _, heads, _, dim in shapes)
         fp16 = 2 * width * layout.batch * layout.length
         middle = 2 * width * layout.batch * len(layout.middle)
         ratio = fp16 / reader.size
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"{reader.name} is no compressed cache: {error!r}") from None
-    raw_names = set(reader.header["raw"])
+    described = set(reader.header["raw"])
     stored = {name: section.stored for name, section in reader.sections.items()}
-    ends = sum(size for name, size in stored.items() if name.startswith(ENDS))
-    coded = sum(size for name, size in stored.items() if name not in raw_names and not name.startswith(ENDS))
-    other = sum(size for name, size in stored.items() if name in raw_names and not name.startswith(ENDS))
+    ends = sum(size for name, size in stored.items() if name.startswith(CACHE_SECTIONS))
+    coded = sum(size for name, size in stored.items() if name not in described and not name.startswith(CACHE_SECTIONS))
+    other = sum(size for name, size in stored.items() if name in described and not name.startswith(CACHE_SECTIONS))
     return {
         "tokens": layout.length,
         "batch": layout.batch,

@@ -1,48 +1,263 @@
-"""The sections of coded tokens, made piece by piece: what one's codes take to bytes goes on beside the next one's arithmetic."""
+"""Writing a compressed cache: header and sections, made block by block.
+
+One block's entropy coding runs beside the next one's arithmetic.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlxkv.codec.layout import Piece
+from mlxkv.codec import unquantized
+from mlxkv.codec.artifacts import CalibrationArtifacts
+from mlxkv.codec.layout import BLOCK_ROWS, CodedBlock, Layers, Layout, cache_shape
 from mlxkv.codec.methods.base import BlockCoder
+from mlxkv.codec.stages.rows import to_rows
+from mlxkv.codec.unquantized import CACHE_SECTIONS, SINK_SECTIONS
+from mlxkv.errors import InputError
 from mlxkv.io.container import Section, encode_section
 from mlxkv.kernels import metal
+from mlxkv.version import __version__
 
 Progress = Callable[[int], None]
-PENDING = 8  # sections that may wait for their coding
+MAX_PENDING = 8  # sections that wait for their coding
 
 
-def encode_sections(
-    coder: BlockCoder, rows: Callable[[Piece], Mapping[str, mx.array]], pieces: Iterable[Piece], lossless: str, progress: Progress | None
-) -> list[tuple[Section, bytes]]:  # fmt: skip
-    """Of all pieces, in their order. rows: each stream's rows `[n, p]` of a piece."""
+@dataclass(frozen=True)
+class CacheEncoder:
+    """Encoder of caches to the header and the sections of a container.
+
+    Parameters
+    ----------
+    artifacts
+        The calibration.
+    coder
+        Its coder of blocks.
+    recent
+        Newest tokens that form the window.
+    sinks
+        First tokens to store unquantized.
+    lossless
+        Lossless coding, one of `mlxkv.io.lossless.CODINGS`.
+    quality
+        Quality of the tokens between; None for a method with one ratio.
+    window_quality
+        Quality of the window; None where it is stored unquantized.
+    """
+
+    artifacts: CalibrationArtifacts
+    coder: BlockCoder
+    recent: int
+    sinks: int
+    lossless: str
+    quality: float | None
+    window_quality: float | None
+
+    def build_header(
+        self, layers: Mapping[str, Layers], extras: Mapping[str, np.ndarray], meta: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, bytes], Layout]:
+        """Return the header of a cache and everything in it that is not quantized.
+
+        Parameters
+        ----------
+        layers
+            Cached tensors `[B, H, T, D]` of each stream, one for each caching layer.
+        extras
+            Arrays to store along, by name.
+        meta
+            JSON values to store along.
+
+        Returns
+        -------
+        tuple[dict, dict[str, bytes], Layout]
+            The header's own fields, the bytes of unquantized arrays by section, and the layout.
+
+        Raises
+        ------
+        InputError
+            For extras that cannot be stored.
+        MismatchError
+            When the layers do not fit the artifacts.
+        """
+        batch, length, dtype = cache_shape(layers, self.artifacts.spec)
+        layout = Layout(batch, length, self.sinks, self.recent, block_tokens=max(1, BLOCK_ROWS // batch))
+        described, arrays = {}, {}
+        for name, array in self._unquantized_arrays(layers, layout, extras):
+            kind, arrays[name] = unquantized.encode_array(array)
+            described[name] = [kind, list(array.shape)]
+        header = {
+            "method": self.artifacts.method_name,
+            "mlxkv": __version__,
+            "artifacts": self.artifacts.fingerprint,
+            "layout": layout.to_json(),
+            **({} if self.quality is None else {"quality": self.quality}),
+            **({} if self.window_quality is None else {"window_quality": self.window_quality}),
+            "dtype": dtype,
+            "raw": described,
+            "meta": dict(meta),
+        }
+        return header, arrays, layout
+
+    def _unquantized_arrays(
+        self, layers: Mapping[str, Layers], layout: Layout, extras: Mapping[str, np.ndarray]
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield sinks, the window if it is not coded, and the extras, with their sections' names."""
+        for name in CACHE_SECTIONS if self.window_quality is None else SINK_SECTIONS:
+            tokens = slice(0, layout.middle.start) if name.endswith("sink") else slice(layout.middle.stop, None)
+            yield name, np.stack([unquantized.to_numpy(layer[:, :, tokens]) for layer in layers[name[0]]])
+        clash = [name for name in extras if name.startswith(("k.", "v."))]
+        if clash:
+            raise InputError(f"extras may not be called k.… or v.…, the codec's own names: {', '.join(clash)}")
+        yield from extras.items()
+
+    def coded_blocks(self, layout: Layout) -> list[CodedBlock]:
+        """Return all blocks to code.
+
+        Parameters
+        ----------
+        layout
+            Layout of the cache.
+
+        Returns
+        -------
+        list[CodedBlock]
+            Blocks with their qualities, in the order of tokens.
+        """
+        return list(layout.coded_blocks(self.quality, self.window_quality))
+
+    def encode_sections(
+        self,
+        layers: Mapping[str, Layers],
+        layout: Layout,
+        arrays: Mapping[str, bytes],
+        first: int,
+        progress: Progress | None,
+    ) -> list[tuple[Section, bytes]]:
+        """Return sections in the file's order: sinks, blocks, and last whatever changes when a file grows.
+
+        Parameters
+        ----------
+        layers
+            Cached tensors `[B, H, T, D]` of each stream, one for each caching layer.
+        layout, arrays
+            What `build_header` returned.
+        first
+            Index of the first block to code; the file has those before it.
+        progress
+            Called with the number of tokens of each block that is quantized.
+
+        Returns
+        -------
+        list[tuple[Section, bytes]]
+            What `mlxkv.io.container.encode_section` returned.
+
+        Raises
+        ------
+        InputError
+            For values that cannot be coded.
+        """
+        stored, blocks = encode_arrays(arrays, self.lossless), self.coded_blocks(layout)[first:]
+        coded = encode_blocks(self.coder, partial(self._rows, layers), blocks, self.lossless, progress)
+        return [*(stored.pop(name) for name in SINK_SECTIONS), *coded, *stored.values()]
+
+    def estimate(self, layers: Mapping[str, Layers], blocks: Iterable[CodedBlock]) -> float:
+        """Estimate how many bytes blocks take, from code lengths alone.
+
+        Parameters
+        ----------
+        layers
+            Cached tensors `[B, H, T, D]` of each stream, one for each caching layer.
+        blocks
+            The blocks.
+
+        Returns
+        -------
+        float
+            Bytes, before the lossless stage of a method that uses one.
+        """
+        encoded = (self.coder.encode(self._rows(layers, block), block.quality) for block in blocks)
+        return sum(self.coder.estimate(name, codes) for streams in encoded for name, codes in streams.items())
+
+    def _rows(self, layers: Mapping[str, Layers], block: CodedBlock) -> dict[str, mx.array]:
+        """Return each stream's rows `[n, p]` of one block."""
+        streams = self.artifacts.coded_streams
+        return {stream.name: to_rows(stream, layers[stream.name], block.start, block.stop) for stream in streams}
+
+
+def encode_arrays(arrays: Mapping[str, bytes], lossless: str) -> dict[str, tuple[Section, bytes]]:
+    """Return sections of unquantized arrays.
+
+    Parameters
+    ----------
+    arrays
+        Bytes by name.
+    lossless
+        Coding of sinks and window. All others are stored plain: nothing but the file's own size bounds them on reading.
+
+    Returns
+    -------
+    dict[str, tuple[Section, bytes]]
+        What `mlxkv.io.container.encode_section` returned, by name.
+    """
+    return {
+        name: encode_section(name, data, lossless if name in CACHE_SECTIONS else "raw") for name, data in arrays.items()
+    }
+
+
+def encode_blocks(
+    coder: BlockCoder,
+    rows: Callable[[CodedBlock], Mapping[str, mx.array]],
+    blocks: Iterable[CodedBlock],
+    lossless: str,
+    progress: Progress | None,
+) -> list[tuple[Section, bytes]]:
+    """Return the sections of coded blocks.
+
+    Parameters
+    ----------
+    coder
+        The method's coder.
+    rows
+        Called with a block; returns each stream's rows `[n, p]` float32.
+    blocks
+        The blocks.
+    lossless
+        Lossless coding, for methods that use one.
+    progress
+        Called with the number of tokens of each block that is quantized.
+
+    Returns
+    -------
+    list[tuple[Section, bytes]]
+        What `mlxkv.io.container.encode_section` returned, in the order of blocks.
+    """
     coding = lossless if coder.uses_lossless_stage else "raw"
-    kernels = metal.available() and not (coder.uses_lossless_stage and coding != "rans")
+    may_launch_kernels = metal.available() and not (coder.uses_lossless_stage and coding != "rans")
 
     def section(name: str, codes: np.ndarray) -> tuple[Section, bytes]:
         return encode_section(name, coder.pack(name[0], codes), coding)
 
     with ThreadPoolExecutor(2) as pool:
-        submit = _run_now if kernels else pool.submit
+        submit = _run_now if may_launch_kernels else pool.submit
         futures: list[Future[tuple[Section, bytes]]] = []
-        for piece in pieces:
-            for name, codes in coder.encode(rows(piece), piece.quality).items():
-                if len(futures) >= PENDING:  # wait for the coding rather than let codes pile up
-                    futures[-PENDING].result()
-                futures.append(submit(section, f"{name}.{piece.name}", codes))
+        for block in blocks:
+            for name, codes in coder.encode(rows(block), block.quality).items():
+                if len(futures) >= MAX_PENDING:  # wait for the coding rather than let codes pile up
+                    futures[-MAX_PENDING].result()
+                futures.append(submit(section, f"{name}.{block.name}", codes))
             if progress:
-                progress(piece.stop - piece.start)
+                progress(block.stop - block.start)
         return [future.result() for future in futures]
 
 
 def _run_now(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-    """An executor's `submit` in this thread: rANS may launch kernels, which belong where the others are launched."""
+    """Run a function in this thread: rANS may launch kernels, which belong where the others are launched."""
     future: Future[Any] = Future()
     future.set_result(function(*arguments))
     return future

@@ -11,7 +11,7 @@ import pytest
 from forging import forge, header_of
 from synthetic import toy_artifacts, toy_dump
 
-from mlxkv.codec import session as codec_module
+from mlxkv.codec import session, writing
 from mlxkv.codec.session import CacheCodec
 from mlxkv.dump import read_dump, write_dump
 from mlxkv.errors import FormatError, InputError, MismatchError
@@ -28,7 +28,7 @@ def artifacts(tmp_path_factory):
 
 @pytest.fixture
 def codec(artifacts, monkeypatch):
-    monkeypatch.setattr(codec_module, "BLOCK", BLOCK)
+    monkeypatch.setattr(writing, "BLOCK_ROWS", BLOCK)
     return CacheCodec(artifacts, recent=3, sinks=2)
 
 
@@ -51,9 +51,7 @@ def test_whole_blocks_are_not_written_again(codec, tmp_path, monkeypatch):
     dump, path, written = toy_dump(length=40), tmp_path / "a.mlxkv", []
     path.write_bytes(codec.compress_dump(beginning(dump, 30)))
     inode = path.stat().st_ino
-    monkeypatch.setattr(
-        codec_module, "replace_tail", lambda *call: written.append(call[1:]) or atomic.replace_tail(*call)
-    )
+    monkeypatch.setattr(session, "replace_tail", lambda *call: written.append(call[1:]) or atomic.replace_tail(*call))
     codec.append_dump(path, dump)
     keep, rest = written[0]
     with Reader(path) as reader:

@@ -26,7 +26,7 @@ def test_a_basis_stays_within_its_bound_and_uses_it(width):
     for budget in (300, 500, 900, 1600, 2600):
         found = basis.learn_basis(rows.copy(), 1e-4, budget, 0)
         assert 0.8 * budget < held(found) <= budget
-        back = np.array(found.rows(found.project(mx.array(rows), found.rank)))
+        back = np.array(found.reconstruct(found.project(mx.array(rows), found.rank)))
         errors.append(np.square(back - rows).sum() / np.square(rows).sum())
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-3
@@ -63,7 +63,7 @@ def test_integers_of_two_bytes_come_back_exactly():
 def test_weak_components_do_not_take_up_strong_ones():
     rows = rows_of(64)
     found, exact = (basis.learn_basis(rows.copy(), step, None, 0) for step in (0.02, 1e-5))
-    count, strong = found.rank, found._strong
+    count, strong = found.rank, found._strong_count
     assert 5 < strong < count - 5
     together, alone = (np.array(each.project(mx.array(rows), count)) for each in (found, exact))
     leaked = np.array(mx.array(rows) @ found.matrix.T)[:, strong:] - alone[:, strong:]
@@ -75,7 +75,7 @@ def test_refined_coefficients_make_up_for_the_rounding_of_the_basis(step):
     rows = rows_of(24)
     found = basis.learn_basis(rows.copy(), step, None, 0)
     assert found.rank == 24
-    left = [rows - np.array(found.rows(found.project(mx.array(rows), 24, refined))) for refined in (False, True)]
+    left = [rows - np.array(found.reconstruct(found.project(mx.array(rows), 24, refined))) for refined in (False, True)]
     assert np.square(left[1]).sum() < 0.1 * np.square(left[0]).sum()
 
 
@@ -99,7 +99,7 @@ def test_parts_that_are_not_of_one_basis_are_refused(change):
 def test_codes_that_inflate_to_more_or_less_than_they_say_are_refused():
     found = basis.learn_basis(rows_of(48), 1e-4, None, 0)
     for size in (48 * 48, 2 * 48 * 48):
-        assert size != found._size
+        assert size != found._byte_count
         codes = np.r_[np.frombuffer(size.to_bytes(4, "little"), np.uint8), found.codes[4:]]
         with pytest.raises(FormatError, match="inflate"):
             replace(found, codes=codes).matrix  # noqa: B018

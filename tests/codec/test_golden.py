@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxkv.codec import session as codec_module
+from mlxkv.codec import writing
 from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.codec.methods.kvtc import KVTCStream
 from mlxkv.codec.session import CacheCodec
@@ -91,7 +91,7 @@ def regenerated():
 
 
 def encode(patch, artifacts, dump):
-    patch.setattr(codec_module, "BLOCK", BLOCK * BATCH)  # several blocks in a small file
+    patch.setattr(writing, "BLOCK_ROWS", BLOCK * BATCH)  # several blocks in a small file
     return CacheCodec(artifacts, recent=W, sinks=S).compress_dump(dump)
 
 
@@ -132,7 +132,7 @@ def test_the_old_file_has_the_documented_sections(artifacts):
 
 @pytest.mark.parametrize("kind", [np.array, mx.array], ids=["numpy", "mlx"])
 def test_the_same_cache_is_encoded_to_the_same_sections_again(monkeypatch, artifacts, expected, kind):
-    monkeypatch.setattr(codec_module, "BLOCK", BLOCK * BATCH)
+    monkeypatch.setattr(writing, "BLOCK_ROWS", BLOCK * BATCH)
     codec = CacheCodec(artifacts, recent=W, sinks=S)
     extras = {"tokens": expected["tokens"], "state.0.0": expected["state"]}
     blob = codec.compress([kind(x) for x in expected["k"]], [kind(x) for x in expected["v"]], extras=extras)

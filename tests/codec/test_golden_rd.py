@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from synthetic import PLAIN, rd_artifacts, toy_dump
 
-from mlxkv.codec import session as codec_module
+from mlxkv.codec import writing
 from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.codec.session import CacheCodec
 from mlxkv.codec.stages import entropy
@@ -32,7 +32,7 @@ def regenerated(tmp_path_factory):
     )
     artifacts.save(FOLDER / "artifacts")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(codec_module, "BLOCK", BLOCK)
+        patch.setattr(writing, "BLOCK_ROWS", BLOCK)
         blob = CacheCodec(artifacts, recent=W, sinks=S, quality=QUALITY).compress_dump(dump)
     (FOLDER / "cache.mlxkv").write_bytes(blob)
     back = CacheCodec(artifacts).decompress_dump(blob)
@@ -71,7 +71,9 @@ def artifacts():
 def test_the_old_artifacts_have_the_fingerprint_that_files_name(artifacts):
     assert artifacts.fingerprint == FINGERPRINT
     assert 8 < artifacts.k.basis.rank < artifacts.k.width
-    assert artifacts.k.basis._size > artifacts.k.basis.rank * artifacts.k.width, "some of its integers have two bytes"
+    assert artifacts.k.basis._byte_count > artifacts.k.basis.rank * artifacts.k.width, (
+        "some of its integers have two bytes"
+    )
 
 
 def test_the_old_file_decodes_to_the_same_integers_and_the_same_cache(artifacts, expected):

@@ -15,7 +15,7 @@ from synthetic import DUAL, toy_artifacts, toy_dump
 
 from mlxkv.cli import main
 from mlxkv.codec.calibrate import calibrate
-from mlxkv.codec.layout import BLOCK, MAX_ROWS, Layout
+from mlxkv.codec.layout import BLOCK_ROWS, MAX_BLOCK_ROWS, Layout
 from mlxkv.codec.methods.kvtc import KVTCConfig
 from mlxkv.codec.session import CacheCodec
 from mlxkv.dump import KVDump, write_dump
@@ -65,9 +65,9 @@ def test_a_bomb_in_a_raw_section_is_refused_before_it_goes_off(codec, name, shap
 def test_blocks_bound_rows_whatever_the_batch(codec):
     blob = codec.compress_dump(toy_dump(length=140, batch=8))
     with Reader(blob) as reader:
-        assert reader.header["layout"]["block"] == BLOCK // 8
+        assert reader.header["layout"]["block"] == BLOCK_ROWS // 8
     with pytest.raises(FormatError, match="not a layout"):
-        Layout(batch=MAX_ROWS, length=10, sinks=0, recent=0, block=2)
+        Layout(batch=MAX_BLOCK_ROWS, length=10, sinks=0, recent=0, block_tokens=2)
 
 
 def test_an_archive_whose_members_overlap_is_refused(tmp_path):
@@ -158,9 +158,9 @@ def test_a_hostile_model_name_is_shown_as_plain_text(name, tmp_path, capsys):
 
 
 def test_calibration_of_a_long_dump_keeps_only_its_samples(tmp_path):
-    write_dump(tmp_path / "long.npz", toy_dump(length=3 * BLOCK))
+    write_dump(tmp_path / "long.npz", toy_dump(length=3 * BLOCK_ROWS))
     artifacts = calibrate([tmp_path / "long.npz"], KVTCConfig(4, samples_per_file=100))
     assert artifacts.meta["calibration_tokens"] == 100
     everything = calibrate([tmp_path / "long.npz"], KVTCConfig(4))
-    assert everything.meta["calibration_tokens"] == 3 * BLOCK - 4
+    assert everything.meta["calibration_tokens"] == 3 * BLOCK_ROWS - 4
     assert not np.array_equal(artifacts.k.mu, everything.k.mu)

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mlxkv.codec.stages.plan import CODED, SIZES, Group, Plan, Run, allocate, cost
+from mlxkv.codec.stages.plan import CODED_TYPES, GROUP_SIZES, Group, Plan, Run, allocate, cost
 from mlxkv.errors import FormatError
 
 MIXED = Plan(
@@ -34,13 +34,13 @@ def test_an_impossible_group_is_refused(size, kind):
 
 def test_only_uncoded_groups_may_have_any_size():
     assert Group(7, "none").bits == 0
-    assert [Group(size, "int2").size for size in SIZES] == [1, 16, 64, 256, 1024]
+    assert [Group(size, "int2").size for size in GROUP_SIZES] == [1, 16, 64, 256, 1024]
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", GROUP_SIZES)
 def test_a_group_costs_its_codes_and_32_bits(size):
-    assert [Group(size, kind).bits for kind in CODED] == [2 * size + 32, 4 * size + 32, 8 * size + 32]
-    assert [cost(size, kind) for kind in ("none", *CODED)] == [0, 2 * size + 32, 4 * size + 32, 8 * size + 32]
+    assert [Group(size, kind).bits for kind in CODED_TYPES] == [2 * size + 32, 4 * size + 32, 8 * size + 32]
+    assert [cost(size, kind) for kind in ("none", *CODED_TYPES)] == [0, 2 * size + 32, 4 * size + 32, 8 * size + 32]
 
 
 def test_a_plan_counts_components_and_bits():
@@ -115,7 +115,7 @@ def random_problem(seed, rank, sizes):
     energy = random.exponential(size=rank) * 0.8 ** np.arange(rank)
     errors = {}
     for size in sizes:
-        for kind, share in zip(CODED, (0.3, 0.05, 0.01)):
+        for kind, share in zip(CODED_TYPES, (0.3, 0.05, 0.01)):
             whole = np.convolve(energy, np.ones(size), "valid")
             errors[size, kind] = whole * share * random.uniform(0.2, 1.8, len(whole))
     return energy, errors
@@ -194,7 +194,7 @@ def test_too_small_a_budget_codes_nothing():
 
 def test_uncoded_components_are_joined_and_left_off_at_the_end():
     energy = np.array([0.0, 0.0, 0.0, 9.0, 0.0, 0.0])
-    errors = {(1, kind): np.zeros(6) for kind in CODED}
+    errors = {(1, kind): np.zeros(6) for kind in CODED_TYPES}
     assert allocate(energy, errors, 34) == Plan((Group(3, "none"), Group(1, "int2")))
 
 

@@ -7,7 +7,7 @@ import pytest
 from forging import forge, header_of
 from synthetic import LATENT, PLAIN, rd_artifacts, toy_artifacts, toy_dump
 
-from mlxkv.codec import session as codec_module
+from mlxkv.codec import writing
 from mlxkv.codec.session import CacheCodec
 from mlxkv.codec.summary import summary
 from mlxkv.errors import FormatError, MismatchError
@@ -86,7 +86,7 @@ def test_the_window_is_30_points_finer_up_to_100(artifacts, quality, of_window):
     ],
 )
 def test_a_window_longer_than_a_block_is_in_pieces(artifacts, monkeypatch, length, recent, names):
-    monkeypatch.setattr(codec_module, "BLOCK", 16)
+    monkeypatch.setattr(writing, "BLOCK_ROWS", 16)
     codec, dump = CacheCodec(artifacts, recent=recent, sinks=4), toy_dump(PLAIN, length=length, seed=9)
     blob = codec.compress_dump(dump)
     assert header(blob)["names"] == ["k.sink", "v.sink", *names, "tokens"]

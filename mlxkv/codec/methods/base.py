@@ -1,4 +1,12 @@
-"""A codec method: what it learns in calibration, and how it takes a block of token rows to bytes and back."""
+"""The interface of a codec method: what it learns in calibration, and how it codes a block of token rows.
+
+A method is four classes in one file: a `CodecConfig`, a `StreamArtifacts`, a `BlockCoder`, and the `CodecMethod` that
+names them and registers itself. Blocks, container, sinks, window, parts, appending and commands work for every method.
+
+    calibration   dumps --Samples.rows--> [N, p] --CodecMethod.train--> StreamArtifacts of k and v
+    compression   rows [n, p] --encode--> codes --pack--> bytes --lossless stage, if it has one--> section
+    decompression section --> bytes --unpack--> codes --decode--> rows [n, p]
+"""
 
 from __future__ import annotations
 
@@ -15,6 +23,7 @@ from mlxkv.config import Config, integer
 from mlxkv.errors import MismatchError
 from mlxkv.registry import METHOD_GROUP, Registry
 
+C = TypeVar("C", bound="CodecConfig")
 S = TypeVar("S", bound="StreamArtifacts")
 
 
@@ -27,9 +36,9 @@ class CodecConfig(Config):
     samples_per_file
         Tokens to use of each dump, at most, spread evenly; None for all.
     sinks
-        First tokens of each dump to leave out.
+        First tokens of each dump to leave out; 0 or more.
     seed
-        Of everything that is drawn.
+        Seed of everything that is drawn at random.
     """
 
     samples_per_file: int | None = integer(None, least=1)
@@ -38,59 +47,144 @@ class CodecConfig(Config):
 
 
 class StreamArtifacts(ABC):
-    """What a method learns of one stream: a frozen dataclass of NumPy arrays and `Plan`s that checks itself.
+    """Artifacts of one stream: a frozen dataclass that checks itself.
 
-    Each field is a file of the artifacts folder.
+    Each field is one file of the artifacts folder, named by the field: `np.ndarray` fields are `.npy` files, others are
+    `.json` files of a class with `to_json()` and `from_json(data)`, such as `Plan`.
     """
 
     @property
     @abstractmethod
     def width(self) -> int:
-        """Width p of the rows that it codes."""
+        """Width p of the rows that it codes; 0 for an empty stream."""
 
 
 class BlockCoder(ABC):
-    """Codes blocks of token rows by a method's artifacts.
+    """Coder of blocks of token rows, made of a method's artifacts.
 
     Attributes
     ----------
     uses_lossless_stage
-        Whether packed bytes still go through one of `mlxkv.io.lossless.CODINGS`.
+        True when packed bytes still go through one of `mlxkv.io.lossless.CODINGS`.
     default_quality
         Quality, 0 to 100, where none is given; None for a method with one ratio.
     window_quality_bonus
-        Points of quality that the newest tokens get on top; None where they are stored unquantized.
+        Points of quality that the newest tokens (the window) get on top; None where they are stored unquantized.
     """
 
-    uses_lossless_stage: ClassVar[bool]
-    default_quality: ClassVar[float | None]
-    window_quality_bonus: ClassVar[float | None]
+    uses_lossless_stage: ClassVar[bool] = False
+    default_quality: ClassVar[float | None] = None
+    window_quality_bonus: ClassVar[float | None] = None
 
     @abstractmethod
     def check_quality(self, quality: object) -> None:
-        """Raise InputError for a quality that the method does not have."""
+        """Check a quality that a user or a file asks for.
+
+        Parameters
+        ----------
+        quality
+            Anything.
+
+        Raises
+        ------
+        InputError
+            When the method does not have this quality.
+        """
 
     @abstractmethod
     def encode(self, rows: Mapping[str, mx.array], quality: float | None) -> dict[str, np.ndarray]:
-        """Return each stream's rows `[n, p]` as codes."""
+        """Quantize one block.
+
+        Parameters
+        ----------
+        rows
+            Each stream's rows `[n, p]` float32.
+        quality
+            A quality that `check_quality` accepts.
+
+        Returns
+        -------
+        dict[str, np.ndarray]
+            Each stream's codes, in a form of the method's own.
+
+        Raises
+        ------
+        InputError
+            For values that are not finite or too large.
+        """
 
     @abstractmethod
     def pack(self, name: str, codes: np.ndarray) -> bytes:
-        """Return the bytes of one stream's codes."""
+        """Code the codes of one stream to bytes. It may run in another thread.
+
+        Parameters
+        ----------
+        name
+            "k" or "v".
+        codes
+            What `encode` returned for it.
+
+        Returns
+        -------
+        bytes
+            The section, before its lossless stage.
+        """
 
     @abstractmethod
     def estimate(self, name: str, codes: np.ndarray) -> float:
-        """Return about how many bytes `pack` makes."""
+        """Estimate how many bytes `pack` makes, without making them.
+
+        Parameters
+        ----------
+        name
+            "k" or "v".
+        codes
+            What `encode` returned for it.
+
+        Returns
+        -------
+        float
+            Bytes.
+        """
 
     @abstractmethod
     def is_size(self, name: str, tokens: int, size: int, coding: str) -> bool:
-        """Return whether a section of `size` bytes, before its lossless coding, may hold so many rows."""
+        """Return whether a section may hold so many rows. Readers ask before they allocate anything.
+
+        Parameters
+        ----------
+        name
+            "k" or "v".
+        tokens
+            Number of rows n.
+        size
+            Bytes of the section, before its lossless stage.
+        coding
+            The section's lossless coding, by name.
+
+        Returns
+        -------
+        bool
+            False when no block of so many rows has such a section.
+        """
 
     @abstractmethod
     def unpack(
         self, blocks: Sequence[Mapping[str, bytes]], tokens: Sequence[int]
     ) -> Sequence[Mapping[str, np.ndarray]]:
-        """Return the codes of each block of so many tokens.
+        """Return the inverse of `pack` for several blocks together.
+
+        Parameters
+        ----------
+        blocks
+            Each block's bytes by stream.
+        tokens
+            Number of rows of each block.
+
+        Returns
+        -------
+        Sequence[Mapping[str, np.ndarray]]
+            Each block's codes by stream.
 
         Raises
         ------
@@ -100,18 +194,35 @@ class BlockCoder(ABC):
 
     @abstractmethod
     def decode(self, codes: Mapping[str, np.ndarray], tokens: int, quality: float | None) -> dict[str, mx.array]:
-        """Return each stream's rows `[tokens, p]` float32."""
+        """Return the inverse of `encode`.
+
+        Parameters
+        ----------
+        codes
+            Each stream's codes.
+        tokens
+            Number of rows n.
+        quality
+            The quality that they were encoded with.
+
+        Returns
+        -------
+        dict[str, mx.array]
+            Each stream's rows `[n, p]` float32.
+        """
 
 
 class CodecMethod(ABC):
-    """One way to code a cache. Register the class with `codec_methods`.
+    """One way to code a cache.
+
+    Register the class with `codec_methods`; another package does so through the entry point group `mlxkv.methods`.
 
     Attributes
     ----------
     config_class
-        The settings of calibration.
+        Settings of its calibration.
     artifacts_class
-        What is learnt of each stream.
+        What it learns of each stream.
     """
 
     config_class: ClassVar[type[CodecConfig]]
@@ -119,39 +230,142 @@ class CodecMethod(ABC):
 
     @abstractmethod
     def train(self, samples: Samples, config: CodecConfig) -> Mapping[str, StreamArtifacts]:
-        """Return the artifacts of the streams k and v.
+        """Learn the artifacts of both streams.
+
+        Parameters
+        ----------
+        samples
+            Token rows of the dumps.
+        config
+            Settings, of `config_class`; `checked_config` checks that.
+
+        Returns
+        -------
+        Mapping[str, StreamArtifacts]
+            Artifacts of "k" and "v"; empty ones for a stream of width 0.
 
         Raises
         ------
         InputError
             When there is too little to learn from.
+        MismatchError
+            For another method's settings.
         """
 
     @abstractmethod
     def coder(self, streams: Mapping[str, StreamArtifacts]) -> BlockCoder:
-        """Return the coder that these artifacts make."""
+        """Return the coder that artifacts make.
+
+        Parameters
+        ----------
+        streams
+            Artifacts of "k" and "v", of `artifacts_class`; `checked_streams` checks that.
+
+        Returns
+        -------
+        BlockCoder
+            The coder.
+
+        Raises
+        ------
+        MismatchError
+            For another method's artifacts.
+        FormatError
+            For artifacts that do not belong together.
+        """
 
     @abstractmethod
     def facts(self, streams: Mapping[str, StreamArtifacts]) -> dict[str, Any]:
-        """Return what artifacts say of themselves in meta.json beside the settings."""
+        """Return what meta.json says of artifacts beside the settings.
+
+        Parameters
+        ----------
+        streams
+            Artifacts of "k" and "v".
+
+        Returns
+        -------
+        dict
+            JSON values by key.
+
+        Raises
+        ------
+        MismatchError
+            For another method's artifacts.
+        """
 
     @abstractmethod
     def explain(self, streams: Mapping[str, StreamArtifacts], meta: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what each stream is coded with, for people."""
+        """Describe artifacts for people, as `mlxkv inspect` prints them.
+
+        Parameters
+        ----------
+        streams
+            Artifacts of "k" and "v".
+        meta
+            The contents of meta.json.
+
+        Returns
+        -------
+        dict
+            Values by label.
+
+        Raises
+        ------
+        MismatchError
+            For another method's artifacts.
+        """
 
 
 codec_methods: Registry[type[CodecMethod]] = Registry("codec method", "mlxkv.codec.methods", METHOD_GROUP)
 
 
-def streams_of(kind: type[S], streams: Mapping[str, StreamArtifacts]) -> dict[str, S]:
-    """Return the streams as artifacts of one method.
+def checked_config(kind: type[C], config: CodecConfig) -> C:
+    """Return settings as those of one method.
+
+    Parameters
+    ----------
+    kind
+        The method's settings class.
+    config
+        Settings of any method.
+
+    Returns
+    -------
+    CodecConfig
+        The same object, of type `kind`.
 
     Raises
     ------
     MismatchError
         When they are another method's.
     """
-    found = {name: stream for name, stream in streams.items() if isinstance(stream, kind)}
-    if len(found) < len(streams):
+    if not isinstance(config, kind):
+        raise MismatchError(f"expected settings of {kind.__name__}, not {config!r}")
+    return config
+
+
+def checked_streams(kind: type[S], streams: Mapping[str, StreamArtifacts]) -> dict[str, S]:
+    """Return streams as artifacts of one method.
+
+    Parameters
+    ----------
+    kind
+        The method's artifacts class.
+    streams
+        Artifacts of k and v, of any method.
+
+    Returns
+    -------
+    dict[str, StreamArtifacts]
+        The same artifacts, each of type `kind`.
+
+    Raises
+    ------
+    MismatchError
+        When they are another method's.
+    """
+    checked = {name: stream for name, stream in streams.items() if isinstance(stream, kind)}
+    if len(checked) < len(streams):
         raise MismatchError(f"these artifacts are no {kind.__name__}: {[type(s).__name__ for s in streams.values()]}")
-    return found
+    return checked

@@ -1,6 +1,8 @@
-"""The published KVTC (arXiv 2511.01815): principal components in groups, whose bits a dynamic programme hands out.
+"""The published KVTC (arXiv 2511.01815): principal components in groups, whose bits a dynamic programme distributes.
 
-One calibration, one ratio. Every token's group has a shift and a scale of its own; the lossless stage comes last.
+    rows [n, p] --minus mean, times basis--> coefficients [r, n] --groups, shift and scale--> codes --> lossless stage
+
+One calibration, one ratio. Every token's group has a shift and a scale of its own.
 """
 
 from __future__ import annotations
@@ -13,18 +15,26 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlxkv.codec.methods.base import BlockCoder, CodecConfig, CodecMethod, StreamArtifacts, codec_methods, streams_of
+from mlxkv.codec.methods.base import (
+    BlockCoder,
+    CodecConfig,
+    CodecMethod,
+    StreamArtifacts,
+    checked_config,
+    checked_streams,
+    codec_methods,
+)
 from mlxkv.codec.samples import Progress, Samples
 from mlxkv.codec.stages.payload import decode_block, encode_block, payload_size
 from mlxkv.codec.stages.pca import principal_components
-from mlxkv.codec.stages.plan import CODED, SIZES, Plan, allocate
+from mlxkv.codec.stages.plan import CODED_TYPES, GROUP_SIZES, Plan, allocate
 from mlxkv.codec.stages.quantize import quantization_round_trip
 from mlxkv.config import integer, number
 from mlxkv.errors import FormatError, InputError
 from mlxkv.spec import STREAMS
 
 MAX_DEFAULT_RANK = 4096
-MIN_RATIO = 0.01  # far more bits than any cache has
+MIN_RATIO = 0.01  # stands for far more bits than any cache has
 MAX_ERROR_TOKENS = 512  # tokens that group errors are measured on
 
 
@@ -35,11 +45,23 @@ class KVTCConfig(CodecConfig):
     Parameters
     ----------
     compression_ratio
-        Sets the bit budget: 16 * p / ratio bits a token for a stream of width p.
+        Sets the bit budget: 16 * p / ratio bits a token for a stream of width p; at least 0.01.
     rank
         Components to consider; None stands for one in every two bits of the budget, at most MAX_DEFAULT_RANK.
     max_bit_budget
-        Bits a token and stream, at most.
+        Bits a token and stream, at most; None for no other bound.
+    samples_per_file
+        Tokens to use of each dump, at most, spread evenly; None for all.
+    sinks
+        First tokens of each dump to leave out; 0 or more.
+    seed
+        Seed of everything that is drawn at random.
+
+    Examples
+    --------
+    >>> config = KVTCConfig(compression_ratio=8)
+    >>> config.budget(width=96), config.components(width=96)
+    (192, 96)
     """
 
     compression_ratio: float = number(least=MIN_RATIO)
@@ -48,18 +70,55 @@ class KVTCConfig(CodecConfig):
     max_bit_budget: int | None = integer(None, least=1)
 
     def budget(self, width: int) -> int:
-        """Bits a token for a stream of this width."""
+        """Return the bit budget of a stream.
+
+        Parameters
+        ----------
+        width
+            Width p of its rows.
+
+        Returns
+        -------
+        int
+            Bits a token.
+        """
         bits = int(16 * width / self.compression_ratio)
         return min(bits, self.max_bit_budget or bits)
 
     def components(self, width: int) -> int:
-        """Principal components to consider for a stream of this width, if there are so many."""
+        """Return how many principal components to consider.
+
+        Parameters
+        ----------
+        width
+            Width p of the stream's rows.
+
+        Returns
+        -------
+        int
+            Components; there may be fewer.
+        """
         return self.rank or max(1, min(self.budget(width) // 2, MAX_DEFAULT_RANK))
 
 
 @dataclass(frozen=True)
 class KVTCStream(StreamArtifacts):
-    """mu: `[p]` float32. V: `[p, r]` float16, orthonormal columns, only as many as the plan codes. plan: the bits."""
+    """Artifacts of one stream.
+
+    Parameters
+    ----------
+    mu
+        Mean row `[p]` float32.
+    V
+        Basis `[p, r]` float16 with orthonormal columns, only as many as the plan covers.
+    plan
+        Groups of components and their types.
+
+    Raises
+    ------
+    FormatError
+        When the parts do not belong together, or the plan codes nothing.
+    """
 
     mu: np.ndarray
     V: np.ndarray
@@ -77,15 +136,20 @@ class KVTCStream(StreamArtifacts):
 
     @property
     def width(self) -> int:
-        """Of the rows that it codes."""
+        """Width p of the rows."""
         return self.mu.size
 
 
 class KVTCCoder(BlockCoder):
-    """One block of rows to bytes and back, by the artifacts of this method."""
+    """Coder of blocks by a mean, a basis and a plan.
 
-    uses_lossless_stage = True  # its bytes go through one of lossless.CODINGS
-    default_quality = window_quality_bonus = None  # one ratio, and an unquantized window
+    Parameters
+    ----------
+    streams
+        Artifacts of "k" and "v".
+    """
+
+    uses_lossless_stage = True
 
     def __init__(self, streams: Mapping[str, KVTCStream]) -> None:
         self._parts = dict(streams)
@@ -93,36 +157,37 @@ class KVTCCoder(BlockCoder):
         self._basis = cache(lambda name: mx.array(self._parts[name].V).astype(mx.float32))
 
     def check_quality(self, quality: object) -> None:
-        """Raises InputError when there is one."""
+        """Refuse any quality: the ratio is that of the calibration."""
         if quality is not None:
             raise InputError(f"kvtc has the one ratio that it was calibrated for, and no quality {quality!r}")
 
     def encode(self, rows: Mapping[str, mx.array], quality: float | None) -> dict[str, np.ndarray]:
-        """Each stream's rows `[n, p]` as bytes of the size that `is_size` asks for."""
+        """Return each stream's rows as packed groups, uint8."""
         return {name: np.frombuffer(self._payload(name, x), np.uint8) for name, x in rows.items()}
 
     def _payload(self, name: str, rows: mx.array) -> bytes:
+        """Return the packed groups of one stream's rows."""
         part = self._parts[name]
         return encode_block(part.plan, self._basis(name).T @ (rows - mx.array(part.mu)).T)
 
     def pack(self, name: str, codes: np.ndarray) -> bytes:
-        """The payload as it is: the lossless stage comes later."""
+        """Return the packed groups as they are."""
         return codes.tobytes()
 
     def estimate(self, name: str, codes: np.ndarray) -> float:
-        """The payload's own bytes, before the lossless stage."""
+        """Return the bytes before the lossless stage: an upper bound of what is stored."""
         return float(codes.nbytes)
 
     def is_size(self, name: str, tokens: int, size: int, coding: str) -> bool:
-        """Whether a section of `size` bytes, before its lossless coding, may hold so many rows."""
+        """Return whether the size is exactly what the plan makes of so many rows."""
         return size == payload_size(self._parts[name].plan, tokens)
 
     def unpack(self, blocks: Sequence[Mapping[str, bytes]], tokens: Sequence[int]) -> list[dict[str, np.ndarray]]:
-        """What `encode` made, of each block of so many tokens."""
+        """Return the packed groups as arrays."""
         return [{name: np.frombuffer(data, np.uint8) for name, data in block.items()} for block in blocks]
 
     def decode(self, codes: Mapping[str, np.ndarray], tokens: int, quality: float | None) -> dict[str, mx.array]:
-        """The inverse of `encode`: each stream's rows `[tokens, p]` float32."""
+        """Return each stream's rows from their packed groups."""
         return {
             name: decode_block(self._parts[name].plan, data.tobytes(), tokens).T @ self._basis(name).T
             + mx.array(self._parts[name].mu)
@@ -138,8 +203,8 @@ class KVTC(CodecMethod):
     artifacts_class = KVTCStream
 
     def train(self, samples: Samples, config: CodecConfig) -> dict[str, KVTCStream]:
-        """A mean, a basis and a plan for each stream. One stream at a time, so that memory holds one stream's rows."""
-        assert isinstance(config, KVTCConfig)
+        """Learn a mean, a basis and a plan for each stream, one after the other, so that memory holds one stream's rows."""
+        config = checked_config(KVTCConfig, config)
         return {
             name: train_stream(samples.rows(name), name, config, samples.progress)
             if samples.spec.stream(name).width
@@ -148,16 +213,19 @@ class KVTC(CodecMethod):
         }
 
     def coder(self, streams: Mapping[str, StreamArtifacts]) -> KVTCCoder:
-        return KVTCCoder(streams_of(KVTCStream, streams))
+        """Return a `KVTCCoder`."""
+        return KVTCCoder(checked_streams(KVTCStream, streams))
 
     def facts(self, streams: Mapping[str, StreamArtifacts]) -> dict[str, Any]:
-        return plan_ranks(streams_of(KVTCStream, streams))
+        """Return the plans' ranks."""
+        return plan_ranks(checked_streams(KVTCStream, streams))
 
     def explain(self, streams: Mapping[str, StreamArtifacts], meta: Mapping[str, Any]) -> dict[str, Any]:
-        return explain_plans(streams_of(KVTCStream, streams), meta)
+        """Describe the plans."""
+        return explain_plans(checked_streams(KVTCStream, streams), meta)
 
 
-class _Planned(Protocol):
+class _HasPlan(Protocol):
     """Artifacts with a plan, as `kvtc` and `kvtc-weighted` have them."""
 
     @property
@@ -167,19 +235,43 @@ class _Planned(Protocol):
     def width(self) -> int: ...
 
 
-def plan_ranks(streams: Mapping[str, _Planned]) -> dict[str, Any]:
-    """Components that the plan of each stream covers."""
+def plan_ranks(streams: Mapping[str, _HasPlan]) -> dict[str, Any]:
+    """Return how many components the plan of each stream covers.
+
+    Parameters
+    ----------
+    streams
+        Artifacts with a plan.
+
+    Returns
+    -------
+    dict
+        `plan_rank`, by stream.
+    """
     return {"plan_rank": {name: part.plan.rank for name, part in streams.items()}}
 
 
-def explain_plans(streams: Mapping[str, _Planned], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """What each stream spends of its budget, and advice when the rank, not the bits, was the limit."""
-    told: dict[str, Any] = {"compression_ratio": meta.get("compression_ratio")}
+def explain_plans(streams: Mapping[str, _HasPlan], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe what each stream spends of its budget, with advice when the rank, not the bits, was the limit.
+
+    Parameters
+    ----------
+    streams
+        Artifacts with a plan.
+    meta
+        The contents of meta.json.
+
+    Returns
+    -------
+    dict
+        Values by label.
+    """
+    facts: dict[str, Any] = {"compression_ratio": meta.get("compression_ratio")}
     limited = []
     for name in STREAMS:
         part = streams[name]
-        told |= {f"{name}_width": part.width, f"{name}_bits_per_token": part.plan.bits}
-        told |= {f"{name}_components": part.plan.rank, f"{name}_plan": _describe_plan(part.plan)}
+        facts |= {f"{name}_width": part.width, f"{name}_bits_per_token": part.plan.bits}
+        facts |= {f"{name}_components": part.plan.rank, f"{name}_plan": _describe_plan(part.plan)}
         try:
             config = KVTCConfig.from_dict({key: meta[key] for key in KVTCConfig.stored_keys().values()})
             tokens = meta["calibration_tokens"]
@@ -187,54 +279,90 @@ def explain_plans(streams: Mapping[str, _Planned], meta: Mapping[str, Any]) -> d
             continue
         budget = config.budget(part.width)
         unspent = budget - part.plan.bits
-        told |= {f"{name}_bit_budget": budget, f"{name}_unspent_bits": unspent}
-        # More components than that do not exist, whatever the rank.
+        facts |= {f"{name}_bit_budget": budget, f"{name}_unspent_bits": unspent}
+        # No more components exist, whatever the rank.
         directions = min(part.width, tokens - 1)
         if unspent > budget / 10 and part.plan.rank == config.components(part.width) < directions:
             limited.append(name)
     if limited:
-        told["advice"] = f"raise --rank: it, not the bit budget, limits {' and '.join(limited)}"
-    return told
+        facts["advice"] = f"raise --rank: it, not the bit budget, limits {' and '.join(limited)}"
+    return facts
 
 
 def _describe_plan(plan: Plan) -> str:
+    """Return a plan in one line."""
     return " | ".join(f"{run.count} x {run.size} {run.kind}" for run in plan.runs()) or "nothing is coded"
 
 
 def train_stream(rows: np.ndarray, name: str, config: KVTCConfig, progress: Progress) -> KVTCStream:
-    """A mean, a basis and a plan for rows `[N, p]`, which are centred in place. Raises InputError for too few bits."""
+    """Learn a mean, a basis and a plan for rows, which are centred in place.
+
+    Parameters
+    ----------
+    rows
+        Rows `[N, p]` float32.
+    name
+        "k" or "v", for messages.
+    config
+        Settings.
+    progress
+        Called with the name of each step as it starts.
+
+    Returns
+    -------
+    KVTCStream
+        The artifacts.
+
+    Raises
+    ------
+    InputError
+        When the bits cannot code a single component.
+    """
     budget, rank = config.budget(rows.shape[1]), config.components(rows.shape[1])
     progress(f"principal components of {name}: {rows.shape[0]} tokens x {rows.shape[1]}")
     mean, basis = principal_components(rows, rank, config.seed)
     progress(f"bit plan of {name}: {budget} bits a token")
     coefficients = rows @ basis
-    spread = coefficients[:: -(-len(coefficients) // MAX_ERROR_TOKENS)]
+    sampled = coefficients[:: -(-len(coefficients) // MAX_ERROR_TOKENS)]
     energy = np.square(coefficients, dtype=np.float64).mean(axis=0)
-    plan = allocate(energy, group_errors(spread), budget)
+    plan = allocate(energy, group_errors(sampled), budget)
     if not plan.groups:
         raise InputError(f"{budget} bits a token cannot code a single component of {name}; lower the compression ratio")
     return KVTCStream(mean, basis[:, : plan.rank].astype(np.float16), plan)
 
 
 def group_errors(coefficients: np.ndarray) -> dict[tuple[int, str], np.ndarray]:
-    """Mean squared error a token of coding each group, by (size, kind): `[r - size + 1]`, indexed by first component.
+    """Measure the mean squared error a token of coding each group.
 
-    Measured by quantizing windows of coefficients `[n, r]`. Neighbouring windows overlap almost wholly, so sizes
-    above 16 are measured at every size/16-th start and interpolated between.
+    Parameters
+    ----------
+    coefficients
+        Coefficients `[n, r]` of sampled tokens.
+
+    Returns
+    -------
+    dict
+        Errors `[r - size + 1]` by (size, type), indexed by the group's first component.
+
+    Notes
+    -----
+    Windows of coefficients are quantized. Neighbouring windows overlap almost completely, so sizes above 16 are measured at
+    every size/16-th start and interpolated between.
     """
     tokens, rank = coefficients.shape
     table = {}
-    for size in (size for size in SIZES if size <= rank):
+    for size in (size for size in GROUP_SIZES if size <= rank):
         starts = np.unique(np.r_[0 : rank - size + 1 : max(1, size // 16), rank - size])
         windows = np.lib.stride_tricks.sliding_window_view(coefficients, size, axis=1).transpose(1, 2, 0)
         step = max(1, 2**23 // (tokens * size))
         batches = [mx.array(windows[starts[a : a + step]]) for a in range(0, len(starts), step)]
-        for kind in CODED:
+        for kind in CODED_TYPES:
             errors = np.concatenate([_mean_error(batch, kind) for batch in batches])
             table[size, kind] = np.interp(np.arange(rank - size + 1), starts, errors)
     return table
 
 
 def _mean_error(windows: mx.array, kind: str) -> np.ndarray:
+    """Return the mean squared error a token of each window `[windows, size, n]`."""
     difference = quantization_round_trip(windows, kind) - windows
     return np.array(mx.square(difference).sum(axis=1).mean(axis=1), dtype=np.float64)

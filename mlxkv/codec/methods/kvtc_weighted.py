@@ -1,6 +1,6 @@
-"""KVTC as published, but for the weights of `kvtc-rd`: its dynamic programme then minimises what the model notices.
+"""KVTC as published on rows under the weights of `kvtc-rd`: its dynamic programme then minimises what the model notices.
 
-For a fixed rate where squared error is the wrong guide; `kvtc-rd` needs fewer bytes.
+For a fixed rate where squared error is a poor measure; `kvtc-rd` needs fewer bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlxkv.codec.methods import kvtc
-from mlxkv.codec.methods.base import CodecConfig, CodecMethod, StreamArtifacts, codec_methods, streams_of
+from mlxkv.codec.methods.base import (
+    CodecConfig,
+    CodecMethod,
+    StreamArtifacts,
+    checked_config,
+    checked_streams,
+    codec_methods,
+)
 from mlxkv.codec.samples import Samples
 from mlxkv.codec.stages import weighting
 from mlxkv.codec.stages.plan import Plan
@@ -22,12 +29,25 @@ from mlxkv.errors import FormatError
 
 @dataclass(frozen=True)
 class KVTCWeightedConfig(kvtc.KVTCConfig):
-    """As those of `kvtc`; the dumps need a sensitivity."""
+    """Settings of the `kvtc-weighted` method: those of `kvtc`. Its dumps need a sensitivity."""
 
 
 @dataclass(frozen=True)
 class KVTCWeightedStream(StreamArtifacts):
-    """mu, V, plan: as those of `kvtc`, of weighted rows. weights: `[heads, D, D]` float32, heads of all layers."""
+    """Artifacts of one stream.
+
+    Parameters
+    ----------
+    mu, V, plan
+        Mean, basis and plan of weighted rows, as in `KVTCStream`.
+    weights
+        Symmetric matrices `[heads, D, D]` float32, heads of all layers.
+
+    Raises
+    ------
+    FormatError
+        When the parts do not belong together.
+    """
 
     mu: np.ndarray
     V: np.ndarray
@@ -43,12 +63,18 @@ class KVTCWeightedStream(StreamArtifacts):
 
     @property
     def width(self) -> int:
-        """Of the rows that it codes."""
+        """Width p of the rows."""
         return self.mu.size
 
 
 class KVTCWeightedCoder(kvtc.KVTCCoder):
-    """That of `kvtc` between weighting and its inverse."""
+    """Coder of `kvtc` between weighting and its inverse.
+
+    Parameters
+    ----------
+    streams
+        Artifacts of "k" and "v".
+    """
 
     def __init__(self, streams: Mapping[str, KVTCWeightedStream]) -> None:
         super().__init__({name: kvtc.KVTCStream(part.mu, part.V, part.plan) for name, part in streams.items()})
@@ -56,42 +82,49 @@ class KVTCWeightedCoder(kvtc.KVTCCoder):
         self._inverse = {name: weighting.invert_weights(weights) for name, weights in self._weights.items()}
 
     def encode(self, rows: Mapping[str, mx.array], quality: float | None) -> dict[str, np.ndarray]:
-        """As `kvtc.Coder.encode`."""
+        """Return each stream's weighted rows as packed groups, uint8."""
         return super().encode(
             {name: weighting.apply_weights(x, self._weights[name]) for name, x in rows.items()}, quality
         )
 
     def decode(self, codes: Mapping[str, np.ndarray], tokens: int, quality: float | None) -> dict[str, mx.array]:
-        """As `kvtc.Coder.decode`."""
+        """Return each stream's rows from their packed groups, with the weights undone."""
         rows = super().decode(codes, tokens, quality)
         return {name: weighting.apply_weights(x, self._inverse[name]) for name, x in rows.items()}
 
 
 @codec_methods.register("kvtc-weighted")
 class KVTCWeighted(CodecMethod):
-    """`kvtc` between weighting and its inverse."""
+    """The published pipeline between weighting and its inverse."""
 
     config_class = KVTCWeightedConfig
     artifacts_class = KVTCWeightedStream
 
     def train(self, samples: Samples, config: CodecConfig) -> dict[str, KVTCWeightedStream]:
-        """Weights, and what `kvtc` learns of weighted rows."""
-        assert isinstance(config, KVTCWeightedConfig)
+        """Learn weights, and then what `kvtc` learns of weighted rows."""
+        config = checked_config(KVTCWeightedConfig, config)
         weights, _ = weighting.learn_weights(samples, predict_attention=False)
-        nothing = np.zeros((0, 0, 0), np.float32)
-        parts = {"v": KVTCWeightedStream(np.zeros(0, np.float32), np.zeros((0, 0), np.float16), Plan(), nothing)}
-        for name, of_heads in weights.items():
-            of_heads = of_heads.astype(np.float32)
-            rows = np.array(weighting.apply_weights(mx.array(samples.rows(name)), of_heads))
+        parts = {"v": _EMPTY}
+        for name, head_weights in weights.items():
+            head_weights = head_weights.astype(np.float32)
+            rows = np.array(weighting.apply_weights(mx.array(samples.rows(name)), head_weights))
             part = kvtc.train_stream(rows, name, config, samples.progress)
-            parts[name] = KVTCWeightedStream(part.mu, part.V, part.plan, of_heads)
+            parts[name] = KVTCWeightedStream(part.mu, part.V, part.plan, head_weights)
         return parts
 
     def coder(self, streams: Mapping[str, StreamArtifacts]) -> KVTCWeightedCoder:
-        return KVTCWeightedCoder(streams_of(KVTCWeightedStream, streams))
+        """Return a `KVTCWeightedCoder`."""
+        return KVTCWeightedCoder(checked_streams(KVTCWeightedStream, streams))
 
     def facts(self, streams: Mapping[str, StreamArtifacts]) -> dict[str, Any]:
-        return kvtc.plan_ranks(streams_of(KVTCWeightedStream, streams))
+        """Return the plans' ranks."""
+        return kvtc.plan_ranks(checked_streams(KVTCWeightedStream, streams))
 
     def explain(self, streams: Mapping[str, StreamArtifacts], meta: Mapping[str, Any]) -> dict[str, Any]:
-        return kvtc.explain_plans(streams_of(KVTCWeightedStream, streams), meta)
+        """Describe the plans."""
+        return kvtc.explain_plans(checked_streams(KVTCWeightedStream, streams), meta)
+
+
+_EMPTY = KVTCWeightedStream(
+    np.zeros(0, np.float32), np.zeros((0, 0), np.float16), Plan(), np.zeros((0, 0, 0), np.float32)
+)

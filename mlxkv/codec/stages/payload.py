@@ -1,4 +1,4 @@
-"""Stage 4: one block of coefficients to bytes by the plan, and back."""
+"""Blocks of coefficients to packed bytes by a plan, and back."""
 
 from __future__ import annotations
 
@@ -12,9 +12,24 @@ from mlxkv.kernels import groups
 
 
 def encode_block(plan: Plan, coefficients: mx.array) -> bytes:
-    """Coefficients `[r, n]` float32 to `payload_size(plan, n)` bytes.
+    """Quantize and pack one block of coefficients.
 
-    Raises InputError for values that are not finite or beyond float16, the type of shifts.
+    Parameters
+    ----------
+    plan
+        Groups of components and their types.
+    coefficients
+        Coefficients `[r, n]` float32 of n tokens, r the plan's rank.
+
+    Returns
+    -------
+    bytes
+        `payload_size(plan, n)` bytes.
+
+    Raises
+    ------
+    InputError
+        For values that are not finite or beyond float16, the type of shifts.
     """
     if not (mx.abs(coefficients).max() <= FLOAT16_MAX).item():
         raise InputError("the cache holds NaN, infinite or enormous values: its coefficients do not fit float16")
@@ -27,10 +42,38 @@ def encode_block(plan: Plan, coefficients: mx.array) -> bytes:
 
 
 def decode_block(plan: Plan, data: bytes, tokens: int) -> mx.array:
-    """The inverse: `[r, tokens]` float32, zero where the plan codes nothing. `data` must be of the exact size."""
+    """Return the inverse of `encode_block`.
+
+    Parameters
+    ----------
+    plan
+        The plan that it was coded by.
+    data
+        Exactly `payload_size(plan, tokens)` bytes.
+    tokens
+        Number of tokens n.
+
+    Returns
+    -------
+    mx.array
+        Coefficients `[r, n]` float32, zero where the plan codes nothing.
+    """
     return groups.unpack(mx.array(np.frombuffer(data, np.uint8)), list(plan.runs()), plan.rank, tokens)
 
 
 def payload_size(plan: Plan, tokens: int) -> int:
-    """Bytes that `encode_block` makes of `tokens` rows."""
+    """Return how many bytes `encode_block` makes.
+
+    Parameters
+    ----------
+    plan
+        Groups of components and their types.
+    tokens
+        Number of tokens n.
+
+    Returns
+    -------
+    int
+        Bytes.
+    """
     return groups.payload_size(list(plan.runs()), tokens)

@@ -1,8 +1,8 @@
-"""Stage 2's basis: principal components of token rows across all layers and heads (the KLT).
+"""Principal components of token rows across all layers and heads (the Karhunen-Loève transform, KLT).
 
-Randomised SVD after Halko, Martinsson and Tropp (arXiv 0909.4061), algorithm 4.4. Small problems, and those that
-want most directions anyway, go through the Gram matrix of the smaller side, so no p x p matrix appears when there
-are fewer samples than p.
+Randomised SVD after Halko, Martinsson and Tropp (arXiv 0909.4061), algorithm 4.4. Small problems, and those that want
+most directions anyway, go through the Gram matrix of the smaller side, so no p x p matrix appears when there are fewer
+samples than p.
 """
 
 from __future__ import annotations
@@ -16,9 +16,28 @@ EXACT_SHARE = 0.4  # from this share of all directions on, the exact way is the 
 
 
 def principal_components(rows: np.ndarray, rank: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Mean `[p]` and orthonormal components `[p, r]` of rows `[N, p]`, strongest first; centres `rows` in place.
+    """Return the mean and the principal components of rows, which are centred in place.
 
-    r is `rank` or less: no more than N - 1 or p directions exist. Deterministic for a seed.
+    Parameters
+    ----------
+    rows
+        Rows `[N, p]` float32.
+    rank
+        Number of components r to look for; there are at most `min(N - 1, p)`.
+    seed
+        Seed of the randomised method; the result is deterministic for a seed.
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        Mean `[p]` float32 and orthonormal components `[p, r]`, strongest first.
+
+    Examples
+    --------
+    >>> rows = np.array([[0, 0], [2, 2], [4, 4]], np.float32)
+    >>> mean, components = principal_components(rows, rank=1)
+    >>> mean.tolist(), components.round(3).tolist()
+    ([2.0, 2.0], [[0.7070000171661377], [0.7070000171661377]])
     """
     mean = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
     rows -= mean
@@ -30,6 +49,7 @@ def principal_components(rows: np.ndarray, rank: int, seed: int = 0) -> tuple[np
 
 
 def _exact(rows: np.ndarray, rank: int) -> np.ndarray:
+    """Diagonalise the Gram matrix of the smaller side."""
     if rows.shape[1] <= rows.shape[0]:
         _, vectors = np.linalg.eigh(rows.T @ rows)
         return vectors[:, ::-1][:, :rank]
@@ -39,6 +59,7 @@ def _exact(rows: np.ndarray, rank: int) -> np.ndarray:
 
 
 def _randomised(rows: np.ndarray, rank: int, seed: int) -> np.ndarray:
+    """Find the leading subspace with random projections and power iterations."""
     random = np.random.default_rng(seed)
     width = min(rank + OVERSAMPLE, *rows.shape)
     sketch = random.standard_normal((rows.shape[1], width), dtype=np.float32)
@@ -51,5 +72,5 @@ def _randomised(rows: np.ndarray, rank: int, seed: int) -> np.ndarray:
 
 
 def _signs(basis: np.ndarray) -> np.ndarray:
-    """+-1 for each component, so that its largest entry is positive whatever the LAPACK."""
+    """Return +-1 for each component, so that its largest entry is positive whatever the LAPACK."""
     return np.where(basis[np.abs(basis).argmax(axis=0), np.arange(basis.shape[1])] < 0, -1, 1).astype(basis.dtype)

@@ -1,8 +1,8 @@
-"""Which components are coded how: the plan, and the dynamic programme that finds the best one.
+"""Bit allocation: which components are coded as what type, and the dynamic programme that finds the best plan.
 
-KVTC's allocation (arXiv 2511.01815, section 3): contiguous groups of 1, 16, 64, 256 or 1024 components, each
-none, int2, int4 or fp8; a coded group costs `bits * size + 32` bits a token. The programme is exact over
-(components covered, bits spent) for a given table of group errors.
+KVTC (arXiv 2511.01815, section 3): contiguous groups of 1, 16, 64, 256 or 1024 components, each of type none, int2, int4
+or fp8; a coded group costs `bits * size + 32` bits a token. The programme is exact over (components covered, bits spent)
+for a given table of group errors.
 """
 
 from __future__ import annotations
@@ -14,28 +14,41 @@ from typing import Any
 
 import numpy as np
 
-from mlxkv.config import is_int
 from mlxkv.errors import FormatError
 from mlxkv.kernels.groups import BITS, Run
+from mlxkv.spec import is_int
 
-SIZES = (1, 16, 64, 256, 1024)
-CODED = ("int2", "int4", "fp8")
+GROUP_SIZES = (1, 16, 64, 256, 1024)
+CODED_TYPES = ("int2", "int4", "fp8")
 OVERHEAD_BITS = 32  # shift and scale
-_UNIT = 2  # every cost is a multiple of two bits
+_UNIT_BITS = 2  # of the dynamic programme: every cost is a multiple of two bits
 
 ErrorTable = Mapping[tuple[int, str], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Group:
-    """`size` neighbouring components, coded as `kind`. Only a "none" group may have any size."""
+    """Neighbouring components of one type.
+
+    Parameters
+    ----------
+    size
+        Number of components: 1, 16, 64, 256 or 1024, or any number of type "none".
+    kind
+        "none", "int2", "int4" or "fp8".
+
+    Raises
+    ------
+    FormatError
+        For another size or type.
+    """
 
     size: int
     kind: str
 
     def __post_init__(self) -> None:
-        if self.kind not in BITS or self.size < 1 or (self.kind != "none" and self.size not in SIZES):
-            raise FormatError(f"no such group: {self.size} x {self.kind}; sizes {SIZES}, types {', '.join(BITS)}")
+        if self.kind not in BITS or self.size < 1 or (self.kind != "none" and self.size not in GROUP_SIZES):
+            raise FormatError(f"no such group: {self.size} x {self.kind}; sizes {GROUP_SIZES}, types {', '.join(BITS)}")
 
     @property
     def bits(self) -> int:
@@ -45,13 +58,25 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """The groups in order of components. Components behind the last group are not coded."""
+    """Groups in the order of components. Components behind the last group are not coded.
+
+    Parameters
+    ----------
+    groups
+        The groups.
+
+    Examples
+    --------
+    >>> plan = Plan((Group(16, "int4"), Group(4, "none"), Group(1, "fp8")))
+    >>> plan.rank, plan.bits
+    (21, 136)
+    """
 
     groups: tuple[Group, ...] = ()
 
     @property
     def rank(self) -> int:
-        """Components covered."""
+        """Number of components covered."""
         return sum(group.size for group in self.groups)
 
     @property
@@ -60,7 +85,13 @@ class Plan:
         return sum(group.bits for group in self.groups)
 
     def runs(self) -> Iterator[Run]:
-        """The coded groups, equal neighbours together."""
+        """Yield the coded groups, equal neighbours together.
+
+        Yields
+        ------
+        Run
+            First component, number of groups, their size and type.
+        """
         start = 0
         for (size, kind), equal in groupby(self.groups, key=lambda group: (group.size, group.kind)):
             count = len(list(equal))
@@ -69,11 +100,34 @@ class Plan:
             start += count * size
 
     def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain JSON values.
+
+        Returns
+        -------
+        dict
+            Sizes and types of the groups.
+        """
         return {"groups": [{"size": group.size, "type": group.kind} for group in self.groups]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """The inverse of `to_json`. Raises FormatError for anything that is not a plan."""
+        """Return the inverse of `to_json`.
+
+        Parameters
+        ----------
+        data
+            What `to_json` returned, from any source.
+
+        Returns
+        -------
+        Plan
+            The plan.
+
+        Raises
+        ------
+        FormatError
+            For anything that is not a plan.
+        """
         try:
             return cls(tuple(Group(_int(group["size"]), group["type"]) for group in data["groups"]))
         except (KeyError, TypeError) as error:
@@ -81,22 +135,53 @@ class Plan:
 
 
 def cost(size: int, kind: str) -> int:
-    """Bits a token for one group."""
+    """Return the bits a token that one group costs.
+
+    Parameters
+    ----------
+    size
+        Number of components.
+    kind
+        "none", "int2", "int4" or "fp8".
+
+    Returns
+    -------
+    int
+        Bits, shift and scale included.
+
+    Examples
+    --------
+    >>> cost(64, "int2")
+    160
+    """
     return 0 if kind == "none" else BITS[kind] * size + OVERHEAD_BITS
 
 
 def allocate(energy: np.ndarray, errors: ErrorTable, budget: int) -> Plan:
-    """The plan of least squared error within `budget` bits a token.
+    """Return the plan of least squared error within a budget.
 
-    energy `[r]`: squared error of leaving a component out. errors: for (size, kind) the squared error of coding
-    the group that starts at each component, `[r - size + 1]`.
+    Parameters
+    ----------
+    energy
+        Squared error `[r]` of leaving each component out.
+    errors
+        Squared error of coding a group, by (size, type): `[r - size + 1]`, indexed by the group's first component.
+    budget
+        Bits a token.
 
-    best[i, b] is the least error of components 0..i in b units of two bits; `choice` keeps the last group taken.
-    Only the rows that the largest group can reach back to are kept.
+    Returns
+    -------
+    Plan
+        The best plan; empty when the budget codes nothing.
+
+    Notes
+    -----
+    `best[i, b]` is the least error of components 0..i in b units of two bits; `choice` keeps the last group of it. Only the
+    rows of `best` that the largest group can reach back to are kept.
     """
     rank = len(energy)
     options = [(1, "none"), *((size, kind) for size, kind in errors if size <= rank)]
-    units = min(budget, rank * max(cost(1, kind) for kind in CODED)) // _UNIT
+    units = min(budget, rank * max(cost(1, kind) for kind in CODED_TYPES)) // _UNIT_BITS
     ring = max(size for size, _ in options) + 1  # no group reaches further back
     best = np.zeros((ring, units + 1))
     choice = np.zeros((rank + 1, units + 1), dtype=np.uint8)
@@ -104,23 +189,24 @@ def allocate(energy: np.ndarray, errors: ErrorTable, budget: int) -> Plan:
         row, chosen = best[i % ring], choice[i]
         np.add(best[(i - 1) % ring], energy[i - 1], out=row)
         for index, (size, kind) in enumerate(options[1:], start=1):
-            spent = cost(size, kind) // _UNIT
-            if size > i or spent > units:
+            price = cost(size, kind) // _UNIT_BITS
+            if size > i or price > units:
                 continue
-            candidate = best[(i - size) % ring, : units + 1 - spent] + errors[size, kind][i - size]
-            better = candidate < row[spent:]
-            np.copyto(row[spent:], candidate, where=better)
-            chosen[spent:][better] = index
+            candidate = best[(i - size) % ring, : units + 1 - price] + errors[size, kind][i - size]
+            better = candidate < row[price:]
+            np.copyto(row[price:], candidate, where=better)
+            chosen[price:][better] = index
     return _trace_back(options, choice)
 
 
 def _trace_back(options: list[tuple[int, str]], choice: np.ndarray) -> Plan:
+    """Follow the choices from the last component to the first."""
     i, spent = choice.shape[0] - 1, choice.shape[1] - 1
     groups = []
     while i:
         size, kind = options[choice[i, spent]]
         groups.append(Group(size, kind))
-        i, spent = i - size, spent - cost(size, kind) // _UNIT
+        i, spent = i - size, spent - cost(size, kind) // _UNIT_BITS
     groups.reverse()
     while groups and groups[-1].kind == "none":
         groups.pop()
@@ -128,6 +214,7 @@ def _trace_back(options: list[tuple[int, str]], choice: np.ndarray) -> Plan:
 
 
 def _merge_skipped(groups: list[Group]) -> Iterator[Group]:
+    """Yield groups with neighbours of type "none" merged."""
     for kind, equal in groupby(groups, key=lambda group: group.kind):
         if kind == "none":
             yield Group(sum(group.size for group in equal), kind)
@@ -136,6 +223,7 @@ def _merge_skipped(groups: list[Group]) -> Iterator[Group]:
 
 
 def _int(value: Any) -> int:
+    """Return a value read from a file if it is a whole number."""
     if not is_int(value):
         raise TypeError(f"expected a whole number, got {value!r}")
     return value

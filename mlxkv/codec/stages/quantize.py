@@ -1,7 +1,7 @@
-"""Stage 3: the shift and scale of each group of coefficients. Rounding and packing by them is a kernel's work.
+"""Shift and scale of each group of coefficients. Rounding and packing by them is the work of mlxkv/kernels/groups.py.
 
-Every token's group has its own float16 shift and scale. int2 and int4 are affine between the group's minimum and
-maximum, then refitted by least squares; fp8 is E4M3 around the group's mean.
+Every token's group has its own float16 shift and scale. int2 and int4 are affine between the group's minimum and maximum,
+then refitted by least squares; fp8 is E4M3 around the group's mean.
 """
 
 from __future__ import annotations
@@ -16,7 +16,25 @@ REFITS = 3
 
 
 def fit(x: mx.array, kind: str) -> tuple[mx.array, mx.array]:
-    """Groups x `[count, size, n]` float32 to shift and scale, float16 `[count, n]`."""
+    """Return the shift and scale of groups of coefficients.
+
+    Parameters
+    ----------
+    x
+        Groups `[count, size, n]` float32: `count` groups of `size` components of n tokens.
+    kind
+        "int2", "int4" or "fp8".
+
+    Returns
+    -------
+    tuple[mx.array, mx.array]
+        Shift and scale `[count, n]` float16.
+
+    Notes
+    -----
+    Refitting by least squares departs from KVTC (arXiv 2511.01815), which takes both from the group's extremes. It costs
+    nothing in the format.
+    """
     low, high = x.min(axis=1), x.max(axis=1)
     if kind == "fp8":
         shift = x.mean(axis=1).astype(mx.float16)
@@ -29,13 +47,26 @@ def fit(x: mx.array, kind: str) -> tuple[mx.array, mx.array]:
 
 
 def quantization_round_trip(x: mx.array, kind: str) -> mx.array:
-    """What groups x `[count, size, n]` come back as."""
+    """Return groups as they are after quantization.
+
+    Parameters
+    ----------
+    x
+        Groups `[count, size, n]` float32.
+    kind
+        "int2", "int4" or "fp8".
+
+    Returns
+    -------
+    mx.array
+        Restored groups `[count, size, n]` float32.
+    """
     shift, scale = fit(x, kind)
     return from_codes(to_codes(x, shift, scale, kind), shift, scale, kind)
 
 
 def _least_squares(x: mx.array, codes: mx.array) -> tuple[mx.array, mx.array]:
-    """The shift and scale that reproduce x best from these codes."""
+    """Return the shift and scale that reproduce x best from these codes."""
     center, mean = codes.mean(axis=1), x.mean(axis=1)
     spread = codes - center[:, None]
     scale = (spread * (x - mean[:, None])).sum(axis=1) / mx.maximum(mx.square(spread).sum(axis=1), 1e-9)

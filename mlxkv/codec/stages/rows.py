@@ -1,4 +1,4 @@
-"""Stage 1: `[B, H, T, D]` layers to un-rotated token rows `[B*T, p]`, and back.
+"""Layers `[B, H, T, D]` to un-rotated token rows `[B*T, p]`, and back.
 
 A row is one token: all layers, then all heads, then all dims, p = layers * heads * dim.
 """
@@ -15,13 +15,47 @@ from mlxkv.spec import Stream
 
 
 def to_rows(stream: Stream, layers: Sequence[np.ndarray] | Sequence[mx.array], start: int, stop: int) -> mx.array:
-    """Tokens start..stop of every layer as float32 rows `[B * (stop - start), p]`, rotation undone."""
+    """Return the token rows of one stream, with the rotation undone.
+
+    Parameters
+    ----------
+    stream
+        The stream.
+    layers
+        Its cached tensors `[B, H, T, D]`, one for each caching layer.
+    start, stop
+        Tokens to take, from `start` up to `stop`; `start` is also the position of the first one.
+
+    Returns
+    -------
+    mx.array
+        Rows `[B * (stop - start), p]` float32, batch-major.
+    """
     x = mx.stack([mx.array(layer[:, :, start:stop]) for layer in layers])  # [L, B, H, t, D]
     return kernel.to_rows(x, kernel.rotation_table(stream.ropes, stream.dim, start, stop - start, inverse=True))
 
 
 def from_rows(stream: Stream, rows: mx.array, batch: int, start: int, dtype: mx.Dtype) -> mx.array:
-    """Rows `[B * t, p]` of tokens from position `start` on, rotated again: `[layers, B, H, t, D]` of type dtype."""
+    """Return the inverse of `to_rows`: rows rotated again and split into layers.
+
+    Parameters
+    ----------
+    stream
+        The stream.
+    rows
+        Token rows `[B * t, p]` float32.
+    batch
+        Number of sequences B.
+    start
+        Position of the first token.
+    dtype
+        Type of the result.
+
+    Returns
+    -------
+    mx.array
+        Cached tensors `[layers, B, H, t, D]`.
+    """
     tokens = rows.shape[0] // batch
     turn = kernel.rotation_table(stream.ropes, stream.dim, start, tokens, inverse=False)
     return kernel.from_rows(rows, (stream.layers, batch, stream.heads, tokens, stream.dim), turn, dtype)

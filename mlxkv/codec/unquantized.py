@@ -1,0 +1,161 @@
+"""Sections of arrays stored unquantized: sinks, window, tokens, states. Floats take the narrowest type that loses nothing.
+
+The container's header describes them under its key "raw", by name: type and shape.
+"""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import numpy as np
+
+from mlxkv.errors import FormatError, InputError
+from mlxkv.io.container import Reader
+from mlxkv.spec import is_int
+
+SINK_SECTIONS = ("k.sink", "v.sink")
+CACHE_SECTIONS = (*SINK_SECTIONS, "k.window", "v.window")
+_STORED_TYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "int32": "<i4"}
+_MAX_AXES = 8
+
+
+def to_numpy(array: np.ndarray | mx.array) -> np.ndarray:
+    """Return an array as NumPy's.
+
+    Parameters
+    ----------
+    array
+        An array of NumPy or MLX.
+
+    Returns
+    -------
+    np.ndarray
+        The same values; bfloat16, which NumPy lacks, as float32.
+    """
+    if isinstance(array, mx.array) and array.dtype == mx.bfloat16:
+        array = array.astype(mx.float32)
+    return np.array(array)
+
+
+def encode_array(array: np.ndarray) -> tuple[str, bytes]:
+    r"""Return an array's bytes in the narrowest type that loses nothing.
+
+    Parameters
+    ----------
+    array
+        Array of float16, float32 or int32.
+
+    Returns
+    -------
+    tuple[str, bytes]
+        The stored type ("float16", "bfloat16", "float32" or "int32") and the bytes.
+
+    Raises
+    ------
+    InputError
+        For an array of another type.
+
+    Examples
+    --------
+    >>> encode_array(np.array([0.5, 1.0], np.float32))
+    ('float16', b'\x008\x00<')
+    """
+    if array.dtype == np.int32:
+        return "int32", array.astype("<i4").tobytes()
+    if array.dtype not in (np.float16, np.float32):
+        raise InputError(f"only float16, float32 and int32 arrays can be stored, not {array.dtype}")
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    if np.array_equal(half, array):
+        return "float16", half.astype("<f2").tobytes()
+    bits = array.astype("<f4").view("<u4")
+    if not (bits & 0xFFFF).any():
+        return "bfloat16", (bits >> 16).astype("<u2").tobytes()
+    return "float32", array.astype("<f4").tobytes()
+
+
+def read_description(reader: Reader, name: str) -> tuple[str, list[int]]:
+    """Return what the header says of an unquantized section.
+
+    Parameters
+    ----------
+    reader
+        The open container.
+    name
+        Name of the section.
+
+    Returns
+    -------
+    tuple[str, list[int]]
+        Stored type and shape.
+
+    Raises
+    ------
+    FormatError
+        When the header says anything else.
+    """
+    table = reader.header.get("raw")
+    entry = table.get(name) if isinstance(table, dict) else None
+    kind, shape = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+    valid = isinstance(shape, list) and len(shape) <= _MAX_AXES and all(map(is_int, shape))
+    if not isinstance(kind, str) or kind not in _STORED_TYPES or not valid:
+        raise FormatError(f"{reader.name}: {name} is described as {str(entry)[:80]}, not as [type, shape]")
+    return kind, shape  # type: ignore[return-value]
+
+
+def read_array(reader: Reader, name: str) -> np.ndarray:
+    """Return one unquantized section as an array.
+
+    Parameters
+    ----------
+    reader
+        The open container.
+    name
+        Name of the section.
+
+    Returns
+    -------
+    np.ndarray
+        The array, read-only; bfloat16 as float32.
+
+    Raises
+    ------
+    FormatError
+        When its bytes and its described shape disagree.
+    """
+    kind, shape = read_description(reader, name)
+    size = math.prod(shape) * np.dtype(_STORED_TYPES[kind]).itemsize
+    flat = np.frombuffer(reader.read(name, size), dtype=_STORED_TYPES[kind])
+    if kind == "bfloat16":
+        flat = (flat.astype("<u4") << 16).view("<f4")
+    try:
+        return flat.reshape(shape)
+    except (ValueError, OverflowError):  # no bytes at all, and one axis beyond NumPy's reach
+        raise FormatError(f"{reader.name}: {name} has an impossible shape") from None
+
+
+def read_plain_array(reader: Reader, name: str) -> np.ndarray:
+    """Return an unquantized section whose shape nothing but the file bounds.
+
+    Parameters
+    ----------
+    reader
+        The open container.
+    name
+        Name of the section.
+
+    Returns
+    -------
+    np.ndarray
+        The array, read-only; bfloat16 as float32.
+
+    Raises
+    ------
+    FormatError
+        When it would have to be inflated, or when its bytes and its described shape disagree.
+    """
+    section = reader.sections.get(name)
+    if section is None or section.coding != "raw":
+        raise FormatError(f"{reader.name}: {name} must be stored plain")
+    return read_array(reader, name)
