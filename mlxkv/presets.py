@@ -1,9 +1,9 @@
-"""Presets: what is known of a model family, and named settings of a method. One TOML file each; the file name is the name.
+"""Presets: facts about model families, and named settings of methods. One TOML file each; the file name is the name.
 
     presets/models/qwen3.toml     description, example, model_types, mode, [rope]
     presets/methods/kvtc-16.toml  description, method, [settings]; the method is a codec's or a live one
 
-An unknown key is an error. Model presets never configure anything: a model's geometry is read from the live model,
+An unknown key is an error. Model presets never configure anything: a model's geometry is read from the loaded model,
 and a preset only checks it.
 """
 
@@ -26,7 +26,28 @@ C = TypeVar("C", bound=Config)
 
 @dataclass(frozen=True)
 class ModelPreset:
-    """Facts about a model family. rope: those of `Rope`'s fields that hold for every model of the family."""
+    """Facts about a model family.
+
+    Parameters
+    ----------
+    name
+        The preset's name.
+    description
+        For people.
+    example
+        A model of the family, as `mlxkv.lm.load` takes it.
+    model_types
+        The `model_type` of mlx-lm's modules that implement the family.
+    mode
+        One of `spec.MODES`.
+    rope
+        Those of `Rope`'s fields that hold for every model of the family.
+
+    Raises
+    ------
+    PresetError
+        When a fact is of the wrong kind.
+    """
 
     name: str
     description: str
@@ -49,7 +70,18 @@ class ModelPreset:
             raise PresetError(f"unknown rope keys {', '.join(sorted(unknown))}")
 
     def check(self, spec: CacheSpec) -> None:
-        """Raises MismatchError when a live model is not of this family."""
+        """Compare a loaded model with the family.
+
+        Parameters
+        ----------
+        spec
+            What the model caches.
+
+        Raises
+        ------
+        MismatchError
+            When the model is not of this family.
+        """
         if spec.model_type not in self.model_types:
             raise MismatchError(
                 f"preset {self.name!r} is for {', '.join(self.model_types)}; the model is {spec.model_type}"
@@ -61,7 +93,24 @@ class ModelPreset:
 
 @dataclass(frozen=True)
 class MethodPreset:
-    """Named settings of a method; `values` are those that differ from its defaults, by the keys that TOML has."""
+    """Named settings of a method.
+
+    Parameters
+    ----------
+    name
+        The preset's name.
+    description
+        For people.
+    method
+        The name of a codec's or live method, not yet looked up.
+    values
+        Settings that differ from the method's defaults, by the keys that TOML files have.
+
+    Raises
+    ------
+    PresetError
+        When a part is of the wrong kind.
+    """
 
     name: str
     description: str
@@ -71,10 +120,26 @@ class MethodPreset:
     def __post_init__(self) -> None:
         _check_text(self, "description", "method")
         if not isinstance(self.values, Mapping):
-            raise PresetError(f"preset {self.name!r}: settings must be a table, not {self.values!r}")
+            raise PresetError(f"settings must be a table, not {self.values!r}")
 
     def config(self, kind: type[C]) -> C:
-        """The method's own settings, checked. Raises PresetError for a key or value that it has not."""
+        """Return the settings, checked.
+
+        Parameters
+        ----------
+        kind
+            The method's `config_class`.
+
+        Returns
+        -------
+        Config
+            An object of that class.
+
+        Raises
+        ------
+        PresetError
+            For unknown keys, and for values that are not allowed.
+        """
         try:
             return kind.from_dict(self.values)
         except InputError as error:
@@ -82,12 +147,33 @@ class MethodPreset:
 
     @property
     def settings(self) -> Config:
-        """Old name for `config` of the method's own class; warns."""
-        return _deprecated.preset_settings(self)
+        """The settings as an object of the method's own class: an old name for `config`, which warns."""
+        return self.config(_deprecated.config_class_of(self.method))
 
 
 def model_preset(name: str) -> ModelPreset:
-    """One model preset. Raises PresetError listing the known names."""
+    """Return a model preset.
+
+    Parameters
+    ----------
+    name
+        One of `preset_names("models")`.
+
+    Returns
+    -------
+    ModelPreset
+        As its file has it.
+
+    Raises
+    ------
+    PresetError
+        For an unknown name, and for a file with unknown keys or values of the wrong kind.
+
+    Examples
+    --------
+    >>> model_preset("qwen3").model_types
+    ('qwen3', 'qwen3_moe')
+    """
     data = _read("models", name)
     try:
         return ModelPreset(name=name, **data)
@@ -99,7 +185,29 @@ def model_preset(name: str) -> ModelPreset:
 
 
 def method_preset(name: str) -> MethodPreset:
-    """One method preset, as its file has it. Raises PresetError listing the known names."""
+    """Return a method preset.
+
+    Parameters
+    ----------
+    name
+        One of `preset_names("methods")`.
+
+    Returns
+    -------
+    MethodPreset
+        As its file has it; `MethodPreset.config` checks the settings.
+
+    Raises
+    ------
+    PresetError
+        For an unknown name, and for a file with unknown keys or parts of the wrong kind.
+
+    Examples
+    --------
+    >>> preset = method_preset("kivi-2")
+    >>> preset.method, preset.values
+    ('kivi', {'bits': 2})
+    """
     data = _read("methods", name)
     values = data.pop("settings", {})
     if set(data) != {"description", "method"}:
@@ -107,15 +215,30 @@ def method_preset(name: str) -> MethodPreset:
         raise PresetError(
             f"preset {name!r} has unknown or missing keys ({found}); the keys are description, method, settings"
         )
-    return MethodPreset(name, data["description"], data["method"], values)
+    try:
+        return MethodPreset(name, data["description"], data["method"], values)
+    except PresetError as error:
+        raise PresetError(f"preset {name!r}: {error}") from None
 
 
 def preset_names(kind: str) -> list[str]:
-    """Names of all presets of a kind: "models" or "methods"."""
+    """Return the names of all presets of a kind.
+
+    Parameters
+    ----------
+    kind
+        "models" or "methods".
+
+    Returns
+    -------
+    list of str
+        Names, sorted.
+    """
     return sorted(path.stem for path in (resource_dir("presets") / kind).glob("*.toml"))
 
 
 def _read(kind: str, name: str) -> dict[str, Any]:
+    """Read a preset's file."""
     if name not in preset_names(kind):
         raise PresetError(f"no preset {name!r} in presets/{kind}; there are {', '.join(preset_names(kind))}")
     try:
@@ -127,6 +250,7 @@ def _read(kind: str, name: str) -> dict[str, Any]:
 
 
 def _check_text(preset: ModelPreset | MethodPreset, *keys: str) -> None:
+    """Refuse a preset whose fields of these names are not text."""
     for key in keys:
         if not isinstance(getattr(preset, key), str):
             raise PresetError(f"{key} must be text, not {getattr(preset, key)!r}")

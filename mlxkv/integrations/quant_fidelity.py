@@ -1,4 +1,4 @@
-"""Live caches under mlx-quant-fidelity, an evaluator by others: https://github.com/IonDen/mlx-quant-fidelity, version 0.10.
+"""Live caches in mlx-quant-fidelity, an evaluator by others: https://github.com/IonDen/mlx-quant-fidelity, version 0.10.
 
     from mlx_quant_fidelity.probes.kv import score_kv_config
 
@@ -8,10 +8,10 @@
 Its protocol `KVCacheMethod` is structural, so nothing of it is imported here. It gives a method no model, which live
 caches need: hence the entry point that takes a loaded one, and not `measure_kv_fidelity`.
 
-How the tokens are fed decides what is measured, since a live cache shows a chunk to itself exactly. Given a text in one
-chunk, as by default, every live cache is exact, and the evaluator raises its ExactZeroError. `InChunks` feeds a few tokens
-at a time, as generation does. `quantize_start=n` converts the exact keys and values of n tokens and then gives the rest in
-one chunk; methods that go by attention cannot do this, as the queries are not handed over.
+How the tokens are fed decides what is measured, since a chunk's queries see their own chunk exactly. If a text is given in
+one chunk, as by default, every live cache is exact, and the evaluator raises its ExactZeroError. `InChunks` feeds a few
+tokens at a time, as generation does. `quantize_start=n` converts the exact keys and values of n tokens and then gives the
+rest in one chunk; methods that go by attention cannot do this, since the queries are not handed over.
 """
 
 from __future__ import annotations
@@ -24,17 +24,25 @@ from typing import Any
 import mlx.core as mx
 
 from mlxkv.errors import UnsupportedError
-from mlxkv.live import live_config
-from mlxkv.live.base import LayerCache
-from mlxkv.live.seam import make_cache
+from mlxkv.live import LayerCache, live_config, make_cache
 from mlxkv.version import __version__
 
 
 @dataclass(frozen=True)
 class LiveMethod:
-    """A live preset, or a method with its default settings, as the evaluator's `KVCacheMethod`; for this model only.
+    """A live preset, or a method with its default settings, as the evaluator's `KVCacheMethod`; for one model only.
 
-    Raises PresetError for an unknown one.
+    Parameters
+    ----------
+    model
+        A model that mlx-lm loaded.
+    preset
+        The name of a live preset or method.
+
+    Raises
+    ------
+    PresetError
+        For an unknown name.
     """
 
     model: Any
@@ -45,41 +53,90 @@ class LiveMethod:
 
     @property
     def name(self) -> str:
+        """The name of the package in reports."""
         return "mlxkv"
 
     @property
     def label(self) -> str:
+        """The name of the preset in reports."""
         return self.preset
 
     @property
     def params(self) -> dict[str, int]:
-        """The settings that are whole numbers, which is all that a report takes; `provenance` has them all."""
+        """Settings that are whole numbers, which is all that a report takes; `provenance` has all settings."""
         settings = dataclasses.asdict(live_config(self.preset))
         return {key: value for key, value in settings.items() if type(value) is int}
 
     def validate_before_load(self) -> None:
-        """Nothing: an unknown preset has already been refused."""
+        """Do nothing: an unknown preset has been refused already."""
 
     def ensure_available(self) -> None:
-        """Nothing: no other package is needed."""
+        """Do nothing: no other package is needed."""
 
     def check(self, *, head_dim: int | None, model_type: str) -> list[str]:
-        """No warnings: `probe_capability` tries the model itself."""
+        """Return no warnings: `probe_capability` tries the model itself.
+
+        Parameters
+        ----------
+        head_dim, model_type
+            Not used.
+
+        Returns
+        -------
+        list of str
+            Empty.
+        """
         return []
 
     def probe_capability(self, empty_cache: list[object]) -> None:
-        """Raises UnsupportedError for a model that cannot have this cache."""
+        """Try whether the model can have this cache.
+
+        Parameters
+        ----------
+        empty_cache
+            mlx-lm's own cache, for the number of layers.
+
+        Raises
+        ------
+        UnsupportedError
+            When the model cannot have it.
+        """
         self.make_cache(n_layers=len(empty_cache))
 
     def make_cache(self, *, n_layers: int) -> list[object]:
-        return make_cache(self.model, self.preset)
+        """Make an empty live cache.
+
+        Parameters
+        ----------
+        n_layers
+            Not used: the model says it.
+
+        Returns
+        -------
+        list
+            One entry a layer, as `mlxkv.make_cache` returns them.
+        """
+        return [*make_cache(self.model, self.preset)]
 
     def convert_prefix(self, fp_cache: list[object]) -> list[object]:
-        """Caches that have absorbed the exact keys and values `[B, Hkv, T, D]` of mlx-lm's own, in one chunk.
+        """Make live caches that have absorbed what mlx-lm's own hold, in one chunk.
 
-        Other layers' caches are passed on. Raises UnsupportedError for a method that needs the attention they got.
+        Parameters
+        ----------
+        fp_cache
+            mlx-lm's caches after a prefix, keys and values `[B, Hkv, T, D]`.
+
+        Returns
+        -------
+        list
+            One entry a layer; entries of layers without live caches are passed on.
+
+        Raises
+        ------
+        UnsupportedError
+            For a method that needs the attention that the tokens got.
         """
-        caches: list[Any] = self.make_cache(n_layers=len(fp_cache))
+        caches = self.make_cache(n_layers=len(fp_cache))
         for i, (exact, cache) in enumerate(zip(fp_cache, caches)):
             if not isinstance(cache, LayerCache):
                 caches[i] = exact
@@ -90,42 +147,124 @@ class LiveMethod:
                     "measure with quantize_start=0 and InChunks(model, n)"
                 )
             keys, values = exact.keys_and_values()  # type: ignore[attr-defined]
-            cache.absorb(keys, values, None)
             cache.offset = keys.shape[2]
-        mx.eval([cache.state for cache in caches])
+            cache.absorb(keys, values, None)
+        mx.eval([cache.state for cache in caches])  # type: ignore[attr-defined]
         return caches
 
     def guard(self) -> AbstractContextManager[None]:
+        """Return a context that does nothing.
+
+        Returns
+        -------
+        AbstractContextManager
+            For the evaluator's run.
+        """
         return nullcontext()
 
     def bytes_per_token(self, *, n_layers: int, n_kv_heads: int, head_dim: int) -> int:
-        """The most that a long text takes, 2 bytes an element: what a budget of tokens takes depends on the length."""
+        """Return an upper bound for a long text, since a method's bytes may depend on the length.
+
+        Parameters
+        ----------
+        n_layers, n_kv_heads, head_dim
+            The model's shape.
+
+        Returns
+        -------
+        int
+            2 bytes for every element of keys and values.
+        """
         return 2 * 2 * n_layers * n_kv_heads * head_dim
 
     def working_set_bytes(self, *, window: int, n_layers: int, n_kv_heads: int, head_dim: int, dtype_bytes: int) -> int:
-        """Of one layer's keys and values, unpacked for as long as their attention takes."""
+        """Return the bytes of one layer's keys and values, which are unpacked during a prefill chunk's attention.
+
+        Parameters
+        ----------
+        window
+            Tokens.
+        n_layers
+            Not used: layers are unpacked one at a time.
+        n_kv_heads, head_dim
+            The model's shape.
+        dtype_bytes
+            Bytes of an element.
+
+        Returns
+        -------
+        int
+            Bytes.
+        """
         return 2 * window * n_kv_heads * head_dim * dtype_bytes
 
     def measured_bytes(self, cache: list[object]) -> int:
+        """Return the bytes that live caches hold.
+
+        Parameters
+        ----------
+        cache
+            One entry a layer.
+
+        Returns
+        -------
+        int
+            Bytes; other layers' entries are left out.
+        """
         return sum(entry.nbytes for entry in cache if isinstance(entry, LayerCache))
 
     def provenance(self) -> dict[str, str]:
+        """Return what a report says about the method.
+
+        Returns
+        -------
+        dict of str to str
+            Package, version, preset and all settings.
+        """
         settings = {key: str(value) for key, value in dataclasses.asdict(live_config(self.preset)).items()}
         return {"package": "mlxkv", "version": __version__, "preset": self.preset, **settings}
 
     def report_warnings(self) -> list[str]:
-        return ["the analytic bytes per token are an upper bound; those measured are of the text's whole length"]
+        """Return what a report should warn of.
+
+        Returns
+        -------
+        list of str
+            One sentence on bytes.
+        """
+        return ["the analytic bytes per token are an upper bound; those measured are for the full length of the text"]
 
 
 @dataclass(frozen=True)
 class InChunks:
-    """A model that reads its tokens `chunk` at a time, whatever is given at once; in all else it is `model`."""
+    """A model that reads its tokens a few at a time, however many are given; in all else it is the model itself.
+
+    Parameters
+    ----------
+    model
+        A model that mlx-lm loaded.
+    chunk
+        Tokens to feed at a time.
+    """
 
     model: Any
     chunk: int
 
     def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
-        """Logits `[B, T, vocabulary]` of tokens `[B, T]`."""
+        """Return the model's logits.
+
+        Parameters
+        ----------
+        tokens
+            `[B, T]`.
+        cache
+            A prompt cache.
+
+        Returns
+        -------
+        mx.array
+            `[B, T, vocabulary]`.
+        """
         parts = []
         for start in range(0, tokens.shape[1], self.chunk):
             parts.append(self.model(tokens[:, start : start + self.chunk], cache=cache))

@@ -1,6 +1,10 @@
 """The seam: live caches compute the model's attention, other caches notice nothing, and `full` is mlx-lm's own cache."""
 
 import copy
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -15,10 +19,11 @@ from mlxkv.kernels.decode_attention import decode_attention
 from mlxkv.live.base import LayerCache, attention_mass, causal_mask, unquantized
 from mlxkv.live.methods import full
 from mlxkv.live.methods.streaming_llm import StreamingLLMConfig
-from mlxkv.live.seam import attach, detach, make_cache
+from mlxkv.live.seam import attach, detach, live_config, make_cache
 from mlxkv.models import cache_spec, kv_slots
 from mlxkv.spec import CacheSpec, Rope
 
+ROOT = Path(__file__).parents[2]
 SPEC = CacheSpec("toy", (None, kv_slots(2, 8, Rope(8, base=1e4))))
 
 
@@ -31,6 +36,17 @@ def generated(model, cache, prompt, step=64, count=12):
 def attention_of(model):
     """The attention that the model's own module calls."""
     return __import__(type(model).__module__, fromlist=["x"]).scaled_dot_product_attention
+
+
+# What it loads
+
+
+@pytest.mark.parametrize("code", ["import mlxkv.live", "mlxkv.make_cache(tiny_model('llama'), 'kivi-2')"])
+def test_live_caches_load_no_codec_and_no_evaluation(code):
+    start = "import sys; sys.path.insert(0, 'tests'); import mlxkv; from conftest import tiny_model; "
+    end = "; print([name for name in sys.modules if name.startswith(('mlxkv.codec', 'mlxkv.evaluate', 'mlxkv.cli'))])"
+    done = subprocess.run([sys.executable, "-c", start + code + end], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
 # The seam
@@ -107,12 +123,35 @@ def test_a_preset_a_method_and_overrides_name_settings():
 
 
 @pytest.mark.parametrize(
+    ("method", "old", "new"),
+    [
+        ("streaming-llm", {"window": 9}, {"recent": 9}),
+        ("sliding-window-256", {"window": 9}, {"recent": 9}),
+        ("kivi-2", {"residual": 9}, {"recent": 9}),
+        ("mp-kvm", {"window": 9, "preserve": 3}, {"recent": 9, "sinks": 3}),
+    ],
+)
+def test_old_names_of_settings_work_and_warn_where_they_are_used(method, old, new):
+    model = tiny_model("llama")
+    with pytest.warns(DeprecationWarning, match=r"the setting \w+ is called \w+ now") as warned:
+        caches = make_cache(model, method, **old)
+    assert [warning.filename for warning in warned] == [__file__] * len(old)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = make_cache(model, method, **new)
+    assert caches[0].config == expected[0].config != live_config(method)
+    with pytest.raises(PresetError, match="given twice, once by its old name"):
+        make_cache(model, method, **old, **new)
+
+
+@pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
         ("h3o", {}, r"no preset or live method 'h3o'.*full.*streaming-llm-256"),
         ("_packing", {}, "no preset or live method"),
         ("kvtc-8", {}, r"not a live method.*int8"),
         ("int8", {"window": 3}, "window"),
+        ("int8", {"recent": 3}, "recent"),
         ("streaming-llm", {"recent": 0}, "recent must be 1 or more"),
     ],
 )

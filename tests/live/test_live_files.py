@@ -1,5 +1,7 @@
 """Saved live caches: what is read back goes on exactly as the original would, and damage is found."""
 
+import sys
+
 import mlx.core as mx
 import pytest
 from conftest import DIFFERENT, tiny_model, tiny_tokens
@@ -125,6 +127,8 @@ CHANGES = {
     "axes": lambda h: h["arrays"][0].__setitem__(1, [1] * 9),
     "negative": lambda h: h["arrays"][0].__setitem__(1, [-1, -2]),
     "values as keys": lambda h: h["layers"][0][1]["list"][1]["tuple"].pop(),
+    "numbers as a tail": lambda h: h["layers"][0][1]["list"].__setitem__(1, {"tuple": [1, 2]}),
+    "three arrays as a tail": lambda h: h["layers"][0][1]["list"][1]["tuple"].append({"array": 0}),
     "nothing of an array": lambda h: h["layers"][0][1]["list"].__setitem__(1, 7),
     "coding": lambda h: h["sections"][0].__setitem__(1, "deflate"),
     "bits": lambda h: h["layers"][0][1]["list"][0]["tuple"][0]["packed"].__setitem__(3, 5),
@@ -140,6 +144,35 @@ def test_a_forged_header_is_a_typed_error(name, tmp_path):
     forged(path, CHANGES[name])
     with pytest.raises((FormatError, InputError, MismatchError)):
         load_cache(path, model)
+
+
+@pytest.mark.parametrize(("part", "value"), [(3, 5), (4, "much"), (2, None), (3, {"list": []})])
+def test_what_is_no_array_where_a_method_has_one_is_refused(part, value, tmp_path):
+    model, path = tiny_model("llama"), tmp_path / "cache"
+    save_cache(path, model, filled(model, "mp-kvm"))
+    forged(path, lambda header: header["layers"][0][1]["list"][0]["tuple"].__setitem__(part, value))
+    with pytest.raises(FormatError, match="should have arrays as its centroids"):
+        load_cache(path, model)
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["os", "antigravity", "evil", "evil.py", "{folder}/evil", "{folder}/evil.py", "mlxkv.live.methods.int8", "Int8Cache",
+     "_smartkv_budget", "", None, 3, ["int8"], {"int8": 1}],
+)  # fmt: skip
+def test_a_file_that_names_an_unknown_method_imports_nothing(method, tmp_path, monkeypatch):
+    model, path = tiny_model("llama"), tmp_path / "cache"
+    save_cache(path, model, filled(model, "int8"))
+    load_cache(path, model)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    method = method.format(folder=tmp_path) if isinstance(method, str) else method
+    forged(path, lambda header: header.update(method=method))
+    before = set(sys.modules)
+    with pytest.raises(FormatError, match="which is not installed here"):
+        load_cache(path, model)
+    assert set(sys.modules) == before
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_container_of_a_codec_is_no_live_cache(tmp_path):
