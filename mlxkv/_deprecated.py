@@ -13,11 +13,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_loader
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from mlxkv.config import Config
-    from mlxkv.presets import MethodPreset
+from typing import Any
 
 # Modules of before the first release: where each is now.
 MODULES = {
@@ -89,9 +85,8 @@ def install() -> None:
     sys.meta_path.append(_MovedModules())
 
 
-def preset_settings(preset: MethodPreset) -> Config:
-    """Return the settings of a method preset, of whichever kind of method it is for."""
+def config_class_of(method: str) -> Any:
+    """Return the class of a method's settings, for `MethodPreset.settings`, whichever kind of method it is."""
     warn("MethodPreset.settings", "MethodPreset.config(method's config class)")
-    live = importlib.import_module("mlxkv.live.base").live_methods.find(preset.method)
-    found = live or importlib.import_module("mlxkv.codec.methods").codec_methods.get(preset.method)
-    return preset.config(found.config_class)
+    live = importlib.import_module("mlxkv.live.base").live_methods.find(method)
+    return (live or importlib.import_module("mlxkv.codec.methods").codec_methods.get(method)).config_class

@@ -12,7 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mlxkv"
-SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path not in (PACKAGE / "__init__.py", PACKAGE / "__main__.py"))
+SOURCES = sorted(
+    path for path in PACKAGE.rglob("*.py") if path not in (PACKAGE / "__init__.py", PACKAGE / "__main__.py")
+)
 MOST_FLOORS, MOST_ROOMS, LONGEST_FILE = 9, 22, 480
 
 
@@ -20,7 +22,9 @@ def rooms_of_the_table():
     """Rooms by name, each with the rooms it may import, as CONTRIBUTING.md says."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     rows = re.findall(r"^\| `([\w/.]+)` \|[^|]*\| ([^|]*) \|$", text, re.MULTILINE)
-    return {name.removesuffix("/").removesuffix(".py"): set(re.findall(r"\w+", may)) - {"nothing"} for name, may in rows}
+    return {
+        name.removesuffix("/").removesuffix(".py"): set(re.findall(r"\w+", may)) - {"nothing"} for name, may in rows
+    }
 
 
 def room(path):
@@ -47,7 +51,12 @@ def imported(path, at_once=False):
                 skipped |= {id(inner) for inner in ast.walk(node)}
     found = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "mlxkv" and id(node) not in skipped:
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.split(".")[0] == "mlxkv"
+            and id(node) not in skipped
+        ):
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
                 found.add(full if full in MODULES else node.module)
@@ -63,7 +72,11 @@ def test_the_table_of_rooms_names_every_room_and_no_other():
 
 
 def test_there_are_no_more_rooms_than_a_newcomer_can_take_in():
-    rooms = [path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path.is_dir() and (path / "__init__.py").exists())]
+    rooms = [
+        path
+        for path in PACKAGE.iterdir()
+        if path.suffix == ".py" or (path.is_dir() and (path / "__init__.py").exists())
+    ]
     assert len(rooms) <= MOST_ROOMS, sorted(path.name for path in rooms)
 
 
@@ -98,7 +111,11 @@ def test_no_files_import_each_other_in_a_circle():
 
 @pytest.mark.parametrize("folder", ["mlxkv", "benchmarks", "tests"])
 def test_files_stay_short(folder):
-    long = {path.name: n for path in (ROOT / folder).rglob("*.py") if (n := len(path.read_text().splitlines())) > LONGEST_FILE}
+    long = {
+        path.name: n
+        for path in (ROOT / folder).rglob("*.py")
+        if (n := len(path.read_text().splitlines())) > LONGEST_FILE
+    }
     assert not long
 
 
@@ -141,4 +158,5 @@ def test_every_public_name_can_be_imported():
 def test_the_version_is_one():
     import mlxkv
 
-    assert f"\nversion: {mlxkv.__version__}\n" in (ROOT / "CITATION.cff").read_text().replace('"', "")
+    citation = (ROOT / "CITATION.cff").read_text().replace('"', "")
+    assert re.findall(r"^version: (\S+)", citation, re.MULTILINE) == [mlxkv.__version__]

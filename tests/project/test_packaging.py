@@ -18,9 +18,10 @@ def test_the_wheel_carries_presets_and_kernels_and_finds_them(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
         assert not [name for name in archive.namelist() if name.startswith(("tests/", "benchmarks/"))]
-    code = "from mlxkv.resources import resource_dir; from mlxkv.presets import names; print(resource_dir('metal_kernels')); print(names('models'))"
+    code = "from mlxkv.bundled.resources import resource_dir; from mlxkv.presets import preset_names; print(resource_dir('metal_kernels')); print(preset_names('models'))"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=site, check=True, capture_output=True, text=True
     ).stdout.splitlines()
     assert Path(found[0]) == site / "mlxkv" / "metal_kernels"
     assert "'glm'" in found[1]
+    assert (site / "mlxkv" / "py.typed").is_file()

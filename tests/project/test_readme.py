@@ -16,7 +16,10 @@ from mlxkv.sensitivity import sensitivity
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", *(path for path in (ROOT / "docs").rglob("*.md") if path.name not in ("plans.md", "lab-notes.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *(path for path in (ROOT / "docs").rglob("*.md") if path.name not in ("plans.md", "lab-notes.md")),
+]
 PROSE = "A cache that forgets nothing is a memory; one that forgets the right things is an understanding. "
 
 
@@ -89,7 +92,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
 
 def commands_of(page):
     """Every command line of a page that stands in a block of its own, without those that are continued."""
-    lines = [line for text in blocks(page.read_text(), "") for line in text.splitlines()]
+    lines = [line for text in blocks(page.read_text(), "") for line in text.replace("\\\n", " ").splitlines()]
     return [line.split("  #")[0] for line in lines if line.startswith("mlxkv ")]
 
 
@@ -140,7 +143,11 @@ def test_the_comparison_with_mlx_lm_has_the_measured_numbers():
 def test_numbers_in_the_text_are_measured():
     assert 36 * 2 * 8 * 128 * 2 == 147_456  # Qwen3-8B: layers, keys and values, heads, dims, bytes
     assert f"{147_456 * 32_768 / 1e9:.1f} GB at 32,768" in README
-    shares = {row["variant"]: row["share_of_fp16"] for row in result("live_methods")["fidelity"] if row["model"] == "smollm2-135m"}
+    shares = {
+        row["variant"]: row["share_of_fp16"]
+        for row in result("live_methods")["fidelity"]
+        if row["model"] == "smollm2-135m"
+    }
     for name in ("int8", "smartkv-0.3"):
         assert f"{shares[name] * 147_456 * 32_768 / 1e9:.1f} GB" in README.replace("\n", " ")
     faster = [row["times_faster_than_prefill"] for row in result("codec_speed") if "restore into mlx-lm" in row["step"]]
@@ -156,6 +163,11 @@ def test_readme_fits_a_screen_or_three():
 
 
 def test_links_lead_somewhere():
-    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("findings/*.md")):
+    for path in (
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("benchmarks/*.md"),
+        *ROOT.glob("findings/*.md"),
+    ):
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
             assert target.startswith("http") or (path.parent / target).exists(), f"{path.name}: {target}"
