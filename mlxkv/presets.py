@@ -254,3 +254,6 @@ def _check_text(preset: ModelPreset | MethodPreset, *keys: str) -> None:
     for key in keys:
         if not isinstance(getattr(preset, key), str):
             raise PresetError(f"{key} must be text, not {getattr(preset, key)!r}")
+
+
+__getattr__ = _deprecated.renamed(__name__, {"live_settings": "live.seam:live_config", "names": "preset_names"})

@@ -156,6 +156,38 @@ def concat_pairs(first: Iterable[mx.array], second: Iterable[mx.array]) -> Itera
     return (mx.concatenate([*pair], axis=2) for pair in zip(first, second))
 
 
+def safe_divide(a: mx.array, b: mx.array) -> mx.array:
+    """Return a / b, but 0 where b is not above 0.
+
+    Parameters
+    ----------
+    a, b
+        Shapes that broadcast.
+
+    Returns
+    -------
+    mx.array
+        The quotient.
+    """
+    return mx.where(b > 0, a / b, 0)
+
+
+def unit_vectors(x: mx.array) -> mx.array:
+    """Return vectors of length 1 in the same directions, and 0 for 0.
+
+    Parameters
+    ----------
+    x
+        `[..., D]`.
+
+    Returns
+    -------
+    mx.array
+        `[..., D]`.
+    """
+    return safe_divide(x, mx.linalg.norm(x, axis=-1, keepdims=True))
+
+
 def causal_mask(queries: int, tokens: int) -> mx.array:
     """Return the mask by which the last query sees all tokens, the one before it all but the last, and so on.
 

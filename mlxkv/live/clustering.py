@@ -16,9 +16,11 @@ from typing import NamedTuple, get_args
 
 import mlx.core as mx
 
+from mlxkv import _deprecated
 from mlxkv.config import Config, choice, integer, number
 from mlxkv.errors import InputError, MismatchError
 from mlxkv.kernels.centroids import Metric, assign, sums
+from mlxkv.live.arrays import safe_divide, unit_vectors
 
 ROUNDS = 4  # in which the excess is merged: after each, costs are those of what has become of the pairs
 BLOCK = 64  # tokens that `OnlineClustering` takes at a time
@@ -163,7 +165,7 @@ def _join_similar(old: Clusters, new: Clusters, config: ClusteringConfig) -> tup
     owner = mx.where((similarity >= least) & (new.counts > 0), nearest, -1)
     more = merge_by_owner(new, owner, M)
     weights = old.weights + more.weights
-    share = _ratio(more.weights, weights) if config.ema is None else 1 - config.ema**more.counts
+    share = safe_divide(more.weights, weights) if config.ema is None else 1 - config.ema**more.counts
     keys, values = (a + share[..., None] * (b - a) for a, b in zip(old[:2], more[:2]))
     positions = old.positions + share * (more.positions - old.positions)
     left = owner < 0
@@ -203,7 +205,7 @@ def _merge_costs(slots: Clusters, config: ClusteringConfig) -> tuple[mx.array, m
     broken = mx.isnan(x).any(axis=-1)
     x = mx.where(broken[..., None], 0, x)
     if config.metric == "cosine":
-        x = _units(x)
+        x = unit_vectors(x)
     squares = mx.square(x).sum(axis=-1, keepdims=True)
     fixed = broken | (mx.arange(x.shape[1]) < config.sinks)
     barred = mx.where(fixed[..., None], _FORBIDDEN, squares)
@@ -246,23 +248,13 @@ def merge_by_owner(slots: Clusters, owner: mx.array, size: int) -> Clusters:
     joint = mx.concatenate([slots.keys, slots.values, slots.positions[..., None]], axis=-1)
     totals, weights = sums(joint, owner, size, slots.weights)
     counts, _ = sums(slots.counts[..., None], owner, size)
-    keys, values, positions = mx.split(_ratio(totals, weights[..., None]), [D, D + Dv], axis=-1)
+    keys, values, positions = mx.split(safe_divide(totals, weights[..., None]), [D, D + Dv], axis=-1)
     return Clusters(keys, values, positions[..., 0], counts[..., 0], weights)
 
 
 def _slice_slots(slots: Clusters, start: int, stop: int) -> Clusters:
     """Return slots start..stop."""
     return Clusters(*(x[:, start:stop] for x in slots))
-
-
-def _units(x: mx.array) -> mx.array:
-    """Return vectors of length 1, or 0 for 0."""
-    return _ratio(x, mx.linalg.norm(x, axis=-1, keepdims=True))
-
-
-def _ratio(a: mx.array, b: mx.array) -> mx.array:
-    """Return a / b, 0 where b is not above 0."""
-    return mx.where(b > 0, a / b, 0)
 
 
 class OnlineClustering:
@@ -360,41 +352,13 @@ class OnlineClustering:
         return sum(part.nbytes for part in self.state)
 
 
-def energy_loss(
-    queries: mx.array, keys: mx.array, owner: mx.array, centroids: mx.array, bias: mx.array, diversity: float = 0.0
-) -> mx.array:
-    """Return the attention mass that centroids misplace.
-
-    Parameters
-    ----------
-    queries
-        `[N, Q, D]`, already scaled.
-    keys
-        The tokens, `[N, T, D]`.
-    owner
-        Their centroids, `[N, T]`; -1 for none, whose mass counts as misplaced.
-    centroids
-        `[N, C, D]`.
-    bias
-        Logarithms of the centroids' counts, `[N, C]`, -inf where there is no centroid.
-    diversity
-        How much a mean cosine of 1 between different centroids adds, since similar centroids waste slots.
-
-    Returns
-    -------
-    mx.array
-        `[N]` float32: half of the sum, over centroids, of the difference between the mass that a centroid gets and the
-        mass that its tokens get, averaged over queries. 0 where none is misplaced, 1 where all is.
-    """
-    exact = mx.softmax(queries.astype(mx.float32) @ keys.astype(mx.float32).swapaxes(1, 2), axis=-1)
-    scores = queries.astype(mx.float32) @ centroids.astype(mx.float32).swapaxes(1, 2) + bias[:, None]
-    due, _ = sums(exact.swapaxes(1, 2), owner, centroids.shape[1])
-    orphaned = mx.where(owner < 0, exact.mean(axis=1), 0).sum(axis=-1)
-    misplaced = (mx.abs(mx.softmax(scores, axis=-1) - due.swapaxes(1, 2)).sum(axis=-1).mean(axis=-1) + orphaned) / 2
-    if not diversity:
-        return misplaced
-    there = bias > -mx.inf
-    units = mx.where(there[..., None], _units(centroids), 0)
-    number = there.sum(axis=-1).astype(mx.float32)
-    alike = mx.square(units.sum(axis=1)).sum(axis=-1) - mx.square(units).sum(axis=(1, 2))
-    return misplaced + diversity * _ratio(alike, number * (number - 1))
+__getattr__ = _deprecated.renamed(
+    __name__,
+    {
+        "Rules": "ClusteringConfig",
+        "energy_loss": "live.clustering_error:misplaced_attention",
+        "inserted": "insert",
+        "pooled": "merge_by_owner",
+        "shown": "visible_counts",
+    },
+)

@@ -32,10 +32,22 @@ class CacheEntry(Protocol):
         """Bytes of all arrays held."""
 
     def empty(self) -> bool:
-        """Return whether no token has been seen."""
+        """Return whether no token has been seen.
+
+        Returns
+        -------
+        bool
+            True before the first chunk.
+        """
 
     def is_trimmable(self) -> bool:
-        """Return whether the last tokens can be taken back."""
+        """Return whether the last tokens can be taken back.
+
+        Returns
+        -------
+        bool
+            Which may change as tokens come.
+        """
 
 
 def make_cache(model: Any, method: str | Config, **overrides: Any) -> list[CacheEntry]:

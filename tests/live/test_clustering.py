@@ -2,8 +2,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxkv import _deprecated
 from mlxkv.errors import InputError, MismatchError
-from mlxkv.live.clustering import BLOCK, ClusteringConfig, Clusters, OnlineClustering, energy_loss, insert
+from mlxkv.live import clustering, clustering_error
+from mlxkv.live.clustering import BLOCK, ClusteringConfig, Clusters, OnlineClustering, insert
+from mlxkv.live.clustering_error import misplaced_attention
 
 N, D = 3, 8
 
@@ -235,11 +238,11 @@ def test_no_attention_is_misplaced_by_centroids_that_stand_for_equal_tokens():
     owner = mx.array(np.tile(np.arange(4, dtype=np.int32), (N, 5)))
     queries, centroids = mx.array(numbers(1, N, 9, D)), mx.array(keys[:, :4])
     counted, uncounted = mx.full((N, 4), np.log(5)), mx.zeros((N, 4)).at[:, 0].add(2.0)
-    np.testing.assert_allclose(energy_loss(queries, mx.array(keys), owner, centroids, counted), 0, atol=1e-6)
-    assert float(energy_loss(queries, mx.array(keys), owner, centroids, uncounted).min()) > 0.05
-    none = energy_loss(queries, mx.array(keys), mx.full((N, 20), -1), centroids, counted)
+    np.testing.assert_allclose(misplaced_attention(queries, mx.array(keys), owner, centroids, counted), 0, atol=1e-6)
+    assert float(misplaced_attention(queries, mx.array(keys), owner, centroids, uncounted).min()) > 0.05
+    none = misplaced_attention(queries, mx.array(keys), mx.full((N, 20), -1), centroids, counted)
     np.testing.assert_allclose(none, 1, rtol=1e-5)
-    far = energy_loss(1e3 * mx.array(keys[:, :1]), mx.array(keys), 0 * owner, -centroids, counted)
+    far = misplaced_attention(1e3 * mx.array(keys[:, :1]), mx.array(keys), 0 * owner, -centroids, counted)
     assert float(far.max()) <= 1 + 1e-5
 
 
@@ -247,4 +250,17 @@ def test_centroids_that_say_the_same_cost_diversity():
     queries, keys, owner = mx.zeros((1, 2, D)), mx.zeros((1, 4, D)), mx.array([[0, 1, 2, 3]])
     for centroids, alike in ((np.ones((4, D)), 1.0), (np.eye(4, D), 0.0)):
         args = queries, keys, owner, mx.array(centroids[None], mx.float32), mx.zeros((1, 4))
-        assert float(energy_loss(*args, diversity=0.5)[0] - energy_loss(*args)[0]) == pytest.approx(0.5 * alike)
+        assert float(misplaced_attention(*args, diversity=0.5)[0] - misplaced_attention(*args)[0]) == pytest.approx(
+            0.5 * alike
+        )
+
+
+def test_old_names_still_work(monkeypatch):
+    monkeypatch.setattr(_deprecated, "_told", set())
+    now = {"Rules": ClusteringConfig, "inserted": insert, "shown": clustering.visible_counts}
+    now |= {"pooled": clustering.merge_by_owner, "energy_loss": clustering_error.misplaced_attention}
+    for name, expected in now.items():
+        with pytest.warns(DeprecationWarning, match=f"clustering.{name} is called"):
+            assert getattr(clustering, name) is expected
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = clustering.nonsense

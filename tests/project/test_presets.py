@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from mlxkv import presets
+from mlxkv import _deprecated, presets
 from mlxkv.bundled.resources import resource_dir
 from mlxkv.codec.methods import codec_methods
 from mlxkv.errors import InputError, MismatchError, PresetError
@@ -180,3 +180,10 @@ def test_a_model_preset_refuses_another_family():
 def test_a_missing_resource_folder_names_both_places():
     with pytest.raises(InputError, match=r"mlxkv/nothing.*nor .*nothing exists"):
         resource_dir("nothing")
+
+
+def test_old_names_still_work(monkeypatch):
+    monkeypatch.setattr(_deprecated, "_told", set())
+    for name, expected in (("names", presets.preset_names), ("live_settings", live_config)):
+        with pytest.warns(DeprecationWarning, match=f"presets.{name} is called"):
+            assert getattr(presets, name) is expected
