@@ -136,7 +136,7 @@ def integer(default: int | None, least: int = 0, *, key: str | None = None) -> A
     least
         The smallest number allowed.
     key
-        What TOML presets and headers call the field, where that is not its name.
+        The field's name in TOML presets and headers, where it is another one.
 
     Returns
     -------
@@ -171,7 +171,7 @@ def number(
     most, below
         Upper bounds: inclusive, and exclusive. None for no bound.
     key
-        What TOML presets and headers call the field, where that is not its name.
+        The field's name in TOML presets and headers, where it is another one.
 
     Returns
     -------
@@ -207,7 +207,7 @@ def choice(default: Any, options: Iterable[Any], *, key: str | None = None) -> A
     options
         All values allowed; for a dict, its keys.
     key
-        What TOML presets and headers call the field, where that is not its name.
+        The field's name in TOML presets and headers, where it is another one.
 
     Returns
     -------

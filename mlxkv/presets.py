@@ -75,7 +75,7 @@ class ModelPreset:
         Parameters
         ----------
         spec
-            What the model caches.
+            Description of the model's cache.
 
         Raises
         ------

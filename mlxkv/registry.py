@@ -62,7 +62,7 @@ class Registry(Generic[T]):
         Parameters
         ----------
         name
-            What users and files call it.
+            Name for users and files.
 
         Returns
         -------

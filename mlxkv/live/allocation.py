@@ -146,7 +146,7 @@ def allocate_random(weights: np.ndarray, errors: Errors, costs: Costs, budget: i
     weights, errors, costs, budget
         As in `allocate_greedy`.
     seed
-        Of the draw, 0 or more.
+        Seed of the draw, 0 or more.
 
     Returns
     -------
@@ -242,7 +242,7 @@ def layer_budget_factors(kind: str, layers: int, ratio: float = 2.0) -> np.ndarr
         "equal"; or falling from the first layer to the last, in equal differences ("linear") or by equal factors
         ("exponential").
     layers
-        How many.
+        Number of layers.
     ratio
         The first layer's factor over the last one's; not for "equal".
 

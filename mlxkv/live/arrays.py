@@ -77,7 +77,7 @@ class KeysValues(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """T, how many tokens there are."""
+        """T, the number of tokens."""
         return self.keys.shape[2]
 
     def append(self, newer: KeysValues) -> KeysValues:
@@ -194,9 +194,9 @@ def causal_mask(queries: int, tokens: int) -> mx.array:
     Parameters
     ----------
     queries
-        How many queries, the last tokens.
+        Number of queries, the last tokens.
     tokens
-        How many tokens, the queries' own included.
+        Number of tokens, the queries' own included.
 
     Returns
     -------
@@ -227,7 +227,7 @@ def attention_mass(
     mask
         None, "causal", bool, or scores to add, `[..., L, T]`.
     last
-        How many queries, from the end, are counted.
+        Number of queries, from the end, that are counted.
     kv_heads
         Heads to return; Hq is a multiple of them.
 

@@ -55,7 +55,7 @@ class LayerCache(ABC):
     config
         Settings, of the method's `config_class`.
     spec
-        What the model caches.
+        Description of the model's cache.
     layer
         The layer's index in the model.
 
@@ -69,7 +69,7 @@ class LayerCache(ABC):
     state_types
         For state fields that are NamedTuples of arrays their classes, so that a loaded cache has them again.
     observation_window
-        Of how many of a chunk's last queries `absorb` gets the attention mass; 0 for methods that do not use it.
+        Number of a chunk's last queries whose attention mass `absorb` gets; 0 for methods that do not use it.
     slots
         Heads, dims and rotation of the keys and of the values.
     latent
@@ -186,7 +186,7 @@ class LayerCache(ABC):
         queries
             `[B, Hq, L, D]`.
         keys, values
-            What `update_and_fetch` returned, or for MLA what the model made of it.
+            The arrays that `update_and_fetch` returned, or for MLA what the model made of them.
         scale
             Factor of the scores.
         mask
@@ -307,12 +307,12 @@ class LayerCache(ABC):
         Parameters
         ----------
         n
-            How many; all where there are fewer.
+            Number of tokens; all where there are fewer.
 
         Returns
         -------
         int
-            How many were taken back.
+            Number of tokens taken back.
 
         Raises
         ------

@@ -86,7 +86,7 @@ class Clusters(NamedTuple):
     positions
         Weighted means of their positions, `[N, M]`.
     counts
-        How many tokens they are, `[N, M]`, 0 for an empty slot.
+        Number of those tokens, `[N, M]`, 0 for an empty slot.
     weights
         The sum of the tokens' weights, `[N, M]`.
     """
@@ -237,7 +237,7 @@ def merge_by_owner(slots: Clusters, owner: mx.array, size: int) -> Clusters:
     owner
         Index of the new slot of each, int32 `[N, M]`; -1 drops it.
     size
-        How many slots to return.
+        Number of slots to return.
 
     Returns
     -------
@@ -267,7 +267,7 @@ class OnlineClustering:
     config
         Settings; C is `config.centroids`.
     batch
-        N, how many independent clusterings.
+        N, the number of independent clusterings.
     dim
         D, of the vectors that are clustered.
     value_dim
@@ -343,7 +343,7 @@ class OnlineClustering:
 
     @property
     def counts(self) -> mx.array:
-        """How many tokens each centroid stands for, `[N, C]`; 0 where there is none, or `min_count` hides it."""
+        """Number of tokens that each centroid stands for, `[N, C]`; 0 where there is none, or `min_count` hides it."""
         return visible_counts(self.state.counts, self.config)
 
     @property

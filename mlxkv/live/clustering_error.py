@@ -26,7 +26,7 @@ def misplaced_attention(
     bias
         Logarithms of the centroids' counts, `[N, C]`, -inf where there is no centroid.
     diversity
-        How much a mean cosine of 1 between different centroids adds, since similar centroids waste slots.
+        Penalty for a mean cosine of 1 between different centroids, since similar centroids waste slots.
 
     Returns
     -------

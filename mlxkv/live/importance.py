@@ -15,10 +15,10 @@ def update_importance(importance: mx.array, mass: mx.array, queries: int, decay:
     mass
         `[B, Hkv, T + L]`, attention probabilities that the last queries gave to all tokens, summed over those queries.
     queries
-        How many queries that were.
+        Number of those queries.
     decay
-        How much a query counts in comparison with the one after it, above 0. With 1 importance is the sum over all
-        queries, else a moving average of the attention of one query.
+        Weight of a query in comparison with the one after it, above 0. With 1 importance is the sum over all queries,
+        else a moving average of the attention of one query.
 
     Returns
     -------

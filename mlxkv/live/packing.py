@@ -30,7 +30,7 @@ class PackingCache(LayerCache):
     config
         Settings, of the method's `config_class`.
     spec
-        What the model caches.
+        Description of the model's cache.
     layer
         The layer's index in the model.
 
@@ -207,7 +207,7 @@ def quantize_per_token(x: mx.array, bits: int) -> QuantizedArray:
     x
         `[..., T, D]`.
     bits
-        Of every value: 2, 3, 4 or 8, or 16 for none saved.
+        Bits of every value: 2, 3, 4 or 8; 16 leaves values as they are.
 
     Returns
     -------

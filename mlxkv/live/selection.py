@@ -22,7 +22,7 @@ class SelectingCache(LayerCache):
     config
         Settings, of the method's `config_class`.
     spec
-        What the model caches.
+        Description of the model's cache.
     layer
         The layer's index in the model.
 
@@ -46,7 +46,7 @@ class SelectingCache(LayerCache):
         Parameters
         ----------
         count
-            How many there are: those kept so far, then the new ones. `offset` counts the new ones already.
+            Number of tokens: those kept so far, then the new ones. `offset` counts the new ones already.
 
         Returns
         -------

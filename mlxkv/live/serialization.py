@@ -44,7 +44,7 @@ def save_cache(path: str | Path, model: Any, caches: Sequence[CacheEntry]) -> No
     model
         The model that the caches are of.
     caches
-        What `make_cache` made, one entry a layer.
+        The entries that `make_cache` made, one a layer.
 
     Raises
     ------

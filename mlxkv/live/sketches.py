@@ -30,7 +30,7 @@ class Sketch(Config, ABC):
     depth
         Rows of a table.
     seed
-        Of the hash functions.
+        Seed of the hash functions.
 
     Raises
     ------
@@ -89,7 +89,7 @@ class Sketch(Config, ABC):
         keys
             As in `update`.
         k
-            How many; all where there are fewer keys.
+            Number of keys to return; all where there are fewer.
 
         Returns
         -------
@@ -106,7 +106,7 @@ class Sketch(Config, ABC):
         Parameters
         ----------
         tables
-            N, how many.
+            N, the number of tables.
 
         Returns
         -------
@@ -121,7 +121,7 @@ class Sketch(Config, ABC):
         Parameters
         ----------
         tables
-            N, how many.
+            N, the number of tables.
 
         Returns
         -------
@@ -142,7 +142,7 @@ class CountMin(Sketch):
     depth
         Rows of a table.
     seed
-        Of the hash functions.
+        Seed of the hash functions.
 
     Raises
     ------
@@ -190,7 +190,7 @@ class CountSketch(CountMin):
     depth
         Rows of a table.
     seed
-        Of the hash functions.
+        Seed of the hash functions.
 
     Raises
     ------
@@ -218,7 +218,7 @@ class Race(Sketch):
     depth
         Rows of a table.
     seed
-        Of the random projections.
+        Seed of the random projections.
 
     Raises
     ------

@@ -40,7 +40,7 @@ class SketchConfig(Config):
     depth
         Rows of the sketch.
     seed
-        Of the sketch's hash functions.
+        Seed of the sketch's hash functions.
     per
         Whether each kv "head" or each "layer" has a sketch and a choice of tokens.
     queries
@@ -86,7 +86,7 @@ class SketchingCache(LayerCache):
     config
         Settings, of the method's `config_class`.
     spec
-        What the model caches.
+        Description of the model's cache.
     layer
         The layer's index in the model.
 
@@ -106,9 +106,9 @@ class SketchingCache(LayerCache):
     coverage
         The share of counted attention that went to tokens still kept, at the last interval's end.
     size_factor
-        What the controller multiplies `heavy` and `recent` by.
+        Factor that the controller applies to `heavy` and `recent`.
     merged_entries
-        How many entries the method has for evicted tokens.
+        Number of entries that the method has for evicted tokens.
 
     Raises
     ------

@@ -38,19 +38,19 @@ class LayerBudget:
     Attributes
     ----------
     bytes_per_token
-        What the budget gives for each token of the text.
+        Bytes that the budget gives for each token of the text.
     tail_token_bytes
-        Of a token in the tail, importance included.
+        Bytes of a token in the tail, importance included.
     tail_overdraft
-        How many bytes more a token takes in the tail than the budget gives for it.
+        Bytes that a token takes in the tail beyond what the budget gives for it.
     tile_bytes
-        Of TILE tokens in each lower bucket.
+        Bytes of TILE tokens in each lower bucket.
     top_token_bytes
-        Of a token in the top bucket, importance included.
+        Bytes of a token in the top bucket, importance included.
     min_share
         The share that all tokens in the lowest bucket would take.
     reserved_bytes
-        What those tokens that cannot be in the lowest bucket take beyond it.
+        Bytes beyond the lowest bucket's that tokens take which cannot be in it.
     holds_from
         Tokens from which on the budget is held; infinite where it never can be.
     """

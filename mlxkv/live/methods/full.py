@@ -33,7 +33,7 @@ class FullCache(LayerCache):
     config
         Settings.
     spec
-        What the model caches.
+        Description of the model's cache.
     layer
         The layer's index in the model.
 

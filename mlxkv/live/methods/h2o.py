@@ -56,7 +56,7 @@ class H2OCache(LayerCache):
     config
         Settings.
     spec
-        What the model caches.
+        Description of the model's cache.
     layer
         The layer's index in the model.
 

@@ -29,7 +29,7 @@ class Int8Cache(PackingCache):
     config
         Settings.
     spec
-        What the model caches.
+        Description of the model's cache.
     layer
         The layer's index in the model.
     """

@@ -45,7 +45,7 @@ class KIVICache(PackingCache):
     config
         Settings.
     spec
-        What the model caches.
+        Description of the model's cache.
     layer
         The layer's index in the model.
 

@@ -41,13 +41,13 @@ class MPKVMConfig(ClusteringConfig):
     stride
         Only every stride-th token between is clustered, and counts for as many.
     weights
-        What a token weighs in means and in the cost of merging it: the "attention" that it gets, or its "count", 1.
+        Weight of a token in means and in the cost of merging it: the "attention" that it gets, or its "count", 1.
     queries
         Last queries of a prefill chunk whose attention is averaged.
     decay
         Factor by which earlier attention fades with each query.
     floor
-        What a token that gets no attention weighs.
+        Weight of a token that gets no attention.
     rotation
         The position that a centroid's key is rotated to: the "mean" of its tokens' positions, its "slot", counted from
         0, or "kept" for none, in which case keys are clustered as they are rotated.
@@ -95,7 +95,7 @@ class Centroids(NamedTuple):
     positions
         Mean positions, `[B, H, M]` float32; H is 1 for a shared partition.
     counts
-        How many tokens a centroid stands for, `[B, H, M]` float32.
+        Number of tokens that each centroid stands for, `[B, H, M]` float32.
     attention
         Sum of the tokens' importance, `[B, H, M]` float32. None where weights are counts.
     """
@@ -126,7 +126,7 @@ class MPKVMCache(LayerCache):
     config
         Settings.
     spec
-        What the model caches.
+        Description of the model's cache.
     layer
         The layer's index in the model.
 

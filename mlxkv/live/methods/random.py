@@ -25,7 +25,7 @@ class RandomConfig(Config):
     recent
         Newest tokens that always stay.
     seed
-        Of the draw.
+        Seed of the draw.
     """
 
     tokens: int = integer(512, least=1)
@@ -51,7 +51,7 @@ class RandomCache(SelectingCache):
     config
         Settings.
     spec
-        What the model caches.
+        Description of the model's cache.
     layer
         The layer's index in the model.
     """

@@ -36,7 +36,7 @@ class MergedEntries(NamedTuple):
     keys, values
         Means over an entry's tokens, `[B, Hkv, entries, D]`.
     counts
-        How many tokens those are, `[B, Hkv, entries]` float32.
+        Number of tokens in each, `[B, Hkv, entries]` float32.
     """
 
     keys: mx.array
@@ -57,7 +57,7 @@ class SketchAggregateCache(SketchingCache):
     config
         Settings.
     spec
-        What the model caches.
+        Description of the model's cache.
     layer
         The layer's index in the model.
 

@@ -22,7 +22,7 @@ class SketchTopKCache(SketchingCache):
     config
         Settings.
     spec
-        What the model caches.
+        Description of the model's cache.
     layer
         The layer's index in the model.
 

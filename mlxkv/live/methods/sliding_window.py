@@ -35,7 +35,7 @@ class SlidingWindowCache(SelectingCache):
     config
         Settings.
     spec
-        What the model caches.
+        Description of the model's cache.
     layer
         The layer's index in the model.
     """

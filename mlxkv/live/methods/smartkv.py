@@ -50,15 +50,15 @@ class SmartKVConfig(Config):
     queries
         Last queries of a prefill chunk whose attention counts.
     hysteresis
-        By how much a newcomer must be more important than a token that has been in 8 bits for longer, as a share.
+        Share by which a newcomer must be more important than a token that has been in 8 bits for longer.
     allocator
-        How it is decided how many tokens get which precision.
+        Algorithm that decides how many tokens get which precision.
     order
-        By what it is decided which tokens those are: "importance", or one of three controls.
+        Order that decides which tokens those are: "importance", or one of three controls.
     layers
-        How the budget is split over layers: "equal", or falling in equal differences or by equal factors.
+        Split of the budget over layers: "equal", or falling in equal differences or by equal factors.
     seed
-        Of the random order.
+        Seed of the random order.
     """
 
     budget: float = number(0.5, above=0, most=1)
@@ -91,7 +91,7 @@ class SmartKVCache(LayerCache):
     config
         Settings.
     spec
-        What the model caches.
+        Description of the model's cache.
     layer
         The layer's index in the model.
 
@@ -106,7 +106,7 @@ class SmartKVCache(LayerCache):
     importance
         `[B, Hkv, top + tail]` float32, only of tokens that can still be demoted.
     budget
-        What each part takes and may take.
+        Bytes that each part takes and may take.
 
     Raises
     ------

@@ -36,7 +36,7 @@ class StreamingLLMCache(SelectingCache):
     config
         Settings.
     spec
-        What the model caches.
+        Description of the model's cache.
     layer
         The layer's index in the model.
 
