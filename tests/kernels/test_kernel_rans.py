@@ -9,7 +9,7 @@ from metal_host import HostError, installed
 
 from mlxkv.errors import FormatError, InputError
 from mlxkv.kernels import rans
-from mlxkv.kernels.rans import LOW, TOTAL, Streams, frequencies
+from mlxkv.kernels.rans import MIN_STATE, TOTAL, Streams, frequencies
 
 STREAMS = ("words", "counts", "states")
 
@@ -94,7 +94,7 @@ def test_degenerate_skewed_and_wide_tables_come_back(kernel_path, spread):
 def test_a_certain_symbol_costs_no_words(kernel_path):
     streams = check_both_ways(np.full(700, 9, np.uint8), frequencies(np.eye(256)[9:10]), np.zeros(7, np.uint8), 100, 32)
     assert streams.words.size == 0
-    assert (streams.states == LOW).all()
+    assert (streams.states == MIN_STATE).all()
 
 
 def test_all_bytes_alike_cost_a_byte_each(kernel_path):
