@@ -1,6 +1,6 @@
-"""Layers `[L, B, H, T, D]` to token rows `[B*T, p]` and back, turning pairs of dims by their angle on the way.
+"""Layers `[L, B, H, T, D]` to token rows `[B*T, p]` and back, rotating pairs of dims by their angle on the way.
 
-A row is one token: all layers, then all heads, then all dims, p = L * H * D. Turning is RoPE (Su et al., arXiv
+A row is one token: all layers, then all heads, then all dims, p = L * H * D. The rotation is RoPE (Su et al., arXiv
 2104.09864) or its inverse, of any kind: an element becomes `x * cosine + partner * sine`. The angles come from
 `Rope` and so from `mx.fast.rope` itself: every path agrees with the model, and with each other bit for bit.
 """
@@ -25,16 +25,38 @@ _SLICES = 8  # more pieces than this are gathered one element at a time
 
 @dataclass(frozen=True)
 class RotationTable:
-    """How each layer's dims turn. cosines, sines: float32 `[R, T, D]`. partners: int32 `[R, D]`. table: int32 `[L]`,
-    which of the R kinds of rotation a layer has. Build it with `turns`."""
+    """Rotations of a range of tokens, as `rotation_table` makes them: R kinds, of which each layer has one.
+
+    Parameters
+    ----------
+    cosines
+        float32 `[R, T, D]`, 1 where nothing rotates.
+    sines
+        float32 `[R, T, D]`, the factors on partners, sign included.
+    partners
+        int32 `[R, D]`, the other dim of each dim's pair, or the dim itself.
+    layer_kinds
+        int32 `[L]`, each layer's kind.
+    """
 
     cosines: mx.array
     sines: mx.array
     partners: np.ndarray
-    table: np.ndarray
+    layer_kinds: np.ndarray
 
-    def only(self, kind: int) -> RotationTable:
-        """The rotation of a single kind."""
+    def of_kind(self, kind: int) -> RotationTable:
+        """Return the table of one kind alone.
+
+        Parameters
+        ----------
+        kind
+            Index below R.
+
+        Returns
+        -------
+        RotationTable
+            R and L are 1.
+        """
         pick = slice(kind, kind + 1)
         return RotationTable(self.cosines[pick], self.sines[pick], self.partners[pick], np.zeros(1, np.int32))
 
@@ -42,7 +64,31 @@ class RotationTable:
 def rotation_table(
     ropes: Sequence[Rope | None], dim: int, start: int, tokens: int, inverse: bool
 ) -> RotationTable | None:
-    """The rotation of tokens start..start + tokens of layers with these ropes, or None when no layer rotates."""
+    """Return the rotations of some layers' tokens.
+
+    Parameters
+    ----------
+    ropes
+        L rotary embeddings, one for each layer; None where it has none.
+    dim
+        D, the width of a head.
+    start
+        Position of the first token.
+    tokens
+        T, the number of tokens.
+    inverse
+        True undoes the rotation, False applies it.
+
+    Returns
+    -------
+    RotationTable | None
+        None when no layer rotates.
+
+    Examples
+    --------
+    >>> rotation_table([Rope(dims=4, base=1e4), None], dim=4, start=0, tokens=3, inverse=False).layer_kinds.tolist()
+    [0, 1]
+    """
     kinds = list(dict.fromkeys(ropes))
     if kinds == [None]:
         return None
@@ -55,50 +101,142 @@ def rotation_table(
     )
 
 
-def to_rows(x: mx.array, turn: RotationTable | None) -> mx.array:
-    """Layers x `[L, B, H, T, D]` of any float type to float32 rows `[B*T, L*H*D]`, in one pass over memory."""
-    return (metal_to_rows if metal.available() else reference_to_rows)(x, turn)
+def to_rows(x: mx.array, rotation: RotationTable | None) -> mx.array:
+    """Rotate layers and gather each token's values in a row, in one pass over memory.
+
+    Parameters
+    ----------
+    x
+        `[L, B, H, T, D]` of any float type.
+    rotation
+        The rotations of these layers and tokens; None leaves values as they are.
+
+    Returns
+    -------
+    mx.array
+        float32 `[B*T, L*H*D]`.
+
+    Examples
+    --------
+    >>> to_rows(mx.zeros((2, 1, 3, 5, 8)), None).shape
+    (5, 48)
+    """
+    return (metal_to_rows if metal.available() else reference_to_rows)(x, rotation)
 
 
-def from_rows(rows: mx.array, shape: tuple[int, ...], turn: RotationTable | None, dtype: mx.Dtype) -> mx.array:
-    """The inverse layout, of rows `[B*T, p]` float32 to layers `[L, B, H, T, D]` = shape of type dtype."""
-    return (metal_from_rows if metal.available() else reference_from_rows)(rows, shape, turn, dtype)
+def from_rows(rows: mx.array, shape: tuple[int, ...], rotation: RotationTable | None, dtype: mx.Dtype) -> mx.array:
+    """Scatter rows to layers and rotate them: the inverse layout of `to_rows`.
+
+    Parameters
+    ----------
+    rows
+        float32 `[B*T, L*H*D]`.
+    shape
+        Sizes of the result, (L, B, H, T, D).
+    rotation
+        The rotations of these layers and tokens; None leaves values as they are.
+    dtype
+        Float type of the result.
+
+    Returns
+    -------
+    mx.array
+        `[L, B, H, T, D]` of type dtype.
+    """
+    return (metal_from_rows if metal.available() else reference_from_rows)(rows, shape, rotation, dtype)
 
 
-def reference_to_rows(x: mx.array, turn: RotationTable | None) -> mx.array:
+def reference_to_rows(x: mx.array, rotation: RotationTable | None) -> mx.array:
+    """Rotate and gather by the array operations that define `to_rows`.
+
+    Parameters
+    ----------
+    x, rotation
+        See `to_rows`.
+
+    Returns
+    -------
+    mx.array
+        See `to_rows`.
+    """
     layers, batch, heads, tokens, dim = x.shape
-    if turn is not None:
-        x = _rotate(x.astype(mx.float32), turn)
+    if rotation is not None:
+        x = _rotate(x.astype(mx.float32), rotation)
     return x.transpose(1, 3, 0, 2, 4).astype(mx.float32).reshape(batch * tokens, layers * heads * dim)
 
 
-def metal_to_rows(x: mx.array, turn: RotationTable | None) -> mx.array:
-    if turn is None or x.size == 0:  # MLX's own copy does it in one pass
-        return reference_to_rows(x, turn)
+def metal_to_rows(x: mx.array, rotation: RotationTable | None) -> mx.array:
+    """Rotate and gather by the kernel, one thread for each value.
+
+    Parameters
+    ----------
+    x, rotation
+        See `to_rows`.
+
+    Returns
+    -------
+    mx.array
+        See `to_rows`.
+    """
+    if rotation is None or x.size == 0:  # MLX's own copy does it in one pass
+        return reference_to_rows(x, rotation)
     layers, batch, heads, tokens, dim = x.shape
-    return _launch(x, x.shape, turn, (batch * tokens, layers * heads * dim), mx.float32, to_rows=True)
+    return _launch(x, x.shape, rotation, (batch * tokens, layers * heads * dim), mx.float32, to_rows=True)
 
 
 def reference_from_rows(
-    rows: mx.array, shape: tuple[int, ...], turn: RotationTable | None, dtype: mx.Dtype
+    rows: mx.array, shape: tuple[int, ...], rotation: RotationTable | None, dtype: mx.Dtype
 ) -> mx.array:
+    """Scatter and rotate by the array operations that define `from_rows`.
+
+    Parameters
+    ----------
+    rows, shape, rotation, dtype
+        See `from_rows`.
+
+    Returns
+    -------
+    mx.array
+        See `from_rows`.
+    """
     layers, batch, heads, tokens, dim = shape
     x = rows.reshape(batch, tokens, layers, heads, dim).transpose(2, 0, 3, 1, 4)
-    return (x if turn is None else _rotate(mx.contiguous(x), turn)).astype(dtype)
+    return (x if rotation is None else _rotate(mx.contiguous(x), rotation)).astype(dtype)
 
 
-def metal_from_rows(rows: mx.array, shape: tuple[int, ...], turn: RotationTable | None, dtype: mx.Dtype) -> mx.array:
-    if turn is None or rows.size == 0:
-        return reference_from_rows(rows, shape, turn, dtype)
-    return _launch(rows, shape, turn, shape, dtype, to_rows=False)
+def metal_from_rows(
+    rows: mx.array, shape: tuple[int, ...], rotation: RotationTable | None, dtype: mx.Dtype
+) -> mx.array:
+    """Scatter and rotate by the kernel, one thread for each value.
+
+    Parameters
+    ----------
+    rows, shape, rotation, dtype
+        See `from_rows`.
+
+    Returns
+    -------
+    mx.array
+        See `from_rows`.
+    """
+    if rotation is None or rows.size == 0:
+        return reference_from_rows(rows, shape, rotation, dtype)
+    return _launch(rows, shape, rotation, shape, dtype, to_rows=False)
 
 
 def _launch(
-    x: mx.array, shape: tuple[int, ...], turn: RotationTable, out: tuple[int, ...], dtype: mx.Dtype, to_rows: bool
+    x: mx.array, shape: tuple[int, ...], rotation: RotationTable, out: tuple[int, ...], dtype: mx.Dtype, to_rows: bool
 ) -> mx.array:
     layers, batch, heads, tokens, dim = shape
     return _ROWS(
-        inputs=[x, turn.cosines, turn.sines, mx.array(turn.partners), mx.array(turn.table), mx.array(shape)],
+        inputs=[
+            x,
+            rotation.cosines,
+            rotation.sines,
+            mx.array(rotation.partners),
+            mx.array(rotation.layer_kinds),
+            mx.array(shape),
+        ],
         template=[("T", dtype), ("TO_ROWS", to_rows)],
         grid=(dim, tokens, layers * batch * heads),
         threadgroup=(64, 4, 1),
@@ -110,7 +248,7 @@ def _launch(
 def _angles(
     rope: Rope | None, dim: int, start: int, tokens: int, inverse: bool
 ) -> tuple[mx.array, mx.array, np.ndarray]:
-    """Cosines and sines `[T, D]` and partners `[D]` of one kind of rotation."""
+    """Return cosines and sines `[T, D]` and partners `[D]` of one kind of rotation."""
     partner, first = np.arange(dim, dtype=np.int32), np.ones(dim, dtype=np.float32)
     if rope is None:
         return mx.ones((tokens, dim)), mx.zeros((tokens, dim)), partner
@@ -127,15 +265,15 @@ def _angles(
     return mx.array(cosine), mx.array(sine), partner
 
 
-def _rotate(x: mx.array, turn: RotationTable) -> mx.array:
-    """x `[L, B, H, T, D]` float32, each layer turned."""
-    if len(turn.partners) > 1:
-        return mx.stack([_rotate(layer, turn.only(kind)) for layer, kind in zip(x, turn.table)])
-    return x * turn.cosines + _permuted(x, turn.partners[0]) * turn.sines
+def _rotate(x: mx.array, rotation: RotationTable) -> mx.array:
+    """Rotate `[L, B, H, T, D]` float32, each layer by its kind."""
+    if len(rotation.partners) > 1:
+        return mx.stack([_rotate(layer, rotation.of_kind(kind)) for layer, kind in zip(x, rotation.layer_kinds)])
+    return x * rotation.cosines + _permuted(x, rotation.partners[0]) * rotation.sines
 
 
 def _permuted(x: mx.array, order: np.ndarray) -> mx.array:
-    """x with its last axis in another order: a few slices where that is all it takes, which is several times faster."""
+    """Reorder the last axis: a few slices where that is all it takes, which is several times faster."""
     edges = [0, *(np.flatnonzero(np.diff(order) != 1) + 1).tolist(), len(order)]
     if len(edges) > _SLICES:
         return mx.take(x, mx.array(order), axis=-1)
@@ -148,8 +286,8 @@ def _example(tokens: int) -> tuple[mx.array, RotationTable | None]:
 
 
 def _example_back(tokens: int) -> tuple[mx.array, tuple[int, ...], RotationTable | None, mx.Dtype]:
-    x, turn = _example(tokens)
-    return reference_to_rows(x, None), x.shape, turn, x.dtype
+    x, rotation = _example(tokens)
+    return reference_to_rows(x, None), x.shape, rotation, x.dtype
 
 
 register(
