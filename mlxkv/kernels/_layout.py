@@ -20,8 +20,8 @@ def to_tiles(x: mx.array, tile_tokens: int, tile_dims: int) -> mx.array:
     Returns
     -------
     mx.array
-        `[..., ceil(T / tile_tokens), tile_tokens, ceil(D / tile_dims), tile_dims]`; the last row and the last column are
-        repeated to fill the last tiles, which moves no minimum and no maximum.
+        `[..., ceil(T / tile_tokens), tile_tokens, ceil(D / tile_dims), tile_dims]`; the last row and the last column
+        are repeated to fill the last tiles, which moves no minimum and no maximum.
     """
     *lead, length, dim = x.shape
     more = (-length % tile_tokens, -dim % tile_dims)

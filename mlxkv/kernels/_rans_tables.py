@@ -30,8 +30,8 @@ def frequencies(counts: np.ndarray) -> np.ndarray:
 
     Notes
     -----
-    Sainte-Lague apportionment, which minimises the code length up to the step from log(1 + 1/f) to 1 / (f + 1/2). It works
-    with integers, and ties go to the lower symbol: equal counts give equal tables everywhere.
+    Sainte-Lague apportionment, which minimises the code length up to the step from log(1 + 1/f) to 1 / (f + 1/2). It
+    works with integers, and ties go to the lower symbol: equal counts give equal tables everywhere.
 
     Examples
     --------

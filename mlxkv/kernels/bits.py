@@ -22,8 +22,8 @@ from mlxkv.kernels.operations import Example, Operation, register
 CODE_BITS = (2, 3, 4, 8)
 UNQUANTIZED = 16
 
-# The bodies have their own names for the parts of a QuantizedArray: its bias is their `shift`, its tiles their TOKENS and
-# DIMS. decode_attention.metal does so too, since there `bias` is what is added to scores.
+# The bodies have names of their own for a QuantizedArray: bias is their `shift`, tile_tokens and tile_dims their TOKENS
+# and DIMS. So has decode_attention.metal, where `bias` is what is added to scores.
 _PACK = Kernel("bits_pack", inputs=("x", "shift", "scale"), outputs=("words",))
 _UNPACK = Kernel("bits_unpack", inputs=("words", "shift", "scale"), outputs=("x",))
 
@@ -138,9 +138,9 @@ def bias_and_scale(x: mx.array, bits: int, tile_tokens: int, tile_dims: int) -> 
     Returns
     -------
     tuple[mx.array, mx.array]
-        Bias and scale, each `[..., ceil(T / tile_tokens), ceil(D / tile_dims)]` of x's type. A constant tile has scale 0.
-        A tile that holds NaN or an infinity, or spreads beyond float32, has scale NaN and so decodes as NaN: damage stays
-        visible.
+        Bias and scale, each `[..., ceil(T / tile_tokens), ceil(D / tile_dims)]` of x's type. A constant tile has scale
+        0. A tile that holds NaN or an infinity, or spreads beyond float32, has scale NaN and so decodes as NaN: damage
+        stays visible.
     """
     tiles = to_tiles(x.astype(mx.float32), tile_tokens, tile_dims)  # float16 minima take ten times as long on a CPU
     low, high = tiles.min(axis=(-3, -1)), tiles.max(axis=(-3, -1))
@@ -318,7 +318,7 @@ def _call(
     shape: tuple[int, ...],
     dtype: mx.Dtype,
 ) -> mx.array:
-    """Launch one thread for each element of an output of this shape, `[..., T, columns]`. Without elements, no kernel."""
+    """Launch a thread for each element of an output of this shape, `[..., T, columns]`; none without elements."""
     if 0 in shape:
         return mx.zeros(shape, dtype)
     flat = (math.prod(shape[:-2]), *shape[-2:])

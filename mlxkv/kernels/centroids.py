@@ -25,21 +25,65 @@ _ROWS = 8  # SIMD-groups of a threadgroup
 
 
 def assign(x: mx.array, centroids: mx.array, counts: mx.array, metric: Metric = "cosine") -> tuple[mx.array, mx.array]:
-    """Index `[N, T]` int32 of each token's nearest centroid and their similarity `[N, T]` float32.
+    """Return each token's nearest centroid and their similarity.
 
-    x: `[N, T, D]` float32, float16 or bfloat16. centroids: `[N, C, D]`. counts: `[N, C]`. Similarity is the cosine (0
-    where a vector is zero) or minus the squared euclidean distance. Ties go to the lowest index; without any centroid
-    that is not empty, and for a token that holds NaN, the index is -1 and the similarity -inf. Distances are compared by products, |c|^2 / 2 - x . c: of
-    two that differ by less than float32's rounding of the squared norms either is the nearest.
+    Parameters
+    ----------
+    x
+        Tokens `[N, T, D]`, float32, float16 or bfloat16.
+    centroids
+        `[N, C, D]` of any float type.
+    counts
+        `[N, C]`, above 0 where a centroid is not empty.
+    metric
+        Similarity: "cosine", 0 where a vector is zero, or "euclidean", minus the squared distance.
+
+    Returns
+    -------
+    tuple[mx.array, mx.array]
+        Index int32 `[N, T]` and similarity float32 `[N, T]`. Ties go to the lowest index; where all centroids are
+        empty, and for a token that holds NaN, the index is -1 and the similarity -inf.
+
+    Notes
+    -----
+    Distances are compared by products, |c|^2 / 2 - x . c: of two that differ by less than float32's rounding of the
+    squared norms either is the nearest.
+
+    Examples
+    --------
+    >>> centroids = mx.array([[[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]]])
+    >>> nearest, similarity = assign(mx.array([[[3.0, 0.0], [0.0, 2.0]]]), centroids, counts=mx.array([[1, 1, 0]]))
+    >>> nearest.tolist(), similarity.tolist()
+    ([[0, 1]], [[1.0, 1.0]])
     """
     return (metal_assign if metal.available() else reference_assign)(x, centroids, counts, metric)
 
 
 def sums(x: mx.array, owner: mx.array, clusters: int, weights: mx.array | None = None) -> tuple[mx.array, mx.array]:
-    """The weighted sum of each cluster's tokens `[N, C, D]` and the sum of their weights `[N, C]`, both float32.
+    """Add up the tokens of each cluster.
 
-    x: `[N, T, D]` float32, float16 or bfloat16. owner: int32 `[N, T]`, a token's cluster below C = clusters, or -1 for
-    a token that belongs to none. weights: `[N, T]`, 1 where None. Added token by token, so the same bits every time.
+    Parameters
+    ----------
+    x
+        Tokens `[N, T, D]`, float32, float16 or bfloat16.
+    owner
+        int32 `[N, T]`, each token's cluster below C, or -1 for a token that belongs to none.
+    clusters
+        C, the number of clusters.
+    weights
+        `[N, T]`, each token's weight; None is 1 for all.
+
+    Returns
+    -------
+    tuple[mx.array, mx.array]
+        Weighted sums `[N, C, D]` and sums of weights `[N, C]`, float32. Added token by token, so the same bits every
+        time.
+
+    Examples
+    --------
+    >>> total, number = sums(mx.array([[[1.0], [2.0], [4.0]]]), owner=mx.array([[0, 1, 0]]), clusters=2)
+    >>> total.tolist(), number.tolist()
+    ([[[5.0], [2.0]]], [[2.0, 1.0]])
     """
     return (metal_sums if metal.available() else reference_sums)(x, owner, clusters, weights)
 
@@ -47,10 +91,34 @@ def sums(x: mx.array, owner: mx.array, clusters: int, weights: mx.array | None =
 def update(
     x: mx.array, owner: mx.array, centroids: mx.array, counts: mx.array, weights: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
-    """Centroids `[N, C, D]` and counts `[N, C]` float32 after taking in x `[N, T, D]`, each token by its owner `[N, T]`.
+    """Move centroids to the mean of all tokens they ever owned.
 
-    mean' = (count * mean + sum of weight * x) / count', count' = count + sum of weights. A centroid that owns no token
-    keeps its bits, and an empty one becomes the mean of its tokens.
+    mean' = (count * mean + sum of weight * x) / count', count' = count + sum of weights.
+
+    Parameters
+    ----------
+    x
+        New tokens `[N, T, D]`, float32, float16 or bfloat16.
+    owner
+        int32 `[N, T]`, each token's centroid, or -1 for none.
+    centroids
+        Means `[N, C, D]` before these tokens.
+    counts
+        `[N, C]`, the weight of all tokens before these.
+    weights
+        `[N, T]`, each token's weight; None is 1 for all.
+
+    Returns
+    -------
+    tuple[mx.array, mx.array]
+        Centroids `[N, C, D]` and counts `[N, C]`, float32. A centroid that owns no token keeps its bits, and an empty
+        one becomes the mean of its tokens.
+
+    Examples
+    --------
+    >>> means, counts = mx.array([[[4.0], [9.0]]]), mx.array([[1.0, 0.0]])
+    >>> update(mx.array([[[2.0], [7.0]]]), mx.array([[0, 1]]), means, counts)[0].tolist()
+    [[[3.0], [7.0]]]
     """
     total, number = sums(x, owner, counts.shape[1], weights)
     held = mx.where(counts[..., None] > 0, counts[..., None] * centroids, 0)
@@ -61,6 +129,18 @@ def update(
 def reference_assign(
     x: mx.array, centroids: mx.array, counts: mx.array, metric: Metric = "cosine"
 ) -> tuple[mx.array, mx.array]:
+    """Assign by the array operations that define `assign`.
+
+    Parameters
+    ----------
+    x, centroids, counts, metric
+        See `assign`.
+
+    Returns
+    -------
+    tuple[mx.array, mx.array]
+        See `assign`.
+    """
     if 0 in x.shape:
         return mx.zeros(x.shape[:2], mx.int32), mx.zeros(x.shape[:2])
     directions, offsets = _terms(centroids, counts, metric)
@@ -73,6 +153,18 @@ def reference_assign(
 def reference_sums(
     x: mx.array, owner: mx.array, clusters: int, weights: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
+    """Add up by the array operations that define `sums`.
+
+    Parameters
+    ----------
+    x, owner, clusters, weights
+        See `sums`.
+
+    Returns
+    -------
+    tuple[mx.array, mx.array]
+        See `sums`.
+    """
     N, _, D = x.shape
     weights = _weights(owner, weights)
     row, slot = mx.arange(N)[:, None], mx.where(owner < 0, clusters, owner)  # one more cluster for those of none
@@ -84,6 +176,18 @@ def reference_sums(
 def metal_assign(
     x: mx.array, centroids: mx.array, counts: mx.array, metric: Metric = "cosine"
 ) -> tuple[mx.array, mx.array]:
+    """Assign by the kernel, 32 tokens a threadgroup.
+
+    Parameters
+    ----------
+    x, centroids, counts, metric
+        See `assign`.
+
+    Returns
+    -------
+    tuple[mx.array, mx.array]
+        See `assign`.
+    """
     if 0 in x.shape:
         return reference_assign(x, centroids, counts, metric)
     N, T, _ = x.shape
@@ -100,6 +204,18 @@ def metal_assign(
 def metal_sums(
     x: mx.array, owner: mx.array, clusters: int, weights: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
+    """Add up by the kernel, a SIMD-group for each cluster and 32 dims.
+
+    Parameters
+    ----------
+    x, owner, clusters, weights
+        See `sums`.
+
+    Returns
+    -------
+    tuple[mx.array, mx.array]
+        See `sums`.
+    """
     N, _, D = x.shape
     if 0 in (*x.shape, clusters):
         return mx.zeros((N, clusters, D)), mx.zeros((N, clusters))
@@ -114,7 +230,7 @@ def metal_sums(
 
 
 def _terms(centroids: mx.array, counts: mx.array, metric: Metric) -> tuple[mx.array, mx.array]:
-    """Directions `[N, C, D]` and offsets `[N, C]`, float32: `x . direction + offset` orders centroids, -inf is empty."""
+    """Return directions `[N, C, D]` and offsets `[N, C]`, float32: `x . direction + offset` ranks centroids."""
     held = counts > 0
     directions = mx.where(held[..., None], centroids.astype(mx.float32), 0)
     squares = mx.square(directions).sum(axis=-1)
@@ -124,7 +240,7 @@ def _terms(centroids: mx.array, counts: mx.array, metric: Metric) -> tuple[mx.ar
 
 
 def _similarity(x: mx.array, centroids: mx.array, nearest: mx.array, metric: Metric) -> mx.array:
-    """The similarity of each token and its nearest centroid, `[N, T]`, from the vectors themselves: no cancellation."""
+    """Return the similarity `[N, T]` of tokens and their nearest centroids, from the vectors: nothing cancels out."""
     chosen = mx.take_along_axis(centroids, mx.maximum(nearest, 0)[..., None], axis=1).astype(mx.float32)
     x = x.astype(mx.float32)
     if metric == "cosine":
@@ -143,7 +259,7 @@ def _weights(owner: mx.array, weights: mx.array | None) -> mx.array:
 
 
 def _example(tokens: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Tokens close to a centroid each, so that no rounding can change which is the nearest."""
+    """Return tokens close to a centroid each, so that no rounding can change which is the nearest."""
     means = mx.random.normal((8, 256, 128), key=mx.random.key(0))
     noise = mx.random.normal((8, tokens, 128), key=mx.random.key(1))
     return (means[:, mx.arange(tokens) % 256] + 0.1 * noise).astype(mx.bfloat16), means, mx.ones((8, 256))

@@ -1,4 +1,4 @@
-"""Attention of one new token over quantized keys and values, in buckets of any precision, without unpacking them in memory.
+"""Attention of one new token over quantized keys and values, in buckets of any precision, never unpacked in memory.
 
 The kernel is one pass over each bucket: the running maximum and sum of the online softmax
 (https://arxiv.org/abs/1805.02867) for splits of the tokens, as in flash-decoding
@@ -42,29 +42,29 @@ _ATTEND = Kernel(
 def decode_attention(
     queries: mx.array, buckets: Sequence[Bucket], scale: float, bias: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
-    """Return softmax(scale * queries . keys + bias) . values, accumulated in float32, and the attention mass of each token.
+    """Return softmax(scale * queries . keys + bias) . values, accumulated in float32, and each token's attention mass.
 
     Parameters
     ----------
     queries
         `[B, Hq, 1, D]`, one token; D up to 576.
     buckets
-        Pairs of keys `[B, Hkv, Tb, D]` and values `[B, Hkv, Tb, Dv]`, at least one, both of one float type, each with its
-        own bits and tiles; Tb may be 0, Dv up to 576. Hq is a multiple of Hkv: query head h reads key/value head
+        Pairs of keys `[B, Hkv, Tb, D]` and values `[B, Hkv, Tb, Dv]`, at least one, both of one float type, each with
+        its own bits and tiles; Tb may be 0, Dv up to 576. Hq is a multiple of Hkv: query head h reads key/value head
         h // (Hq // Hkv).
     scale
         Factor on the products, such as D**-0.5.
     bias
-        Added to the scaled products, `[B, 1 or Hkv or Hq, T]`, of all T tokens in the order of the buckets; -inf masks a
-        token. None adds nothing.
+        Added to the scaled products, `[B, 1 or Hkv or Hq, T]`, of all T tokens in the order of the buckets; -inf masks
+        a token. None adds nothing.
 
     Returns
     -------
     tuple[mx.array, mx.array]
-        The output `[B, Hq, 1, Dv]` of queries' type, and the mass `[B, Hkv, T]` float32: each token's attention probability,
-        summed over the query heads that share its key/value head, so a row sums to Hq / Hkv. That is what importance per
-        token and head accumulates (H2O, https://arxiv.org/abs/2306.14048). Where every token is masked, or there is none,
-        output and mass are 0; NaN and infinite keys or queries give NaN, as plain softmax does.
+        The output `[B, Hq, 1, Dv]` of queries' type, and the mass `[B, Hkv, T]` float32: each token's attention
+        probability, summed over the query heads that share its key/value head, so a row sums to Hq / Hkv. That is what
+        importance per token and head accumulates (H2O, https://arxiv.org/abs/2306.14048). Where every token is masked,
+        or there is none, output and mass are 0; NaN and infinite keys or queries give NaN, as plain softmax does.
 
     Raises
     ------
@@ -128,7 +128,7 @@ def reference_decode_attention(
 
 
 def _tiles(bucket: Bucket) -> Iterator[Bucket]:
-    """Cut a bucket's tokens into pieces of TILE_FLOATS unpacked floats, at the edges of tiles of both keys and values."""
+    """Cut a bucket into pieces of TILE_FLOATS unpacked floats, at the edges of tiles of both keys and values."""
     keys, values = bucket
     tokens = math.lcm(keys.tile_tokens, values.tile_tokens)
     step = max(1, TILE_FLOATS // (math.prod(keys.shape[:-2]) * max(keys.dim, values.dim) * tokens)) * tokens
@@ -273,7 +273,7 @@ def metal_decode_attention(
 
 
 def _attend(queries: mx.array, k: QuantizedArray, v: QuantizedArray, bias: mx.array) -> list[mx.array]:
-    """Attend to one bucket: scores `[B, Hq, T]`, and of each split outputs `[B, Hq, S, Dv]`, maxima and sums `[B, Hq, S]`."""
+    """Return a bucket's scores `[B, Hq, T]` and its splits' outputs `[B, Hq, S, Dv]`, maxima and sums `[B, Hq, S]`."""
     B, Hkv, T, Dv = v.shape
     Hq, D = queries.shape[1:]
     passes = -(-Hq // Hkv // min(MAX_HEADS, max(1, REGISTER_FLOATS // (D + Dv))))
@@ -301,13 +301,13 @@ def _attend(queries: mx.array, k: QuantizedArray, v: QuantizedArray, bias: mx.ar
 
 
 def _tile(name: str, packed: QuantizedArray) -> dict[str, int]:
-    """Return the tile's template values: compiled in, as dividing by a constant is cheap; one kernel for unquantized values."""
+    """Return the tile as template values, since dividing by a constant is cheap; always 1 x 1 for unquantized ones."""
     tokens, dims = (1, 1) if packed.is_unquantized else (packed.tile_tokens, packed.tile_dims)
     return {f"{name}_TOKENS": tokens, f"{name}_DIMS": dims}
 
 
 def _buffers(packed: QuantizedArray) -> tuple[mx.array, mx.array, mx.array]:
-    """Return words, bias, scale; an unread element for those that unquantized values lack, as buffers cannot be empty."""
+    """Return words, bias, scale; unread elements where unquantized values have none, as no buffer can be empty."""
     if packed.is_unquantized:
         unread = mx.zeros((1, 1, 1, 1))
         return packed.words, unread, unread

@@ -314,7 +314,7 @@ def metal_unpack(payload: mx.array, runs: Sequence[Run], rank: int, tokens: int)
 
 
 def _table(runs: Sequence[Run], tokens: int) -> mx.array:
-    """Return the kernels' table of runs, int32 `[runs, 6]`: first byte, first group, first component, count, size, bits."""
+    """Return int32 `[runs, 6]`, for the kernels: first byte, first group, first component, count, size, bits."""
     return mx.array(list(_rows(runs, tokens)), dtype=mx.int32)
 
 

@@ -1,8 +1,9 @@
 """Entropy coding: interleaved rANS over bytes, one lane (a GPU thread) a stream.
 
 rANS: Duda, arXiv 1311.2540; interleaving: Giesen, arXiv 1402.3392. States have 32 bits and stay at 2**16 or above,
-words have 16 bits, frequencies 12. Symbol i belongs to lane i % lanes and is coded with table table_of[i // chunk_size]:
-static tables, so that lanes need nothing of each other. Integers only: every device makes and reads the same words.
+words have 16 bits, frequencies 12. Symbol i belongs to lane i % lanes and has the table
+`table_of[i // chunk_size]`: static tables, so that lanes need nothing of each other. Integers only: every device makes
+and reads the same words.
 
 Departure from Giesen: lanes do not share one stream of words but have their own, back to back, because GPU threads
 of different groups cannot agree on whose word is next. That costs each lane a count of its words.
@@ -64,7 +65,7 @@ def encode(symbols: np.ndarray, tables: np.ndarray, table_of: np.ndarray, chunk_
     tables
         uint16 `[K, 256]`, K from 1 to 256, each of which sums to 4,096.
     table_of
-        uint8 `[ceil(N / chunk_size)]`, the table of each chunk.
+        uint8 `[ceil(N / chunk_size)]`, the index of each chunk's table.
     chunk_size
         Symbols of a chunk, at least 1.
     lanes
@@ -118,7 +119,8 @@ def decode(streams: Streams, tables: np.ndarray, table_of: np.ndarray, chunk_siz
     Raises
     ------
     FormatError
-        For tables or shapes that do not fit, and for lanes that do not end in state 2**16 exactly at the end of their words.
+        For tables or shapes that do not fit, and for lanes that do not end in state 2**16 exactly at the end of their
+        words.
     """
     return (metal_decode if metal.available() else reference_decode)(streams, tables, table_of, chunk_size, size)
 
@@ -306,7 +308,7 @@ def _check_model(
         raise error(f"frequencies of a table must sum to {TOTAL}")
     if not (1 <= chunk_size < MAX_SYMBOLS and 1 <= lanes < MAX_SYMBOLS and 0 <= size < MAX_SYMBOLS):
         raise error(
-            f"chunk_size, lanes and symbols must be below 2**31 and the first two 1 or more: {chunk_size}, {lanes}, {size}"
+            f"chunk, lanes and symbols must be below 2**31 and the first two 1 or more: {chunk_size}, {lanes}, {size}"
         )
     if (
         table_of.shape != (-(-size // chunk_size),)
