@@ -10,7 +10,9 @@ import typer
 
 Dtype = Annotated[
     Literal["auto", "float16", "float32"],
-    typer.Option(help="How the cache is dumped; auto is float16 when that loses nothing, else float32."),
+    typer.Option(
+        help="Type that the cache is stored or coded from; auto is float16 where that loses nothing, else float32."
+    ),
 ]
 
 

@@ -20,13 +20,15 @@ def calibrate_command(
     out: Annotated[Path, typer.Option(help="Folder for the artifacts.", show_default=False)],
     npz: Annotated[list[Path] | None, typer.Option(help="Dumps to calibrate on: one flag with several files.")] = None,
     more: Annotated[list[Path] | None, typer.Argument(help="Further dumps.", metavar="[NPZ]...")] = None,
-    compression_ratio: Annotated[float | None, typer.Option(help="Sets the bits: 16 / ratio an element.")] = None,
+    compression_ratio: Annotated[float | None, typer.Option(help="Sets the bits: 16 / ratio per element.")] = None,
     method: Annotated[
         str | None, typer.Option(help="A method preset, such as kvtc-16 or kvtc-rd, in place of a ratio.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="Check the dumps against this model preset.")] = None,
     rank: Annotated[int | None, typer.Option(help="Components to consider; follows from the ratio by default.")] = None,
-    max_bit_budget: Annotated[int | None, typer.Option(help="Bits a token and stream, at most.")] = None,
+    max_bit_budget: Annotated[
+        int | None, typer.Option(help="Bits per token, for keys and for values each, at most.")
+    ] = None,
     samples_per_file: Annotated[int | None, typer.Option(help="Tokens to use of each dump, at most.")] = None,
     basis_bytes: Annotated[
         int | None,
@@ -34,7 +36,7 @@ def calibrate_command(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Learn a basis, and what a method needs with it, from dumps of one model.
+    """Learn a codec's artifacts (basis, bit plan or tables) from dumps of one model.
 
     Example: mlxkv calibrate --npz a.npz b.npz --compression-ratio 16 --out artifacts
     """

@@ -21,27 +21,31 @@ if TYPE_CHECKING:
 def compress_command(
     npz: Annotated[Path, typer.Option(help="The dump to compress.", show_default=False)],
     artifacts: Artifacts,
-    out: Annotated[Path, typer.Option(help="The container to write.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The compressed file (.mlxkv) to write.", show_default=False)],
     recent: Annotated[
-        int, typer.Option(min=0, help="Newest tokens (the window) to keep exactly; by kvtc-rd at a higher quality.")
+        int, typer.Option(min=0, help="Newest tokens kept unquantized; kvtc-rd codes them at a higher quality instead.")
     ] = 128,
-    sinks: Annotated[int, typer.Option(min=0, help="First tokens to keep exactly.")] = 4,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens kept unquantized.")] = 4,
     raw_window: Annotated[
-        bool, typer.Option("--raw-window", help="Keep the window exactly by kvtc-rd as well.")
+        bool, typer.Option("--raw-window", help="Keep the newest tokens unquantized with kvtc-rd too.")
     ] = False,
     lossless: Annotated[
-        str, typer.Option(help="Last stage of kvtc: deflate, rans (smaller, slower on a CPU) or raw.")
+        str, typer.Option(help="Lossless stage of kvtc: deflate, rans (smaller, slower on a CPU) or raw (none).")
     ] = "deflate",
-    quality: Annotated[float | None, typer.Option(help="0 to 100 for kvtc-rd: ten points more halve the step.")] = None,
-    target_ratio: Annotated[float | None, typer.Option(help="Times smaller than fp16, the whole file.")] = None,
-    target_bytes: Annotated[int | None, typer.Option(help="Size of the whole file.")] = None,
+    quality: Annotated[
+        float | None, typer.Option(help="0 to 100 for kvtc-rd (35): 10 points more halve the quantization step.")
+    ] = None,
+    target_ratio: Annotated[
+        float | None, typer.Option(help="Compression ratio of the whole file against fp16.")
+    ] = None,
+    target_bytes: Annotated[int | None, typer.Option(help="Bytes of the whole file.")] = None,
     target_kl: Annotated[
-        float | None, typer.Option(help="Nats a token that predictions may diverge; needs --model.")
+        float | None, typer.Option(help="Largest mean KL divergence in nats per token; needs --model.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="The model of the dump, for --target-kl.")] = None,
     append: Annotated[
         bool,
-        typer.Option("--append", help="Bring --out, of the same conversation, up to the dump without rewriting it."),
+        typer.Option("--append", help="Extend --out, an earlier file of this conversation, by the dump's new tokens."),
     ] = False,
     json: Json = False,
 ) -> None:

@@ -16,7 +16,7 @@ from mlxkv.cli._output import Artifacts, Json, print_record, progress_bar
 
 @commands.register("decompress")
 def decompress_command(
-    file: Annotated[Path, typer.Argument(help="A container written by mlxkv compress.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="A file written by mlxkv compress.", show_default=False)],
     artifacts: Artifacts,
     out: Annotated[Path, typer.Option(help="The .npz to write.", show_default=False)],
     tokens: Annotated[

@@ -29,7 +29,7 @@ def dump_command(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Run a prompt and write the model's cache to an .npz file.
+    """Run a prompt and write the model's cache, a dump, to an .npz file.
 
     Example: mlxkv dump --model smollm2-135m --prompt-file notes.txt --out notes.npz
     """

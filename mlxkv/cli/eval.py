@@ -53,7 +53,7 @@ class Evaluations(TyperGroup):
 command = typer.Typer(
     cls=Evaluations,
     no_args_is_help=True,
-    help="""Measure the effect of a live cache or a codec on a model, beside the untouched cache in the same run.
+    help="""Measure the effect of a live cache or a codec on a model, compared with the full cache in the same run.
 
     Example: mlxkv eval fidelity --model smollm2-135m --cache int8
 
@@ -86,7 +86,7 @@ def _command(name: str) -> Callable[..., None]:
     needed = "".join(f" --{f.name} {f.name.upper()}" for f in fields(options_class) if f.default is MISSING)
     command.__doc__ = (
         f"{_paragraphs(inspect.getdoc(kind) or '')}\n\nExample: mlxkv eval {name}{needed} --model smollm2-135m --cache int8 --out {name}.json\n\n"
-        f"Stopped before its end, the same command goes on from what {name}.json{PARTIAL} has of it."
+        f"If it is interrupted, run it again: it resumes from {name}.json{PARTIAL}."
     )
     shared = Signature.from_callable(_shared, eval_str=True).parameters.values()
     first = [parameter for parameter in shared if parameter.name in ("model", "cache", "artifacts")]
@@ -104,19 +104,20 @@ def _paragraphs(text: str) -> str:
 def _shared(
     *,
     model: Model,
-    cache: Annotated[list[str] | None, typer.Option(help="A live preset or method; may be repeated.")] = None,
+    cache: Annotated[list[str] | None, typer.Option(help="Live preset or method. May be repeated.")] = None,
     artifacts: Annotated[
-        list[Path] | None, typer.Option(help="A folder of mlxkv calibrate: its codec; may be repeated.")
+        list[Path] | None,
+        typer.Option(help="Folder written by mlxkv calibrate; evaluates that codec. May be repeated."),
     ] = None,
     recent: Annotated[
-        int | None, typer.Option(min=0, help="Newest tokens a codec keeps exactly, 128 if not given.")
+        int | None, typer.Option(min=0, help="Newest tokens that a codec keeps unquantized (128).")
     ] = None,
-    sinks: Annotated[int | None, typer.Option(min=0, help="First tokens likewise, 4 if not given.")] = None,
+    sinks: Annotated[int | None, typer.Option(min=0, help="First tokens that a codec keeps unquantized (4).")] = None,
     dtype: Dtype = "auto",
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Samples of each kind for each seed, at most; drawn by the seed.")
+        int | None, typer.Option(min=1, help="At most this many samples of each kind and seed, drawn by the seed.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds samples are drawn with: 0, 1, ...")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds that samples are drawn with: 0, 1, ...")] = 1,
     out: Annotated[
         Path | None, typer.Option(help="Write the JSON result here: every sample, settings, machine.")
     ] = None,

@@ -24,7 +24,7 @@ def generate_command(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate, at most.")] = 128,
     json: Json = False,
 ) -> None:
-    """Generate: from a cache in a file, restored into mlx-lm, or in a live cache that stays small.
+    """Generate text from a compressed file or a dump, or in a live cache that stays small.
 
     Example: mlxkv generate notes.mlxkv --artifacts artifacts --model smollm2-135m --prompt "In short:"
 

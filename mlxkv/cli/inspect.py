@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 @commands.register("inspect")
 def inspect_command(
-    file: Annotated[Path, typer.Argument(help="A dump, an artifacts folder or a container.", show_default=False)],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A dump, an artifacts folder, a compressed file or a saved live cache.", show_default=False
+        ),
+    ],
     json: Json = False,
 ) -> None:
     """Explain a file or folder that mlxkv wrote, and verify its checksums.

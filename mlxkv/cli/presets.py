@@ -10,7 +10,7 @@ from mlxkv.cli._output import Json, print_table
 
 @commands.register("presets")
 def presets_command(json: Json = False) -> None:
-    """List presets and installed live methods, with the option that takes them. --cache is for live methods.
+    """List presets and live methods, and the option that each goes with.
 
     Example: mlxkv presets
     """
