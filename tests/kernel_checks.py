@@ -1,4 +1,4 @@
-"""What every kernel's tests share: integers are identical to the reference, floats within TOLERANCE."""
+"""Comparison in every kernel's tests: integers are identical to the reference, floats within TOLERANCE."""
 
 import mlx.core as mx
 import numpy as np

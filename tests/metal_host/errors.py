@@ -1,4 +1,4 @@
-"""What the host runner raises."""
+"""Errors of the host runner."""
 
 
 class HostError(RuntimeError):

@@ -26,7 +26,7 @@ _INPUT, _OUTPUT, _FILLED_OUTPUT = range(3)
 
 @dataclass(frozen=True)
 class HostKernel:
-    """What metal_kernel returns: call it with the keywords of MLX's kernels."""
+    """A kernel that runs on the host, called with the keywords of MLX's kernels."""
 
     name: str
     input_names: tuple[str, ...]
@@ -91,7 +91,7 @@ def metal_kernel(
     ensure_row_contiguous: bool = True,
     atomic_outputs: bool = False,
 ) -> HostKernel:
-    """As mx.fast.metal_kernel. `source` is reported as `<name>.metal`, `header` as common.metal."""
+    """Return a kernel, as mx.fast.metal_kernel does. `source` is reported as `<name>.metal`, `header` as common.metal."""
     if not output_names:
         raise ValueError("must specify at least one output")
     if not ensure_row_contiguous:

@@ -1,4 +1,4 @@
-"""What the Metal compiler or MLX would refuse, found on any machine: nothing runs here. See static_tree.py for clang."""
+"""Checks for code that the Metal compiler or MLX would refuse: nothing runs here. See static_tree.py for clang."""
 
 from __future__ import annotations
 

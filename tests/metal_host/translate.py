@@ -70,7 +70,7 @@ def cpp(specialisation: Specialisation) -> str:
 
 
 def declares_array(specialisation: Specialisation) -> bool:
-    """Whether a thread may have arrays of its own, whose elements no compiler warning can follow."""
+    """Return whether a thread may have arrays of its own, whose elements no compiler warning can follow."""
     code = "\n".join(_without_comments(text) for text in (specialisation.header, specialisation.body))
     return _LOCAL_ARRAY.search(code) is not None
 
