@@ -67,7 +67,7 @@ def replace_tail(path: str | Path, keep: int, tail: bytes) -> None:
     """Replace everything after the first `keep` bytes of a file, without writing those again.
 
     What is to be written goes to a journal beside the file before the file changes. Killed at any time, the file is the old
-    one or, once `recover_journal` has run, the new one.
+    one or, once `finish_interrupted_append` has run, the new one.
 
     Parameters
     ----------
@@ -89,10 +89,10 @@ def replace_tail(path: str | Path, keep: int, tail: bytes) -> None:
     with atomic_write(journal) as file:
         file.write(_JOURNAL.pack(_JOURNAL_MAGIC, keep, start, _digest(tail)))
         file.write(tail)
-    recover_journal(path)
+    finish_interrupted_append(path)
 
 
-def recover_journal(path: str | Path) -> None:
+def finish_interrupted_append(path: str | Path) -> None:
     """Finish an interrupted `replace_tail`, if a journal beside the file says that there was one.
 
     Parameters

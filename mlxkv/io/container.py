@@ -15,11 +15,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
-from mlxkv.config import is_int
 from mlxkv.errors import ChecksumError, FormatError, VersionError
 from mlxkv.io import lossless
-from mlxkv.io.atomic import recover_journal
+from mlxkv.io.atomic import finish_interrupted_append
 from mlxkv.io.inputs import open_input, parse_json
+from mlxkv.spec import is_int
 
 MAGIC = b"\x89MLXKV\r\n"
 END_MAGIC = b"MLXKVend"
@@ -184,7 +184,7 @@ class Reader:
     def __init__(self, source: Source) -> None:
         self.name = str(source) if isinstance(source, str | Path) else "the blob"
         if isinstance(source, str | Path):
-            recover_journal(source)
+            finish_interrupted_append(source)
         self._file: IO[bytes] = open_input(source) if isinstance(source, str | Path) else io.BytesIO(source)
         try:
             self.size = self._file.seek(0, io.SEEK_END)

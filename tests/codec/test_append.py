@@ -121,7 +121,7 @@ def test_a_process_killed_at_any_step_leaves_the_old_file_or_the_new_one(tmp_pat
     path.write_bytes(old)
     run = subprocess.run([sys.executable, "-c", KILLED, path, str(step)], capture_output=True, text=True, check=False)
     assert run.returncode in (0, -signal.SIGKILL), run.stderr
-    atomic.recover_journal(path)
+    atomic.finish_interrupted_append(path)
     assert path.read_bytes() in ((old,) if step <= 2 else (new,))
     atomic.replace_tail(path, 1000, new[1000:])
     assert path.read_bytes() == new
@@ -132,7 +132,7 @@ def test_what_a_killed_process_left_half_written_is_finished_by_the_next_reader(
     dump, path = toy_dump(length=40), tmp_path / "a.mlxkv"
     path.write_bytes(codec.compress_dump(beginning(dump, 30)))
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "recover_journal", lambda path: None)
+        patch.setattr(atomic, "finish_interrupted_append", lambda path: None)
         codec.append_dump(path, dump)
     assert len(list(tmp_path.iterdir())) == 2
     with Reader(codec.compress_dump(dump)) as reader:
@@ -147,7 +147,7 @@ def test_a_journal_of_another_file_is_refused_and_named(codec, tmp_path, monkeyp
     dump, path = toy_dump(length=40), tmp_path / "a.mlxkv"
     path.write_bytes(codec.compress_dump(beginning(dump, 30)))
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "recover_journal", lambda path: None)
+        patch.setattr(atomic, "finish_interrupted_append", lambda path: None)
         codec.append_dump(path, dump)
     path.write_bytes(CacheCodec(codec.artifacts, recent=3, sinks=1).compress_dump(dump))
     with pytest.raises(FormatError, match=r"\.a\.mlxkv\.rest does not fit"):

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mlxkv.codec.stages.plan import CODED_TYPES, GROUP_SIZES, Group, Plan, Run, allocate, cost
+from mlxkv.codec.stages.plan import CODED_TYPES, GROUP_SIZES, Group, Plan, Run, allocate_bits, cost
 from mlxkv.errors import FormatError
 
 MIXED = Plan(
@@ -156,7 +156,7 @@ def brute_force(energy, errors, budget):
 def test_the_programme_finds_what_brute_force_finds(rank, budget):
     for seed in range(3):
         energy, errors = random_problem(seed, rank, [1])
-        plan = allocate(energy, errors, budget)
+        plan = allocate_bits(energy, errors, budget)
         assert plan.bits <= budget
         assert total_error(plan, energy, errors) == pytest.approx(brute_force(energy, errors, budget), rel=1e-12)
 
@@ -166,14 +166,14 @@ def test_the_programme_finds_what_brute_force_finds(rank, budget):
 def test_the_programme_finds_what_brute_force_finds_with_groups_of_sixteen(rank, budget):
     for seed in range(3):
         energy, errors = random_problem(seed, rank, [1, 16])
-        plan = allocate(energy, errors, budget)
+        plan = allocate_bits(energy, errors, budget)
         assert plan.bits <= budget
         assert total_error(plan, energy, errors) == pytest.approx(brute_force(energy, errors, budget), rel=1e-12)
 
 
 def test_more_budget_never_costs_accuracy():
     energy, errors = random_problem(5, 90, [1, 16, 64])
-    plans = [allocate(energy, errors, budget) for budget in range(0, 800, 13)]
+    plans = [allocate_bits(energy, errors, budget) for budget in range(0, 800, 13)]
     found = [total_error(plan, energy, errors) for plan in plans]
     assert all(b <= a + 1e-12 for a, b in pairwise(found))
     assert found[-1] < found[0] / 5
@@ -183,19 +183,19 @@ def test_more_budget_never_costs_accuracy():
 def test_groups_larger_than_the_rank_are_left_out():
     energy, errors = random_problem(0, 20, [1, 16])
     errors[64, "fp8"] = np.zeros(0)
-    assert all(group.size < 64 for group in allocate(energy, errors, 10**6).groups)
+    assert all(group.size < 64 for group in allocate_bits(energy, errors, 10**6).groups)
 
 
 def test_too_small_a_budget_codes_nothing():
     energy, errors = random_problem(0, 20, [1, 16])
-    assert allocate(energy, errors, 33) == Plan()
-    assert allocate(energy, errors, 34).rank > 0
+    assert allocate_bits(energy, errors, 33) == Plan()
+    assert allocate_bits(energy, errors, 34).rank > 0
 
 
 def test_uncoded_components_are_joined_and_left_off_at_the_end():
     energy = np.array([0.0, 0.0, 0.0, 9.0, 0.0, 0.0])
     errors = {(1, kind): np.zeros(6) for kind in CODED_TYPES}
-    assert allocate(energy, errors, 34) == Plan((Group(3, "none"), Group(1, "int2")))
+    assert allocate_bits(energy, errors, 34) == Plan((Group(3, "none"), Group(1, "int2")))
 
 
 def test_a_cheaper_group_with_less_error_wins():
@@ -203,5 +203,5 @@ def test_a_cheaper_group_with_less_error_wins():
         np.ones(16),
         {(16, "int2"): np.array([0.5]), (16, "int4"): np.array([0.1]), (16, "fp8"): np.array([0.2])},
     )
-    assert allocate(energy, errors, 1000) == Plan((Group(16, "int4"),))
-    assert allocate(energy, errors, 95) == Plan((Group(16, "int2"),))
+    assert allocate_bits(energy, errors, 1000) == Plan((Group(16, "int4"),))
+    assert allocate_bits(energy, errors, 95) == Plan((Group(16, "int2"),))

@@ -93,6 +93,16 @@ def test_rooms_have_floors_and_no_circles():
     assert max(floors.values()) < MOST_FLOORS  # __main__ is the last
 
 
+def test_what_one_looks_for_is_where_contributing_says():
+    part = (ROOT / "CONTRIBUTING.md").read_text().split("### Looking for")[1].split("## Add")[0]
+    for row in re.findall(r"^\| [^|]+ \| ([^|]+) \| ([^|]*) \|$", part, re.MULTILINE)[1:]:
+        paths = [ROOT / path for path in re.findall(r"`(mlxkv/[^`]+\.py)`", row[0])]
+        assert paths or set(row[0]) == {"-"}
+        code = "".join(path.read_text() for path in paths)
+        for name in re.findall(r"`([^`]+)`", row[1]):
+            assert re.search(rf"^\s*(def |class |){name.split('.')[-1]}\b", code, re.MULTILINE), (row, name)
+
+
 def test_every_import_that_the_table_allows_is_made():
     made = {name: set() for name in rooms_of_the_table()}
     for path in SOURCES:

@@ -183,7 +183,7 @@ def test_a_missing_resource_folder_names_both_places():
 
 
 def test_old_names_still_work(monkeypatch):
-    monkeypatch.setattr(_deprecated, "_told", set())
+    monkeypatch.setattr(_deprecated, "_warned", set())
     for name, expected in (("names", presets.preset_names), ("live_settings", live_config)):
         with pytest.warns(DeprecationWarning, match=f"presets.{name} is called"):
             assert getattr(presets, name) is expected

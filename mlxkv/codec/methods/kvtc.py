@@ -27,7 +27,7 @@ from mlxkv.codec.methods.base import (
 from mlxkv.codec.samples import Progress, Samples
 from mlxkv.codec.stages.payload import decode_block, encode_block, payload_size
 from mlxkv.codec.stages.pca import principal_components
-from mlxkv.codec.stages.plan import CODED_TYPES, GROUP_SIZES, Plan, allocate
+from mlxkv.codec.stages.plan import CODED_TYPES, GROUP_SIZES, Plan, allocate_bits
 from mlxkv.codec.stages.quantize import quantization_round_trip
 from mlxkv.config import integer, number
 from mlxkv.errors import FormatError, InputError
@@ -265,6 +265,11 @@ def explain_plans(streams: Mapping[str, _HasPlan], meta: Mapping[str, Any]) -> d
     -------
     dict
         Values by label.
+
+    Raises
+    ------
+    InputError
+        When meta holds settings that are out of range.
     """
     facts: dict[str, Any] = {"compression_ratio": meta.get("compression_ratio")}
     limited = []
@@ -325,7 +330,7 @@ def train_stream(rows: np.ndarray, name: str, config: KVTCConfig, progress: Prog
     coefficients = rows @ basis
     sampled = coefficients[:: -(-len(coefficients) // MAX_ERROR_TOKENS)]
     energy = np.square(coefficients, dtype=np.float64).mean(axis=0)
-    plan = allocate(energy, group_errors(sampled), budget)
+    plan = allocate_bits(energy, group_errors(sampled), budget)
     if not plan.groups:
         raise InputError(f"{budget} bits a token cannot code a single component of {name}; lower the compression ratio")
     return KVTCStream(mean, basis[:, : plan.rank].astype(np.float16), plan)

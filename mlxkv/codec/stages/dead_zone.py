@@ -7,7 +7,7 @@ import numpy as np
 
 from mlxkv.errors import InputError
 
-ROUNDING = 0.40  # below 1/2: the dead zone around 0 is wider than a step
+DEAD_ZONE_ROUNDING = 0.40  # below 1/2: the dead zone around 0 is wider than a step
 RECONSTRUCTION_OFFSET = 0.12  # steps: shrunken vectors flatten attention, which costs more than their squared error
 MAX_MAGNITUDE = 2**30  # of an integer
 
@@ -40,7 +40,7 @@ def quantize(coefficients: mx.array, step: float) -> np.ndarray:
     magnitudes = mx.abs(coefficients) / step
     if magnitudes.size and not (magnitudes.max() < MAX_MAGNITUDE).item():
         raise InputError("the cache holds NaN, infinite or enormous values")
-    return np.array((mx.sign(coefficients) * mx.floor(magnitudes + ROUNDING)).astype(mx.int32))
+    return np.array((mx.sign(coefficients) * mx.floor(magnitudes + DEAD_ZONE_ROUNDING)).astype(mx.int32))
 
 
 def dequantize(integers: np.ndarray, step: float) -> mx.array:

@@ -157,7 +157,7 @@ def cost(size: int, kind: str) -> int:
     return 0 if kind == "none" else BITS[kind] * size + OVERHEAD_BITS
 
 
-def allocate(energy: np.ndarray, errors: ErrorTable, budget: int) -> Plan:
+def allocate_bits(energy: np.ndarray, errors: ErrorTable, budget: int) -> Plan:
     """Return the plan of least squared error within a budget.
 
     Parameters

@@ -96,10 +96,10 @@ class H2OCache(LayerCache):
             tokens = AttendedTokens(*concat_pairs(self.tokens, tokens))
         tokens = tokens._replace(attention=tokens.attention + mass)
         if tokens.keys.shape[2] > self.config.heavy + self.config.recent:
-            tokens = self._keep_heavy_and_recent(tokens)
+            tokens = self._evict_lightest(tokens)
         self.tokens = tokens
 
-    def _keep_heavy_and_recent(self, tokens: AttendedTokens) -> AttendedTokens:
+    def _evict_lightest(self, tokens: AttendedTokens) -> AttendedTokens:
         """Return the newest tokens and, of those before them, each head's heaviest."""
         B, H, T = tokens.attention.shape
         last, heavy = T - self.config.recent, self.config.heavy

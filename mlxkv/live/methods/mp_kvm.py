@@ -235,7 +235,7 @@ class MPKVMCache(LayerCache):
         )
         attention = None if block.attention is None else block.attention[:, :, mx.array(chosen)] * counts
         new = self._to_clusters(Centroids(keys, values, positions, counts, attention), positions)
-        self.centroids = self._to_centroids(insert(self.unrotated_clusters(), new, config), shape[0], keys.dtype)
+        self.centroids = self._rotate_back(insert(self.unrotated_clusters(), new, config), shape[0], keys.dtype)
 
     def _to_clusters(self, centroids: Centroids, positions: mx.array) -> Clusters:
         """Return centroids, or tokens like them, that are rotated to positions `[B, H, M]` as unrotated clusters."""
@@ -252,7 +252,7 @@ class MPKVMCache(LayerCache):
             vectors = (x.flatten(0, 1) for x in (keys, values))
         return Clusters(*vectors, *(x.flatten(0, 1) for x in (centroids.positions, centroids.counts, weights)))
 
-    def _to_centroids(self, clusters: Clusters, batch: int, dtype: mx.Dtype) -> Centroids:
+    def _rotate_back(self, clusters: Clusters, batch: int, dtype: mx.Dtype) -> Centroids:
         """Return clusters as centroids whose keys are rotated, the inverse of `_to_clusters`."""
         M, heads = clusters.counts.shape[1], self.slots[0].heads
         if self.config.partition == "shared":
