@@ -71,7 +71,9 @@ _HOME = {
 blas.preload()  # has to happen before anything imports mlx.core
 _deprecated.install()
 _old_name = _deprecated.renamed(
-    "mlxkv", {"KVTCCacheCodec": "codec.session:CacheCodec", "Settings": "codec.methods.kvtc:KVTCConfig"}
+    "mlxkv",
+    {"KVTCCacheCodec": "codec.session:CacheCodec", "Settings": "codec.methods.kvtc:KVTCConfig"},
+    stacklevel=4,  # from `__getattr__` below
 )
 
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from mlxkv.config import is_int
 from mlxkv.errors import FormatError, MismatchError, VersionError
 from mlxkv.io.atomic import atomic_write
 from mlxkv.io.inputs import parse_json
 from mlxkv.io.npz import read_npz
-from mlxkv.spec import STREAMS, CacheSpec
+from mlxkv.spec import STREAMS, CacheSpec, is_int
 
 DUMP_VERSION = 1
 _STATE, _SENSITIVITY = "state.", "sensitivity."

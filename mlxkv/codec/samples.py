@@ -25,7 +25,7 @@ class Origin(NamedTuple):
     model
         Name that the model was loaded by.
     fingerprint
-        `mlxkv.spec` of its weights.
+        `mlxkv.spec.fingerprint` of its weights.
     spec
         Description of its cache.
     """
