@@ -239,7 +239,9 @@ def _check_full_cache(cache: list[Any], spec: CacheSpec) -> None:
     """Raise UnsupportedError where a layer keeps anything but all its keys and values, or states that are no tokens."""
     for index, entry in enumerate(cache):
         if type(entry) is not KVCache and (index in spec.attention_layers or not isinstance(entry, ArraysCache)):
-            raise UnsupportedError(f"layer {index} keeps a {type(entry).__name__}; only a whole KVCache can be dumped")
+            raise UnsupportedError(
+                f"layer {index} keeps a {type(entry).__name__}; only a KVCache with every token can be dumped"
+            )
 
 
 def _stack(layers: list[mx.array], kind: mx.Dtype) -> np.ndarray:
@@ -290,7 +292,7 @@ def restore(model: Any, dump: KVDump) -> list[Any]:
     if dump.spec != spec:
         raise MismatchError("the cache's layers, heads or rotation differ from this model's")
     if dump.start:
-        raise MismatchError(f"the dump starts at token {dump.start}: only one that starts at 0 can be gone on from")
+        raise MismatchError(f"the dump starts at token {dump.start}: only one that starts at 0 can be continued")
     if dump.dtype not in CACHE_DTYPES:
         raise MismatchError(f"the dump's dtype is {dump.dtype!r}; a live cache holds {', '.join(CACHE_DTYPES)}")
     cache = make_prompt_cache(model)

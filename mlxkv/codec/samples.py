@@ -207,7 +207,7 @@ class Samples:
                 f" the first file from {first.model} ({first.fingerprint})"
             )
         if dump.start:
-            raise InputError(f"{path} starts at token {dump.start}: calibrate on whole dumps")
+            raise InputError(f"{path} starts at token {dump.start}: calibrate on complete dumps")
         return dump
 
 

@@ -376,6 +376,6 @@ class CacheCodec:
         if dump.spec != self.artifacts.spec:
             raise MismatchError("the cache's layers, heads or rotation differ from the artifacts'")
         if dump.start:
-            raise InputError(f"the dump starts at token {dump.start}: compress a whole one")
+            raise InputError(f"the dump starts at token {dump.start}: compress a complete one")
         meta = {"model": dump.model, "fingerprint": dump.fingerprint, "dtype": dump.dtype}
         return {"tokens": dump.tokens, **{f"state.{key}": value for key, value in dump.states.items()}}, meta

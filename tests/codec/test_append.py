@@ -40,10 +40,10 @@ def beginning(dump, length):
 def test_an_appended_file_is_the_one_that_compressing_makes(codec, tmp_path, length):
     dump, path = toy_dump(length=40, states=True), tmp_path / "a.mlxkv"
     path.write_bytes(codec.compress_dump(beginning(dump, length)))
-    told = []
-    codec.append_dump(path, dump, told.append)
+    reported = []
+    codec.append_dump(path, dump, reported.append)
     assert path.read_bytes() == codec.compress_dump(dump)
-    assert sum(told) == 35 - max(0, (length - 5) // BLOCK * BLOCK)
+    assert sum(reported) == 35 - max(0, (length - 5) // BLOCK * BLOCK)
     assert [file.name for file in tmp_path.iterdir()] == ["a.mlxkv"]
 
 

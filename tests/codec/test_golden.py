@@ -28,7 +28,7 @@ PLANS = {
     ),
     "v": Plan((Group(16, "fp8"), Group(1, "int4"), Group(1, "fp8"))),
 }
-BATCH, LENGTH, S, W, BLOCK = 2, 15, 2, 3, 4
+BATCH, LENGTH, SINKS, RECENT, BLOCK = 2, 15, 2, 3, 4
 E4M3 = np.array([448, 416, 240, 104, 64, 32, 16, 8])  # all of them E4M3 numbers
 
 
@@ -70,10 +70,10 @@ def golden_dump():
             BATCH, LENGTH, stream.layers, stream.heads, stream.dim
         )
         array = rows.transpose(2, 0, 3, 1, 4)
-        for ends in (array[..., :S, :], array[..., LENGTH - W :, :]):
+        for ends in (array[..., :SINKS, :], array[..., LENGTH - RECENT :, :]):
             ends[...] = random.standard_normal(ends.shape)
         arrays[name] = np.ascontiguousarray(array).astype(np.float16)
-        assert np.array_equal(arrays[name][..., S : LENGTH - W, :], array[..., S : LENGTH - W, :])
+        assert np.array_equal(arrays[name][..., SINKS : LENGTH - RECENT, :], array[..., SINKS : LENGTH - RECENT, :])
     tokens = random.integers(0, 50000, (BATCH, LENGTH)).astype(np.int32)
     states = {"0.0": random.standard_normal((BATCH, 3, 5)).astype(np.float32)}
     return KVDump(arrays["k"], arrays["v"], SPEC, tokens, "golden", "f00d", "float16", states)
@@ -92,7 +92,7 @@ def regenerated():
 
 def encode(patch, artifacts, dump):
     patch.setattr(writing, "BLOCK_ROWS", BLOCK * BATCH)  # several blocks in a small file
-    return CacheCodec(artifacts, recent=W, sinks=S).compress_dump(dump)
+    return CacheCodec(artifacts, recent=RECENT, sinks=SINKS).compress_dump(dump)
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_the_old_file_decodes_to_exactly_what_was_written(artifacts, expected):
 
 def test_the_old_file_has_the_documented_sections(artifacts):
     with Reader(FOLDER / "cache.mlxkv") as reader:
-        assert reader.header["layout"] == {"batch": BATCH, "length": LENGTH, "s": S, "w": W, "block": BLOCK}
+        assert reader.header["layout"] == {"batch": BATCH, "length": LENGTH, "s": SINKS, "w": RECENT, "block": BLOCK}
         assert reader.header["artifacts"] == artifacts.fingerprint == golden_artifacts().fingerprint
         assert set(reader.sections) == {
             *("k.sink", "v.sink", "k.window", "v.window", "tokens", "state.0.0"),
@@ -133,7 +133,7 @@ def test_the_old_file_has_the_documented_sections(artifacts):
 @pytest.mark.parametrize("kind", [np.array, mx.array], ids=["numpy", "mlx"])
 def test_the_same_cache_is_encoded_to_the_same_sections_again(monkeypatch, artifacts, expected, kind):
     monkeypatch.setattr(writing, "BLOCK_ROWS", BLOCK * BATCH)
-    codec = CacheCodec(artifacts, recent=W, sinks=S)
+    codec = CacheCodec(artifacts, recent=RECENT, sinks=SINKS)
     extras = {"tokens": expected["tokens"], "state.0.0": expected["state"]}
     blob = codec.compress([kind(x) for x in expected["k"]], [kind(x) for x in expected["v"]], extras=extras)
     with Reader(blob) as new, Reader(FOLDER / "cache.mlxkv") as old:

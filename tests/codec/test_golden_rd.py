@@ -18,7 +18,7 @@ from mlxkv.io.container import Reader
 from mlxkv.spec import STREAMS
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "golden_rd"
-LENGTH, S, W, BLOCK, QUALITY = 40, 2, 5, 16, 37.5
+LENGTH, SINKS, RECENT, BLOCK, QUALITY = 40, 2, 5, 16, 37.5
 FINGERPRINT = "bc86cdbde3e70f44c3bb3e14ade22cdc"
 
 
@@ -33,7 +33,7 @@ def regenerated(tmp_path_factory):
     artifacts.save(FOLDER / "artifacts")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writing, "BLOCK_ROWS", BLOCK)
-        blob = CacheCodec(artifacts, recent=W, sinks=S, quality=QUALITY).compress_dump(dump)
+        blob = CacheCodec(artifacts, recent=RECENT, sinks=SINKS, quality=QUALITY).compress_dump(dump)
     (FOLDER / "cache.mlxkv").write_bytes(blob)
     back = CacheCodec(artifacts).decompress_dump(blob)
     with Reader(blob) as reader:
@@ -52,7 +52,7 @@ def integers(reader, artifacts):
                 )
             ]
         )[0]
-        for index, tokens in (("0", 16), ("1", 16), ("2", 1), ("window.0", W))
+        for index, tokens in (("0", 16), ("1", 16), ("2", 1), ("window.0", RECENT))
         for name in STREAMS
     }
 
@@ -81,7 +81,7 @@ def test_the_old_file_decodes_to_the_same_integers_and_the_same_cache(artifacts,
         for name, found in integers(reader, artifacts).items():
             assert np.array_equal(found, expected[name]), name
         assert (reader.header["quality"], reader.header["window_quality"]) == (QUALITY, QUALITY + 30)
-        assert reader.header["layout"] == {"batch": 1, "length": LENGTH, "s": S, "w": W, "block": BLOCK}
+        assert reader.header["layout"] == {"batch": 1, "length": LENGTH, "s": SINKS, "w": RECENT, "block": BLOCK}
     dump = CacheCodec(artifacts).decompress_dump(FOLDER / "cache.mlxkv")
     assert np.array_equal(dump.tokens, expected["tokens"])
     for name in STREAMS:

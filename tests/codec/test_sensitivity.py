@@ -99,13 +99,13 @@ def test_a_model_is_the_same_afterwards(tiny):
     assert before.fingerprint == after.fingerprint
 
 
-def test_a_long_text_is_read_in_whole_stretches_and_its_progress_told():
+def test_a_long_text_is_read_in_whole_stretches_and_its_progress_reported():
     size = CONTEXT_TOKENS + PREDICTED_TOKENS
     assert [len(part) for part in _stretches(range(3 * size + 1))] == [size] * 3
     assert [len(part) for part in _stretches(range(size - 1))] == [size - 1]
-    told = []
-    sensitivity(tiny_model("llama", num_hidden_layers=1), tiny_tokens(2 * size), progress=told.append)
-    assert told == [size, size]
+    reported = []
+    sensitivity(tiny_model("llama", num_hidden_layers=1), tiny_tokens(2 * size), progress=reported.append)
+    assert reported == [size, size]
 
 
 def test_too_short_a_text_is_refused(tiny):

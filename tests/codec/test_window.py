@@ -127,7 +127,7 @@ def test_a_window_that_is_missing_or_claimed_raw_is_refused(artifacts):
         codec.decompress_dump(forge({**found, "sections": rows}, body))
 
 
-def test_what_a_file_takes_is_foretold_with_its_window(artifacts):
+def test_what_a_file_takes_is_estimated_with_its_window(artifacts):
     codec, dump = CacheCodec(artifacts, recent=60, sinks=4), toy_dump(PLAIN, length=200, seed=9)
-    foretold = codec.fixed_bytes(dump) + codec.coded_bytes(dump, 4)
-    assert foretold == pytest.approx(len(codec.compress_dump(dump)), rel=0.05)
+    estimated = codec.fixed_bytes(dump) + codec.coded_bytes(dump, 4)
+    assert estimated == pytest.approx(len(codec.compress_dump(dump)), rel=0.05)
