@@ -1,7 +1,7 @@
 """The registry of kernels: each operation's three functions, and calls of them worth checking and timing.
 
 A kernel's file registers what it defines, as the protocol in `mlxkv.kernels` says. `mlxkv doctor` checks every example
-on a new machine, and `benchmarks/kernels.py` times them.
+on a new machine, and `benchmarks/experiments/kernels.py` times them.
 """
 
 from __future__ import annotations
