@@ -16,7 +16,6 @@ from typing import NamedTuple, get_args
 
 import mlx.core as mx
 
-from mlxkv import _deprecated
 from mlxkv.config import Config, choice, integer, number
 from mlxkv.errors import InputError, MismatchError
 from mlxkv.kernels.centroids import Metric, assign, sums
@@ -350,15 +349,3 @@ class OnlineClustering:
     def nbytes(self) -> int:
         """Bytes of all arrays held."""
         return sum(part.nbytes for part in self.state)
-
-
-__getattr__ = _deprecated.renamed(
-    __name__,
-    {
-        "Rules": "ClusteringConfig",
-        "energy_loss": "live.clustering_error:misplaced_attention",
-        "inserted": "insert",
-        "pooled": "merge_by_owner",
-        "shown": "visible_counts",
-    },
-)

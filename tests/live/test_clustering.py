@@ -2,9 +2,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxkv import _deprecated
 from mlxkv.errors import InputError, MismatchError
-from mlxkv.live import clustering, clustering_error
 from mlxkv.live.clustering import BLOCK, ClusteringConfig, Clusters, OnlineClustering, insert
 from mlxkv.live.clustering_error import misplaced_attention
 
@@ -253,14 +251,3 @@ def test_centroids_that_say_the_same_cost_diversity():
         assert float(misplaced_attention(*args, diversity=0.5)[0] - misplaced_attention(*args)[0]) == pytest.approx(
             0.5 * alike
         )
-
-
-def test_old_names_still_work(monkeypatch):
-    monkeypatch.setattr(_deprecated, "_told", set())
-    now = {"Rules": ClusteringConfig, "inserted": insert, "shown": clustering.visible_counts}
-    now |= {"pooled": clustering.merge_by_owner, "energy_loss": clustering_error.misplaced_attention}
-    for name, expected in now.items():
-        with pytest.warns(DeprecationWarning, match=f"clustering.{name} is called"):
-            assert getattr(clustering, name) is expected
-    with pytest.raises(AttributeError, match="nonsense"):
-        _ = clustering.nonsense

@@ -284,7 +284,7 @@ class MPKVMCache(LayerCache):
     def _apply_rope(
         self, keys: mx.array, values: mx.array, positions: mx.array, inverse: bool
     ) -> tuple[mx.array, mx.array]:
-        """Rotate, or rotate back, what the model rotates."""
+        """Rotate, or undo the rotation of, the vectors that the model rotates."""
         rope = self.slots[1 if self.latent else 0].rope
         if rope is None or self.config.rotation == "kept":
             return keys, values
