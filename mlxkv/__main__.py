@@ -1,4 +1,4 @@
-"""python -m mlxkv"""
+"""Run the command line: python -m mlxkv."""
 
 from mlxkv.cli import main
 
