@@ -25,7 +25,7 @@ from markdown_it import MarkdownIt
 
 from benchmarks import pareto, run, tables
 from benchmarks.schema import FOLDER, QUICK, RESULTS, Result, read_result
-from mlxkv.evaluate.statistics import MOST_FLIPS
+from mlxkv.evaluate.statistics import MAX_EXACT_SAMPLES
 
 README, INDEX = FOLDER.parent / "README.md", FOLDER / "README.md"
 REPORT, PAGE = FOLDER / "REPORT.md", FOLDER / "report.html"
@@ -151,7 +151,7 @@ def head(experiments: Sequence[Experiment]) -> str:
     mac = "" if any(result["machine"]["metal"] for result in results) else "Nothing in this report is from a Mac."
     missing = ", ".join(f"`{experiment.name}`" for experiment in experiments if not experiment.result)
     return HEAD.format(
-        measured=f"{count}{machines}.", mac=mac, missing=missing and f"Not run: {missing}.", flips=MOST_FLIPS
+        measured=f"{count}{machines}.", mac=mac, missing=missing and f"Not run: {missing}.", flips=MAX_EXACT_SAMPLES
     )
 
 

@@ -3,9 +3,9 @@
 import re
 import zlib
 
+from mlxkv.evaluate.sources import Sources
 from mlxkv.evaluate.tasks import ruler
 from mlxkv.evaluate.tasks.ruler.samples import samples
-from mlxkv.evaluate.sources import Sources
 
 
 class Words:

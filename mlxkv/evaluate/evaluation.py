@@ -1,4 +1,7 @@
-"""An evaluation: the samples that it draws, and what is recorded of each. Every file of mlxkv/evaluate/tasks/ is one."""
+"""Base class of evaluations: the samples that one draws, and the records that it makes of each.
+
+Every file of mlxkv/evaluate/tasks/ is an evaluation.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,13 @@ class EvalSample:
     Parameters
     ----------
     key
-        Facts that tell the sample from others, in every record of it; the seed is among them only where the sample
-        depends on it.
+        Facts that identify the sample, in every record of it; the seed is among them only where the sample depends on
+        it.
     measure
         Takes a model, its tokenizer and variants, and returns a record for each variant, in order; the first variant is
         the untouched cache.
     group
-        Name of alike samples, such as a task's; a limit counts in each group.
+        Name of the samples that belong together, such as a task's; a limit counts in each group. Empty for one group.
     """
 
     key: Record
@@ -40,12 +43,42 @@ class EvalSample:
 class Evaluation(ABC):
     """One evaluation with its options. Register the class with `evaluations`; its docstring is the command's help.
 
+    Parameters
+    ----------
+    options
+        An object of `options_class`.
+
+    Raises
+    ------
+    InputError
+        When the options are those of another evaluation.
+
     Attributes
     ----------
     options_class
         A frozen dataclass whose fields are made by `option`; they become the options of `mlxkv eval NAME`.
     scores
         The numbers of a record that tables show, as means over samples; the first one is compared with the baseline's.
+
+    Examples
+    --------
+    >>> from mlxkv.evaluate.variants import iter_variants
+    >>> @dataclass(frozen=True)
+    ... class SizeOptions(Config):
+    ...     length: int = option(8, "tokens in the cache", least=1)
+    >>> class Size(Evaluation):
+    ...     '''Bytes of a cache.'''
+    ...
+    ...     options_class, scores = SizeOptions, ("cache_bytes",)
+    ...
+    ...     def samples(self, tokenizer, seed):
+    ...         def measure(model, tokenizer, variants):
+    ...             caches = iter_variants(model, variants, list(range(self.options.length)))
+    ...             return [{"variant": variant.name, **cached.sizes} for variant, cached in caches]
+    ...
+    ...         return [EvalSample({"length": self.options.length}, measure)]
+    >>> Size(SizeOptions(length=5)).samples(None, seed=0)[0].key
+    {'length': 5}
     """
 
     options_class: ClassVar[type[Config]]
@@ -60,12 +93,26 @@ class Evaluation(ABC):
     def samples(self, tokenizer: Any, seed: int) -> list[EvalSample]:
         """Return the samples of a seed.
 
+        Parameters
+        ----------
+        tokenizer
+            The model's, as `mlxkv.lm.load` returns it.
+        seed
+            0 or more; an evaluation that draws nothing at random returns the same samples for every seed.
+
+        Returns
+        -------
+        list of EvalSample
+            1 or more samples.
+
         Raises
         ------
         InputError
             For a text or length that is too short.
         FormatError
             For files that are damaged.
+        MlxkvError
+            When a package that the scores need is missing.
         """
 
 
@@ -73,16 +120,37 @@ evaluations: Registry[type[Evaluation]] = Registry("evaluation", "mlxkv.evaluate
 
 
 def option(default: Any, text: str, *, least: float | None = None) -> Any:
-    """Return a field of options.
+    """Make a field for the options of an evaluation.
 
     Parameters
     ----------
     default
-        `dataclasses.MISSING` for an option that has to be given.
+        The default; `dataclasses.MISSING` for an option that has to be given. A tuple is given with commas on the
+        command line.
     text
-        What the command line says about it.
+        Help of the command line, without a capital at the start and a full stop at the end.
     least
-        The smallest number allowed, of each number where there are several; there has to be one.
+        The smallest number allowed; of a tuple, whose items are then all checked, there has to be one item or more.
+
+    Returns
+    -------
+    dataclasses.Field
+        For the body of a `Config`.
+
+    Raises
+    ------
+    InputError
+        When options are made with a smaller number, or with an empty tuple.
+
+    Examples
+    --------
+    >>> @dataclass(frozen=True)
+    ... class LengthOptions(Config):
+    ...     length: int = option(512, "tokens of the text", least=1)
+    >>> LengthOptions(length=0)
+    Traceback (most recent call last):
+        ...
+    mlxkv.errors.InputError: length must be 1 or more, not 0
     """
 
     def check(name: str, value: Any) -> None:

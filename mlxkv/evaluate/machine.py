@@ -1,4 +1,4 @@
-"""What a result was measured on: it stands in every JSON beside the numbers."""
+"""The machine and versions of a measurement: they stand in every JSON result beside the numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from mlxkv.version import __version__
 
 
 def describe() -> dict[str, Any]:
-    """Machine, operating system, device and versions."""
+    """Describe the machine.
+
+    Returns
+    -------
+    dict
+        `os`, `processor`, `cores`, `device` (MLX's default), `metal` (whether it is available), `commit`, and versions
+        of `python`, `mlxkv`, `mlx`, `mlx-lm` and `numpy`.
+    """
     info = mx.device_info()
     return {
         "os": platform.platform(),
@@ -31,7 +38,14 @@ def describe() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The checked-out commit of mlxkv, with "+" when files other than results differ from it; None for an installed release."""
+    """Return the checked-out commit of mlxkv.
+
+    Returns
+    -------
+    str or None
+        Ten hexadecimal digits, with "+" when files other than benchmark results differ from the commit; None for an
+        installed release.
+    """
     checkout = Path(__file__).parents[2]
     if not (checkout / ".git").exists():
         return None

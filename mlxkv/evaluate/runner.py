@@ -1,4 +1,4 @@
-"""Running an evaluation: every sample asked of every variant, and going on after a stop."""
+"""Run an evaluation: measure every sample with every variant, and go on after a stop."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(
     model, tokenizer
         As `mlxkv.lm.load` returns them.
     variants
-        Ways to hold a context, compared with the baseline.
+        Caches to compare with the baseline, which is added as the first.
     options
         The evaluation's own; its defaults where None.
     seeds, limit
@@ -38,17 +38,20 @@ def run(
     journal
         Keeps finished samples, which are not measured again.
     progress
-        Called each time a variant has read a sample's context: how many have, and how many will.
+        Called each time a variant has read a sample's context: with the number of contexts read, and of all to read.
 
     Returns
     -------
     dict
-        JSON-ready: the settings of the run, `summary`, and `samples`, all records.
+        JSON values: the settings of the run (`evaluation`, `options`, `variants`, `seeds`, `limit`), `summary`, the
+        rows of `statistics.summarise`, and `samples`, all records.
 
     Raises
     ------
     InputError
-        For two variants of one name, and for what `draw_samples` refuses.
+        For two variants of one name, an unknown evaluation, and what `draw_samples` refuses.
+    FormatError, MismatchError
+        For a journal that is damaged or of another run.
     """
     evaluation = _build(name, options)
     all_variants = [baseline(), *variants]
@@ -108,7 +111,7 @@ def draw_samples(
     Returns
     -------
     list of EvalSample
-        Without repeats, where a sample does not depend on the seed.
+        Each sample once, also where it does not depend on the seed.
 
     Raises
     ------
@@ -121,14 +124,15 @@ def draw_samples(
     for seed in range(seeds):
         found = evaluation.samples(tokenizer, seed)
         for group in dict.fromkeys(sample.group for sample in found):
-            alike = [sample for sample in found if sample.group == group]
-            count = len(alike) if limit is None else min(limit, len(alike))
-            chosen = sorted(Random(f"{seed} {group}").sample(range(len(alike)), count))
-            drawn |= {_sample_name(alike[i].key): alike[i] for i in chosen}
+            members = [sample for sample in found if sample.group == group]
+            count = len(members) if limit is None else min(limit, len(members))
+            chosen = sorted(Random(f"{seed} {group}").sample(range(len(members)), count))
+            drawn |= {_sample_name(members[i].key): members[i] for i in chosen}
     return list(drawn.values())
 
 
 def _build(name: str, options: Config | None) -> Evaluation:
+    """Return an evaluation with its options."""
     kind = evaluations.get(name)
     return kind(kind.options_class() if options is None else options)
 
@@ -141,10 +145,13 @@ def _check_records(records: list[Record], variants: Sequence[Variant], scores: S
 
 
 def _sample_name(key: Record) -> str:
+    """Return a sample's name in the journal."""
     return json.dumps(key, sort_keys=True)
 
 
 def _report_after(build: CacheBuilder, report_progress: Callable[[], None]) -> CacheBuilder:
+    """Return a builder that reports each cache that it has built."""
+
     def build_and_report(model: Any, tokens: Sequence[int], exact: CachedContext | None = None) -> CachedContext:
         result = build(model, tokens, exact)
         report_progress()

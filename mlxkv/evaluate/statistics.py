@@ -1,4 +1,4 @@
-"""From records to a table: means of scores, how much they differ from the untouched cache's, and how sure that is."""
+"""Tables from records: means of scores, their differences from the untouched cache's, and how certain those are."""
 
 from __future__ import annotations
 
@@ -8,15 +8,35 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 10_000
-MOST_FLIPS = 16  # samples up to which all sign flips are tried; above, RESAMPLES of them
+MAX_EXACT_SAMPLES = 16  # samples up to which all sign flips are tried; above, RESAMPLES of them
 
 
 def summarise(records: Sequence[dict[str, Any]], scores: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each variant, and where records have groups one for each of those too, after the one of all.
+    """Summarise records in a row for each variant, and where records have groups also in one for each group.
 
-    A score's `_deviation` is that of the means of seeds, where there are several. For all but the first variant, which has
-    the same samples: `_change` is the mean difference from it, `_interval` its 95 % bootstrap interval over samples, and
-    `_p` as `sign_flip` says. With groups, all of them count alike in the row of all.
+    Parameters
+    ----------
+    records
+        Records with `variant`, the scores, and optionally `group`, `seed` and `ratio`. Every variant has the same
+        samples in the same order; the first variant is what the others are compared with.
+    scores
+        Keys of numbers in every record.
+
+    Returns
+    -------
+    list of dict
+        Rows with `variant`, `group` (but for all samples together, which come first), `samples` and their number, mean
+        `ratio`, and for each score its mean, in which all groups have the same weight, and
+
+        - `<score>_deviation`, the standard deviation of the means of seeds, where there are several;
+        - `<score>_change`, the mean difference from the first variant, `<score>_interval`, its 95 % bootstrap interval
+          over samples, and `<score>_p`, as `sign_flip_test` returns it; not for the first variant.
+
+    Examples
+    --------
+    >>> records = [{"variant": name, "kl": kl} for name, kl in (("whole", 0.0), ("int8", 0.25))]
+    >>> [(row["variant"], row["kl"]) for row in summarise(records, ["kl"])]
+    [('whole', 0.0), ('int8', 0.25)]
     """
     variants = list(dict.fromkeys(record["variant"] for record in records))
     groups = list(dict.fromkeys(record.get("group", "") for record in records))
@@ -29,20 +49,23 @@ def summarise(records: Sequence[dict[str, Any]], scores: Sequence[str]) -> list[
     return rows
 
 
-def _row(variant: str, ours: list[Any], first: list[Any], group: str | None, scores: Sequence[str]) -> dict[str, Any]:
-    row: dict[str, Any] = {"variant": variant, **({} if group is None else {"group": group}), "samples": len(ours)}
-    if "ratio" in ours[0]:
-        row["ratio"] = float(np.mean([record["ratio"] for record in ours]))
-    weights = _weights([record.get("group", "") for record in ours])
+def _row(
+    variant: str, records: list[Any], baseline: list[Any], group: str | None, scores: Sequence[str]
+) -> dict[str, Any]:
+    """Return the row of one variant's records, beside those of the first variant."""
+    row: dict[str, Any] = {"variant": variant, **({} if group is None else {"group": group}), "samples": len(records)}
+    if "ratio" in records[0]:
+        row["ratio"] = float(np.mean([record["ratio"] for record in records]))
+    weights = _weights([record.get("group", "") for record in records])
     for score in scores:
-        values = np.array([record[score] for record in ours], float)
+        values = np.array([record[score] for record in records], float)
         row[score] = float(np.mean(values * weights))
-        seeds = np.array([record.get("seed", 0) for record in ours])
+        seeds = np.array([record.get("seed", 0) for record in records])
         means = [np.average(values[seeds == seed], weights=weights[seeds == seed]) for seed in np.unique(seeds)]
         if len(means) > 1:
             row[f"{score}_deviation"] = float(np.std(means, ddof=1))
-        if variant != first[0]["variant"]:
-            differences = (values - np.array([record[score] for record in first], float)) * weights
+        if variant != baseline[0]["variant"]:
+            differences = (values - np.array([record[score] for record in baseline], float)) * weights
             row[f"{score}_change"] = float(differences.mean())
             row[f"{score}_interval"] = bootstrap_interval(differences)
             row[f"{score}_p"] = sign_flip_test(differences)
@@ -50,24 +73,62 @@ def _row(variant: str, ours: list[Any], first: list[Any], group: str | None, sco
 
 
 def _weights(groups: Sequence[str]) -> np.ndarray:
-    """Of each sample, so that the mean over samples is the mean over groups of their means."""
+    """Return weights of samples that make their mean the mean over groups of the groups' means."""
     _, which, counts = np.unique(groups, return_inverse=True, return_counts=True)
     return len(groups) / (len(counts) * counts[which])
 
 
 def bootstrap_interval(values: np.ndarray, seed: int = 0) -> list[float]:
-    """95 % bootstrap interval of the mean of values `[n]`."""
+    """Return the 95 % percentile bootstrap interval of a mean.
+
+    Parameters
+    ----------
+    values
+        Samples `[n]`, of which 10,000 resamples are drawn.
+    seed
+        Of the resamples.
+
+    Returns
+    -------
+    list of float
+        Lower and upper bound.
+
+    Examples
+    --------
+    >>> bootstrap_interval(np.array([2.0, 2.0, 2.0]))
+    [2.0, 2.0]
+    """
     draws = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
     return np.quantile(values[draws].mean(axis=1), (0.025, 0.975)).tolist()
 
 
 def sign_flip_test(differences: np.ndarray, seed: int = 0) -> float:
-    """Two-sided p of the mean of paired differences `[n]`: the share of flips of their signs that lie as far from 0.
+    """Return the two-sided p of the mean of paired differences, from flips of their signs.
 
-    Of all 2^n flips, or with more than MOST_FLIPS differences of RESAMPLES drawn ones, the one that was found among them.
+    Parameters
+    ----------
+    differences
+        Paired differences `[n]`.
+    seed
+        Of the flips that are drawn where there are too many for all.
+
+    Returns
+    -------
+    float
+        The share of flips whose mean is as far from 0 or farther, above 0 to 1.
+
+    Notes
+    -----
+    All 2^n flips up to 16 differences; above, 10,000 drawn ones, with the signs that were found among them. No normal
+    distribution is assumed; of n differences no p can be below 2^(1 - n).
+
+    Examples
+    --------
+    >>> sign_flip_test(np.array([-1.0, -2.0, -3.0, -4.0]))
+    0.125
     """
     n = len(differences)
-    if n <= MOST_FLIPS:
+    if n <= MAX_EXACT_SAMPLES:
         signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
     else:
         signs = np.random.default_rng(seed).choice([-1, 1], (RESAMPLES, n))

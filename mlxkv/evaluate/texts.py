@@ -1,4 +1,4 @@
-"""Stretches of a text to hold and to go on with: the user's file, or an essay that was written for the project."""
+"""Excerpts of a text as samples: of the user's file, or of an essay written for the project."""
 
 from __future__ import annotations
 
@@ -13,13 +13,37 @@ from mlxkv.evaluate.evaluation import EvalSample, Record
 from mlxkv.evaluate.sources import Sources, read_text
 
 BUILT_IN = Path(__file__).parent / "data" / "essay.txt"
-TEXT_FILE = "UTF-8 text, one that calibration has not seen; if not given, an essay written for this project"
+# Help of options that evaluations share.
+TEXT_FILE = "UTF-8 text that the model reads; if not given, an essay written for this project"
+UNSEEN_TEXT_FILE = "UTF-8 text, one that calibration has not seen; if not given, an essay written for this project"
+EXCERPTS = "excerpts of the text for each seed"
 
 
-def draw_stretches(tokenizer: Any, text_file: Path | None, length: int, count: int, seed: int) -> dict[int, list[int]]:
-    """`count` stretches of `length` tokens by where they start, drawn by seed, one in each of `count` parts of the text.
+def draw_excerpts(tokenizer: Any, text_file: Path | None, length: int, count: int, seed: int) -> dict[int, list[int]]:
+    """Draw excerpts of a text at random, one from each of `count` equal parts of it.
 
-    Fewer where the text has no room for so many. Raises InputError when it is shorter than one stretch.
+    Parameters
+    ----------
+    tokenizer
+        The model's.
+    text_file
+        UTF-8 text; None for the built-in essay.
+    length
+        Tokens of each excerpt.
+    count
+        Number of excerpts.
+    seed
+        Decides, with `length`, where excerpts start.
+
+    Returns
+    -------
+    dict of int to list of int
+        Tokens of each excerpt by the position of the first; fewer than `count` where the text has no room for so many.
+
+    Raises
+    ------
+    InputError
+        When the text is shorter than one excerpt.
     """
     tokens = tokenizer.encode(read_text(text_file or BUILT_IN))
     room = len(tokens) - length
@@ -32,27 +56,64 @@ def draw_stretches(tokenizer: Any, text_file: Path | None, length: int, count: i
 
 
 def text_samples(
-    tokenizer: Any, options: Any, length: int, seed: int, measure: Callable[..., list[Record]]
+    tokenizer: Any, text_file: Path | None, length: int, count: int, seed: int, measure: Callable[..., list[Record]]
 ) -> list[EvalSample]:
-    """`options.samples` stretches of `options.text_file` as samples; `measure` is also given the tokens, first.
+    """Make samples of excerpts of a text.
 
-    Raises InputError for a text that is too short.
+    Parameters
+    ----------
+    tokenizer, text_file, length, count, seed
+        As in `draw_excerpts`, which raises InputError for a text that is too short.
+    measure
+        As in `EvalSample`, but with the tokens of the excerpt as its first argument.
+
+    Returns
+    -------
+    list of EvalSample
+        One for each excerpt.
     """
-    stretches = draw_stretches(tokenizer, options.text_file, length, options.samples, seed)
-    text = text_name(options.text_file)
+    text = text_name(text_file)
     return [
         EvalSample({"text": text, "start": start, "seed": seed}, partial(measure, tokens))
-        for start, tokens in stretches.items()
+        for start, tokens in draw_excerpts(tokenizer, text_file, length, count, seed).items()
     ]
 
 
 def repeated_tokens(tokenizer: Any, text_file: Path | None, count: int, seed: int = 0) -> list[int]:
-    """`count` tokens of a text, begun again where it ends; each seed's from another place."""
+    """Return tokens of a text, which begins again where it ends.
+
+    Parameters
+    ----------
+    tokenizer
+        The model's.
+    text_file
+        UTF-8 text; None for the built-in essay.
+    count
+        Number of tokens.
+    seed
+        Selects the part of the text: each seed's begins where the one of the seed before ends.
+
+    Returns
+    -------
+    list of int
+        `count` tokens.
+    """
     read = Sources(essays=text_file).essay_words((seed + 1) * count)
     tokens: list[int] = tokenizer.encode(" ".join(read[-count:]))
     return tokens[:count]  # a word has one token or more
 
 
 def text_name(text_file: Path | None) -> str:
-    """What a record says about where its text comes from."""
+    """Return the name of a text in records.
+
+    Parameters
+    ----------
+    text_file
+        None for the built-in essay.
+
+    Returns
+    -------
+    str
+        The file's name, or "built-in".
+    """
     return text_file.name if text_file else "built-in"

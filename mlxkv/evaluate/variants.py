@@ -1,6 +1,6 @@
-"""What is evaluated: a way to hold a context in a cache, to ask about it, and to go on from there.
+"""Variants: the caches that an evaluation compares, and the steps that all evaluations have in common.
 
-The context is held before the question is known, as in a conversation, so a method cannot prepare for the question.
+A cache is built of its context before the question is known, as in a conversation, so a method cannot prepare for it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,17 @@ from mlxkv.spec import STREAMS
 
 @dataclass(frozen=True)
 class CachedContext:
-    """cache: a prompt cache, one entry a layer. sizes: `tokens` held, their `cache_bytes`, and `fp16_bytes`, of all their
-    keys and values at 16 bits an element. details: what else is known of how they are held, such as errors and seconds."""
+    """A context in a cache, ready for the tokens that come next.
+
+    Parameters
+    ----------
+    cache
+        A prompt cache of mlx-lm, one entry for each layer.
+    sizes
+        As `cache_sizes` returns them.
+    details
+        More numbers for records, such as seconds, or a codec's errors.
+    """
 
     cache: list[Any]
     sizes: dict[str, Any]
@@ -42,16 +51,43 @@ class CachedContext:
 
 
 class CacheBuilder(Protocol):
-    """Of a model and tokens, the cache that holds them. exact: the whole cache of the same tokens where it is at hand; it
-    is not changed, and only what begins with one takes it."""
+    """A function that reads tokens into a new cache."""
 
-    def __call__(self, model: Any, tokens: Sequence[int], exact: CachedContext | None = None) -> CachedContext: ...
+    def __call__(self, model: Any, tokens: Sequence[int], exact: CachedContext | None = None) -> CachedContext:
+        """Read tokens into a new cache.
+
+        Parameters
+        ----------
+        model
+            A model that mlx-lm loaded.
+        tokens
+            1 or more.
+        exact
+            The untouched cache of the same tokens, where it is at hand; not to be changed. Builders that begin with one
+            make it where it is None.
+
+        Returns
+        -------
+        CachedContext
+            The cache.
+        """
 
 
 @dataclass(frozen=True)
 class Variant:
-    """name: of the row in a table. settings: what a result says about it. build: as `CacheBuilder` says. needs_baseline: whether it
-    takes an exact cache."""
+    """One kind of cache in an evaluation, with its settings.
+
+    Parameters
+    ----------
+    name
+        The row's in a table; different from those of other variants of a run.
+    settings
+        JSON values that describe it in results.
+    build
+        Reads a context into such a cache.
+    needs_baseline
+        Whether `build` begins with the untouched cache, and uses its argument `exact`.
+    """
 
     name: str
     settings: Mapping[str, Any]
@@ -60,7 +96,13 @@ class Variant:
 
 
 def baseline() -> Variant:
-    """mlx-lm's own cache: what every other variant is compared with."""
+    """Return mlx-lm's own cache, untouched: every other variant is compared with it.
+
+    Returns
+    -------
+    Variant
+        The variant; its name is "whole".
+    """
 
     def build(model: Any, tokens: Sequence[int], exact: CachedContext | None = None) -> CachedContext:
         cache: list[Any] = make_prompt_cache(model)
@@ -72,7 +114,25 @@ def baseline() -> Variant:
 
 
 def live_variant(method: str, **overrides: Any) -> Variant:
-    """A live cache, `make_cache(model, method, **overrides)`, prefilled in chunks of `lm.PREFILL_CHUNK`."""
+    """Return a live cache, prefilled in chunks of `lm.PREFILL_CHUNK` tokens.
+
+    Parameters
+    ----------
+    method
+        Name of a live method or of a preset.
+    **overrides
+        Settings of the method that differ from the preset's, as in `mlxkv.make_cache`.
+
+    Returns
+    -------
+    Variant
+        The variant; its name has the overrides.
+
+    Examples
+    --------
+    >>> live_variant("h2o", heavy=48).name
+    'h2o (heavy=48)'
+    """
 
     def build(model: Any, tokens: Sequence[int], exact: CachedContext | None = None) -> CachedContext:
         cache = make_cache(model, method, **overrides)
@@ -86,7 +146,23 @@ def live_variant(method: str, **overrides: Any) -> Variant:
 
 
 def codec_variant(codec: CacheCodec, name: str, dtype: str = "auto") -> Variant:
-    """A whole cache that went through a codec and back; dtype is that of the dump, as in `lm.take`."""
+    """Return the untouched cache after compression and decompression.
+
+    Parameters
+    ----------
+    codec
+        The codec, made for the model that is evaluated.
+    name
+        The variant's.
+    dtype
+        Of the dump that is compressed, as in `lm.extract_cache`.
+
+    Returns
+    -------
+    Variant
+        The variant. `cache_bytes` are those of the compressed file; its details have the file's parts, the errors of
+        `coding_errors`, `artifact_bytes`, `compress_seconds` and `decompress_seconds`.
+    """
 
     def build(model: Any, tokens: Sequence[int], exact: CachedContext | None = None) -> CachedContext:
         cache = (exact or baseline().build(model, tokens)).cache
@@ -107,8 +183,8 @@ def codec_variant(codec: CacheCodec, name: str, dtype: str = "auto") -> Variant:
             "compress_seconds": clock[1] - clock[0],
             "decompress_seconds": clock[2] - clock[1],
         }
-        held = {key: layout[key] for key in ("tokens", "fp16_bytes", "ratio")} | {"cache_bytes": layout["file_bytes"]}
-        return CachedContext(lm.restore(model, decoded), held, details)
+        sizes = {key: layout[key] for key in ("tokens", "fp16_bytes", "ratio")} | {"cache_bytes": layout["file_bytes"]}
+        return CachedContext(lm.restore(model, decoded), sizes, details)
 
     settings: dict[str, Any] = {"artifacts": codec.artifacts.fingerprint, "recent": codec.recent, "sinks": codec.sinks}
     if codec.quality is not None:
@@ -119,9 +195,28 @@ def codec_variant(codec: CacheCodec, name: str, dtype: str = "auto") -> Variant:
 def iter_variants(
     model: Any, variants: Sequence[Variant], tokens: Sequence[int]
 ) -> Iterator[tuple[Variant, CachedContext]]:
-    """Every variant and the tokens as it holds them, ready to go on from; one prefill serves the whole cache and codecs.
+    """Build the caches of all variants, one after the other.
 
-    Raises InputError for no tokens.
+    Parameters
+    ----------
+    model
+        A model that mlx-lm loaded.
+    variants
+        The variants; the baseline comes before those that need it.
+    tokens
+        The context, 1 token or more.
+
+    Yields
+    ------
+    variant : Variant
+        The variant.
+    cached : CachedContext
+        Its cache, which the caller may change. One prefill serves the baseline and the variants that need it.
+
+    Raises
+    ------
+    InputError
+        For an empty context.
     """
     if not len(tokens):
         raise InputError("a context of 1 token or more is needed")
@@ -140,8 +235,22 @@ def iter_variants(
 
 
 def cache_sizes(model: Any, cache: Sequence[Any]) -> dict[str, Any]:
-    """Of a cache in use, for a batch of one: tokens seen, bytes held in attention layers, and of all those tokens' keys
-    and values at 16 bits an element. Other layers' states are in neither."""
+    """Measure a cache in use, for a batch of one.
+
+    Parameters
+    ----------
+    model
+        The model that the cache belongs to.
+    cache
+        A prompt cache, one entry for each layer.
+
+    Returns
+    -------
+    dict
+        `tokens`, the number that the cache has seen; `cache_bytes` of what attention layers store; `fp16_bytes` that
+        the keys and values of all those tokens take at 16 bits an element; and `ratio`, the latter over the former.
+        States of other layers are in none of them.
+    """
     spec = cache_spec(model)
     layers = [i for i in spec.attention_layers if isinstance(cache[i], LayerCache | KVCache)]
     cache_bytes = sum(cache[i].nbytes for i in layers)
@@ -156,7 +265,21 @@ def cache_sizes(model: Any, cache: Sequence[Any]) -> dict[str, Any]:
 
 
 def coding_errors(layout: Mapping[str, Any], original: KVDump, decoded: KVDump) -> dict[str, Any]:
-    """Error of the coded tokens, between sinks and recent ones: relative over everything, and mean squared by layer."""
+    """Measure the error of coded tokens, those between sinks and recent tokens.
+
+    Parameters
+    ----------
+    layout
+        A container's `summary`, or a mapping with its numbers `sinks`, `recent` and `tokens`.
+    original, decoded
+        A dump before and after coding.
+
+    Returns
+    -------
+    dict
+        `k_relative_error` and `v_relative_error` over all layers, and `k_layer_mse` and `v_layer_mse`, a list with a
+        number for each layer.
+    """
     middle = slice(layout["sinks"], max(layout["sinks"], layout["tokens"] - layout["recent"]))
     pairs = {name: (original.stream(name)[..., middle, :], decoded.stream(name)[..., middle, :]) for name in STREAMS}
     return {
@@ -166,7 +289,25 @@ def coding_errors(layout: Mapping[str, Any], original: KVDump, decoded: KVDump) 
 
 
 def iter_logits(model: Any, cache: list[Any], tokens: Sequence[int], chunk: int) -> Iterator[mx.array]:
-    """Logits `[n, vocabulary]` for all but the last of `tokens`, fed into `cache` at most `chunk` at a time."""
+    """Predict the tokens of a text, each from the cache and those before it.
+
+    Parameters
+    ----------
+    model
+        A model that mlx-lm loaded.
+    cache
+        A prompt cache; all tokens but the last are in it afterwards.
+    tokens
+        The text that comes after what is in the cache.
+    chunk
+        Tokens that the model reads at a time; 1 as in generation. Tokens of one chunk see each other exactly, whatever
+        the cache does to stored ones.
+
+    Yields
+    ------
+    mx.array
+        Logits `[n, vocabulary]` for the next `n <= chunk` tokens after the first.
+    """
     for start in range(0, len(tokens) - 1, chunk):
         part = tokens[start : min(start + chunk, len(tokens) - 1)]
         logits = model(mx.array([list(part)]), cache=cache)[0]
@@ -175,24 +316,56 @@ def iter_logits(model: Any, cache: list[Any], tokens: Sequence[int], chunk: int)
 
 
 def split_tokens(tokenizer: Any, context: str, question: str) -> tuple[list[int], list[int]]:
-    """Tokens of the whole text, cut where they are no longer those of the context alone.
+    """Tokenize a context and a question together, and split where the tokens are no longer those of the context alone.
 
-    So the question has the tokens that it has after the context; on its own, some tokenizers would put a blank before it.
+    Parameters
+    ----------
+    tokenizer
+        The model's.
+    context, question
+        Two texts that follow each other.
+
+    Returns
+    -------
+    context_tokens : list of int
+        Tokens of the context, but for those at its end that the question changes.
+    question_tokens : list of int
+        The rest. They are those that the question has after the context; on its own, some tokenizers would put a blank
+        before it.
     """
     tokens, alone = tokenizer.encode(context + question), tokenizer.encode(context)
-    place = sum(itertools.takewhile(bool, map(operator.eq, tokens, alone)))
-    return tokens[:place], tokens[place:]
+    boundary = sum(itertools.takewhile(bool, map(operator.eq, tokens, alone)))
+    return tokens[:boundary], tokens[boundary:]
 
 
 def generate_answer(
-    model: Any, tokenizer: Any, held: CachedContext, question: Sequence[int], max_tokens: int
+    model: Any, tokenizer: Any, cached: CachedContext, question: Sequence[int], max_tokens: int
 ) -> list[int]:
-    """What the model says, greedily, to a question asked after what is held; ends before an end-of-text token.
+    """Generate greedily after a question about a context.
 
-    Raises InputError for an empty question.
+    Parameters
+    ----------
+    model, tokenizer
+        As `mlxkv.lm.load` returns them.
+    cached
+        The context; question and answer are in its cache afterwards.
+    question
+        Tokens of the question, 1 or more.
+    max_tokens
+        The most tokens to generate.
+
+    Returns
+    -------
+    list of int
+        The answer's tokens, up to an end-of-text token, which is not among them.
+
+    Raises
+    ------
+    InputError
+        For an empty question.
     """
     if not len(question):
         raise InputError("a question of 1 token or more is needed")
-    logits = lm.prefill(model, question, held.cache)
-    said = lm.continue_greedily(model, held.cache, logits, tuple(tokenizer.eos_token_ids))
-    return list(itertools.islice(said, max_tokens))
+    logits = lm.prefill(model, question, cached.cache)
+    answer = lm.continue_greedily(model, cached.cache, logits, tuple(tokenizer.eos_token_ids))
+    return list(itertools.islice(answer, max_tokens))

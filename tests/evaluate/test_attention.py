@@ -112,7 +112,7 @@ def test_weights_are_those_that_the_cache_attends_with(model, method, queries, m
     held = live_variant(method, **small(method)).build(model, tokens[:HELD])
     layers = cache_spec(model).attention_layers
     entries = [attention.stored_entries(held.cache[layer]) for layer in layers]
-    plain = attention._Watched.attend
+    plain = attention._AttentionRecorder.attend
 
     def spied(self, q, k, v, scale, mask=None):
         output = plain(self, q, k, v, scale, mask)
@@ -121,7 +121,7 @@ def test_weights_are_those_that_the_cache_attends_with(model, method, queries, m
         outputs.append((output[0], v[0]))
         return output
 
-    monkeypatch.setattr(attention._Watched, "attend", spied)
+    monkeypatch.setattr(attention._AttentionRecorder, "attend", spied)
     for weights, (output, values) in zip(
         attention.attention_weights(model, held.cache, entries, tokens[HELD:]), outputs
     ):

@@ -42,8 +42,8 @@ def codec(tiny, tmp_path):
 
 def test_a_cache_that_keeps_everything_changes_nothing(tiny, codec):
     everything = KVTCCacheCodec(codec.artifacts, recent=1000)
-    ways = [baseline(), live_variant("full"), codec_variant(everything, "raw")]
-    for record in fidelity.evaluate(tiny, ways, tiny_tokens(140), 100):
+    compared = [baseline(), live_variant("full"), codec_variant(everything, "raw")]
+    for record in fidelity.evaluate(tiny, compared, tiny_tokens(140), 100):
         assert record["kl"] == pytest.approx(0, abs=1e-5)
         assert record["top1_agreement"] == 1
         assert record["perplexity_delta"] == pytest.approx(0, abs=1e-2)
@@ -51,8 +51,8 @@ def test_a_cache_that_keeps_everything_changes_nothing(tiny, codec):
 
 
 def test_a_coded_cache_is_noticed_a_little_and_a_damaged_one_a_lot(tiny, codec):
-    ways = [baseline(), codec_variant(codec, "kvtc"), zeroed(), shuffled()]
-    _, ours, *damaged = fidelity.evaluate(tiny, ways, tiny_tokens(140), 100)
+    compared = [baseline(), codec_variant(codec, "kvtc"), zeroed(), shuffled()]
+    _, ours, *damaged = fidelity.evaluate(tiny, compared, tiny_tokens(140), 100)
     assert all(0 < ours["kl"] < record["kl"] for record in damaged)
 
 
@@ -66,8 +66,8 @@ def test_sizes_add_up_to_the_whole_file(tiny, codec):
 def test_fewer_bits_and_fewer_tokens_are_noticed_more():
     names = ["int8", "int4", "kivi-2"]
     windows = [live_variant("sliding-window", recent=window) for window in (250, 20)]
-    ways = [baseline(), *map(live_variant, names), *windows]
-    records = fidelity.evaluate(tiny_model("llama"), ways, tiny_tokens(330), 300, chunk=1)
+    compared = [baseline(), *map(live_variant, names), *windows]
+    records = fidelity.evaluate(tiny_model("llama"), compared, tiny_tokens(330), 300, chunk=1)
     _, int8, int4, kivi, wide, narrow = (record["kl"] for record in records)
     assert 0 < int8 < int4 < kivi
     assert 0 < wide < narrow
@@ -80,12 +80,12 @@ def test_what_follows_goes_in_by_chunks():
     # In one chunk they would see each other as they are, whatever the method does to them.
     apart = mx.concatenate([model(mx.array([[token]]), cache=cache)[0] for token in tokens[100:-1]])
     exact = model(mx.array([tokens]))[0, 100:-1]
-    ways = [baseline(), live_variant("sliding-window", recent=5)]
-    single, many = (fidelity.evaluate(model, ways, tokens, 100, chunk)[1]["kl"] for chunk in (1, 16))
+    compared = [baseline(), live_variant("sliding-window", recent=5)]
+    single, many = (fidelity.evaluate(model, compared, tokens, 100, chunk)[1]["kl"] for chunk in (1, 16))
     assert single == pytest.approx(fidelity.compare(exact, apart, tokens[100:])["kl"], rel=1e-4)
     logits = np.array(exact, np.float64)
     losses = np.logaddexp.reduce(logits, axis=-1) - logits[range(29), tokens[101:]]
-    reference = fidelity.evaluate(model, ways, tokens, 100)[1]["perplexity_reference"]
+    reference = fidelity.evaluate(model, compared, tokens, 100)[1]["perplexity_reference"]
     assert reference == pytest.approx(np.exp(losses.mean()), rel=1e-4)
     assert single != pytest.approx(many, rel=0.01)
 
@@ -93,8 +93,8 @@ def test_what_follows_goes_in_by_chunks():
 def test_perplexity_is_that_of_one_pass_over_the_text(text_file):
     model = tiny_model("llama")
     options = perplexity.PerplexityOptions(text_file, context_tokens=60, eval_tokens=40, samples=1, chunk=7)
-    ways = [live_variant("full"), live_variant("int4"), zeroed(), shuffled()]
-    exact, full, int4, *damaged = run("perplexity", model, Numbers(), ways, options)["samples"]
+    compared = [live_variant("full"), live_variant("int4"), zeroed(), shuffled()]
+    exact, full, int4, *damaged = run("perplexity", model, Numbers(), compared, options)["samples"]
     tokens = Numbers().encode(text_file.read_text())[exact["start"] :][:101]
     logits = np.array(model(mx.array([tokens]))[0, 60:-1], np.float64)
     losses = np.logaddexp.reduce(logits, axis=-1) - logits[range(40), tokens[61:]]
@@ -108,15 +108,15 @@ def test_perplexity_is_that_of_one_pass_over_the_text(text_file):
 
 def test_stretches_are_drawn_by_seed_and_spread_over_the_text(text_file):
     tokens = Numbers().encode(text_file.read_text())
-    drawn = eval_texts.draw_stretches(Numbers(), text_file, 50, 4, 0)
+    drawn = eval_texts.draw_excerpts(Numbers(), text_file, 50, 4, 0)
     assert (
         drawn
-        == eval_texts.draw_stretches(Numbers(), text_file, 50, 4, 0)
-        != eval_texts.draw_stretches(Numbers(), text_file, 50, 4, 1)
+        == eval_texts.draw_excerpts(Numbers(), text_file, 50, 4, 0)
+        != eval_texts.draw_excerpts(Numbers(), text_file, 50, 4, 1)
     )
     assert [start * 4 // 350 for start in drawn] == [0, 1, 2, 3]
     assert all(tokens[start : start + 50] == part for start, part in drawn.items())
-    assert list(eval_texts.draw_stretches(Numbers(), text_file, 400, 3, 0)) == [0]
+    assert list(eval_texts.draw_excerpts(Numbers(), text_file, 400, 3, 0)) == [0]
 
 
 def test_a_short_text_is_refused_with_the_numbers(text_file):

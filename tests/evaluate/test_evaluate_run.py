@@ -166,6 +166,11 @@ def test_a_finished_sample_is_on_disk_before_the_next_is_measured(asked, tmp_pat
     assert seen == list(range(1, 12))
 
 
+def test_a_journal_that_has_not_begun_takes_no_samples(tmp_path):
+    with Journal(tmp_path / "partial", {}) as journal, pytest.raises(InputError, match="begin a run first"):
+        journal.add("1", [])
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
@@ -293,7 +298,7 @@ def test_p_is_scipys(n):
 def test_p_of_many_samples_is_near_that_of_all_flips(monkeypatch):
     differences = np.random.default_rng(1).normal(0.5, 1, 14)
     exact = statistics.sign_flip_test(differences)
-    monkeypatch.setattr(statistics, "MOST_FLIPS", 5)
+    monkeypatch.setattr(statistics, "MAX_EXACT_SAMPLES", 5)
     assert statistics.sign_flip_test(differences) == pytest.approx(exact, abs=0.02)
 
 

@@ -42,7 +42,7 @@ class Letters:
 
 
 def sample(task="narrativeqa", answers=("x",), classes=(), **changed):
-    fields = {"id": "1", "context": "Text: abc", "question": "\nWhich? ", "length": 3, "tokens": 8, **changed}
+    fields = {"id": "1", "context": "Text: abc", "question": "\nWhich? ", "length": 3, "max_tokens": 8, **changed}
     return Sample(task=task, answers=tuple(answers), classes=tuple(classes), **fields)
 
 
@@ -175,17 +175,17 @@ def test_no_dictionary_is_read_from_or_left_in_the_shared_temporary_folder(monke
 
 def test_a_long_prompt_loses_its_middle():
     context, question = list(range(100)), list(range(100, 120))
-    assert longbench.cut(context, question, 120) == (context, question)
-    assert longbench.cut(context, question, 60) == ([*range(30), *range(90, 100)], question)
-    assert longbench.cut(context, question, 61) == ([*range(30), *range(90, 100)], question)
-    assert longbench.cut(context, question, 20) == ([*range(10)], [*range(110, 120)])
-    assert longbench.cut([0], question, 10) == ([0], [100, 101, 102, 103, 115, 116, 117, 118, 119])
+    assert longbench.truncate_middle(context, question, 120) == (context, question)
+    assert longbench.truncate_middle(context, question, 60) == ([*range(30), *range(90, 100)], question)
+    assert longbench.truncate_middle(context, question, 61) == ([*range(30), *range(90, 100)], question)
+    assert longbench.truncate_middle(context, question, 20) == ([*range(10)], [*range(110, 120)])
+    assert longbench.truncate_middle([0], question, 10) == ([0], [100, 101, 102, 103, 115, 116, 117, 118, 119])
 
 
 def test_only_the_context_begins_with_the_tokenizers_own_token_and_only_it_is_held():
     (found,) = longbench.ask_sample(sample(), 100, tiny_model("llama"), Letters(), [variants.baseline()])
     assert found["tokens"] == len("Text: abc") + 1
-    context, question = longbench.prompt(Letters(), sample(), 100)
+    context, question = longbench.tokenize_prompt(Letters(), sample(), 100)
     assert (context[0], context) == (96, Letters().encode("Text: abc"))
     assert question == Letters().encode("\nWhich? ", add_special_tokens=False)
 
@@ -194,7 +194,7 @@ def test_the_question_is_what_follows_the_context_and_the_input_is_in_it(folder)
     where = folder("qasper", row("qasper", input="{context} {0}", context="{input}", answers=["y", "z"]))
     question = "\nAnswer {context} {0}: "
     expected = sample("qasper", ["y", "z"], id="i0", context="Read: {input}", question=question, length=9)
-    assert longbench.read(where, "qasper") == [expected]
+    assert longbench.read_task(where, "qasper") == [expected]
 
 
 def test_samples_do_not_depend_on_the_seed_and_are_limited_in_each_task(folder):
@@ -235,17 +235,17 @@ def test_hostile_lines_are_refused_by_file_and_line(folder, task, line, message)
     good = {"answers": ["Paragraph 3"], "all_classes": ["date"]}
     where = folder(task, row(task, **good), line if isinstance(line, str) else row(task, **{**good, **line}))
     with pytest.raises(FormatError, match=rf"{task}\.jsonl, line 2: .*{message}|{task}\.jsonl, line 2.*{message}"):
-        longbench.read(where, task)
+        longbench.read_task(where, task)
 
 
 def test_lines_and_settings_have_bounds(folder, monkeypatch):
     where = folder("qasper", row("qasper"))
-    monkeypatch.setattr(longbench, "MAX_LINE", 50)
+    monkeypatch.setattr(longbench, "MAX_LINE_BYTES", 50)
     with pytest.raises(FormatError, match="line 1: more than 50 bytes"):
-        longbench.read(where, "qasper")
-    monkeypatch.setattr(longbench, "MAX_CONFIG", 50)
+        longbench.read_task(where, "qasper")
+    monkeypatch.setattr(longbench, "MAX_CONFIG_BYTES", 50)
     with pytest.raises(FormatError, match=r"dataset2prompt\.json has more than 50 bytes"):
-        longbench.read(where, "qasper")
+        longbench.read_task(where, "qasper")
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_a_prompt_has_one_context_and_the_question_after_it(folder, template):
     where = folder("qasper", row("qasper"))
     (where / "config/dataset2prompt.json").write_text(json.dumps({"qasper": template}))
     with pytest.raises(FormatError, match=r"dataset2prompt\.json: qasper"):
-        longbench.read(where, "qasper")
+        longbench.read_task(where, "qasper")
 
 
 @pytest.mark.parametrize("tokens", [None, 0, "8", 1e3, 10**6, True])
@@ -263,18 +263,18 @@ def test_tokens_to_generate_are_a_number_within_bounds(folder, tokens):
     where = folder("qasper", row("qasper"))
     (where / "config/dataset2maxlen.json").write_text(json.dumps({"qasper": tokens}))
     with pytest.raises(FormatError, match=r"dataset2maxlen\.json: qasper"):
-        longbench.read(where, "qasper")
+        longbench.read_task(where, "qasper")
 
 
 def test_what_cannot_be_asked_is_refused(folder):
     with pytest.raises(FormatError, match="two samples with one _id"):  # one of them would get lost
-        longbench.read(folder("qasper", row("qasper"), row("qasper", context="other")), "qasper")
+        longbench.read_task(folder("qasper", row("qasper"), row("qasper", context="other")), "qasper")
     where = folder("qasper", row("qasper"))
     for tasks in (("nq",), ()):
         with pytest.raises(InputError, match=r"tasks (nq|\(none\)); known: narrativeqa"):
             longbench.LongBenchOptions(where, tasks=tasks)
     with pytest.raises(InputError, match=r"trec\.jsonl"):
-        longbench.read(where, "trec")
+        longbench.read_task(where, "trec")
     with pytest.raises(InputError, match="qasper generates 8 tokens; a length of 9"):
         longbench.LongBench(longbench.LongBenchOptions(where, 9, ("qasper",))).samples(Letters(), 0)
 
@@ -282,12 +282,12 @@ def test_what_cannot_be_asked_is_refused(folder):
 def test_a_damaged_cache_scores_worse_and_the_untouched_one_as_the_whole(folder):
     model, text = tiny_model("llama"), "The quick brown fox jumps over the lazy dog. " * 4
     where = folder("lcc", *(row("lcc", _id=f"i{i}", context=text[i:]) for i in range(3)))
-    prompts = [longbench.prompt(Letters(), one, 100) for one in longbench.read(where, "lcc")]
+    prompts = [longbench.tokenize_prompt(Letters(), one, 100) for one in longbench.read_task(where, "lcc")]
     held = [(variants.baseline().build(model, context), question) for context, question in prompts]
     said = [Letters().decode(variants.generate_answer(model, Letters(), *both, 8)) for both in held]
     where = folder("lcc", *(row("lcc", _id=f"i{i}", context=text[i:], answers=["~", a]) for i, a in enumerate(said)))
-    ways = [variants.live_variant("full"), shuffled(), zeroed()]
-    records = run("longbench", model, Letters(), ways, longbench.LongBenchOptions(where, 100, ("lcc",)))["samples"]
+    compared = [variants.live_variant("full"), shuffled(), zeroed()]
+    records = run("longbench", model, Letters(), compared, longbench.LongBenchOptions(where, 100, ("lcc",)))["samples"]
     names = ("whole", "full", "shuffled keys", "half zeroed")
     whole, full, *damaged = ([r for r in records if r["variant"] == name] for name in names)
     assert records[0]["variant"] == "whole"

@@ -19,7 +19,7 @@ def tokenizer(smollm2):
 
 @pytest.mark.parametrize("depth", [0, 0.3, 1])
 def test_a_haystack_has_its_length_and_the_needle_at_its_depth(tokenizer, depth):
-    tokens = needle.haystack(tokenizer, Sources(), 300, depth, "48213")
+    tokens = needle.build_haystack(tokenizer, Sources(), 300, depth, "48213")
     hidden = needle.NEEDLE.format("48213")
     text = tokenizer.decode(tokens)
     assert len(tokens) == 300
@@ -40,23 +40,23 @@ class WithFirst:
 
 
 def test_a_needle_at_the_start_comes_after_the_tokenizers_first_token_and_without_a_blank(tokenizer):
-    tokens = needle.haystack(WithFirst(tokenizer), Sources(), 300, 0, "48213")
+    tokens = needle.build_haystack(WithFirst(tokenizer), Sources(), 300, 0, "48213")
     assert tokens[0] == 1
     assert tokenizer.decode(tokens[1:]).startswith(needle.NEEDLE.format("48213"))
 
 
 def test_a_key_does_not_depend_on_how_its_depth_is_written():
-    assert needle.drawn_key(100, 0, 0) == needle.drawn_key(100, 0.0, 0)
+    assert needle.draw_key(100, 0, 0) == needle.draw_key(100, 0.0, 0)
 
 
 def test_a_text_longer_than_the_essays_begins_again(tokenizer):
-    assert len(needle.haystack(tokenizer, Sources(), 5000, 0.5, "48213")) == 5000
+    assert len(needle.build_haystack(tokenizer, Sources(), 5000, 0.5, "48213")) == 5000
 
 
 def test_digits_are_scored_as_one_pass_over_all_of_the_text_scores_them(smollm2):
     model, tokenizer = smollm2
-    context = needle.haystack(tokenizer, Sources(), 80, 0.5, "48213")
-    found = needle.digits(model, tokenizer, baseline().build(model, context).cache, "48213")
+    context = needle.build_haystack(tokenizer, Sources(), 80, 0.5, "48213")
+    found = needle.score_digits(model, tokenizer, baseline().build(model, context).cache, "48213")
     asked = tokenizer.encode(needle.QUESTION + "48213")
     logits = np.array(model(mx.array([[*context, *asked]]))[0, -6:-1].astype(mx.float32))
     right = np.array(asked[-5:])

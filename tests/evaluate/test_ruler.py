@@ -10,8 +10,8 @@ from ruler_checks import Words, sample
 from mlxkv.errors import InputError
 from mlxkv.evaluate.sources import Sources
 from mlxkv.evaluate.tasks.ruler import TASKS
-from mlxkv.evaluate.tasks.ruler.task import Request, all_parts, any_part
-from mlxkv.evaluate.tasks.ruler.vocabulary import keys, listed, words
+from mlxkv.evaluate.tasks.ruler.task import Request, string_match_all, string_match_part
+from mlxkv.evaluate.tasks.ruler.vocabulary import draw_keys, draw_words, words
 
 NIAH = [name for name in TASKS if name.startswith("niah")]
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
@@ -39,7 +39,7 @@ def keys_asked(made):
 def test_a_sample_fills_its_length_and_never_exceeds_it(name, length):
     made = sample(name, length)
     tokens = len(Words().encode(made.context)) + len(Words().encode(made.question, add_special_tokens=False))
-    assert made.length == tokens + TASKS[name].tokens
+    assert made.length == tokens + TASKS[name].max_tokens
     assert 0.95 * length <= made.length <= length
 
 
@@ -149,7 +149,7 @@ def test_three_coded_words_are_the_most_frequent_after_the_dots():
 
 def test_coded_words_differ_in_how_often_they_stand_at_any_size():
     task = TASKS["fwe"]
-    for size in range(task.smallest, 400):
+    for size in range(task.min_size, 400):
         draft = task.draft(Request("fwe", 1000, 0, 0, Sources()), size)
         counts = Counter(draft.context.partition("coded words. ")[2].split())
         numbers = [counts[answer] for answer in draft.answers]
@@ -164,11 +164,11 @@ def test_a_question_comes_with_its_documents_among_others(name, field):
     asked = next(question for question in questions if f"Question: {question.query} Answer:" in made.question)
     shown = re.split(r"\n\nDocument \d+:\n", made.context.rstrip())[1:]
     assert set(shown) <= set(documents)
-    assert {documents[i] for i in asked.own} <= set(shown)
-    assert len(shown) > len(asked.own)
+    assert {documents[i] for i in asked.required} <= set(shown)
+    assert len(shown) > len(asked.required)
     assert made.answers == asked.answers
-    with_answer = {i for i, document in enumerate(documents) if any_part(document, asked.answers)}
-    assert with_answer <= set(asked.own), "a distractor of the project's own holds the answer"
+    with_answer = {i for i, document in enumerate(documents) if string_match_part(document, asked.answers)}
+    assert with_answer <= set(asked.required), "a distractor of the project's own holds the answer"
 
 
 def test_questions_come_once_each_before_any_comes_again():
@@ -184,7 +184,7 @@ def test_documents_of_the_same_article_come_before_those_of_others():
         request = Request("qa_1", 1000, 0, index, Sources())
         few, more = (TASKS["qa_1"].draft(request, size) for size in (3, 4))
         asked = next(question for question in questions if question.query in few.question)
-        article = [documents[i] for i in (*asked.own, *asked.related)]
+        article = [documents[i] for i in (*asked.required, *asked.related)]
         assert all(document in few.context for document in article)
         assert sum(document in more.context for document in documents) == 5
 
@@ -196,7 +196,7 @@ def test_when_documents_run_out_they_come_again():
 
 def test_tokens_to_generate_are_the_published_ones():
     expected = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
-    assert {name: task.tokens for name, task in TASKS.items()} == {n: expected[n.split("_")[0]] for n in TASKS}
+    assert {name: task.max_tokens for name, task in TASKS.items()} == {n: expected[n.split("_")[0]] for n in TASKS}
     assert len(TASKS) == 13
 
 
@@ -208,8 +208,8 @@ def test_a_length_that_is_too_short_is_refused(name):
 
 @pytest.mark.parametrize("count", [500, 20_000])
 def test_words_of_keys_and_lists_are_different(count):
-    assert len(set(keys(Random(1), count))) == count
-    drawn = listed(Random(1), count)
+    assert len(set(draw_keys(Random(1), count))) == count
+    drawn = draw_words(Random(1), count)
     assert len(set(drawn)) == count
     known = set(words("noun", "adjective", "verb"))
     assert (set(drawn) <= known) == (count <= len(known))
@@ -221,9 +221,9 @@ def test_tasks_of_one_seed_do_not_ask_for_the_same_values():
 
 
 def test_scores_are_those_worked_out_by_hand():
-    assert all_parts("They are 12 and ABC.", ["12", "abc", "34", "5"]) == 0.5
-    assert all_parts("nothing", ["12"]) == 0
-    assert any_part("It was PARIS, I think", ["the city of Paris", "Paris"]) == 1
-    assert any_part("London", ["the city of Paris", "Paris"]) == 0
+    assert string_match_all("They are 12 and ABC.", ["12", "abc", "34", "5"]) == 0.5
+    assert string_match_all("nothing", ["12"]) == 0
+    assert string_match_part("It was PARIS, I think", ["the city of Paris", "Paris"]) == 1
+    assert string_match_part("London", ["the city of Paris", "Paris"]) == 0
     assert TASKS["niah_multivalue"].score("1 2", ["1", "2", "3", "4"]) == 0.5
     assert TASKS["qa_1"].score("1 2", ["1", "2", "3", "4"]) == 1

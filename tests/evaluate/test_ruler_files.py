@@ -11,7 +11,7 @@ from mlxkv.evaluate.tasks.ruler import TASKS
 from mlxkv.evaluate.tasks.ruler.samples import read_rows, write_rows
 
 VT = TASKS["vt"]
-ROW = {"index": 0, "input": f"a {VT.asks} 1 is", "outputs": ["A"], "length": 20}
+ROW = {"index": 0, "input": f"a {VT.question_start} 1 is", "outputs": ["A"], "length": 20}
 SQUAD_QA = {"question": "Who?", "answers": [{"text": "Bo"}, {"text": "Bo"}, {"text": "old Bo"}], "is_impossible": False}
 UNANSWERABLE = {"question": "Why?", "answers": [], "is_impossible": True}
 
@@ -48,7 +48,7 @@ def test_rows_of_ruler_have_the_beginning_of_the_answer_apart(tmp_path):
 
 
 def test_a_line_may_hold_any_character(tmp_path):
-    row = {**ROW, "input": f"a\u2028b\x85c {VT.asks} 1 is"}
+    row = {**ROW, "input": f"a\u2028b\x85c {VT.question_start} 1 is"}
     path = written(tmp_path / "r.jsonl", json.dumps(row, ensure_ascii=False) + "\n")
     assert read_rows(path, VT)[0].context == "a\u2028b\x85c "
 
@@ -78,9 +78,9 @@ def test_a_line_may_hold_any_character(tmp_path):
                 {"outputs": None},
                 {"input": 3},
                 {"input": ""},
-                {"input": VT.asks},
+                {"input": VT.question_start},
                 {"input": "no question in it"},
-                {"input": f"\ud800 {VT.asks}"},
+                {"input": f"\ud800 {VT.question_start}"},
                 {"answer_prefix": 3},
             )
         ),

@@ -42,7 +42,8 @@ def test_a_few_blocks_stand_for_a_long_cache(codec):
 
 
 @pytest.mark.parametrize(
-    ("target", "advice"), [(10, "a shorter window makes smaller files"), (3000, "a shorter"), (10**8, "ask for less")]
+    ("target", "advice"),
+    [(10, "fewer recent tokens make smaller files"), (3000, "fewer recent"), (10**8, "ask for less")],
 )
 def test_bytes_out_of_reach_are_refused_with_what_is_there_anyway(codec, target, advice):
     with pytest.raises(InputError, match=advice):

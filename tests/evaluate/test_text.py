@@ -38,10 +38,10 @@ def text_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def records(text_file):
-    ways = [variants.live_variant(name) for name in ("full", "int8")]
-    ways += [variants.live_variant("sliding-window", recent=6), shuffled(), zeroed()]
+    compared = [variants.live_variant(name) for name in ("full", "int8")]
+    compared += [variants.live_variant("sliding-window", recent=6), shuffled(), zeroed()]
     options = text.TextOptions(text_file, context_tokens=60, max_tokens=12, samples=4)
-    return run("text", tiny_model("llama"), Words(), ways, options)["samples"]
+    return run("text", tiny_model("llama"), Words(), compared, options)["samples"]
 
 
 def of(records, variant):

@@ -1,1 +1,1 @@
-"""Evaluations, one a file."""
+"""Evaluations, one a file. Each registers its class; the class's docstring is the help of `mlxkv eval NAME`."""

@@ -1,4 +1,4 @@
-"""Where does the model look? Attention over the tokens of a held text, from the whole cache and from every other one."""
+"""Difference of attention over the tokens of a context from that with the untouched cache."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 
 from mlxkv.config import Config
 from mlxkv.evaluate import texts
-from mlxkv.evaluate.answer_scores import library
-from mlxkv.evaluate.evaluation import EvalSample, Evaluation, evaluations, option
+from mlxkv.evaluate.evaluation import EvalSample, Evaluation, Record, evaluations, option
+from mlxkv.evaluate.optional import import_optional
 from mlxkv.evaluate.variants import Variant, iter_variants
 from mlxkv.kernels.bits import unpack
 from mlxkv.live.base import LayerCache, causal_mask
@@ -22,29 +22,37 @@ from mlxkv.live.seam import attach
 from mlxkv.models import cache_spec
 
 SINKS, BINS = 4, 16  # of positions: the first tokens apart, then bins of equal width
-LEAST = 1e-12  # probabilities below count as this in a logarithm
+MIN_PROBABILITY = 1e-12  # smaller ones count as this in a logarithm
+MIN_SPREAD = 1e-12  # of tokens, which distances are divided by
 
 
 @dataclass(frozen=True)
 class AttentionOptions(Config):
-    text_file: Path | None = option(None, texts.TEXT_FILE)
-    context_tokens: int = option(512, "tokens that are held", least=1)
-    queries: int = option(32, "tokens that follow, whose attention is compared", least=1)
-    samples: int = option(1, "stretches of the text for each seed", least=1)
+    """Options of `mlxkv eval attention`."""
+
+    text_file: Path | None = option(None, texts.UNSEEN_TEXT_FILE)
+    context_tokens: int = option(512, "tokens that the cache holds", least=1)
+    queries: int = option(32, "tokens after them, whose attention is compared", least=1)
+    samples: int = option(1, texts.EXCERPTS, least=1)
 
 
 @evaluations.register("attention")
 class Attention(Evaluation):
-    """Where does the model look? Attention over the tokens of a held text, from the whole cache and from every other one.
+    """Measure how far attention over the tokens of a text differs from that with the untouched cache, layer by layer.
 
-    The tokens that follow are given as one chunk, so all of them find stored what the text left there. Their attention is
-    compared with the whole cache's layer by layer as the model computes it: behind the first layer the queries differ, too.
+    - kl: KL divergence of attention, in nats
+    - cosine: cosine of attention
+    - entropy: entropy of attention, in nats
+    - lost_mass: share of the untouched cache's attention that is on tokens which the other cache has lost
 
-    An entry's attention goes to the tokens that it stands for. No method is asked which those are: they are read off its keys
-    and values. An entry that weighs as n tokens (`LayerCache.bias`) is n times in an assignment of entries to tokens, each to
-    at most one, that makes the sum of distances least; it shares its attention evenly among its tokens. By the triangle
-    inequality (so distances, not their squares) an entry that is a token as it was always gets that one. Tokens without an
-    entry are lost. Caches that are mlx-lm's own, such as those that codecs restore, hold every token in its place.
+    All are means over layers, heads and queries; records also have them by layer, and attention by position
+    (mass_by_position). The queries are the tokens after the text, which the model reads as one chunk; from the second
+    layer on the queries differ, too.
+
+    Where a cache merges tokens, the attention of an entry is shared evenly among the tokens that it stands for. These
+    are found from keys and values, by the assignment of entries to tokens with the least sum of distances: an entry
+    that weighs as n tokens gets n of them, and one that equals a token always gets that one. Tokens without an entry
+    are lost.
     """
 
     options_class = AttentionOptions
@@ -52,35 +60,34 @@ class Attention(Evaluation):
     options: AttentionOptions
 
     def samples(self, tokenizer: Any, seed: int) -> list[EvalSample]:
-        """One for each stretch of the text. Raises InputError for a text that is too short."""
+        """Return one sample for each excerpt of the text."""
+        options = self.options
         return texts.text_samples(
-            tokenizer,
-            self.options,
-            self.options.context_tokens + self.options.queries,
-            seed,
-            partial(_measure, self.options.context_tokens),
-        )
+            tokenizer, options.text_file, options.context_tokens + options.queries, options.samples, seed,
+            partial(_measure, options.context_tokens),
+        )  # fmt: skip
 
 
 def _measure(
     context_tokens: int, tokens: Sequence[int], model: Any, tokenizer: Any, variants: Sequence[Variant]
-) -> list[dict[str, Any]]:
+) -> list[Record]:
+    """Return a record for each variant."""
     layers = cache_spec(model).attention_layers
     exact: list[Entries] = []
     reference: list[np.ndarray] = []
     records = []
-    for variant, held in iter_variants(model, variants, tokens[:context_tokens]):
-        entries = [stored_entries(held.cache[layer]) for layer in layers]
+    for variant, cached in iter_variants(model, variants, tokens[:context_tokens]):
+        entries = [stored_entries(cached.cache[layer]) for layer in layers]
         exact = exact or entries
         shares = [entry_shares(*pair) for pair in zip(entries, exact)]
-        weights = attention_weights(model, held.cache, entries, tokens[context_tokens:])
+        weights = attention_weights(model, cached.cache, entries, tokens[context_tokens:])
         found = [to_token_attention(*pair) for pair in zip(weights, shares)]
         reference = reference or found
         by_layer = [compare(*layer) for layer in zip(found, reference, shares)]
         records.append(
             {
                 "variant": variant.name,
-                **held.sizes,
+                **cached.sizes,
                 **{score: float(np.mean([layer[score] for layer in by_layer])) for score in Attention.scores},
                 "by_layer": {score: [round(layer[score], 6) for layer in by_layer] for score in Attention.scores},
                 "mass_by_position": [mass_by_position(layer).round(6).tolist() for layer in found],
@@ -91,8 +98,16 @@ def _measure(
 
 @dataclass(frozen=True)
 class Entries:
-    """What one layer stores of a text, for a batch of one. keys, values `[H, n, D]` float32, of MLA latents and k_pe.
-    bias `[H, n]`: the logarithm of how many tokens an entry stands for, -inf for none. ordered: whether entry i is token i.
+    """Entries that one layer stores of a text, for a batch of one.
+
+    Parameters
+    ----------
+    keys, values
+        `[H, n, D]` float32; latents and k_pe of MLA.
+    bias
+        Logarithm of the number of tokens that an entry stands for, `[H, n]`; -inf for none.
+    ordered
+        Whether entry i is token i.
     """
 
     keys: np.ndarray
@@ -102,7 +117,18 @@ class Entries:
 
 
 def stored_entries(cache: Any) -> Entries:
-    """What a live cache, or one of mlx-lm's, holds."""
+    """Return the entries of one layer's cache.
+
+    Parameters
+    ----------
+    cache
+        A live cache, or one of mlx-lm's, which holds every token in its place.
+
+    Returns
+    -------
+    Entries
+        Copies of its keys and values.
+    """
     live = isinstance(cache, LayerCache)
     pairs = cache.buckets() if live else [cache.keys_and_values()]
     keys, values = (
@@ -115,12 +141,30 @@ def stored_entries(cache: Any) -> Entries:
 
 
 def entry_shares(entries: Entries, exact: Entries) -> np.ndarray:
-    """The share of each entry's attention that each token gets, `[H, n, T]`: rows are even and add up to 1, or to 0 for
-    entries that stand for none. exact: all tokens, as the whole cache holds them."""
+    """Return the share of each entry's attention that each token gets.
+
+    Parameters
+    ----------
+    entries
+        `n` entries.
+    exact
+        All `T` tokens, as the untouched cache has them.
+
+    Returns
+    -------
+    np.ndarray
+        `[H, n, T]` float32. A row is even over the entry's tokens and adds up to 1, or to 0 for an entry that stands
+        for none.
+
+    Notes
+    -----
+    A linear assignment with a row for each token that an entry stands for. It minimizes distances and not their
+    squares: by the triangle inequality an entry that equals a token then always gets that token.
+    """
     H, T = exact.bias.shape
     if entries.ordered:
         return np.broadcast_to(np.eye(T, dtype=np.float32), (H, T, T))
-    assign = library("scipy.optimize").linear_sum_assignment
+    assign = import_optional("scipy.optimize").linear_sum_assignment
     empty = np.isneginf(entries.bias)
     counts = np.where(empty, 0, np.maximum(1, np.rint(np.exp(entries.bias)))).astype(int)
     shares = np.zeros((H, entries.bias.shape[1], T), np.float32)
@@ -132,35 +176,50 @@ def entry_shares(entries: Entries, exact: Entries) -> np.ndarray:
 
 
 def _distances(entries: Entries, exact: Entries) -> np.ndarray:
-    """`[H, n, T]`: of keys and values together, each by how far those of tokens spread."""
+    """Return distances of keys and values together, in units of the spread of tokens, `[H, n, T]`."""
     squares = np.zeros((*entries.bias.shape, exact.bias.shape[1]))
-    for ours, theirs in ((entries.keys, exact.keys), (entries.values, exact.values)):
-        center = theirs.mean(axis=1, keepdims=True, dtype=np.float64)
-        a, b = ours - center, theirs - center
+    for stored, original in ((entries.keys, exact.keys), (entries.values, exact.values)):
+        center = original.mean(axis=1, keepdims=True, dtype=np.float64)
+        a, b = stored - center, original - center
         lengths = np.square(a).sum(axis=-1)[..., None], np.square(b).sum(axis=-1)[:, None]
         spread = lengths[1].mean(axis=-1, keepdims=True)
-        squares += (lengths[0] + lengths[1] - 2 * a @ b.swapaxes(-1, -2)) / np.maximum(spread, LEAST)
+        squares += (lengths[0] + lengths[1] - 2 * a @ b.swapaxes(-1, -2)) / np.maximum(spread, MIN_SPREAD)
     return np.sqrt(np.maximum(squares, 0))
 
 
 def attention_weights(
     model: Any, cache: list[Any], entries: Sequence[Entries], tokens: Sequence[int]
 ) -> list[np.ndarray]:
-    """Give the model `tokens` as one chunk: by layer what each pays attention to, `[Hq, L, n + L]`, entries first.
+    """Let the model read tokens as one chunk, and record their attention.
 
-    entries: what the cache holds, by attention layer. The chunk is in the cache afterwards.
+    Parameters
+    ----------
+    model
+        A model that mlx-lm loaded.
+    cache
+        A prompt cache; the chunk is in it afterwards.
+    entries
+        Entries of the cache, by attention layer.
+    tokens
+        The `L` tokens of the chunk.
+
+    Returns
+    -------
+    list of np.ndarray
+        Attention of each layer's query heads to entries and then to the chunk, `[Hq, L, n + L]` float32, with sums
+        of 1.
     """
     attach(model)
-    watched = list(cache)
+    recorders = list(cache)
     layers = cache_spec(model).attention_layers
-    for layer, own in zip(layers, entries):
-        watched[layer] = _Watched(cache[layer], own)
-    mx.eval(model(mx.array([list(tokens)]), cache=watched), [watched[layer].weights for layer in layers])
-    return [np.array(watched[layer].weights) for layer in layers]
+    for layer, stored in zip(layers, entries):
+        recorders[layer] = _AttentionRecorder(cache[layer], stored)
+    mx.eval(model(mx.array([list(tokens)]), cache=recorders), [recorders[layer].weights for layer in layers])
+    return [np.array(recorders[layer].weights) for layer in layers]
 
 
-class _Watched:
-    """Stands before a layer's cache and remembers the attention of its next chunk."""
+class _AttentionRecorder:
+    """Stand-in for a layer's cache that records the attention of the next chunk."""
 
     def __init__(self, cache: Any, entries: Entries) -> None:
         self.cache, self.entries = cache, entries
@@ -170,6 +229,7 @@ class _Watched:
         return getattr(self.cache, name)
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Any = None) -> mx.array:
+        """Record the attention, and return what the cache itself attends to."""
         everything = keys.astype(mx.float32)
         n, (Hq, L, D) = self.entries.keys.shape[1], queries.shape[1:]
         if keys.shape[2] < n + L:  # a live cache that gave the model the chunk alone
@@ -179,9 +239,9 @@ class _Watched:
         scores = (scale * shared @ everything.swapaxes(-1, -2)).reshape(Hq, L, n + L)
         bias = mx.array(self.entries.bias, mx.float32)
         scores += mx.pad(mx.repeat(bias, Hq // len(bias), axis=0), [(0, 0), (0, L)])[:, None]
-        seen = causal_mask(L, n + L) if isinstance(mask, str) else mask
-        if seen is not None:
-            scores = mx.where(seen, scores, -mx.inf) if seen.dtype == mx.bool_ else scores + seen
+        visible = causal_mask(L, n + L) if isinstance(mask, str) else mask
+        if visible is not None:
+            scores = mx.where(visible, scores, -mx.inf) if visible.dtype == mx.bool_ else scores + visible
         self.weights = mx.softmax(scores, axis=-1).reshape(Hq, L, n + L)
         if isinstance(self.cache, LayerCache):
             return self.cache.attend(queries, keys, values, scale, mask)
@@ -189,34 +249,70 @@ class _Watched:
 
 
 def to_token_attention(weights: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Attention to entries and the chunk, `[Hq, L, n + L]`, as attention to the text's tokens and the chunk."""
+    """Turn attention to entries into attention to tokens.
+
+    Parameters
+    ----------
+    weights
+        Attention to entries and the chunk, `[Hq, L, n + L]`.
+    shares
+        As `entry_shares` returns them, `[H, n, T]`.
+
+    Returns
+    -------
+    np.ndarray
+        Attention to the text's tokens and the chunk, `[Hq, L, T + L]`.
+    """
     Hq, L, _ = weights.shape
     H, n, T = shares.shape
     text = weights[..., :n].reshape(H, -1, n) @ shares
     return np.concatenate([text.reshape(Hq, L, T), weights[..., n:]], axis=-1)
 
 
-def compare(ours: np.ndarray, whole: np.ndarray, shares: np.ndarray) -> dict[str, float]:
-    """Attention `[Hq, L, T + L]` against the whole cache's, means over heads and queries.
+def compare(attention: np.ndarray, reference: np.ndarray, shares: np.ndarray) -> dict[str, float]:
+    """Compare attention to tokens with that of the untouched cache.
 
-    kl: KL(ours || whole) in nats; the other way round it would be infinite wherever a token is lost. entropy: of ours, in
-    nats. lost_mass: what the whole cache's attention gives to tokens that no entry `[H, n, T]` stands for.
+    Parameters
+    ----------
+    attention, reference
+        Attention `[Hq, L, T + L]`.
+    shares
+        As `entry_shares` returns them for the cache of `attention`, `[H, n, T]`.
+
+    Returns
+    -------
+    dict
+        Means over heads and queries: `kl`, KL(attention || reference) in nats (the other direction is infinite wherever
+        a token is lost); `cosine`; `entropy` of `attention`, in nats; and `lost_mass`, 0 to 1, which the reference
+        gives to tokens that no entry stands for.
     """
-    logs = np.log(np.maximum(ours, LEAST))
-    lost = np.repeat(shares.sum(axis=1) == 0, len(ours) // len(shares), axis=0)  # [Hq, T]
-    products = [(a * b).sum(axis=-1) for a, b in ((ours, whole), (ours, ours), (whole, whole))]
+    logs = np.log(np.maximum(attention, MIN_PROBABILITY))
+    lost = np.repeat(shares.sum(axis=1) == 0, len(attention) // len(shares), axis=0)  # [Hq, T]
+    pairs = ((attention, reference), (attention, attention), (reference, reference))
+    products = [(a * b).sum(axis=-1) for a, b in pairs]
     by_query = {
-        "kl": (ours * (logs - np.log(np.maximum(whole, LEAST)))).sum(axis=-1),
+        "kl": (attention * (logs - np.log(np.maximum(reference, MIN_PROBABILITY)))).sum(axis=-1),
         "cosine": products[0] / np.sqrt(products[1] * products[2]),
-        "entropy": -(ours * logs).sum(axis=-1),
-        "lost_mass": (whole[..., : lost.shape[-1]] * lost[:, None]).sum(axis=-1),
+        "entropy": -(attention * logs).sum(axis=-1),
+        "lost_mass": (reference[..., : lost.shape[-1]] * lost[:, None]).sum(axis=-1),
     }
     return {score: float(values.mean()) for score, values in by_query.items()}
 
 
 def mass_by_position(attention: np.ndarray) -> np.ndarray:
-    """Of attention `[Hq, L, T + L]`, means over heads and queries: what goes to the first SINKS tokens, to each of BINS
-    equal parts of the text behind them, and to the chunk itself, `[BINS + 2]`."""
+    """Sum attention over ranges of positions.
+
+    Parameters
+    ----------
+    attention
+        Attention `[Hq, L, T + L]`.
+
+    Returns
+    -------
+    np.ndarray
+        Means over heads and queries, `[18]`: attention to the first 4 tokens, to each of 16 equal parts of the text
+        after them, and to the chunk itself.
+    """
     text = attention.shape[-1] - attention.shape[1]
     mass = attention.mean(axis=(0, 1))
     parts = [mass[:SINKS], *np.array_split(mass[SINKS:text], BINS), mass[text:]]

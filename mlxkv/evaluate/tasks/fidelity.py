@@ -1,4 +1,4 @@
-"""Does the model notice? What it says of the tokens that follow a held text, against what it says from the whole cache."""
+"""Divergence of next-token predictions from those of the untouched cache."""
 
 from __future__ import annotations
 
@@ -18,18 +18,27 @@ from mlxkv.evaluate.variants import Variant, iter_logits, iter_variants
 
 @dataclass(frozen=True)
 class FidelityOptions(Config):
-    text_file: Path | None = option(None, texts.TEXT_FILE)
-    context_tokens: int = option(512, "tokens that are held before any is predicted", least=1)
+    """Options of `mlxkv eval fidelity`."""
+
+    text_file: Path | None = option(None, texts.UNSEEN_TEXT_FILE)
+    context_tokens: int = option(512, "tokens that the cache holds before any is predicted", least=1)
     eval_tokens: int = option(200, "tokens that are predicted after them", least=1)
-    samples: int = option(3, "stretches of the text for each seed", least=1)
-    chunk: int = option(16, "tokens given at a time after that; 1 is as in generation, and slower", least=1)
+    samples: int = option(3, texts.EXCERPTS, least=1)
+    chunk: int = option(
+        16, "tokens that the model reads at a time after the context; 1 is as in generation, and slower", least=1
+    )
 
 
 @evaluations.register("fidelity")
 class Fidelity(Evaluation):
-    """Does the model notice? What it says of the tokens that follow a held text, against what it says from the whole cache.
+    """Measure how far predictions of the tokens after a text diverge from those of the untouched cache.
 
-    Of a codec the record is that of the plan's phase 4: cosine and KL of the next token's logits, sizes, errors by layer.
+    - kl: KL divergence of the next token's distribution in nats, mean over tokens
+    - top1_agreement: share of tokens at which both caches make the same token the most probable one
+    - next_token_cosine: cosine of the logits of the first prediction
+    - perplexity_delta: perplexity less that with the untouched cache
+
+    Records of codecs also have the sizes of the file's parts, and errors of keys and values by layer.
     """
 
     options_class = FidelityOptions
@@ -37,22 +46,42 @@ class Fidelity(Evaluation):
     options: FidelityOptions
 
     def samples(self, tokenizer: Any, seed: int) -> list[EvalSample]:
-        """One for each stretch of the text. Raises InputError for a text that is too short."""
+        """Return one sample for each excerpt of the text."""
 
         def measure(tokens: Sequence[int], model: Any, tokenizer: Any, variants: Sequence[Variant]) -> list[Record]:
             return evaluate(model, variants, tokens, self.options.context_tokens, self.options.chunk)
 
-        return texts.text_samples(
-            tokenizer, self.options, self.options.context_tokens + self.options.eval_tokens + 1, seed, measure
-        )
+        length = self.options.context_tokens + self.options.eval_tokens + 1
+        return texts.text_samples(tokenizer, self.options.text_file, length, self.options.samples, seed, measure)
 
 
 def evaluate(
     model: Any, variants: Sequence[Variant], tokens: Sequence[int], context_tokens: int, chunk: int = 16
-) -> list[dict[str, Any]]:
-    """A record for each variant: the first `context_tokens` tokens are held, the rest are predicted, `chunk` at a time.
+) -> list[Record]:
+    """Compare predictions of the tokens after a context from the caches of several variants.
 
-    The first variant is the reference. Raises InputError for too few tokens.
+    Parameters
+    ----------
+    model
+        A model that mlx-lm loaded.
+    variants
+        The variants; the first one is the reference.
+    tokens
+        The text, `context_tokens` + 2 tokens or more.
+    context_tokens
+        Tokens of the context, 1 or more; predicted are all tokens after the next.
+    chunk
+        Tokens that the model reads at a time after the context.
+
+    Returns
+    -------
+    list of dict
+        For each variant its name, sizes and details, and what `compare` returns.
+
+    Raises
+    ------
+    InputError
+        For too few tokens.
     """
     if not 1 <= context_tokens <= len(tokens) - 2:
         raise InputError(
@@ -60,15 +89,32 @@ def evaluate(
         )
     following, records = tokens[context_tokens:], []
     reference: mx.array | None = None
-    for variant, held in iter_variants(model, variants, tokens[:context_tokens]):
-        logits = mx.concatenate([*iter_logits(model, held.cache, following, chunk)])
+    for variant, cached in iter_variants(model, variants, tokens[:context_tokens]):
+        logits = mx.concatenate([*iter_logits(model, cached.cache, following, chunk)])
         reference = logits if reference is None else reference
-        records.append({"variant": variant.name, **held.sizes, **held.details, **compare(reference, logits, following)})
+        records.append(
+            {"variant": variant.name, **cached.sizes, **cached.details, **compare(reference, logits, following)}
+        )
     return records
 
 
 def compare(reference: mx.array, logits: mx.array, following: Sequence[int]) -> dict[str, Any]:
-    """Logits `[n, vocabulary]` from a held cache against the reference's, over the n + 1 tokens that follow."""
+    """Compare predictions with those of a reference.
+
+    Parameters
+    ----------
+    reference, logits
+        Logits `[n, vocabulary]`, such as `iter_logits` yields.
+    following
+        The n + 1 tokens that follow the context; the first one is not predicted.
+
+    Returns
+    -------
+    dict
+        `predicted_tokens`, n; `kl`, KL(reference || logits) in nats, and `top1_agreement`, 0 to 1, means over all
+        predictions; `next_token_kl` and `next_token_cosine` of the first prediction; `perplexity`,
+        `perplexity_reference` and their difference `perplexity_delta`.
+    """
     targets = mx.array(list(following[1:]))
     before, after = metrics.perplexity(reference, targets), metrics.perplexity(logits, targets)
     kl = metrics.kl_divergence(reference, logits)

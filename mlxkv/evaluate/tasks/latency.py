@@ -1,4 +1,4 @@
-"""How fast? Seconds of prefill and of every decoded token, all variants in turn on the same tokens."""
+"""Seconds of prefill and of every decoded token."""
 
 from __future__ import annotations
 
@@ -20,23 +20,30 @@ from mlxkv.evaluate import texts
 from mlxkv.evaluate.evaluation import EvalSample, Evaluation, evaluations, option
 from mlxkv.evaluate.variants import Variant
 
-SLOWEST = 0.95  # the quantile that stands for tokens with extra work
+SLOW_QUANTILE = 0.95  # the quantile that stands for tokens with extra work
 
 
 @dataclass(frozen=True)
 class LatencyOptions(Config):
-    text_file: Path | None = option(None, "UTF-8 text to hold; if not given, an essay written for this project")
-    context_tokens: int = option(512, "tokens that are held before any is decoded", least=1)
+    """Options of `mlxkv eval latency`."""
+
+    text_file: Path | None = option(None, texts.TEXT_FILE)
+    context_tokens: int = option(512, "tokens that the cache holds before any is decoded", least=1)
     tokens: int = option(32, "tokens that are decoded in each round", least=1)
     rounds: int = option(3, "rounds, in each of which every variant decodes the same tokens", least=1)
 
 
 @evaluations.register("latency")
 class Latency(Evaluation):
-    """How fast? Seconds of prefill and of every decoded token, all variants in turn on the same tokens.
+    """Measure the seconds of prefill and of every decoded token.
 
-    Rounds alternate between variants, so a machine that slows down slows all of them: relative speeds are those within a
-    round. Where a method works only now and then (packing a block, allocating anew), some tokens take longer than the median.
+    - prefill_seconds: building the cache of the context
+    - token_seconds: median over decoded tokens
+    - slowest_token_seconds: 95 % quantile, as methods that pack a block now and then have slow tokens
+    - prefill_relative, decode_relative: speed relative to the untouched cache; 2 is twice as fast
+
+    All variants decode the same tokens, in turn: a machine that slows down slows all of them, and relative speeds are
+    medians of those within a round. Records also have decode_peak_bytes, the peak above the memory of all caches.
     """
 
     options_class = LatencyOptions
@@ -44,7 +51,7 @@ class Latency(Evaluation):
     options: LatencyOptions
 
     def samples(self, tokenizer: Any, seed: int) -> list[EvalSample]:
-        """One; each seed has another part of the text."""
+        """Return one sample; each seed has another part of the text."""
         tokens = texts.repeated_tokens(
             tokenizer,
             self.options.text_file,
@@ -61,34 +68,33 @@ class Latency(Evaluation):
 def _measure(
     tokens: Sequence[int], options: LatencyOptions, model: Any, tokenizer: Any, variants: Sequence[Variant]
 ) -> list[dict[str, Any]]:
-    """prefill_seconds: to hold the context, once. seconds: of each round's tokens. decode_peak_bytes: the most that
-    decoding needs above what all variants hold, of all rounds. The relative ones are speeds: 2 is twice as fast as the first."""
+    """Return a record for each variant, with the seconds of each token by round."""
     context = tokens[: options.context_tokens]
     lm.prefill(model, context[: lm.PREFILL_CHUNK], make_prompt_cache(model))  # else the first would wait for weights
-    held, prefill = {}, {}
+    contexts, prefill = {}, {}
     for variant in variants:
         start = time.perf_counter()
-        held[variant.name] = variant.build(model, context)
+        contexts[variant.name] = variant.build(model, context)
         prefill[variant.name] = time.perf_counter() - start
-    seconds: dict[str, list[list[float]]] = {name: [] for name in held}
-    peaks = dict.fromkeys(held, 0)
+    seconds: dict[str, list[list[float]]] = {name: [] for name in contexts}
+    peaks = dict.fromkeys(contexts, 0)
     for begin in range(options.context_tokens, len(tokens), options.tokens):
-        for name in held:
+        for name in contexts:
             before = mx.get_active_memory()
             mx.reset_peak_memory()
             seconds[name].append(
-                [decode(model, held[name].cache, token) for token in tokens[begin : begin + options.tokens]]
+                [decode_seconds(model, contexts[name].cache, token) for token in tokens[begin : begin + options.tokens]]
             )
             peaks[name] = max(peaks[name], mx.get_peak_memory() - before)
     first = variants[0].name
     return [
         {
             "variant": name,
-            **held[name].sizes,
+            **contexts[name].sizes,
             "prefill_seconds": prefill[name],
             "prefill_relative": prefill[first] / prefill[name],
             "token_seconds": float(np.median(times)),
-            "slowest_token_seconds": float(np.quantile(times, SLOWEST)),
+            "slowest_token_seconds": float(np.quantile(times, SLOW_QUANTILE)),
             "decode_relative": median(sum(a) / sum(b) for a, b in zip(seconds[first], times)),
             "decode_peak_bytes": peaks[name],
             "seconds": times,
@@ -97,8 +103,23 @@ def _measure(
     ]
 
 
-def decode(model: Any, cache: list[Any], token: int) -> float:
-    """Seconds of one token through the model and its cache."""
+def decode_seconds(model: Any, cache: list[Any], token: int) -> float:
+    """Time one token through a model and its cache.
+
+    Parameters
+    ----------
+    model
+        A model that mlx-lm loaded.
+    cache
+        A prompt cache, in which the token is afterwards.
+    token
+        The token.
+
+    Returns
+    -------
+    float
+        Seconds until logits and cache are computed.
+    """
     start = time.perf_counter()
     mx.eval(model(mx.array([[token]]), cache=cache), [entry.state for entry in cache])
     return time.perf_counter() - start

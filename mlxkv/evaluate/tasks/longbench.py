@@ -11,7 +11,7 @@ from typing import Any
 from mlxkv.config import Config
 from mlxkv.errors import FormatError, InputError
 from mlxkv.evaluate import answer_scores as scores
-from mlxkv.evaluate.evaluation import EvalSample, Evaluation, evaluations, option
+from mlxkv.evaluate.evaluation import EvalSample, Evaluation, Record, evaluations, option
 from mlxkv.evaluate.variants import Variant, generate_answer, iter_variants, split_tokens
 from mlxkv.io.inputs import open_input, parse_json
 
@@ -38,17 +38,36 @@ TASKS: dict[str, Callable[..., float]] = {
     "lcc": scores.code_similarity,
     "repobench-p": scores.code_similarity,
 }
-FIRST_LINE = ("trec", "triviaqa", "samsum", "lsht")  # examples come before the question; models go on with more of them
-MAX_CONFIG = 1 << 20  # bytes; the published files have 5 thousand
-MAX_LINE = 16 << 20  # bytes; the longest published context has less than a million
+FIRST_LINE_TASKS = ("trec", "triviaqa", "samsum", "lsht")  # models go on with more examples like those of the prompt
+MAX_CONFIG_BYTES = 1 << 20  # bytes; the published files have 5 thousand
+MAX_LINE_BYTES = 16 << 20  # bytes; the longest published context has less than a million
 MAX_ANSWER = 32_768  # characters; ROUGE takes time and memory by the product of both texts' words
 MAX_TOKENS = 4096  # to generate; the published numbers go up to 512
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One row. context: the prompt up to where its long text ends. question: the prompt's rest. length: the row's own,
-    in words or Chinese characters. classes: all names of the task's classes, or none. tokens: to generate."""
+    """One row of LongBench.
+
+    Parameters
+    ----------
+    task
+        Name of the task.
+    id
+        The row's `_id`.
+    context
+        The prompt up to the end of its long text.
+    question
+        The rest of the prompt.
+    answers
+        Right answers, 1 or more.
+    classes
+        Names of all classes of the task, or none.
+    length
+        As the row says, in words or Chinese characters.
+    max_tokens
+        The most tokens to generate.
+    """
 
     task: str
     id: str
@@ -57,14 +76,18 @@ class Sample:
     answers: tuple[str, ...]
     classes: tuple[str, ...]
     length: int
-    tokens: int
+    max_tokens: int
 
 
 @dataclass(frozen=True)
 class LongBenchOptions(Config):
-    folder: Path = option(MISSING, "LongBench's own, with config/ and data/ in it")
-    length: int = option(4096, "most tokens of prompt and answer together; a longer prompt loses its middle", least=1)
-    tasks: tuple[str, ...] = option(tuple(TASKS), f"of {', '.join(TASKS)}")
+    """Options of `mlxkv eval longbench`."""
+
+    folder: Path = option(MISSING, "LongBench's own folder, with config/ and data/ in it")
+    length: int = option(
+        4096, "most tokens of prompt and answer together; of a longer prompt the middle is cut out", least=1
+    )
+    tasks: tuple[str, ...] = option(tuple(TASKS), f"tasks to run, of {', '.join(TASKS)}")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,18 +98,21 @@ class LongBenchOptions(Config):
 
 @evaluations.register("longbench")
 class LongBench(Evaluation):
-    """LongBench: 21 tasks on real texts in English and Chinese, https://arxiv.org/abs/2308.14508.
+    """Score answers to LongBench: 21 tasks on real texts in English and Chinese, https://arxiv.org/abs/2308.14508.
 
-    Nothing of it is shipped here. A folder holds it as the folder LongBench of github.com/THUDM/LongBench does, with its data unpacked inside:
-    `config/dataset2prompt.json`, `config/dataset2maxlen.json` and `data/<task>.jsonl`.
+    - score: the task's own metric (F1, ROUGE-L, accuracy or similarity), 0 to 1
 
-    The prompt up to the end of its `{context}` is held; what comes after it, the question, is asked then. A prompt that is
-    too long loses its middle. The metrics are in `scores`; tokens to generate and the first lines that alone count are the
-    published ones. Departures:
+    The data are not part of mlxkv. --folder is the folder LongBench of github.com/THUDM/LongBench with the data
+    unpacked in it: config/dataset2prompt.json, config/dataset2maxlen.json and data/TASK.jsonl.
+
+    The cache is built of the prompt up to the end of its long text; the rest, the question, is asked then. Metrics,
+    tokens to generate, and the tasks of which only the first line of an answer counts are the published ones.
+    Departures:
+
     - prompts have no chat template, which LongBench adds for chat models in 15 of the tasks;
-    - the answer has its room within the length, and a prompt that was cut is not decoded and tokenised again;
+    - the length includes the answer, and a prompt that was cut is not decoded and tokenized again;
     - samsum's answers do not end at a new line. Their first line counts either way; LongBench forbids an empty one;
-    - the row of all tasks is the mean of tasks, both languages together; LongBench's is the mean of six kinds of tasks, by language.
+    - the row of all tasks is the mean of tasks; LongBench's is the mean of six kinds of tasks, by language.
     """
 
     options_class = LongBenchOptions
@@ -94,17 +120,13 @@ class LongBench(Evaluation):
     options: LongBenchOptions
 
     def samples(self, tokenizer: Any, seed: int) -> list[EvalSample]:
-        """Every sample of every task; groups are tasks. The seed changes nothing but which ones a limit leaves.
-
-        Raises InputError for a missing file or a length too short for a task's answers, FormatError for files that are
-        damaged, and MlxkvError where a library for the scores is missing.
-        """
-        drawn = [sample for task in self.options.tasks for sample in read(self.options.folder, task)]
+        """Return all samples of all tasks, the same for every seed; groups are tasks."""
+        drawn = [sample for task in self.options.tasks for sample in read_task(self.options.folder, task)]
         for sample in {sample.task: sample for sample in drawn}.values():
-            score(sample, "")  # a missing library should not be found out hours into the run
-            if self.options.length < sample.tokens + 2:
+            score(sample, "")  # a missing package should be found out before the model works
+            if self.options.length < sample.max_tokens + 2:
                 raise InputError(
-                    f"{sample.task} generates {sample.tokens} tokens; a length of {self.options.length} leaves no prompt"
+                    f"{sample.task} generates {sample.max_tokens} tokens; a length of {self.options.length} leaves no prompt"
                 )
         return [
             EvalSample(
@@ -116,22 +138,38 @@ class LongBench(Evaluation):
         ]
 
 
-def ask_sample(
-    sample: Sample, length: int, model: Any, tokenizer: Any, variants: Sequence[Variant]
-) -> list[dict[str, Any]]:
-    """A sample asked of every variant: a record each. words: the row's own length. prompt_tokens: of what was asked."""
-    context, question = prompt(tokenizer, sample, length)
+def ask_sample(sample: Sample, length: int, model: Any, tokenizer: Any, variants: Sequence[Variant]) -> list[Record]:
+    """Ask the question of a sample with every variant.
+
+    Parameters
+    ----------
+    sample
+        The sample.
+    length
+        The most tokens of prompt and answer together.
+    model, tokenizer
+        As `mlxkv.lm.load` returns them.
+    variants
+        The variants.
+
+    Returns
+    -------
+    list of dict
+        For each variant its name, sizes, `score`, `answer`, the right `answers`, `words` (the row's length), and
+        `prompt_tokens`.
+    """
+    context, question = tokenize_prompt(tokenizer, sample, length)
     records = []
-    for variant, held in iter_variants(model, variants, context):
-        said = tokenizer.decode(
-            generate_answer(model, tokenizer, held, question, sample.tokens), skip_special_tokens=True
+    for variant, cached in iter_variants(model, variants, context):
+        answer = tokenizer.decode(
+            generate_answer(model, tokenizer, cached, question, sample.max_tokens), skip_special_tokens=True
         )
         records.append(
             {
                 "variant": variant.name,
-                **held.sizes,
-                "score": score(sample, said),
-                "answer": said,
+                **cached.sizes,
+                "score": score(sample, answer),
+                "answer": answer,
                 "answers": list(sample.answers),
                 "words": sample.length,
                 "prompt_tokens": len(context) + len(question),
@@ -140,25 +178,72 @@ def ask_sample(
     return records
 
 
-def score(sample: Sample, said: str) -> float:
-    """The score of what was said: against the answer it comes closest to."""
+def score(sample: Sample, answer: str) -> float:
+    """Score an answer with the metric of its task.
+
+    Parameters
+    ----------
+    sample
+        The sample.
+    answer
+        Text that the model generated.
+
+    Returns
+    -------
+    float
+        0 to 1: the highest score over the right answers.
+    """
     metric = TASKS[sample.task]
     if metric is scores.classification:
         metric = partial(metric, classes=sample.classes)
-    if sample.task in FIRST_LINE:
-        said = said.lstrip("\n").split("\n")[0]
-    return max(metric(said, expected) for expected in sample.answers)
+    if sample.task in FIRST_LINE_TASKS:
+        answer = answer.lstrip("\n").split("\n")[0]
+    return max(metric(answer, expected) for expected in sample.answers)
 
 
-def prompt(tokenizer: Any, sample: Sample, length: int) -> tuple[list[int], list[int]]:
-    """Tokens of context and question, cut so that the answer fits into `length` tokens beside them."""
-    return cut(*split_tokens(tokenizer, sample.context, sample.question), length - sample.tokens)
+def tokenize_prompt(tokenizer: Any, sample: Sample, length: int) -> tuple[list[int], list[int]]:
+    """Tokenize the prompt of a sample, and cut out its middle where it is too long.
+
+    Parameters
+    ----------
+    tokenizer
+        The model's.
+    sample
+        The sample.
+    length
+        The most tokens of prompt and answer together; 2 more than the answer's or more.
+
+    Returns
+    -------
+    context : list of int
+        Tokens that the cache is built of.
+    question : list of int
+        Tokens that come after them.
+    """
+    return truncate_middle(*split_tokens(tokenizer, sample.context, sample.question), length - sample.max_tokens)
 
 
-def cut(context: Sequence[int], question: Sequence[int], length: int) -> tuple[list[int], list[int]]:
-    """Both as they are, or, where they are longer than `length` together, the first and the last half of `length`.
+def truncate_middle(context: Sequence[int], question: Sequence[int], length: int) -> tuple[list[int], list[int]]:
+    """Cut the middle out of a context and a question that are too long together.
 
-    length is 2 or more. A question of more than half loses tokens too.
+    Parameters
+    ----------
+    context, question
+        Tokens.
+    length
+        The most tokens to keep, 2 or more: the first half of them and the last half.
+
+    Returns
+    -------
+    context : list of int
+        What is left of the context.
+    question : list of int
+        What is left of the question; it loses tokens only where it is longer than half of `length`.
+
+    Examples
+    --------
+    >>> truncate_middle([0, 1, 2, 3, 4, 5], [6, 7], 6)
+    ([0, 1, 2, 5], [6, 7])
     """
     tokens, boundary = [*context, *question], len(context)
     if len(tokens) > length:
@@ -168,14 +253,31 @@ def cut(context: Sequence[int], question: Sequence[int], length: int) -> tuple[l
     return tokens[:boundary], tokens[boundary:]
 
 
-def read(folder: str | Path, task: str) -> list[Sample]:
-    """A task's samples in the file's order.
+def read_task(folder: str | Path, task: str) -> list[Sample]:
+    """Read the samples of a task.
 
-    Raises InputError for a missing file, FormatError with file and line for anything that is not as LongBench publishes it.
+    Parameters
+    ----------
+    folder
+        LongBench's own, with config/ and data/ in it.
+    task
+        Name of the task.
+
+    Returns
+    -------
+    list of Sample
+        1 or more, in the order of the file.
+
+    Raises
+    ------
+    InputError
+        For a missing file.
+    FormatError
+        For anything that is not as LongBench publishes it; the message names file and line.
     """
-    template, tokens = _config(Path(folder) / "config", task)
+    template, max_tokens = _config(Path(folder) / "config", task)
     path = Path(folder) / "data" / f"{task}.jsonl"
-    rows = [_sample(row, name, task, template, tokens) for name, row in _rows(path)]
+    rows = [_sample(row, name, task, template, max_tokens) for name, row in _rows(path)]
     if not rows:
         raise FormatError(f"{path} has no samples")
     if len({row.id for row in rows}) < len(rows):
@@ -184,7 +286,7 @@ def read(folder: str | Path, task: str) -> list[Sample]:
 
 
 def _config(folder: Path, task: str) -> tuple[tuple[str, str], int]:
-    """A task's prompt, before and after its context, and how many tokens it generates."""
+    """Return a task's prompt, before and after its context, and the number of tokens to generate."""
     prompts, lengths = folder / "dataset2prompt.json", folder / "dataset2maxlen.json"
     template, tokens = _object(prompts).get(task), _object(lengths).get(task)
     before, _, after = template.partition("{context}") if isinstance(template, str) else ("", "", "")
@@ -196,24 +298,26 @@ def _config(folder: Path, task: str) -> tuple[tuple[str, str], int]:
 
 
 def _object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file."""
     with open_input(path) as file:
-        text = file.read(MAX_CONFIG + 1)
-    if len(text) > MAX_CONFIG:
-        raise FormatError(f"{path} has more than {MAX_CONFIG} bytes")
+        text = file.read(MAX_CONFIG_BYTES + 1)
+    if len(text) > MAX_CONFIG_BYTES:
+        raise FormatError(f"{path} has more than {MAX_CONFIG_BYTES} bytes")
     return parse_json(text, str(path))
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line's place, for errors, and its object."""
+    """Yield the place of each line, for errors, and the object in it."""
     with open_input(path) as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
             name = f"{path}, line {number}"
-            if len(line) > MAX_LINE:
-                raise FormatError(f"{name}: more than {MAX_LINE} bytes")
+            if len(line) > MAX_LINE_BYTES:
+                raise FormatError(f"{name}: more than {MAX_LINE_BYTES} bytes")
             yield name, parse_json(line, name)
 
 
-def _sample(row: dict[str, Any], name: str, task: str, template: tuple[str, str], tokens: int) -> Sample:
+def _sample(row: dict[str, Any], name: str, task: str, template: tuple[str, str], max_tokens: int) -> Sample:
+    """Return the sample of a row. Raises FormatError for anything that is not as LongBench publishes it."""
     wrong = [key for key in ("input", "context", "dataset", "_id") if not _is_text(row.get(key))]
     if wrong or not row["context"]:
         raise FormatError(f"{name}: {', '.join(wrong) or 'context'} should be text, and the context not empty")
@@ -234,11 +338,13 @@ def _sample(row: dict[str, Any], name: str, task: str, template: tuple[str, str]
         raise FormatError(f"{name}: length should be a number, not {length!r:.80}")
     before, after = template
     question = after.replace("{input}", row["input"])
-    return Sample(task, row["_id"], before + row["context"], question, tuple(answers), tuple(classes), length, tokens)
+    return Sample(
+        task, row["_id"], before + row["context"], question, tuple(answers), tuple(classes), length, max_tokens
+    )
 
 
 def _is_text(*values: Any) -> bool:
-    """Whether all are strings that can be encoded; JSON can also hold halves of characters."""
+    """Return whether all are strings that can be encoded; JSON can also hold halves of characters."""
     if not all(isinstance(value, str) for value in values):
         return False
     try:

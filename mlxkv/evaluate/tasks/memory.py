@@ -1,4 +1,4 @@
-"""How much memory? What a held context really takes, and what reading it and decoding a token take on top."""
+"""Memory of a cache, and the peaks while it is built and used."""
 
 from __future__ import annotations
 
@@ -19,15 +19,23 @@ from mlxkv.evaluate.variants import Variant
 
 @dataclass(frozen=True)
 class MemoryOptions(Config):
-    text_file: Path | None = option(None, "UTF-8 text to hold; if not given, an essay written for this project")
-    lengths: tuple[int, ...] = option((512, 1024), "tokens of it that are held", least=1)
+    """Options of `mlxkv eval memory`."""
+
+    text_file: Path | None = option(None, texts.TEXT_FILE)
+    lengths: tuple[int, ...] = option((512, 1024), "tokens that the cache holds", least=1)
 
 
 @evaluations.register("memory")
 class Memory(Evaluation):
-    """How much memory? What a held context really takes, and what reading it and decoding a token take on top.
+    """Measure the memory that a cache takes, and the peaks while its context is read and a token is decoded.
 
-    Bytes do not depend on what a text says, so a text that is too short for a length is begun again.
+    - cache_bytes: the arrays of attention layers
+    - resident_bytes: growth of MLX's allocations, which includes copies that a method keeps and states of other layers
+    - prefill_peak_bytes: peak while the context is read, above the memory before
+    - decode_peak_bytes: peak while one token is decoded, above the resident memory
+
+    Peaks include the model's activations. Bytes do not depend on what a text says, so a text that is too short for a
+    length is repeated.
     """
 
     options_class = MemoryOptions
@@ -35,7 +43,7 @@ class Memory(Evaluation):
     options: MemoryOptions
 
     def samples(self, tokenizer: Any, seed: int) -> list[EvalSample]:
-        """One for each length, whatever the seed."""
+        """Return one sample for each length, the same for every seed."""
         return [
             EvalSample(
                 {"text": texts.text_name(self.options.text_file), "length": length},
@@ -46,32 +54,31 @@ class Memory(Evaluation):
 
 
 def _measure(tokens: Sequence[int], model: Any, tokenizer: Any, variants: Sequence[Variant]) -> list[dict[str, Any]]:
-    """One held at a time. resident_bytes: by how much MLX's allocator holds more than before, so copies that a method
-    keeps show, and other layers' states. prefill_peak_bytes: the most while the context is read, above before.
-    decode_peak_bytes: the most that one decoded token needs above what is held. Both have the model's activations."""
+    """Return a record for each variant; only one cache is in memory at a time."""
     records = []
     for variant in variants:
         before = _active()
         mx.reset_peak_memory()
-        held = variant.build(model, tokens[:-1])
+        cached = variant.build(model, tokens[:-1])
         prefill_peak = mx.get_peak_memory() - before
         resident = _active() - before
         mx.reset_peak_memory()
-        mx.eval(model(mx.array([[tokens[-1]]]), cache=held.cache), [entry.state for entry in held.cache])
+        mx.eval(model(mx.array([[tokens[-1]]]), cache=cached.cache), [entry.state for entry in cached.cache])
         records.append(
             {
                 "variant": variant.name,
-                **held.sizes,
+                **cached.sizes,
                 "resident_bytes": resident,
                 "prefill_peak_bytes": prefill_peak,
                 "decode_peak_bytes": mx.get_peak_memory() - before - resident,
             }
         )
-        del held
+        del cached
     return records
 
 
 def _active() -> int:
+    """Return the bytes of all live arrays."""
     mx.synchronize()  # what has been computed may still hold what it was computed from
     gc.collect()
     mx.clear_cache()

@@ -1,4 +1,4 @@
-"""Needle in a haystack: a pass key hidden in an essay, at several lengths and depths, asked for after the essay is held."""
+"""Needle in a haystack: retrieval of a pass key that is hidden in an essay."""
 
 from __future__ import annotations
 
@@ -14,20 +14,24 @@ import mlx.core as mx
 from mlxkv import lm
 from mlxkv.config import Config
 from mlxkv.errors import InputError
-from mlxkv.evaluate.evaluation import EvalSample, Evaluation, evaluations, option
+from mlxkv.evaluate.evaluation import EvalSample, Evaluation, Record, evaluations, option
 from mlxkv.evaluate.sources import Sources
 from mlxkv.evaluate.variants import Variant, iter_variants, split_tokens
 
 DIGITS = 5
 NEEDLE = "\n\nThe pass key is {}. Remember it.\n\n"
-WORD = "a"  # what comes before a needle and a question is encoded as after a word
+WORD = "a"  # needles and questions are tokenized as after a word
 QUESTION = "\n\nWhat is the pass key? The pass key is "
 
 
 @dataclass(frozen=True)
 class NeedleOptions(Config):
+    """Options of `mlxkv eval needle`."""
+
     lengths: tuple[int, ...] = option((256, 512, 1024), "tokens of essay and needle together", least=1)
-    depths: tuple[float, ...] = option((0.1, 0.3, 0.5, 0.7, 0.9), "where the needle is, from 0, the start, to 1")
+    depths: tuple[float, ...] = option(
+        (0.1, 0.3, 0.5, 0.7, 0.9), "positions of the needle, from 0, the start, to 1, the end"
+    )
     essays: Path | None = option(
         None, "text file, folder of .txt files or RULER's JSON; if not given, a built-in essay"
     )
@@ -40,11 +44,15 @@ class NeedleOptions(Config):
 
 @evaluations.register("needle")
 class Needle(Evaluation):
-    """Needle in a haystack: a pass key hidden in an essay, at several lengths and depths, asked for after the essay is held.
+    """Measure whether the model finds a pass key in an essay (needle in a haystack), at several lengths and depths.
 
-    After github.com/gkamradt/LLMTest_NeedleInAHaystack, with digits for a sentence and no judging model: the key is fed
-    digit by digit, so a record says how many digits the model puts first, and how probable they are to it. That tells
-    methods apart even on models too small to answer freely.
+    - found: share of keys of which every digit is the most probable one
+    - digits_first: share of digits that are the most probable ones
+    - log_probability: mean log-probability of a digit, in nats
+
+    After github.com/gkamradt/LLMTest_NeedleInAHaystack, with digits in place of a sentence and without a model that
+    judges answers: the model is given the key digit by digit, and its predictions are scored. That tells methods apart
+    even on models that are too small to answer freely.
     """
 
     options_class = NeedleOptions
@@ -52,39 +60,79 @@ class Needle(Evaluation):
     options: NeedleOptions
 
     def samples(self, tokenizer: Any, seed: int) -> list[EvalSample]:
-        """One for each length and depth; the key follows from them and the seed.
-
-        Raises InputError for a length without room for the needle.
-        """
+        """Return one sample for each length and depth; the key depends on them and on the seed."""
         sources = Sources(essays=self.options.essays)
         drawn = []
         for length in self.options.lengths:
             for depth in self.options.depths:
-                key = drawn_key(length, depth, seed)
+                key = draw_key(length, depth, seed)
                 facts = {"length": length, "depth": depth, "key": key, "text": sources.name("essays"), "seed": seed}
                 drawn.append(
-                    EvalSample(facts, partial(_measure, haystack(tokenizer, sources, length, depth, key), key))
+                    EvalSample(facts, partial(_measure, build_haystack(tokenizer, sources, length, depth, key), key))
                 )
         return drawn
 
 
-def _measure(
-    context: Sequence[int], key: str, model: Any, tokenizer: Any, variants: Sequence[Variant]
-) -> list[dict[str, Any]]:
+def _measure(context: Sequence[int], key: str, model: Any, tokenizer: Any, variants: Sequence[Variant]) -> list[Record]:
+    """Return a record for each variant."""
     records = []
-    for variant, held in iter_variants(model, variants, context):
-        ranked = digits(model, tokenizer, held.cache, key)
-        records.append({"variant": variant.name, **held.sizes, "found": ranked["digits_first"] == 1, **ranked})
+    for variant, cached in iter_variants(model, variants, context):
+        found = score_digits(model, tokenizer, cached.cache, key)
+        records.append({"variant": variant.name, **cached.sizes, "found": found["digits_first"] == 1, **found})
     return records
 
 
-def drawn_key(length: int, depth: float, seed: int) -> str:
-    """The key hidden in so many tokens at this depth."""
+def draw_key(length: int, depth: float, seed: int) -> str:
+    """Draw the key of a sample.
+
+    Parameters
+    ----------
+    length
+        Tokens of essay and needle.
+    depth
+        Position of the needle, 0 to 1.
+    seed
+        The sample's.
+
+    Returns
+    -------
+    str
+        Five digits from 1 to 9.
+
+    Examples
+    --------
+    >>> draw_key(1024, 0.5, seed=0) == draw_key(1024, 0.5, seed=0) != draw_key(1024, 0.5, seed=1)
+    True
+    """
     return "".join(Random(f"{seed} {length} {float(depth)}").choices("123456789", k=DIGITS))
 
 
-def haystack(tokenizer: Any, sources: Sources, length: int, depth: float, key: str) -> list[int]:
-    """`length` tokens of the essays with the needle in them."""
+def build_haystack(tokenizer: Any, sources: Sources, length: int, depth: float, key: str) -> list[int]:
+    """Hide a key in essays.
+
+    Parameters
+    ----------
+    tokenizer
+        The model's.
+    sources
+        Has the essays, which are repeated where they are too short.
+    length
+        Tokens to return.
+    depth
+        Position of the needle, 0 to 1.
+    key
+        The key.
+
+    Returns
+    -------
+    list of int
+        `length` tokens.
+
+    Raises
+    ------
+    InputError
+        For a length without room for the needle.
+    """
     _, needle = split_tokens(tokenizer, WORD, NEEDLE.format(key))
     room = length - len(needle)
     if room < 1:
@@ -99,22 +147,42 @@ def haystack(tokenizer: Any, sources: Sources, length: int, depth: float, key: s
     return [*hay[:place], *needle, *hay[place:room]]
 
 
-def digits(model: Any, tokenizer: Any, cache: list[Any], key: str) -> dict[str, float]:
-    """The share of the key's tokens that the model puts first after the question, given those before, and the mean of
-    their log-probabilities."""
+def score_digits(model: Any, tokenizer: Any, cache: list[Any], key: str) -> dict[str, float]:
+    """Score the model's predictions of a key after the question for it.
+
+    Parameters
+    ----------
+    model, tokenizer
+        As `mlxkv.lm.load` returns them.
+    cache
+        A prompt cache of the haystack; the question and the key are in it afterwards.
+    key
+        The key.
+
+    Returns
+    -------
+    dict
+        `digits_first`, the share of the key's tokens that are the most probable ones after those before them, 0 to 1;
+        and `log_probability`, the mean of their log-probabilities, in nats.
+
+    Raises
+    ------
+    InputError
+        For a tokenizer that joins the question with the key's first digit.
+    """
     _, question = split_tokens(tokenizer, WORD, QUESTION)
     _, asked = split_tokens(tokenizer, WORD, QUESTION + key)
-    answer = len(asked) - len(question)
+    count = len(asked) - len(question)
     if asked[: len(question)] != question:
         raise InputError("this tokenizer joins the question with the key's first digit, so the key cannot be scored")
-    logits = [lm.prefill(model, asked[:-answer], cache)]
-    for token in asked[-answer:-1]:
+    logits = [lm.prefill(model, asked[:-count], cache)]
+    for token in asked[-count:-1]:
         logits.append(model(mx.array([[token]]), cache=cache)[0, -1])
         mx.eval(logits[-1], [entry.state for entry in cache])
     scores = mx.stack(logits).astype(mx.float32)
-    right = mx.array(asked[-answer:])[:, None]
-    chances = mx.take_along_axis(scores - mx.logsumexp(scores, axis=-1, keepdims=True), right, axis=-1)
+    right = mx.array(asked[-count:])[:, None]
+    log_probabilities = mx.take_along_axis(scores - mx.logsumexp(scores, axis=-1, keepdims=True), right, axis=-1)
     return {
         "digits_first": float((mx.argmax(scores, axis=-1) == right[:, 0]).mean()),
-        "log_probability": float(chances.mean()),
+        "log_probability": float(log_probabilities.mean()),
     }

@@ -1,4 +1,4 @@
-"""How much of what a model writes stays the same? Greedy continuations of prompts, with a method and without."""
+"""Similarity of greedy continuations to those with the untouched cache."""
 
 from __future__ import annotations
 
@@ -12,25 +12,31 @@ from typing import Any
 
 from mlxkv.config import Config
 from mlxkv.evaluate import texts
-from mlxkv.evaluate.answer_scores import library
 from mlxkv.evaluate.evaluation import EvalSample, Evaluation, Record, evaluations, option
+from mlxkv.evaluate.optional import import_optional
 from mlxkv.evaluate.variants import Variant, generate_answer, iter_variants
 
 
 @dataclass(frozen=True)
 class TextOptions(Config):
-    text_file: Path | None = option(None, texts.TEXT_FILE)
-    context_tokens: int = option(256, "tokens of the text that a continuation begins after", least=2)
-    max_tokens: int = option(128, "tokens to generate, at most", least=1)
-    samples: int = option(5, "stretches of the text for each seed", least=1)
+    """Options of `mlxkv eval text`."""
+
+    text_file: Path | None = option(None, texts.UNSEEN_TEXT_FILE)
+    context_tokens: int = option(256, "tokens of the prompt, an excerpt of the text", least=2)
+    max_tokens: int = option(128, "most tokens to generate", least=1)
+    samples: int = option(5, texts.EXCERPTS, least=1)
 
 
 @evaluations.register("text")
 class Text(Evaluation):
-    """How much of what a model writes stays the same? Greedy continuations of prompts, with a method and without.
+    """Measure how similar greedy continuations are to those with the untouched cache.
 
-    BLEU is sacrebleu's for a sentence and ROUGE-L rouge-score's, both with the continuation of the untouched cache as the
-    reference, and both by words of alphabets that put spaces between them. The other two measures hold for any text.
+    - bleu: BLEU of a sentence, by sacrebleu
+    - rouge_l: F1 of ROUGE-L, by rouge-score
+    - equal_leading_tokens: share of tokens before the first difference
+    - exact: share of continuations that are equal to the end
+
+    BLEU and ROUGE-L need alphabets that put spaces between words; the other two hold for any text.
     """
 
     options_class = TextOptions
@@ -38,64 +44,118 @@ class Text(Evaluation):
     options: TextOptions
 
     def samples(self, tokenizer: Any, seed: int) -> list[EvalSample]:
-        """One for each stretch of the text. Raises InputError for a text that is too short, MlxkvError where a library for the
-        scores is missing."""
-        compare(tokenizer, [], [])  # a missing library should not be found out after the model has worked
+        """Return one sample for each excerpt of the text."""
+        options = self.options
+        compare(tokenizer, [], [])  # a missing package should be found out before the model works
         return texts.text_samples(
-            tokenizer, self.options, self.options.context_tokens, seed, partial(continue_text, self.options.max_tokens)
-        )
+            tokenizer, options.text_file, options.context_tokens, options.samples, seed,
+            partial(continue_text, options.max_tokens),
+        )  # fmt: skip
 
 
 def continue_text(
     max_tokens: int, tokens: Sequence[int], model: Any, tokenizer: Any, variants: Sequence[Variant]
 ) -> list[Record]:
-    """Every variant's continuation of tokens, of which all but the last are held: a record each, against the first's."""
+    """Continue a text from the cache of every variant.
+
+    Parameters
+    ----------
+    max_tokens
+        The most tokens to generate.
+    tokens
+        The text, 2 tokens or more: all but the last are in the cache, and the last is what the model is given.
+    model, tokenizer
+        As `mlxkv.lm.load` returns them.
+    variants
+        The variants; the first one's continuation is the reference.
+
+    Returns
+    -------
+    list of dict
+        For each variant its name, sizes, `continuation`, `generated_tokens`, and what `compare` returns.
+    """
     records: list[Record] = []
     reference: list[int] | None = None
-    for variant, held in iter_variants(model, variants, tokens[:-1]):
-        said = generate_answer(model, tokenizer, held, tokens[-1:], max_tokens)
-        reference = said if reference is None else reference
-        scores = compare(tokenizer, reference, said)
+    for variant, cached in iter_variants(model, variants, tokens[:-1]):
+        continuation = generate_answer(model, tokenizer, cached, tokens[-1:], max_tokens)
+        reference = continuation if reference is None else reference
+        scores = compare(tokenizer, reference, continuation)
         records.append(
             {
                 "variant": variant.name,
-                **held.sizes,
-                "continuation": tokenizer.decode(said),
-                "generated_tokens": len(said),
+                **cached.sizes,
+                "continuation": tokenizer.decode(continuation),
+                "generated_tokens": len(continuation),
                 **scores,
             }
         )
     return records
 
 
-def compare(tokenizer: Any, reference: Sequence[int], said: Sequence[int]) -> dict[str, Any]:
-    """From 0 to 1: BLEU and ROUGE-L of the texts; the share of the longer one's tokens that are equal from the start
-    to the first that is not; exact: whether all are."""
-    texts = tokenizer.decode(list(said)), tokenizer.decode(list(reference))
-    exact = list(said) == list(reference)
-    equal = sum(takewhile(bool, (a == b for a, b in zip(said, reference))))
+def compare(tokenizer: Any, reference: Sequence[int], continuation: Sequence[int]) -> dict[str, Any]:
+    """Compare two continuations.
+
+    Parameters
+    ----------
+    tokenizer
+        The model's.
+    reference, continuation
+        Generated tokens.
+
+    Returns
+    -------
+    dict
+        From 0 to 1: `bleu` and `rouge_l` of the texts, and `equal_leading_tokens`, the share of the longer one's tokens
+        that are equal from the start to the first difference; and `exact`, whether all are.
+    """
+    texts = tokenizer.decode(list(continuation)), tokenizer.decode(list(reference))
+    exact = list(continuation) == list(reference)
+    equal = sum(takewhile(bool, (a == b for a, b in zip(continuation, reference))))
     return {
         "bleu": bleu(*texts),
         "rouge_l": rouge_l(*texts),
-        "equal_leading_tokens": 1.0 if exact else equal / max(len(said), len(reference)),
+        "equal_leading_tokens": 1.0 if exact else equal / max(len(continuation), len(reference)),
         "exact": exact,
     }
 
 
-def bleu(said: str, reference: str) -> float:
-    """sacrebleu's BLEU of one sentence, divided by 100; 1 for equal texts, empty ones too."""
-    score = library("sacrebleu").sentence_bleu(said, [reference]).score / 100
-    return 1.0 if said == reference else score
+def bleu(text: str, reference: str) -> float:
+    """Return sacrebleu's BLEU of one sentence.
+
+    Parameters
+    ----------
+    text, reference
+        Two texts.
+
+    Returns
+    -------
+    float
+        0 to 1; 1 for equal texts, also for empty ones.
+    """
+    score = import_optional("sacrebleu").sentence_bleu(text, [reference]).score / 100
+    return 1.0 if text == reference else score
 
 
-def rouge_l(said: str, reference: str) -> float:
-    """F1 of rouge-score's ROUGE-L, without stemming; 1 for equal texts, ones without words too."""
-    scorer = library("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=_Words())
-    return 1.0 if said == reference else scorer.score(reference, said)["rougeL"].fmeasure
+def rouge_l(text: str, reference: str) -> float:
+    """Return the F1 score of rouge-score's ROUGE-L, without stemming.
+
+    Parameters
+    ----------
+    text, reference
+        Two texts; words are sequences of letters and digits of any alphabet.
+
+    Returns
+    -------
+    float
+        0 to 1; 1 for equal texts, also for those without words.
+    """
+    scorer = import_optional("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=_Words())
+    return 1.0 if text == reference else scorer.score(reference, text)["rougeL"].fmeasure
 
 
 class _Words:
-    """rouge-score's own words are those of ASCII letters and digits; these are the same in any alphabet."""
+    """Tokenizer for rouge-score, whose own one knows only ASCII letters and digits."""
 
     def tokenize(self, text: str) -> list[str]:
+        """Split a text into words of any alphabet."""
         return re.findall(r"[^\W_]+", text.lower())

@@ -10,49 +10,49 @@ from typing import Any
 
 from mlxkv.config import Config
 from mlxkv.errors import InputError
-from mlxkv.evaluate.evaluation import EvalSample, Evaluation, evaluations, option
+from mlxkv.evaluate.evaluation import EvalSample, Evaluation, Record, evaluations, option
 from mlxkv.evaluate.sources import Sources
-from mlxkv.evaluate.tasks.ruler.niah import Needles
-from mlxkv.evaluate.tasks.ruler.qa import Answering
+from mlxkv.evaluate.tasks.ruler.niah import NeedleInHaystack
+from mlxkv.evaluate.tasks.ruler.qa import QuestionAnswering
 from mlxkv.evaluate.tasks.ruler.samples import Sample, read_rows, samples
 from mlxkv.evaluate.tasks.ruler.task import RulerTask
-from mlxkv.evaluate.tasks.ruler.tracing import Tracing
-from mlxkv.evaluate.tasks.ruler.words import Common, Frequent
+from mlxkv.evaluate.tasks.ruler.tracing import VariableTracking
+from mlxkv.evaluate.tasks.ruler.words import CommonWords, FrequentWords
 from mlxkv.evaluate.variants import Variant, generate_answer, iter_variants, split_tokens
 
 TASKS: dict[str, RulerTask] = {
-    "niah_single_1": Needles(haystack="noise"),
-    "niah_single_2": Needles(haystack="essay", reads="essays"),
-    "niah_single_3": Needles(haystack="essay", reads="essays", value_kind="uuids"),
-    "niah_multikey_1": Needles(haystack="essay", reads="essays", keys=4),
-    "niah_multikey_2": Needles(haystack="needle"),
-    "niah_multikey_3": Needles(haystack="needle", key_kind="uuids", value_kind="uuids"),
-    "niah_multivalue": Needles(haystack="essay", reads="essays", values=4),
-    "niah_multiquery": Needles(haystack="essay", reads="essays", keys=4, queries=4),
-    "vt": Tracing(),
-    "cwe": Common(),
-    "fwe": Frequent(),
-    "qa_1": Answering(reads="squad"),
-    "qa_2": Answering(reads="hotpotqa"),
+    "niah_single_1": NeedleInHaystack(haystack="noise"),
+    "niah_single_2": NeedleInHaystack(haystack="essay", source="essays"),
+    "niah_single_3": NeedleInHaystack(haystack="essay", source="essays", value_kind="uuids"),
+    "niah_multikey_1": NeedleInHaystack(haystack="essay", source="essays", keys=4),
+    "niah_multikey_2": NeedleInHaystack(haystack="needle"),
+    "niah_multikey_3": NeedleInHaystack(haystack="needle", key_kind="uuids", value_kind="uuids"),
+    "niah_multivalue": NeedleInHaystack(haystack="essay", source="essays", values=4),
+    "niah_multiquery": NeedleInHaystack(haystack="essay", source="essays", keys=4, queries=4),
+    "vt": VariableTracking(),
+    "cwe": CommonWords(),
+    "fwe": FrequentWords(),
+    "qa_1": QuestionAnswering(source="squad"),
+    "qa_2": QuestionAnswering(source="hotpotqa"),
 }
-
-
 ROWS = "validation.jsonl"  # RULER's name for the file in each task's folder
 
 
 @dataclass(frozen=True)
 class RulerOptions(Config):
-    tasks: tuple[str, ...] = option(tuple(TASKS), f"of {', '.join(TASKS)}")
+    """Options of `mlxkv eval ruler`."""
+
+    tasks: tuple[str, ...] = option(tuple(TASKS), f"tasks to run, of {', '.join(TASKS)}")
     lengths: tuple[int, ...] = option((1024,), "tokens of context, question and answer together", least=1)
     samples: int = option(5, "samples of each task and length, for each seed", least=1)
     essays: Path | None = option(
         None,
-        "text file, folder of .txt files or RULER's JSON; if not given, a built-in essay of 1,500 tokens, again and again",
+        "text file, folder of .txt files or RULER's JSON; if not given, a built-in essay of 1,500 tokens, repeated",
     )
     squad: Path | None = option(None, "SQuAD's JSON, for qa_1; if not given, a few built-in questions")
     hotpotqa: Path | None = option(None, "HotpotQA's JSON, for qa_2; if not given, a few built-in questions")
     rows: Path | None = option(
-        None, f"folder in which RULER wrote its own rows, TASK/{ROWS}; these are then asked, and none are made"
+        None, f"folder of samples that RULER itself wrote, TASK/{ROWS}; they are used in place of generated ones"
     )
 
     def __post_init__(self) -> None:
@@ -66,11 +66,14 @@ class RulerOptions(Config):
 
 @evaluations.register("ruler")
 class Ruler(Evaluation):
-    """RULER: thirteen synthetic tasks at any length, https://arxiv.org/abs/2404.06654 and github.com/NVIDIA/RULER.
+    """Score answers to RULER: 13 synthetic tasks at any length, https://arxiv.org/abs/2404.06654.
 
-    Sizes of the tasks, tokens to generate and metrics are the published ones; each family's file says what is quoted and
-    where it departs. Inputs have no chat markup, RULER's "base" template. The context is held before the question is
-    asked, so a method cannot prepare for the question.
+    - score: share of the right answers that the generated text contains; for qa, whether it contains one of them
+
+    After github.com/NVIDIA/RULER. Tasks are needles in a haystack (niah), variable tracking (vt), common and frequent
+    words (cwe, fwe), and questions about documents (qa). Their sizes, tokens to generate and metrics are the published
+    ones; the files in mlxkv/evaluate/tasks/ruler list departures. Inputs have no chat markup, as in RULER's template
+    "base". The cache is built of the context before the question is asked, so a method cannot prepare for it.
     """
 
     options_class = RulerOptions
@@ -78,14 +81,13 @@ class Ruler(Evaluation):
     options: RulerOptions
 
     def samples(self, tokenizer: Any, seed: int) -> list[EvalSample]:
-        """`samples` of each task and length, or RULER's own rows; groups are tasks, at a length where there are several.
-
-        Raises InputError for a length that is too short for a task, FormatError for rows that are not RULER's.
-        """
+        """Return samples of each task and length, or RULER's own; groups are tasks, or tasks of one length."""
         if self.options.rows:
             return [
                 EvalSample(
-                    {"task": name, "row": number, "length": row.length}, partial(ask, TASKS[name], row), group=name
+                    {"task": name, "row": number, "length": row.length},
+                    partial(ask_sample, TASKS[name], row),
+                    group=name,
                 )
                 for name in self.options.tasks
                 for number, row in enumerate(read_rows(self.options.rows / name / ROWS, TASKS[name]))
@@ -94,7 +96,7 @@ class Ruler(Evaluation):
         drawn = []
         for name in self.options.tasks:
             task = TASKS[name]
-            text = sources.name(task.reads) if task.reads else None
+            text = sources.name(task.source) if task.source else None
             for length in self.options.lengths:
                 try:
                     rows = list(samples(task, name, tokenizer, length, self.options.samples, seed, sources))
@@ -103,26 +105,44 @@ class Ruler(Evaluation):
                 group = f"{name} {length}" if len(self.options.lengths) > 1 else name
                 for row in rows:
                     key = {"task": name, "length": length, "index": row.index, "text": text, "seed": seed}
-                    drawn.append(EvalSample(key, partial(ask, task, row), group=group))
+                    drawn.append(EvalSample(key, partial(ask_sample, task, row), group=group))
         return drawn
 
 
-def ask(
+def ask_sample(
     task: RulerTask, sample: Sample, model: Any, tokenizer: Any, variants: Sequence[Variant]
-) -> list[dict[str, Any]]:
-    """A sample asked of every variant: a record each. prompt_tokens: of context and question."""
+) -> list[Record]:
+    """Ask the question of a sample with every variant.
+
+    Parameters
+    ----------
+    task
+        The sample's task, which scores answers.
+    sample
+        The sample.
+    model, tokenizer
+        As `mlxkv.lm.load` returns them.
+    variants
+        The variants.
+
+    Returns
+    -------
+    list of dict
+        For each variant its name, sizes, `score`, `answer`, the right answers as `outputs`, and `prompt_tokens` of
+        context and question.
+    """
     context, question = split_tokens(tokenizer, sample.context, sample.question)
     records = []
-    for variant, held in iter_variants(model, variants, context):
-        said = tokenizer.decode(
-            generate_answer(model, tokenizer, held, question, task.tokens), skip_special_tokens=True
+    for variant, cached in iter_variants(model, variants, context):
+        answer = tokenizer.decode(
+            generate_answer(model, tokenizer, cached, question, task.max_tokens), skip_special_tokens=True
         )
         records.append(
             {
                 "variant": variant.name,
-                **held.sizes,
-                "score": task.score(said, sample.answers),
-                "answer": said,
+                **cached.sizes,
+                "score": task.score(answer, sample.answers),
+                "answer": answer,
                 "outputs": list(sample.answers),
                 "prompt_tokens": len(context) + len(question),
             }

@@ -1,4 +1,4 @@
-"""What every RULER task is: a text of any size, a question about it, and the strings that a good answer holds."""
+"""Base of all RULER tasks: a text of any size, a question about it, and the strings that a good answer contains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,21 @@ from mlxkv.evaluate.sources import Sources
 
 @dataclass(frozen=True)
 class Request:
-    """Which sample is wanted. task: its name. length: in tokens, what is generated included. sources: essays and questions."""
+    """Description of the sample to make.
+
+    Parameters
+    ----------
+    task
+        Name of the task.
+    length
+        The most tokens of context, question and answer together.
+    seed
+        The sample's seed.
+    index
+        Its number among those of one seed, 0 or more.
+    sources
+        Essays and questions.
+    """
 
     task: str
     length: int
@@ -21,13 +35,29 @@ class Request:
     sources: Sources
 
     def random(self) -> Random:
-        """The sample's own random numbers, from the start: the same at every size that is tried."""
+        """Return the sample's random numbers from their start, the same at every size that is tried.
+
+        Returns
+        -------
+        random.Random
+            Seeded by task, seed and index.
+        """
         return Random(f"{self.task} {self.seed} {self.index}")
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A sample of some size. question: what comes after the context, up to where the model goes on."""
+    """A sample of some size, not yet tokenized.
+
+    Parameters
+    ----------
+    context
+        The text before the question.
+    question
+        The question, up to where the model goes on.
+    answers
+        Strings that a good answer contains, 1 or more.
+    """
 
     context: str
     question: str
@@ -36,35 +66,110 @@ class Draft:
 
 @dataclass(frozen=True, kw_only=True)
 class RulerTask(ABC):
-    """tokens: to generate. reads: the field of `Sources` that the text is made of, if any."""
+    """One task with its published settings.
 
-    tokens: int
-    reads: str | None = None
+    Parameters
+    ----------
+    max_tokens
+        Tokens to generate.
+    source
+        Field of `Sources` that the text is made of; None for a text that is all generated.
+    """
+
+    max_tokens: int
+    source: str | None = None
 
     @property
-    def smallest(self) -> int:
+    def min_size(self) -> int:
         """The smallest size that `draft` takes."""
         return 1
 
     @property
     @abstractmethod
-    def asks(self) -> str:
-        """How the question begins; its last occurrence in an input is where the context ends."""
+    def question_start(self) -> str:
+        """The first words of the question; where they come last in an input, the context ends."""
 
     @abstractmethod
     def draft(self, request: Request, size: int) -> Draft:
-        """A sample with `size` pieces of haystack. Raises InputError when the length is too short for the task."""
+        """Make a sample of some size.
 
-    def score(self, said: str, answers: Sequence[str]) -> float:
-        """From 0 to 1: all answers count alike, unless the task says otherwise."""
-        return all_parts(said, answers)
+        Parameters
+        ----------
+        request
+            The sample to make.
+        size
+            Pieces of haystack, `min_size` or more; each task says of what.
+
+        Returns
+        -------
+        Draft
+            The sample.
+
+        Raises
+        ------
+        InputError
+            When the length of the request is too short for the task.
+        """
+
+    def score(self, answer: str, answers: Sequence[str]) -> float:
+        """Score an answer; all right answers have the same weight, unless the task says otherwise.
+
+        Parameters
+        ----------
+        answer
+            Text that the model generated.
+        answers
+            Strings that a good answer contains, 1 or more.
+
+        Returns
+        -------
+        float
+            0 to 1.
+        """
+        return string_match_all(answer, answers)
 
 
-def all_parts(said: str, answers: Sequence[str]) -> float:
-    """RULER's string_match_all of one sample: the fraction of the answers that are in what was said, in any case."""
-    return sum(answer.lower() in said.lower() for answer in answers) / len(answers)
+def string_match_all(answer: str, answers: Sequence[str]) -> float:
+    """Return the share of the right answers that an answer contains, in any case of letters.
+
+    Parameters
+    ----------
+    answer
+        Text that the model generated.
+    answers
+        Right answers, 1 or more.
+
+    Returns
+    -------
+    float
+        0 to 1; RULER's metric of that name, for one sample.
+
+    Examples
+    --------
+    >>> string_match_all("They are 12 and ABC.", ["12", "abc", "34", "5"])
+    0.5
+    """
+    return sum(expected.lower() in answer.lower() for expected in answers) / len(answers)
 
 
-def any_part(said: str, answers: Sequence[str]) -> float:
-    """RULER's string_match_part of one sample: 1 when any of the answers is in what was said, in any case."""
-    return float(any(answer.lower() in said.lower() for answer in answers))
+def string_match_part(answer: str, answers: Sequence[str]) -> float:
+    """Return 1 when an answer contains one of the right answers or more, in any case of letters, else 0.
+
+    Parameters
+    ----------
+    answer
+        Text that the model generated.
+    answers
+        Right answers, 1 or more.
+
+    Returns
+    -------
+    float
+        0 or 1; RULER's metric of that name, for one sample.
+
+    Examples
+    --------
+    >>> string_match_part("It was PARIS, I think", ["the city of Paris", "Paris"])
+    1.0
+    """
+    return float(any(expected.lower() in answer.lower() for expected in answers))

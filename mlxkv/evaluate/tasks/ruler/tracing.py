@@ -1,4 +1,4 @@
-"""Variable tracking: a chain of assignments hidden in noise; which variables have the first one's value?
+"""Variable tracking: a chain of assignments hidden in noise, and a question for the variables that have one value.
 
 https://arxiv.org/abs/2404.06654, section 3.2. Quoted from RULER, since they define the task: the instruction, the
 question with its last blank, the form of an assignment, and the noise. An example with its answer comes first.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
 
-from mlxkv.evaluate.tasks.ruler.niah import NOISE, among
+from mlxkv.evaluate.tasks.ruler.niah import NOISE, insert_between_lines
 from mlxkv.evaluate.tasks.ruler.task import Draft, Request, RulerTask
 
 _BEFORE = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
@@ -25,21 +25,32 @@ _EXAMPLE_NOISE = 14
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tracing(RulerTask):
-    """hops: assignments after the first; `hops` + 1 variables are asked for. Size: paragraphs of noise."""
+class VariableTracking(RulerTask):
+    """A chain of assignments in noise, of which sizes count paragraphs.
+
+    Parameters
+    ----------
+    hops
+        Assignments after the first; the answers are `hops` + 1 variables.
+    max_tokens, source
+        As in `RulerTask`.
+    """
 
     hops: int = 4
-    tokens: int = 30
+    max_tokens: int = 30
 
     @property
-    def smallest(self) -> int:
+    def min_size(self) -> int:
+        """Number of assignments."""
         return self.hops + 1
 
     @property
-    def asks(self) -> str:
+    def question_start(self) -> str:
+        """The question up to the value."""
         return _ASKS
 
     def draft(self, request: Request, size: int) -> Draft:
+        """Hide a chain, after an example with its answer."""
         rng = request.random()
         values = rng.sample(range(10_000, 100_000), 2)
         example = self._chain(rng, _EXAMPLE_NOISE, values[0], letters=3)
@@ -50,14 +61,32 @@ class Tracing(RulerTask):
         return Draft(shown + asked.context, asked.question, asked.answers)
 
     def _chain(self, rng: Random, size: int, value: int, letters: int) -> Draft:
-        names = letter_words(rng, self.hops + 1, letters, string.ascii_uppercase)
+        """Return one chain in noise, with names of so many letters."""
+        names = random_words(rng, self.hops + 1, letters, string.ascii_uppercase)
         lines = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a} " for a, b in pairwise(names))]
-        text = "\n".join(among(rng, [NOISE] * size, lines))
+        text = "\n".join(insert_between_lines(rng, [NOISE] * size, lines))
         return Draft(_BEFORE + text + "\n", _QUESTION.format(value=value, count=len(names)), tuple(names))
 
 
-def letter_words(rng: Random, count: int, letters: int, alphabet: str) -> list[str]:
-    """`count` different strings of `letters` random letters."""
+def random_words(rng: Random, count: int, letters: int, alphabet: str) -> list[str]:
+    """Draw strings of random letters.
+
+    Parameters
+    ----------
+    rng
+        Random numbers.
+    count
+        Number of strings.
+    letters
+        Letters in each.
+    alphabet
+        Letters to draw from.
+
+    Returns
+    -------
+    list of str
+        `count` different strings.
+    """
     words: dict[str, None] = {}
     while len(words) < count:
         words["".join(rng.choices(alphabet, k=letters))] = None

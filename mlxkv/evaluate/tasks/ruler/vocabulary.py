@@ -10,29 +10,67 @@ from functools import cache
 from importlib.resources import files
 from random import Random
 
-from mlxkv.evaluate.answer_scores import library
+from mlxkv.evaluate.optional import import_optional
 
 
-def keys(rng: Random, count: int) -> list[str]:
-    """`count` different pairs of an adjective and a noun, such as "hushed-lamp"."""
+def draw_keys(rng: Random, count: int) -> list[str]:
+    """Draw pairs of an adjective and a noun, such as "hushed-lamp".
+
+    Parameters
+    ----------
+    rng
+        Random numbers.
+    count
+        Number of pairs.
+
+    Returns
+    -------
+    list of str
+        `count` different pairs.
+    """
     return _pairs(rng, count, "-")
 
 
-def listed(rng: Random, count: int) -> list[str]:
-    """`count` different nouns, adjectives and verbs, or compounds where there are not as many."""
+def draw_words(rng: Random, count: int) -> list[str]:
+    """Draw nouns, adjectives and verbs, or compounds where there are not as many words.
+
+    Parameters
+    ----------
+    rng
+        Random numbers.
+    count
+        Number of words.
+
+    Returns
+    -------
+    list of str
+        `count` different words.
+    """
     known = words("noun", "adjective", "verb")
     return rng.sample(known, count) if count <= len(known) else _pairs(rng, count, "")
 
 
 @cache
 def words(*kinds: str) -> tuple[str, ...]:
-    """All words of these kinds. Raises MlxkvError where the package is missing."""
-    library("wonderwords")
+    """Return all words of some kinds; MlxkvError where the package wonderwords is missing.
+
+    Parameters
+    ----------
+    *kinds
+        "noun", "adjective" or "verb".
+
+    Returns
+    -------
+    tuple of str
+        Different words, sorted.
+    """
+    import_optional("wonderwords")
     lists = [files("wonderwords") / "assets" / f"{kind}list.txt" for kind in kinds]
     return tuple(sorted({word for path in lists for word in path.read_text("utf-8").splitlines() if word}))
 
 
 def _pairs(rng: Random, count: int, joint: str) -> list[str]:
+    """Draw different pairs of an adjective and a noun."""
     adjectives, nouns = words("adjective"), words("noun")
     drawn: dict[str, None] = {}  # two pairs can read alike
     while len(drawn) < count:
