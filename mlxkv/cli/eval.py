@@ -53,7 +53,7 @@ class Evaluations(TyperGroup):
 command = typer.Typer(
     cls=Evaluations,
     no_args_is_help=True,
-    help="""Measure the effect of a live cache or a codec on a model, compared with the full cache in the same run.
+    help="""Measure the effect of a live cache or a codec on a model, compared with the untouched cache in the same run.
 
     Example: mlxkv eval fidelity --model smollm2-135m --cache int8
 
@@ -98,7 +98,7 @@ def _command(name: str) -> Callable[..., None]:
 
 def _paragraphs(text: str) -> str:
     """Return text with the lines of each paragraph joined; those of a list stay apart."""
-    return re.sub(r"(?<!\n)\n(?!\n|- )", " ", text)
+    return re.sub(r"(?<!\n)\n(?!\n|- ) *", " ", text)
 
 
 def _shared(
