@@ -287,6 +287,7 @@ def test_every_command_has_an_example_in_its_help(capsys):
         assert f"Example: mlxkv {command.name}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_ctrl_c_exits_with_130_and_leaves_no_file(model_dir, tmp_path):
     prompt = tmp_path / "long.txt"
     prompt.write_text(TEXT * 4000)  # hours of prefill

@@ -50,6 +50,7 @@ def test_a_table_has_a_row_for_each_variant_with_its_deviation_over_seeds(model_
     assert "18 samples; p: of a difference in found" in " ".join(out.split())
 
 
+@pytest.mark.slow
 def test_tasks_have_rows_of_their_own_under_the_same_heads(model_dir, capsys):
     words = ["--tasks", "fwe,vt", "--lengths", "3000", "--samples", "1", "--cache", "sliding-window-256"]
     assert run("eval", "ruler", "--model", model_dir, *words) == 0
@@ -147,6 +148,7 @@ def started(model_dir, out):
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=default)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_was_stopped_goes_on_and_ends_as_one_that_was_not(stop, model_dir, tmp_path, says, monkeypatch):
     out, partial_file = tmp_path / "needle.json", tmp_path / "needle.json.partial"

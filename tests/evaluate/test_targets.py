@@ -99,6 +99,7 @@ def test_a_divergence_that_no_quality_reaches_is_refused(learnt):
 TEXT = "The quick brown fox jumps over the lazy dog. Once upon a time in a land far away, nothing happened. "
 
 
+@pytest.mark.slow
 def test_the_commands_take_targets_parts_and_appending(model_dir, tmp_path, says):
     a, b, arts = tmp_path / "a.npz", tmp_path / "b.npz", tmp_path / "arts"
     for path, prompt in ((a, TEXT * 6), (b, TEXT * 7)):

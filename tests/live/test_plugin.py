@@ -43,6 +43,7 @@ def site(tmp_path_factory):
     return target
 
 
+@pytest.mark.slow
 def test_caches_are_made_saved_and_loaded_and_the_shared_tests_take_the_method(site, tmp_path):
     files = [Path(__file__).with_name(name) for name in ["plugin_checks.py", *SHARED]]
     words = ["-p", "no:cacheprovider", "-k", "every_other or every-other", f"--junitxml={tmp_path / 'report.xml'}"]
@@ -59,6 +60,7 @@ def test_caches_are_made_saved_and_loaded_and_the_shared_tests_take_the_method(s
         mlxkv.load_cache(saved, tiny_model("llama"))
 
 
+@pytest.mark.slow
 def test_commands_list_and_evaluate_the_method(site, model_dir):
     (row,) = [row for row in command(site, "presets", "--json") if row["preset"] == "every-other"]
     assert (row["option"], row["for"]) == ("--cache", "every-other")

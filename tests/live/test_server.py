@@ -53,6 +53,7 @@ def completed(address, prompt):
         return json.loads(answer.read())
 
 
+@pytest.mark.slow
 def test_the_server_answers_as_generate_does_and_takes_up_a_conversation(address):
     model, tokenizer = lm.load(str(MODEL))
     model.set_dtype(mx.float16)  # as the server loads it
