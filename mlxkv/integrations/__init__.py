@@ -1,1 +1,1 @@
-"""Interfaces to packages by others."""
+"""Adapters to other packages."""

@@ -1,17 +1,19 @@
-"""Live caches in mlx-quant-fidelity, an evaluator by others: https://github.com/IonDen/mlx-quant-fidelity, version 0.10.
+"""Adapter of live caches to the evaluator mlx-quant-fidelity 0.10, https://github.com/IonDen/mlx-quant-fidelity.
 
     from mlx_quant_fidelity.probes.kv import score_kv_config
 
     method = LiveMethod(model, "smartkv-0.3")
     report = score_kv_config(InChunks(model, 16), corpus, model_id="...", method=method)
 
-Its protocol `KVCacheMethod` is structural, so nothing of it is imported here. It gives a method no model, which live
-caches need: hence the entry point that takes a loaded one, and not `measure_kv_fidelity`.
+The evaluator's protocol `KVCacheMethod` is structural, so the evaluator is not imported here. The protocol passes no
+model to a method, but live caches need one. So use `score_kv_config`, which takes a loaded model, and not
+`measure_kv_fidelity`.
 
-How the tokens are fed decides what is measured, since a chunk's queries see their own chunk exactly. If a text is given in
+The result depends on how tokens are fed, since the queries of a chunk see their own chunk exactly. If a text is fed in
 one chunk, as by default, every live cache is exact, and the evaluator raises its ExactZeroError. `InChunks` feeds a few
-tokens at a time, as generation does. `quantize_start=n` converts the exact keys and values of n tokens and then gives the
-rest in one chunk; methods that go by attention cannot do this, since the queries are not handed over.
+tokens at a time, as generation does. `quantize_start=n` converts the exact keys and values of n tokens and then feeds
+the rest in one chunk. Methods that depend on attention do not support it, since the queries of the n tokens are not
+passed on.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from mlxkv.version import __version__
 
 @dataclass(frozen=True)
 class LiveMethod:
-    """A live preset, or a method with its default settings, as the evaluator's `KVCacheMethod`; for one model only.
+    """A live preset, or a method with its default settings, as the evaluator's `KVCacheMethod`, for one model.
 
     Parameters
     ----------
@@ -63,18 +65,18 @@ class LiveMethod:
 
     @property
     def params(self) -> dict[str, int]:
-        """Settings that are whole numbers, which is all that a report takes; `provenance` has all settings."""
+        """Integer settings, the only ones that a report accepts here; `provenance` has all settings."""
         settings = dataclasses.asdict(live_config(self.preset))
         return {key: value for key, value in settings.items() if type(value) is int}
 
     def validate_before_load(self) -> None:
-        """Do nothing: an unknown preset has been refused already."""
+        """Do nothing: unknown presets are refused on construction."""
 
     def ensure_available(self) -> None:
         """Do nothing: no other package is needed."""
 
     def check(self, *, head_dim: int | None, model_type: str) -> list[str]:
-        """Return no warnings: `probe_capability` tries the model itself.
+        """Return no warnings: `probe_capability` checks the model itself.
 
         Parameters
         ----------
@@ -89,7 +91,7 @@ class LiveMethod:
         return []
 
     def probe_capability(self, empty_cache: list[object]) -> None:
-        """Try whether the model can have this cache.
+        """Check that the model supports this method.
 
         Parameters
         ----------
@@ -99,7 +101,7 @@ class LiveMethod:
         Raises
         ------
         UnsupportedError
-            When the model cannot have it.
+            If it does not.
         """
         self.make_cache(n_layers=len(empty_cache))
 
@@ -109,17 +111,17 @@ class LiveMethod:
         Parameters
         ----------
         n_layers
-            Not used: the model says it.
+            Not used: the model determines it.
 
         Returns
         -------
         list
-            One entry a layer, as `mlxkv.make_cache` returns them.
+            One entry per layer, as `mlxkv.make_cache` returns them.
         """
         return [*make_cache(self.model, self.preset)]
 
     def convert_prefix(self, fp_cache: list[object]) -> list[object]:
-        """Make live caches that have absorbed what mlx-lm's own hold, in one chunk.
+        """Convert mlx-lm's caches: make live caches that absorb their tokens in one chunk.
 
         Parameters
         ----------
@@ -129,12 +131,12 @@ class LiveMethod:
         Returns
         -------
         list
-            One entry a layer; entries of layers without live caches are passed on.
+            One entry per layer; entries of layers without live caches are passed through.
 
         Raises
         ------
         UnsupportedError
-            For a method that needs the attention that the tokens got.
+            For a method that depends on the attention that tokens get.
         """
         caches = self.make_cache(n_layers=len(fp_cache))
         for i, (exact, cache) in enumerate(zip(fp_cache, caches)):
@@ -163,7 +165,7 @@ class LiveMethod:
         return nullcontext()
 
     def bytes_per_token(self, *, n_layers: int, n_kv_heads: int, head_dim: int) -> int:
-        """Return an upper bound for a long text, since a method's bytes may depend on the length.
+        """Return an upper bound of the bytes per token, since a method's bytes may depend on the text's length.
 
         Parameters
         ----------
@@ -173,23 +175,23 @@ class LiveMethod:
         Returns
         -------
         int
-            2 bytes for every element of keys and values.
+            2 bytes per element of keys and values.
         """
         return 2 * 2 * n_layers * n_kv_heads * head_dim
 
     def working_set_bytes(self, *, window: int, n_layers: int, n_kv_heads: int, head_dim: int, dtype_bytes: int) -> int:
-        """Return the bytes of one layer's keys and values, which are unpacked during a prefill chunk's attention.
+        """Return the bytes of one layer's unpacked keys and values, needed during the attention of a prefill chunk.
 
         Parameters
         ----------
         window
-            Tokens.
+            Number of tokens.
         n_layers
             Not used: layers are unpacked one at a time.
         n_kv_heads, head_dim
             The model's shape.
         dtype_bytes
-            Bytes of an element.
+            Bytes per element.
 
         Returns
         -------
@@ -204,17 +206,17 @@ class LiveMethod:
         Parameters
         ----------
         cache
-            One entry a layer.
+            One entry per layer.
 
         Returns
         -------
         int
-            Bytes; other layers' entries are left out.
+            Bytes, without entries of other layers.
         """
         return sum(entry.nbytes for entry in cache if isinstance(entry, LayerCache))
 
     def provenance(self) -> dict[str, str]:
-        """Return what a report says about the method.
+        """Return the description of the method for reports.
 
         Returns
         -------
@@ -225,26 +227,26 @@ class LiveMethod:
         return {"package": "mlxkv", "version": __version__, "preset": self.preset, **settings}
 
     def report_warnings(self) -> list[str]:
-        """Return what a report should warn of.
+        """Return the warnings for reports.
 
         Returns
         -------
         list of str
-            One sentence on bytes.
+            One sentence, on bytes per token.
         """
         return ["the analytic bytes per token are an upper bound; those measured are for the full length of the text"]
 
 
 @dataclass(frozen=True)
 class InChunks:
-    """A model that reads its tokens a few at a time, however many are given; in all else it is the model itself.
+    """Wrapper that feeds a model its tokens a few at a time; all other attributes are the model's.
 
     Parameters
     ----------
     model
         A model that mlx-lm loaded.
     chunk
-        Tokens to feed at a time.
+        Number of tokens to feed at a time.
     """
 
     model: Any

@@ -1,8 +1,9 @@
-"""Live caches: small while the model runs, behind mlx-lm's own generation.
+"""Live caches: compressed while the model generates, through mlx-lm's own generation loop.
 
-base.py says what a method is, seam.py puts methods into mlx-lm, serialization.py saves caches; methods/ has one file for
-each method. What several methods share: packing.py (quantized old tokens), selection.py (tokens that stay), sketching.py
-(tokens that stay by a sketch of attention), importance.py, allocation.py, clustering.py, sketches.py.
+base.py defines what a method is, seam.py connects methods to mlx-lm, and serialization.py saves caches; methods/ has
+one file per method. Base classes of several methods: packing.py (old tokens are quantized), selection.py (some tokens
+are kept unchanged), sketching.py (the kept tokens are chosen by a sketch of attention). Building blocks: importance.py,
+allocation.py, clustering.py, sketches.py.
 """
 
 from mlxkv.live.base import LayerCache as LayerCache

@@ -1,8 +1,8 @@
-"""Which precision each item gets, for the least weighted error within a budget: a multiple-choice knapsack problem.
+"""Allocation of precisions to items, for the least weighted error within a byte budget.
 
-Items are tokens, or blocks of tokens. The allocators share their parameters: weights `[n]`; for each precision, in an
-order in which bytes never fall, the error of an item of weight 1 and the bytes of an item; and a budget in bytes. They
-return the index of each item's precision, `[n]`.
+This is a multiple-choice knapsack problem. Items are tokens, or blocks of tokens. All allocators have the same
+parameters: the items' weights `[n]`; for each precision, in order of non-decreasing bytes, the error of an item of
+weight 1 and the bytes of an item; and a budget in bytes. They return the index of each item's precision, `[n]`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Allocator = Callable[[np.ndarray, Errors, Costs, int], np.ndarray]
 
 
 def allocate_greedy(weights: np.ndarray, errors: Errors, costs: Costs, budget: int) -> np.ndarray:
-    """Start with the cheapest precision everywhere, then take the step that saves most error a byte while one fits.
+    """Start with the cheapest precision everywhere, then repeat the step that saves most error per byte while one fits.
 
     Parameters
     ----------
@@ -29,9 +29,9 @@ def allocate_greedy(weights: np.ndarray, errors: Errors, costs: Costs, budget: i
     errors
         Error of an item of weight 1 at each precision.
     costs
-        Bytes of an item at each precision, never falling.
+        Bytes of an item at each precision, non-decreasing.
     budget
-        Bytes of all items together.
+        Maximal bytes of all items together.
 
     Returns
     -------
@@ -45,7 +45,7 @@ def allocate_greedy(weights: np.ndarray, errors: Errors, costs: Costs, budget: i
 
     Notes
     -----
-    Steps lead along the convex hull of (bytes, error), so the result is worse than the best by one step at most.
+    Steps follow the lower convex hull of (bytes, error), so the error exceeds the optimum by at most one step.
 
     Examples
     --------
@@ -73,7 +73,7 @@ def allocate_greedy(weights: np.ndarray, errors: Errors, costs: Costs, budget: i
 
 
 def allocate_exact(weights: np.ndarray, errors: Errors, costs: Costs, budget: int) -> np.ndarray:
-    """Find the best allocation by dynamic programming over bytes.
+    """Find the optimal allocation by dynamic programming over bytes.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ def allocate_exact(weights: np.ndarray, errors: Errors, costs: Costs, budget: in
 
     Notes
     -----
-    Takes time O(n * precisions * budget / greatest common divisor of the costs).
+    The running time is O(n * precisions * budget / greatest common divisor of the costs).
 
     Examples
     --------
@@ -139,7 +139,9 @@ def allocate_uniform(weights: np.ndarray, errors: Errors, costs: Costs, budget: 
 
 
 def allocate_random(weights: np.ndarray, errors: Errors, costs: Costs, budget: int, seed: int = 0) -> np.ndarray:
-    """Deal out the precisions of `allocate_greedy` at random: the control that importance has to beat.
+    """Assign the precisions that `allocate_greedy` chose to random items.
+
+    This is a baseline that importance-driven allocation has to beat.
 
     Parameters
     ----------
@@ -164,7 +166,9 @@ def allocate_random(weights: np.ndarray, errors: Errors, costs: Costs, budget: i
 def allocate_by_position(
     weights: np.ndarray, errors: Errors, costs: Costs, budget: int, first: str = "early"
 ) -> np.ndarray:
-    """Deal out the precisions of `allocate_greedy` by position: another control.
+    """Assign the precisions that `allocate_greedy` chose to items by position.
+
+    This is a baseline that importance-driven allocation has to beat.
 
     Parameters
     ----------
@@ -213,38 +217,41 @@ def total_error(weights: np.ndarray, errors: Errors, levels: np.ndarray) -> floa
 
 
 def regret(levels: np.ndarray, future: np.ndarray, errors: Errors, costs: Costs, budget: int) -> float:
-    """Return how much more error an allocation has than the best one for the weights that came true.
+    """Return how much an allocation's error exceeds that of the optimal allocation, known only in hindsight.
+
+    An allocation is decided with weights that predict how important items will be. Regret measures it with the weights
+    that turned out to be right.
 
     Parameters
     ----------
     levels
         `[n]`, as allocators return them.
     future
-        The weights that came true, `[n]`.
+        The weights that turned out to be right, `[n]`.
     errors, costs, budget
         As in `allocate_greedy`.
 
     Returns
     -------
     float
-        0 for the best allocation.
+        0 for an optimal allocation, else above 0.
     """
     oracle = allocate_exact(future, errors, costs, budget)
     return total_error(future, errors, levels) - total_error(future, errors, oracle)
 
 
 def layer_budget_factors(kind: str, layers: int, ratio: float = 2.0) -> np.ndarray:
-    """Return how a budget is split over layers.
+    """Return the split of a budget over layers.
 
     Parameters
     ----------
     kind
-        "equal"; or falling from the first layer to the last, in equal differences ("linear") or by equal factors
+        "equal"; or decreasing from the first layer to the last, in equal differences ("linear") or by equal factors
         ("exponential").
     layers
         Number of layers.
     ratio
-        The first layer's factor over the last one's; not for "equal".
+        The first layer's factor divided by the last layer's; ignored for "equal".
 
     Returns
     -------
@@ -263,13 +270,13 @@ def layer_budget_factors(kind: str, layers: int, ratio: float = 2.0) -> np.ndarr
 
 
 def _check_budget(weights: np.ndarray, costs: Costs, budget: int) -> None:
-    """Refuse a budget that the cheapest precision does not meet."""
+    """Refuse a budget that even the cheapest precision exceeds."""
     if len(weights) * costs[0] > budget:
         raise InputError(f"{len(weights)} items of at least {costs[0]} bytes do not fit into {budget}")
 
 
 def _convex_hull(errors: Errors, costs: Costs) -> list[int]:
-    """Return the precisions on the lower convex hull of (bytes, error), from the cheapest on."""
+    """Return the precisions on the lower convex hull of (bytes, error), cheapest first."""
     hull = [_cheapest(errors, costs)]
     while True:
         here = hull[-1]
@@ -284,13 +291,13 @@ def _convex_hull(errors: Errors, costs: Costs) -> list[int]:
 
 
 def _cheapest(errors: Errors, costs: Costs) -> int:
-    """Return the cheapest precision, and of several that cost the same the best."""
+    """Return the cheapest precision; of several with the same cost, the one with the least error."""
     return min(range(len(costs)), key=lambda level: (costs[level], errors[level]))
 
 
 def _hull_step(
     weights: np.ndarray, errors: Errors, costs: Costs, hull: list[int], item: int, step: int
 ) -> tuple[float, int, int]:
-    """Return a heap entry: what an item's next step on the hull gains a byte, negated, the item and the step."""
+    """Return a heap entry: the negated error that an item's next step saves per byte, the item and the step."""
     here, there = hull[step], hull[step + 1]
     return float(weights[item]) * (errors[there] - errors[here]) / (costs[there] - costs[here]), item, step

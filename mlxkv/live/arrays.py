@@ -1,4 +1,4 @@
-"""Arrays of live caches: how they are stored, masks, and the attention that tokens get."""
+"""Array operations of live caches: storage types, masks, and the attention that tokens get."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import mlx.core as mx
 from mlxkv.kernels.bits import UNQUANTIZED, QuantizedArray, pack
 from mlxkv.kernels.decode_attention import Bucket
 
-_QUERY_BLOCK = 64  # queries whose attention weights exist at a time, where a method asks for attention mass
+_QUERY_BLOCK = 64  # queries whose attention weights are held in memory at a time
 
 
 def unquantized(x: mx.array) -> QuantizedArray:
-    """Wrap an array that is stored as it is, in the form that buckets have.
+    """Wrap an unquantized array in the form that buckets have.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ def unquantized(x: mx.array) -> QuantizedArray:
 
 
 def to_storage_dtype(x: mx.array) -> mx.array:
-    """Return float32 as float16, other types unchanged, so that no cache takes more than 2 bytes an element.
+    """Convert float32 to float16 and leave other types, so that caches take at most 2 bytes per element.
 
     Parameters
     ----------
@@ -40,13 +40,15 @@ def to_storage_dtype(x: mx.array) -> mx.array:
     Returns
     -------
     mx.array
-        The same shape.
+        The converted array, of the same shape.
     """
     return x.astype(mx.float16) if x.dtype == mx.float32 else x
 
 
 def copy_without_parent(x: mx.array) -> mx.array:
-    """Return a copy: a slice or view would keep alive the whole array that it is a part of.
+    """Return a copy that owns its memory.
+
+    A slice or view would keep the whole array that it belongs to in memory.
 
     Parameters
     ----------
@@ -81,27 +83,27 @@ class KeysValues(NamedTuple):
         return self.keys.shape[2]
 
     def append(self, newer: KeysValues) -> KeysValues:
-        """Return these tokens and then newer ones.
+        """Append newer tokens.
 
         Parameters
         ----------
         newer
-            Tokens of the same heads and dims.
+            Tokens with the same heads and dims.
 
         Returns
         -------
         KeysValues
-            All of them.
+            These tokens, then the newer ones.
         """
         return KeysValues(*concat_pairs(self, newer))
 
     def copy_tokens(self, start: int = 0, stop: int | None = None) -> KeysValues:
-        """Return copies of tokens start..stop, counted as in a slice, that keep nothing else alive.
+        """Return copies of the tokens in a slice, which own their memory.
 
         Parameters
         ----------
         start, stop
-            As in a slice.
+            Bounds of the slice.
 
         Returns
         -------
@@ -122,31 +124,31 @@ class KeysValues(NamedTuple):
 
 
 def append_chunk(stored: KeysValues | None, keys: mx.array, values: mx.array) -> KeysValues:
-    """Return what is stored and then a chunk, in the type in which it is stored.
+    """Append a chunk to stored tokens, in the storage type.
 
     Parameters
     ----------
     stored
-        Older tokens, None for none.
+        Older tokens, None if there are none.
     keys, values
-        The chunk, `[B, Hkv, L, D]` and `[B, Hkv, L, Dv]`, perhaps views of something larger.
+        The chunk, `[B, Hkv, L, D]` and `[B, Hkv, L, Dv]`; may be views of larger arrays.
 
     Returns
     -------
     KeysValues
-        All of them; keeps nothing else alive.
+        Stored tokens, then the chunk; owns its memory.
     """
     chunk = KeysValues(to_storage_dtype(keys), to_storage_dtype(values))
     return chunk.copy_tokens() if stored is None else stored.append(chunk)
 
 
 def concat_pairs(first: Iterable[mx.array], second: Iterable[mx.array]) -> Iterator[mx.array]:
-    """Return arrays of some tokens, each followed by that of newer tokens.
+    """Concatenate corresponding arrays of older and newer tokens.
 
     Parameters
     ----------
     first, second
-        Arrays `[B, H, T1, ...]` and as many `[B, H, T2, ...]`.
+        Equally many arrays, `[B, H, T1, ...]` and `[B, H, T2, ...]`.
 
     Returns
     -------
@@ -157,12 +159,12 @@ def concat_pairs(first: Iterable[mx.array], second: Iterable[mx.array]) -> Itera
 
 
 def safe_divide(a: mx.array, b: mx.array) -> mx.array:
-    """Return a / b, but 0 where b is not above 0.
+    """Return a / b, and 0 where b is 0 or negative.
 
     Parameters
     ----------
     a, b
-        Shapes that broadcast.
+        Arrays whose shapes broadcast.
 
     Returns
     -------
@@ -173,7 +175,7 @@ def safe_divide(a: mx.array, b: mx.array) -> mx.array:
 
 
 def unit_vectors(x: mx.array) -> mx.array:
-    """Return vectors of length 1 in the same directions, and 0 for 0.
+    """Normalize vectors to length 1; zero vectors stay zero.
 
     Parameters
     ----------
@@ -189,14 +191,14 @@ def unit_vectors(x: mx.array) -> mx.array:
 
 
 def causal_mask(queries: int, tokens: int) -> mx.array:
-    """Return the mask by which the last query sees all tokens, the one before it all but the last, and so on.
+    """Return a causal mask: the last query sees all tokens, the query before it all but the last, and so on.
 
     Parameters
     ----------
     queries
-        Number of queries, the last tokens.
+        Number of queries; they belong to the last tokens.
     tokens
-        Number of tokens, the queries' own included.
+        Number of tokens, those of the queries included.
 
     Returns
     -------
@@ -214,7 +216,7 @@ def causal_mask(queries: int, tokens: int) -> mx.array:
 def attention_mass(
     queries: mx.array, keys: mx.array, scale: float, mask: mx.array | str | None, last: int, kv_heads: int
 ) -> mx.array:
-    """Return how much attention each token gets from the last queries.
+    """Return the total attention that each token gets from the last queries.
 
     Parameters
     ----------
@@ -225,17 +227,17 @@ def attention_mass(
     scale
         Factor of the scores.
     mask
-        None, "causal", bool, or scores to add, `[..., L, T]`.
+        None, "causal", or an array `[..., L, T]`: bool, or added to the scores.
     last
-        Number of queries, from the end, that are counted.
+        Number of queries to count, from the end.
     kv_heads
-        Heads to return; Hq is a multiple of them.
+        Number of kv heads to return; divides Hq.
 
     Returns
     -------
     mx.array
-        `[B, kv_heads, T]` float32: attention probabilities, summed over those queries and over the query heads that
-        share a kv head.
+        `[B, kv_heads, T]` float32: attention probabilities, summed over the counted queries and over the query
+        heads that share a kv head.
     """
     B, Hq, L, _ = queries.shape
     H, T = keys.shape[1:3]
@@ -252,21 +254,21 @@ def attention_mass(
 
 
 def mask_with_bias(mask: mx.array | str | None, bias: mx.array | None, queries: mx.array) -> mx.array | str | None:
-    """Add a bias of what is stored to the mask of a chunk.
+    """Combine the mask of a chunk with the score bias of stored entries.
 
     Parameters
     ----------
     mask
-        The mask that `LayerCache.attend` gets.
+        The mask that is passed to `LayerCache.attend`.
     bias
-        `[B, 1 or Hkv, kept]`, or None for none.
+        `[B, 1 or Hkv, kept]`, added to the scores of stored entries, or None.
     queries
-        `[B, Hq, L, D]`, for their shape and type.
+        `[B, Hq, L, D]`; only shape and type are used.
 
     Returns
     -------
     mx.array, str or None
-        The mask itself without a bias, else scores to add, `[B, Hq, L, kept + L]`.
+        The mask unchanged if there is no bias, else an additive mask `[B, Hq, L, kept + L]`.
     """
     if bias is None:
         return mask
@@ -279,12 +281,12 @@ def mask_with_bias(mask: mx.array | str | None, bias: mx.array | None, queries: 
 
 
 def iter_arrays(tree: object) -> Iterator[mx.array]:
-    """Return all arrays in nested lists, tuples, dicts and QuantizedArray.
+    """Iterate over all arrays in nested lists, tuples, dicts and QuantizedArray.
 
     Parameters
     ----------
     tree
-        A cache's state; what is no array is passed over.
+        A cache's state; items that are no arrays are skipped.
 
     Returns
     -------

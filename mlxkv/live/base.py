@@ -1,4 +1,4 @@
-"""One layer's live cache: what every method has in common, and the registry that methods are found in."""
+"""Base class of every live method, one object per layer, and the registry of live methods."""
 
 from __future__ import annotations
 
@@ -41,14 +41,21 @@ __all__ = [
 
 
 class LayerCache(ABC):
-    """One layer's cache, by one rule for every method.
+    """Base class of one layer's cache.
 
-    A query sees what the chunks before its own left in the cache (quantized, evicted, ...), and its own chunk exactly
-    and causally; then the method absorbs the chunk. Decoding is chunks of one token. Nothing here waits for a value,
-    since mlx-lm builds its graph one token ahead; counts are Python's.
+    The model processes a text in chunks: some chunks of the prompt, then one token at a time. All methods follow the
+    same rule. The queries of a chunk attend to earlier tokens as the cache stores them (quantized, merged, some
+    evicted), and to their own chunk exactly, with a causal mask. Only then does the method store the chunk, in
+    `absorb`.
 
-    A method implements `buckets` and `absorb`; `score_bias` where entries stand for several tokens, and `_trim` where
-    tokens can be taken back. It sets the class attributes below and registers itself with `live_methods`.
+    Stored tokens are exposed as buckets. A bucket is a pair of keys and values of the same tokens, all stored alike:
+    one precision and one tiling for the keys, and one for the values.
+
+    No call synchronises with the device, since mlx-lm builds the graph of the next token while the last one is still
+    being computed. So token counts are Python integers and never depend on the values of arrays.
+
+    A method implements `buckets` and `absorb`; also `score_bias` if its entries stand for several tokens, and `_trim`
+    if the last tokens can be removed. It sets the class attributes below and registers itself with `live_methods`.
 
     Parameters
     ----------
@@ -64,23 +71,25 @@ class LayerCache(ABC):
     config_class
         The class of the method's settings.
     state_fields
-        Names of the attributes that are the method's state: arrays, QuantizedArray, numbers, None, or lists, tuples
-        and dicts of such. `nbytes`, `state` and saving follow from them.
+        Names of the attributes that hold the method's state: arrays, QuantizedArray, numbers, None, or lists, tuples
+        and dicts of these. `nbytes`, `state` and saving are derived from them.
     state_types
-        For state fields that are NamedTuples of arrays their classes, so that a loaded cache has them again.
+        Classes of the state fields that are NamedTuples of arrays, by name; loading a cache restores them.
     observation_window
-        Number of a chunk's last queries whose attention mass `absorb` gets; 0 for methods that do not use it.
+        Number of queries, counted from the end of each chunk, whose attention mass is passed to `absorb`; 0 for
+        methods that do not use it.
     slots
-        Heads, dims and rotation of the keys and of the values.
+        Heads, dims and rotary embedding of the keys, and of the values.
     latent
-        Whether this is MLA, whose "keys" are latents and whose "values" are k_pe.
+        Whether the model uses multi-head latent attention (MLA): "keys" are then latents, and "values" are k_pe, the
+        rotated part of the keys.
     offset
         Tokens seen so far.
 
     Raises
     ------
     UnsupportedError
-        When the layer keeps no keys and values, or when the method cannot be had for this model.
+        When the layer keeps no keys and values, or when the method does not support this model.
     """
 
     config_class: ClassVar[type[Config]]
@@ -106,48 +115,48 @@ class LayerCache(ABC):
 
     @abstractmethod
     def buckets(self) -> list[Bucket]:
-        """Return what is stored.
+        """Return all stored tokens.
 
         Returns
         -------
         list of Bucket
-            Keys `[B, Hkv, Tb, D]` and values `[B, Hkv, Tb, Dv]`, in any order that stays the same; each bucket has one
-            precision. `unquantized` wraps arrays that are stored as they are.
+            Keys `[B, Hkv, Tb, D]` and values `[B, Hkv, Tb, Dv]`. The order of the tokens is free, but must not change
+            between two calls of `absorb`. `unquantized` wraps arrays that are not quantized.
         """
 
     @abstractmethod
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
-        """Store a chunk that has been attended.
+        """Store a chunk after its attention was computed.
 
         Parameters
         ----------
         keys, values
-            The chunk `[B, Hkv, L, D]` and `[B, Hkv, L, Dv]`, exact. `offset` counts it already.
+            The chunk `[B, Hkv, L, D]` and `[B, Hkv, L, Dv]`, exact. `offset` already includes it.
         mass
             `[B, Hkv, kept + L]` float32: the attention probability of each stored and each new token, in the order of
-            `buckets`, summed over the query heads of its kv head and over the last `observation_window` queries. None
-            where the window is 0.
+            `buckets`, summed over the query heads that share a kv head and over the last `observation_window` queries.
+            None where the window is 0.
         """
 
     def score_bias(self) -> mx.array | None:
-        """Return what is added to the scores of what is stored, where entries stand for several tokens.
+        """Return the bias of the attention scores of stored entries, where an entry stands for several tokens.
 
         Returns
         -------
         mx.array or None
-            `[B, 1 or Hkv, kept]` float32 in the order of `buckets`: the logarithm of how many tokens an entry stands
-            for, -inf for none. None where each stands for one.
+            `[B, 1 or Hkv, kept]` float32 in the order of `buckets`: the logarithm of the number of tokens that an entry
+            stands for, -inf for 0. None where every entry is one token.
         """
         return None
 
     def _trim(self, count: int) -> None:
-        """Forget the last count >= 1 tokens; called only while no token has been evicted."""
+        """Remove the last count >= 1 tokens; called only while no token has been evicted."""
         raise UnsupportedError(f"{self.method_name} cannot take tokens back")
 
     # What mlx-lm calls
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Remember a chunk for `attend`, and return what the model computes with by itself.
+        """Hold a chunk until `attend`, and return the arrays that the model passes on to attention.
 
         Parameters
         ----------
@@ -158,12 +167,12 @@ class LayerCache(ABC):
         -------
         tuple of mx.array
             For MLA k_pe `[B, 1, kept + L, Dv]` and, where there are several queries, latents `[B, 1, kept + L, D]`;
-            for others just the chunk.
+            for other models only the chunk.
 
         Raises
         ------
         UnsupportedError
-            When the chunk before has not been attended.
+            When the attention of the previous chunk has not been computed.
         """
         if self._pending_chunk is not None:
             raise UnsupportedError(
@@ -179,18 +188,18 @@ class LayerCache(ABC):
     def attend(
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None = None
     ) -> mx.array:
-        """Return the attention over what is stored and the chunk, then absorb the chunk.
+        """Return the attention over the stored tokens and the chunk, then absorb the chunk.
 
         Parameters
         ----------
         queries
             `[B, Hq, L, D]`.
         keys, values
-            The arrays that `update_and_fetch` returned, or for MLA what the model made of them.
+            The arrays that `update_and_fetch` returned, or for MLA those that the model derived from them.
         scale
             Factor of the scores.
         mask
-            None, "causal", bool, or for MLA scores to add, `[B, Hq, L, kept + L]`.
+            None, "causal", bool, or for MLA an additive mask, `[B, Hq, L, kept + L]`.
 
         Returns
         -------
@@ -200,7 +209,7 @@ class LayerCache(ABC):
         Raises
         ------
         UnsupportedError
-            When there is no chunk to attend.
+            When `update_and_fetch` was not called before.
         """
         if self._pending_chunk is None:
             raise UnsupportedError("a live cache attends once for each update_and_fetch")
@@ -225,20 +234,20 @@ class LayerCache(ABC):
         last = min(self.observation_window, queries.shape[2])
         kv_heads = chunk.keys.shape[1]
         self.absorb(*chunk, attention_mass(queries, keys, scale, mask, last, kv_heads) if last else None)
-        # Generation evaluates outputs alone: state that no output needs yet would hold on to every step before.
+        # Generation evaluates only outputs: state that no output depends on yet would keep all earlier steps in memory.
         return mx.depends(output, self.state)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
-        """Return the mask of the next chunk: every stored token is visible, the chunk causally.
+        """Return the mask of the next chunk: all stored tokens are visible, and the chunk is causal.
 
         Parameters
         ----------
         N
             Tokens in the chunk.
         return_array
-            Whether "causal" will not do.
+            Whether to return an array in place of "causal".
         window_size
-            The window of a sliding-window layer, which is refused.
+            The window of a sliding-window layer; not supported.
 
         Returns
         -------
@@ -258,16 +267,16 @@ class LayerCache(ABC):
 
     @property
     def kept(self) -> int:
-        """Entries stored, for the `offset` tokens seen."""
+        """Number of entries stored; the number of tokens seen is `offset`."""
         return sum(keys.shape[-2] for keys, _ in self.buckets())
 
     def size(self) -> int:
-        """Return `kept`, under mlx-lm's name.
+        """Return `kept`, under the name that mlx-lm uses.
 
         Returns
         -------
         int
-            Entries stored.
+            Number of entries stored.
         """
         return self.kept
 
@@ -292,17 +301,17 @@ class LayerCache(ABC):
         return sum(array.nbytes for array in self.state)
 
     def is_trimmable(self) -> bool:
-        """Return whether the last tokens can be taken back.
+        """Return whether the last tokens can be removed.
 
         Returns
         -------
         bool
-            True where the method can do so, as long as it has evicted no token.
+            True if the method supports it and has evicted no token yet.
         """
         return type(self)._trim is not LayerCache._trim and self.kept == self.offset
 
     def trim(self, n: int) -> int:
-        """Take back the last tokens.
+        """Remove the last tokens.
 
         Parameters
         ----------
@@ -312,7 +321,7 @@ class LayerCache(ABC):
         Returns
         -------
         int
-            Number of tokens taken back.
+            Number of tokens removed.
 
         Raises
         ------
@@ -328,12 +337,12 @@ class LayerCache(ABC):
         return count
 
     def _concat_stored(self, slot: int, chunk: mx.array) -> mx.array:
-        """Return all that is stored in slot 0 or 1, unpacked for as long as it is used, and then the chunk."""
+        """Return all stored keys (slot 0) or values (slot 1), unpacked temporarily, followed by the chunk."""
         return mx.concatenate([*(unpack(pair[slot], chunk.dtype) for pair in self.buckets()), chunk], axis=-2)
 
 
 def _check_method(kind: type[LayerCache]) -> None:
-    """Refuse what cannot be a live method, for example one of another package."""
+    """Refuse a class that cannot be a live method, for example one that another package registers."""
     if not (isinstance(kind, type) and issubclass(kind, LayerCache)):
         raise InputError(f"{kind!r} cannot be a live method: it is no subclass of mlxkv.live.LayerCache")
     config = getattr(kind, "config_class", None)
@@ -345,7 +354,7 @@ live_methods: Registry[type[LayerCache]] = Registry("live method", "mlxkv.live.m
 
 
 def cache_class_of(config: Config) -> type[LayerCache]:
-    """Return the registered method that has such settings.
+    """Return the registered method that has settings of this class.
 
     Parameters
     ----------

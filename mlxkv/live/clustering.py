@@ -1,12 +1,15 @@
-"""Online clustering that never holds more than C centroids.
+"""Online clustering of vectors, with at most C centroids.
 
-New tokens become centroids of their own, then the cheapest pairs of all are merged until C are left. So a rare token
-keeps a centroid of count 1, which is the token itself. N independent clusterings (batch x heads) are done at once.
+This module knows no RoPE, and positions only as numbers that are averaged along: it clusters the vectors that it is
+given. Removing and restoring the rotation of keys is done by `mlxkv.live.methods.mp_kvm`.
 
-Ward's criterion (J. Am. Stat. Assoc. 58, 1963) says which pairs are cheap: merging centroids of weights a and b at a
-distance d adds a * b / (a + b) * d^2 to the weighted squared error. Many pairs are merged at once, as ToMe does
-(https://arxiv.org/abs/2210.09461), each centroid into an earlier one or into one that stays. Nothing waits for a value:
-how many slots there are follows from the number of tokens, and a slot without tokens has count 0.
+Each new token becomes a centroid of its own, then the cheapest pairs are merged until C centroids are left. So a rare
+token keeps a centroid of count 1, which is the token itself. N independent clusterings (batch x heads) run at once.
+
+The cost of a merger is Ward's criterion (J. Am. Stat. Assoc. 58, 1963): merging centroids of weights a and b at
+distance d adds a * b / (a + b) * d^2 to the weighted squared error. Many pairs are merged at once, as in ToMe
+(https://arxiv.org/abs/2210.09461): each merged centroid joins one that stays. No call synchronises with the device: the
+size of the arrays depends only on the number of tokens, and an empty centroid has count 0.
 """
 
 from __future__ import annotations
@@ -21,9 +24,9 @@ from mlxkv.errors import InputError, MismatchError
 from mlxkv.kernels.centroids import Metric, assign, sums
 from mlxkv.live.arrays import safe_divide, unit_vectors
 
-ROUNDS = 4  # in which the excess is merged: after each, costs are those of what has become of the pairs
-BLOCK = 64  # tokens that `OnlineClustering` takes at a time
-_FORBIDDEN, _FORBIDDEN_FROM = 1e30, 1e20  # cost of a merger that must not be; others cost less than the second
+ROUNDS = 4  # rounds in which the excess centroids are merged; costs are computed anew in each
+BLOCK = 64  # tokens that `OnlineClustering` inserts at a time
+_FORBIDDEN, _FORBIDDEN_FROM = 1e30, 1e20  # cost of a forbidden merger; all others cost less than _FORBIDDEN_FROM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,25 +38,25 @@ class ClusteringConfig(Config):
     centroids
         Maximal number of centroids, more than `sinks`.
     metric
-        Distance of vectors: "euclidean", or "cosine" for their directions only.
+        Distance between vectors: "euclidean", or "cosine", which compares only directions.
     value_weight
-        Factor of differences between values beside those between keys; 0 leaves values out of the distance.
+        Factor of values in the distance, relative to keys; with 0 only keys are compared.
     similarity
-        Similarity (cosine, or minus the squared distance) from which on a token joins its nearest centroid at once.
-        With None and no `quantile` tokens are merged only for lack of room.
+        Similarity (cosine, or minus the squared distance) at or above which a new token joins its nearest centroid at
+        once. If this and `quantile` are None, tokens are merged only when there are too many centroids.
     quantile
-        In place of `similarity`: the quantile of the similarities of tokens that come together above which they join.
+        In place of `similarity`: that quantile of the similarities of the tokens inserted together is the threshold.
     merge_similarity
-        Similarity below which centroids are never merged; for lack of room the lightest ones are dropped then.
+        Similarity below which centroids are never merged; if there are too many, those with least weight are dropped.
     sinks
-        First tokens, which keep centroids of their own.
+        Number of first tokens, which keep centroids of their own.
     ema
-        Factor of a centroid's old place for each token that joins it, however many tokens it stands for; with None it
-        is the mean of all its tokens.
+        Exponential moving average: weight of a centroid's old vector when a token joins it by similarity. With None the
+        centroid is the mean of its tokens.
     persistence
-        Factor by which counts and weights fade whenever tokens come; 1 keeps them.
+        Factor of old counts and weights at each insertion; 1 keeps them.
     min_count
-        Count below which a centroid is hidden from attention; it stays, and may grow.
+        Count below which a centroid is hidden from attention; it is kept, and may grow.
     """
 
     centroids: int = integer(256, least=1)
@@ -76,18 +79,18 @@ class ClusteringConfig(Config):
 
 
 class Clusters(NamedTuple):
-    """M slots in each of N clusterings, in the order of their first tokens; float32.
+    """M centroids in each of N clusterings, in the order of their first tokens; all arrays are float32.
 
     Parameters
     ----------
     keys, values
-        Weighted means of a slot's tokens, `[N, M, D]` and `[N, M, Dv]`.
+        Weighted means of each centroid's tokens, `[N, M, D]` and `[N, M, Dv]`.
     positions
-        Weighted means of their positions, `[N, M]`.
+        Weighted means of the tokens' positions, `[N, M]`.
     counts
-        Number of those tokens, `[N, M]`, 0 for an empty slot.
+        Number of tokens, `[N, M]`, 0 for an empty centroid.
     weights
-        The sum of the tokens' weights, `[N, M]`.
+        Sum of the tokens' weights, `[N, M]`.
     """
 
     keys: mx.array
@@ -103,20 +106,20 @@ def insert(old: Clusters | None, new: Clusters, config: ClusteringConfig) -> Clu
     Parameters
     ----------
     old
-        The clusters so far, None for none.
+        The centroids so far, None if there are none.
     new
-        T new tokens, each in a slot of its own.
+        T new tokens, each a centroid of its own.
     config
         Settings.
 
     Returns
     -------
     Clusters
-        As many slots as there are in both, at most `config.centroids`.
+        As many centroids as `old` and `new` have together, at most `config.centroids`.
 
     Notes
     -----
-    Compares all pairs of slots, which takes `[N, M, M]` floats.
+    Compares all pairs of centroids, which takes N * M * M floats of memory.
     """
     if old is None:
         old = _slice_slots(new, 0, 0)
@@ -127,7 +130,7 @@ def insert(old: Clusters | None, new: Clusters, config: ClusteringConfig) -> Clu
     both = Clusters(*(mx.concatenate([*pair], axis=1) for pair in zip(old, new)))
     rounds = ROUNDS
     while (slots := both.counts.shape[1]) > config.centroids:
-        # At most half of them, so that enough are left to merge into.
+        # At most half are merged per round, so that enough are left to merge into.
         most = (slots - config.sinks) // 2
         both = _merge_cheapest(both, min(most, -(-(slots - config.centroids) // max(1, rounds))), config)
         rounds -= 1
@@ -135,7 +138,7 @@ def insert(old: Clusters | None, new: Clusters, config: ClusteringConfig) -> Clu
 
 
 def visible_counts(counts: mx.array, config: ClusteringConfig) -> mx.array:
-    """Return counts with zeros where `min_count` hides a centroid.
+    """Set the counts of centroids that `min_count` hides to 0.
 
     Parameters
     ----------
@@ -153,7 +156,7 @@ def visible_counts(counts: mx.array, config: ClusteringConfig) -> mx.array:
 
 
 def _join_similar(old: Clusters, new: Clusters, config: ClusteringConfig) -> tuple[Clusters, Clusters]:
-    """Let tokens that are similar enough to their nearest centroid join it; they leave empty slots behind."""
+    """Merge new tokens into their nearest centroids if similar enough; they become empty centroids in `new`."""
     M, T = old.counts.shape[1], new.counts.shape[1]
     open_to = mx.where(mx.arange(M) < config.sinks, 0, old.counts)
     nearest, similarity = assign(_features(new, config), _features(old, config), open_to, config.metric)
@@ -173,15 +176,16 @@ def _join_similar(old: Clusters, new: Clusters, config: ClusteringConfig) -> tup
 
 
 def _merge_cheapest(slots: Clusters, excess: int, config: ClusteringConfig) -> Clusters:
-    """Merge as many slots into others as there are in excess; empty slots go first and cost nothing.
+    """Merge `excess` centroids into others; empty ones are removed first, at no cost.
 
-    Those go that cost least to merge into an earlier slot, each into the slot of those that stay that costs least.
+    The merged centroids are those that are cheapest to merge into an earlier one. Each joins the centroid that is
+    cheapest among those that stay.
     """
     M = slots.counts.shape[1]
     index = mx.arange(M)
     cost, fixed = _merge_costs(slots, config)
     earlier = mx.where(index[:, None] > index, cost, _FORBIDDEN).min(axis=-1)
-    # Without another to merge into, the lightest are dropped.
+    # If no merger is allowed, the centroids with least weight are dropped.
     lightest = _FORBIDDEN * (1 + slots.weights / (1 + slots.weights))
     key = mx.where(slots.counts <= 0, -mx.inf, mx.where(earlier < _FORBIDDEN_FROM, earlier, lightest))
     merged = mx.argpartition(mx.where(fixed, mx.inf, key), excess - 1, axis=-1)[:, :excess]
@@ -194,11 +198,11 @@ def _merge_cheapest(slots: Clusters, excess: int, config: ClusteringConfig) -> C
 
 
 def _merge_costs(slots: Clusters, config: ClusteringConfig) -> tuple[mx.array, mx.array]:
-    """Return Ward's cost of merging slot i into slot j, `[N, M, M]`, and which slots are never merged, `[N, M]`.
+    """Return Ward's cost of merging centroid i into j, `[N, M, M]`, and a mask of those never merged, `[N, M]`.
 
-    Never merged are the first tokens and slots that hold NaN. Merging into those, or what is too unlike, costs more than
-    _FORBIDDEN_FROM. One product gives all distances, with as few passes over all pairs as possible, since they take most
-    of the time. Two equal vectors may differ by the rounding of their squared norms.
+    Sinks and centroids that hold NaN are never merged. Merging into them, or centroids that are too dissimilar, costs
+    more than _FORBIDDEN_FROM. A single matrix product gives all distances, because passes over all pairs take most of
+    the time. The distance of two equal vectors may differ from 0 by the rounding of their squared norms.
     """
     x = _features(slots, config)
     broken = mx.isnan(x).any(axis=-1)
@@ -220,28 +224,28 @@ def _merge_costs(slots: Clusters, config: ClusteringConfig) -> tuple[mx.array, m
 
 
 def _features(slots: Clusters, config: ClusteringConfig) -> mx.array:
-    """Return the vectors that are compared, `[N, M, D or D + Dv]`."""
+    """Return the vectors that are compared: keys, or keys and scaled values, `[N, M, D or D + Dv]`."""
     if not config.value_weight:
         return slots.keys
     return mx.concatenate([slots.keys, config.value_weight * slots.values], axis=-1)
 
 
 def merge_by_owner(slots: Clusters, owner: mx.array, size: int) -> Clusters:
-    """Merge all slots of the same owner into one.
+    """Merge all centroids with the same owner into one.
 
     Parameters
     ----------
     slots
-        M slots.
+        M centroids.
     owner
-        Index of the new slot of each, int32 `[N, M]`; -1 drops it.
+        Index of the new centroid that each becomes part of, int32 `[N, M]`; -1 drops it.
     size
-        Number of slots to return.
+        Number of centroids to return.
 
     Returns
     -------
     Clusters
-        `size` slots, empty where no slot has this owner.
+        `size` centroids; those that own nothing are empty.
     """
     D, Dv = slots.keys.shape[-1], slots.values.shape[-1]
     joint = mx.concatenate([slots.keys, slots.values, slots.positions[..., None]], axis=-1)
@@ -252,14 +256,14 @@ def merge_by_owner(slots: Clusters, owner: mx.array, size: int) -> Clusters:
 
 
 def _slice_slots(slots: Clusters, start: int, stop: int) -> Clusters:
-    """Return slots start..stop."""
+    """Return centroids start..stop."""
     return Clusters(*(x[:, start:stop] for x in slots))
 
 
 class OnlineClustering:
-    """Clusterings of plain arrays, filled as tokens come: without a model, for streams and experiments.
+    """Online clusterings of plain arrays, without a model: for streams and experiments.
 
-    Memory is taken once, for C centroids each.
+    Memory for C centroids per clustering is allocated once.
 
     Parameters
     ----------
@@ -268,9 +272,9 @@ class OnlineClustering:
     batch
         N, the number of independent clusterings.
     dim
-        D, of the vectors that are clustered.
+        D, the dimension of the vectors that are clustered.
     value_dim
-        Dv, of values that are carried along, 0 for none.
+        Dv, the dimension of values that are averaged along; 0 for no values.
 
     Examples
     --------
@@ -290,7 +294,7 @@ class OnlineClustering:
         )
 
     def insert(self, x: mx.array, values: mx.array | None = None, weights: mx.array | None = None) -> None:
-        """Insert tokens, in blocks of BLOCK.
+        """Insert tokens, BLOCK at a time.
 
         Parameters
         ----------
@@ -304,7 +308,7 @@ class OnlineClustering:
         Raises
         ------
         MismatchError
-            For other shapes.
+            For arrays of other shapes.
         """
         (N, _, D), Dv = self.state.keys.shape, self.state.values.shape[-1]
         shape = x.shape[:2]
@@ -342,7 +346,7 @@ class OnlineClustering:
 
     @property
     def counts(self) -> mx.array:
-        """Number of tokens that each centroid stands for, `[N, C]`; 0 where there is none, or `min_count` hides it."""
+        """Number of tokens that each centroid stands for, `[N, C]`; 0 if it is empty or hidden by `min_count`."""
         return visible_counts(self.state.counts, self.config)
 
     @property

@@ -1,4 +1,4 @@
-"""How far attention over centroids is from attention over their tokens."""
+"""Error of attention over centroids, compared with attention over the tokens that they stand for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mlxkv.live.arrays import safe_divide, unit_vectors
 def misplaced_attention(
     queries: mx.array, keys: mx.array, owner: mx.array, centroids: mx.array, bias: mx.array, diversity: float = 0.0
 ) -> mx.array:
-    """Return the attention mass that centroids misplace.
+    """Return the share of attention that centroids get in excess of, or short of, their tokens' attention.
 
     Parameters
     ----------
@@ -20,19 +20,19 @@ def misplaced_attention(
     keys
         The tokens, `[N, T, D]`.
     owner
-        Their centroids, `[N, T]`; -1 for none, whose mass counts as misplaced.
+        Index of each token's centroid, `[N, T]`; -1 for none: the attention of such a token counts as misplaced.
     centroids
         `[N, C, D]`.
     bias
-        Logarithms of the centroids' counts, `[N, C]`, -inf where there is no centroid.
+        Logarithms of the centroids' token counts, `[N, C]`, -inf for an empty centroid.
     diversity
-        Penalty for a mean cosine of 1 between different centroids, since similar centroids waste slots.
+        Weight of the penalty for similar centroids: what a mean cosine of 1 between different centroids adds.
 
     Returns
     -------
     mx.array
-        `[N]` float32: half of the sum, over centroids, of the difference between the mass that a centroid gets and the
-        mass that its tokens get, averaged over queries. 0 where none is misplaced, 1 where all is.
+        `[N]` float32: half of the sum, over centroids, of the absolute difference between the attention that a centroid
+        gets and the attention that its tokens get, averaged over queries. 0 for no error, 1 for the largest error.
     """
     exact = mx.softmax(queries.astype(mx.float32) @ keys.astype(mx.float32).swapaxes(1, 2), axis=-1)
     scores = queries.astype(mx.float32) @ centroids.astype(mx.float32).swapaxes(1, 2) + bias[:, None]

@@ -1,4 +1,4 @@
-"""Importance of tokens: how much attention each gets from the queries of a kv head, averaged or summed over time."""
+"""Importance of tokens: the attention that each gets from the queries of a kv head, averaged or summed over time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import mlx.core as mx
 
 
 def update_importance(importance: mx.array, mass: mx.array, queries: int, decay: float) -> mx.array:
-    """Bring importance up to date after a chunk.
+    """Update the importance of tokens after a chunk.
 
     Parameters
     ----------
@@ -15,10 +15,10 @@ def update_importance(importance: mx.array, mass: mx.array, queries: int, decay:
     mass
         `[B, Hkv, T + L]`, attention probabilities that the last queries gave to all tokens, summed over those queries.
     queries
-        Number of those queries.
+        Number of queries that `mass` was summed over.
     decay
-        Weight of a query in comparison with the one after it, above 0. With 1 importance is the sum over all queries,
-        else a moving average of the attention of one query.
+        Weight of a query relative to the query after it, above 0 and at most 1. With 1 importance is the sum over all
+        queries; below 1 it is a moving average of the attention per query.
 
     Returns
     -------
@@ -28,7 +28,7 @@ def update_importance(importance: mx.array, mass: mx.array, queries: int, decay:
     Notes
     -----
     H2O (https://arxiv.org/abs/2306.14048) is the case of decay 1. In the moving average a new token starts with the
-    mean over those queries that could see it, or it would look unimportant because it came last.
+    mean over the queries that could see it; otherwise it would look unimportant only because few queries came after it.
 
     Examples
     --------

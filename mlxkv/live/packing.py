@@ -1,4 +1,4 @@
-"""What methods share that quantize old tokens and keep the newest unquantized."""
+"""Base class of methods that quantize old tokens and keep the newest tokens unquantized."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from mlxkv.live.arrays import copy_without_parent
 from mlxkv.live.base import KeysValues, LayerCache, append_chunk
 from mlxkv.spec import CacheSpec
 
-BLOCK = 64  # tokens packed at a time: few enough to stay small, many enough that copying `packed` is rare
+BLOCK = 64  # tokens packed at a time: few, so that the tail stays small, but enough that `packed` is rarely copied
 
 
 class PackingCache(LayerCache):
-    """Old tokens quantized, and a tail of the newest: at least `recent` and fewer than `recent + BLOCK` tokens.
+    """Base class of methods that quantize old tokens and keep the newest unquantized, in a tail.
 
-    Blocks of BLOCK tokens leave the tail together, so what is stored depends on the tokens and not on their chunks.
-    After `trim` those tokens of a partly trimmed block that are left go to the tail, at their quantized values. A
-    method implements `pack`.
+    While fewer than `recent + BLOCK` tokens have come, all are in the tail; after that the tail has at least `recent`
+    and fewer than `recent + BLOCK` tokens. Tokens leave it in blocks of BLOCK, so the stored values do not depend on
+    how the text was split into chunks. If `trim` removes part of a block, the rest of the block returns to the tail
+    with its quantized values. A method implements `pack`.
 
     Parameters
     ----------
@@ -37,11 +38,11 @@ class PackingCache(LayerCache):
     Attributes
     ----------
     packed
-        Keys and values of the old tokens, None while there are none.
+        Keys and values of the quantized tokens, None while there are none.
     tail
         The newest tokens.
     recent
-        Newest tokens that stay in the tail, at least.
+        Minimal number of tokens that stay in the tail.
     """
 
     state_fields = ("packed", "tail")
@@ -65,7 +66,7 @@ class PackingCache(LayerCache):
         Returns
         -------
         Bucket
-            Both, packed in tiles whose tokens divide BLOCK.
+            Quantized keys and values. The number of tokens per tile divides BLOCK.
         """
 
     def buckets(self) -> list[Bucket]:
@@ -84,7 +85,7 @@ class PackingCache(LayerCache):
         self.tail = tail
 
     def _trim(self, count: int) -> None:
-        """Drop tokens of the tail; where it has too few, unpack the rest of a block."""
+        """Drop tokens from the tail, then whole blocks; unpack what remains of a trimmed block."""
         left = self.kept - count
         packed_tokens = token_count(self.packed)
         if self.packed is not None and left < packed_tokens:
@@ -108,18 +109,18 @@ def token_count(bucket: Bucket | None) -> int:
     Returns
     -------
     int
-        Tokens, 0 for None.
+        Number of tokens, 0 for None.
     """
     return 0 if bucket is None else bucket[0].shape[-2]
 
 
 def concat_buckets(first: Bucket, second: Bucket) -> Bucket:
-    """Return the tokens of two buckets of one kind as one bucket.
+    """Concatenate two buckets of the same precision and tiling.
 
     Parameters
     ----------
     first
-        T1 tokens, whose tiles are full.
+        T1 tokens, a multiple of the tokens per tile.
     second
         T2 tokens.
 
@@ -132,12 +133,12 @@ def concat_buckets(first: Bucket, second: Bucket) -> Bucket:
 
 
 def concat_tokens(first: QuantizedArray, second: QuantizedArray) -> QuantizedArray:
-    """Return packed rows and then others of the same kind.
+    """Concatenate packed tokens of the same precision and tiling.
 
     Parameters
     ----------
     first
-        `[..., T1, D]`, whose tiles are full.
+        `[..., T1, D]`; T1 is a multiple of the tokens per tile.
     second
         `[..., T2, D]`.
 
@@ -153,21 +154,21 @@ def concat_tokens(first: QuantizedArray, second: QuantizedArray) -> QuantizedArr
 
 
 def copy_rows(packed: QuantizedArray, start: int, stop: int) -> QuantizedArray:
-    """Return a copy of some packed rows.
+    """Copy a range of packed tokens.
 
     Parameters
     ----------
     packed
         `[..., T, D]`.
     start
-        The first row, at the beginning of a tile.
+        The first token, at the start of a tile.
     stop
-        The row after the last.
+        The token after the last one.
 
     Returns
     -------
     QuantizedArray
-        `[..., stop - start, D]`, which keeps nothing else alive.
+        `[..., stop - start, D]`, which owns its memory.
     """
     rows = slice_rows(packed, start, stop)
     return dataclasses.replace(
@@ -179,7 +180,7 @@ def copy_rows(packed: QuantizedArray, start: int, stop: int) -> QuantizedArray:
 
 
 def gather_rows(packed: QuantizedArray, indices: mx.array) -> QuantizedArray:
-    """Return rows of what is packed token by token, another choice for each head.
+    """Gather tokens that were packed token by token, with different indices for each head.
 
     Parameters
     ----------
@@ -200,19 +201,19 @@ def gather_rows(packed: QuantizedArray, indices: mx.array) -> QuantizedArray:
 
 
 def quantize_per_token(x: mx.array, bits: int) -> QuantizedArray:
-    """Quantize each token by itself, in groups of 64 dims or, where 64 does not divide D, all dims together.
+    """Quantize each token by itself, in groups of 64 dims, or all dims in one group where 64 does not divide D.
 
     Parameters
     ----------
     x
         `[..., T, D]`.
     bits
-        Bits of every value: 2, 3, 4 or 8; 16 leaves values as they are.
+        Bits per value: 2, 3, 4 or 8; 16 leaves values unchanged.
 
     Returns
     -------
     QuantizedArray
-        `[..., T, D]`, with a minimum and a step for each group.
+        `[..., T, D]`, with one minimum and one step per group (`mlxkv.kernels.bits.bias_and_scale`).
     """
     dim = x.shape[-1]
     return pack(x, bits, 1, 64 if dim % 64 == 0 else dim)

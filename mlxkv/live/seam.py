@@ -1,4 +1,4 @@
-"""The seam into mlx-lm: prompt caches whose attention layers are live, and the attention call that lets them attend."""
+"""Prompt caches for mlx-lm, and the patch of its attention call that lets them compute attention."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ATTENTION = "scaled_dot_product_attention"
 
 
 class CacheEntry(Protocol):
-    """One layer's entry of a prompt cache: a `LayerCache`, or a cache of mlx-lm's own for other layers."""
+    """One layer's entry in a prompt cache: a `LayerCache`, or one of mlx-lm's own caches for other layers."""
 
     @property
     def state(self) -> Any:
@@ -41,48 +41,48 @@ class CacheEntry(Protocol):
         """
 
     def is_trimmable(self) -> bool:
-        """Return whether the last tokens can be taken back.
+        """Return whether the last tokens can be removed.
 
         Returns
         -------
         bool
-            Which may change as tokens come.
+            True if they can. The answer may change as more tokens arrive.
         """
 
 
 def make_cache(model: Any, method: str | Config, **overrides: Any) -> list[CacheEntry]:
-    """Make a prompt cache for mlx-lm's `generate(..., prompt_cache=...)`; installs `attach(model)`.
+    """Make a prompt cache for mlx-lm's `generate(..., prompt_cache=...)`, and call `attach(model)`.
 
     Parameters
     ----------
     model
         A model that mlx-lm loaded.
     method
-        The name of a preset; or of a live method, for its default settings; or a live method's settings.
+        The name of a preset, the name of a live method (for its default settings), or the settings of a live method.
     **overrides
         Single settings to replace.
 
     Returns
     -------
     list of CacheEntry
-        One entry a layer: a `LayerCache` where the layer keeps keys and values of all tokens, mlx-lm's own cache for
-        other layers (convolutions, sliding windows).
+        One entry per layer: a `LayerCache` where the model's layer attends to all tokens, mlx-lm's own cache for other
+        layers (convolutions, sliding windows).
 
     Raises
     ------
     PresetError
         For an unknown name, a codec's preset, and unknown or impossible settings.
     InputError
-        For settings that are not of a live method.
+        For settings that belong to no live method.
     UnsupportedError
-        For a model or method that cannot be live.
+        For a model that live caches do not support, or a method that does not support this model.
     """
     cache_class, config = _resolve_method(method, overrides)
     return make_cache_of(model, cache_class, config)
 
 
 def make_cache_of(model: Any, cache_class: type[LayerCache], config: Config) -> list[CacheEntry]:
-    """Make a prompt cache of a method's class, which need not be registered; installs `attach(model)`.
+    """Make a prompt cache of a method's class, which need not be registered, and call `attach(model)`.
 
     Parameters
     ----------
@@ -101,7 +101,7 @@ def make_cache_of(model: Any, cache_class: type[LayerCache], config: Config) -> 
     Raises
     ------
     UnsupportedError
-        For a model or method that cannot be live.
+        For a model that live caches do not support, or a method that does not support this model.
     """
     spec = cache_spec(model)
     caches: list[CacheEntry] = make_prompt_cache(model)
@@ -117,7 +117,7 @@ def live_config(method: str | Config, **overrides: Any) -> Config:
     Parameters
     ----------
     method
-        The name of a preset; or of a live method, for its default settings; or a live method's settings.
+        The name of a preset, the name of a live method (for its default settings), or the settings of a live method.
     **overrides
         Single settings to replace.
 
@@ -131,7 +131,7 @@ def live_config(method: str | Config, **overrides: Any) -> Config:
     PresetError
         For an unknown name, a codec's preset, and unknown or impossible settings.
     InputError
-        For settings that are not of a live method.
+        For settings that belong to no live method.
     """
     return _resolve_method(method, overrides)[1]
 
@@ -165,9 +165,11 @@ def _named_method(name: str) -> tuple[type[LayerCache], Config]:
 
 
 def attach(model: Any) -> None:
-    """Let live caches compute the attention of this model, and of all others that use the same modules of mlx-lm.
+    """Patch mlx-lm's attention call so that live caches compute the attention of this model.
 
-    Other caches get mlx-lm's own attention, as before. Attaching twice is attaching once; `detach` undoes it.
+    The patch replaces `scaled_dot_product_attention` in the Python modules that define the model, so it applies to all
+    models that use the same modules. Other caches still get mlx-lm's own attention. Attaching a second time changes
+    nothing; `detach` removes the patch.
 
     Parameters
     ----------
@@ -181,7 +183,9 @@ def attach(model: Any) -> None:
 
 
 def detach(model: Any) -> None:
-    """Put mlx-lm's own attention back. Live caches of the model then raise UnsupportedError on their second use.
+    """Remove the patch of mlx-lm's attention call.
+
+    Live caches of the model then raise UnsupportedError on their second use.
 
     Parameters
     ----------
@@ -193,13 +197,13 @@ def detach(model: Any) -> None:
 
 
 def _attention_modules(model: Any) -> Iterator[ModuleType]:
-    """Return the Python modules that define the model's parts and call attention by a name of their own."""
+    """Return the Python modules that define the model's parts and have imported mlx-lm's attention function by name."""
     names = {kind.__module__ for part in model.modules() for kind in type(part).__mro__}
     return (sys.modules[name] for name in sorted(names) if hasattr(sys.modules[name], _ATTENTION))
 
 
 def _with_live_caches(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """Wrap mlx-lm's attention so that live caches attend themselves."""
+    """Wrap mlx-lm's attention so that live caches compute it themselves."""
 
     @functools.wraps(original)
     def attention(

@@ -1,4 +1,4 @@
-"""What methods share that keep some tokens as they are and evict the others, the same ones for all heads."""
+"""Base class of methods that keep some tokens unchanged and evict the others, the same tokens in all heads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from mlxkv.spec import CacheSpec
 
 
 class SelectingCache(LayerCache):
-    """Keeps tokens in the order they came, rotated for the positions they came at. A method adds `kept_indices`.
+    """Base class of methods that keep some tokens unchanged, the same tokens in all heads.
+
+    Kept tokens stay in the order of the text, and their keys keep the rotary embedding of their position in the text. A
+    method implements `kept_indices`.
 
     Parameters
     ----------
@@ -46,12 +49,12 @@ class SelectingCache(LayerCache):
         Parameters
         ----------
         count
-            Number of tokens: those kept so far, then the new ones. `offset` counts the new ones already.
+            Number of candidates: the tokens kept so far, then the new ones. `offset` already includes the new ones.
 
         Returns
         -------
         np.ndarray
-            Indices in 0..count of those to keep, rising.
+            Indices below `count` of the tokens to keep, in ascending order.
         """
 
     def buckets(self) -> list[Bucket]:

@@ -1,7 +1,7 @@
-"""Live caches on disk: one checksummed container, read without trust and without pickle.
+"""Save and load live caches: one checksummed container file, validated on reading, without pickle.
 
-The header describes the model's cache, the method, its settings and, layer by layer, the state as a tree whose
-arrays are sections of their own.
+The header describes the model's cache, the method, its settings and, per layer, the state as a tree. Each array of the
+tree is a section of its own.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ _MAX_AXES = 8
 
 
 def save_cache(path: str | Path, model: Any, caches: Sequence[CacheEntry]) -> None:
-    """Write the live caches of a model, the states of other layers included.
+    """Write a model's prompt cache: its live caches, and the states of other layers.
 
     Parameters
     ----------
     path
-        The file to write; it appears whole or not at all.
+        The file to write; a failed write leaves no partial file.
     model
-        The model that the caches are of.
+        The model that the caches belong to.
     caches
-        The entries that `make_cache` made, one a layer.
+        The entries that `make_cache` returned, one per layer.
 
     Raises
     ------
     InputError
-        For caches without a live one among them, and for states that are not arrays and numbers.
+        If none of the caches is live, or a state has something other than arrays and plain values in it.
     """
     live = [entry for entry in caches if isinstance(entry, LayerCache)]
     if not live:
@@ -77,7 +77,7 @@ def save_cache(path: str | Path, model: Any, caches: Sequence[CacheEntry]) -> No
 
 
 def load_cache(path: str | Path, model: Any) -> list[CacheEntry]:
-    """Read what `save_cache` wrote; installs `attach(model)`.
+    """Read a file that `save_cache` wrote, and call `attach(model)`.
 
     Parameters
     ----------
@@ -89,14 +89,14 @@ def load_cache(path: str | Path, model: Any) -> list[CacheEntry]:
     Returns
     -------
     list of CacheEntry
-        A prompt cache that goes on as the saved one would have.
+        A prompt cache that continues exactly as the saved one would have.
 
     Raises
     ------
     MismatchError
-        When it was made with another model or other weights.
+        For a file that was made with another model or other weights.
     FormatError
-        For damaged files (ChecksumError), and for methods that are not installed.
+        For a damaged file (ChecksumError), or a method that is not installed.
     """
     with Reader(path) as reader:
         header = reader.header
@@ -115,7 +115,7 @@ def load_cache(path: str | Path, model: Any) -> list[CacheEntry]:
 
 
 def _read_method(reader: Reader) -> tuple[type[LayerCache], Config]:
-    """Return the method that a header names, and its settings; the name is only looked up."""
+    """Return the method that the header names, and its settings; the name is only looked up in the registry."""
     name = reader.header["method"]
     cache_class = live_methods.find(name)
     if cache_class is None:
@@ -124,7 +124,7 @@ def _read_method(reader: Reader) -> tuple[type[LayerCache], Config]:
 
 
 def _restore(entry: Any, offset: Any, state: Any) -> None:
-    """Give a new cache the state that a file has, checked against the model."""
+    """Set a new cache's state to the file's, checked against the model."""
     if not isinstance(entry, LayerCache):
         entry.state = state
         return
@@ -145,7 +145,7 @@ def _restore(entry: Any, offset: Any, state: Any) -> None:
 
 
 def _to_plain_type(entry: LayerCache, name: str) -> Any:
-    """Return a field of the state, a NamedTuple as a tuple without the optional fields at its end that are None."""
+    """Return a field of the state; a NamedTuple becomes a tuple without trailing fields that are None."""
     value = getattr(entry, name)
     if name not in entry.state_types or not isinstance(value, tuple):
         return value
@@ -154,7 +154,7 @@ def _to_plain_type(entry: LayerCache, name: str) -> Any:
 
 
 def _to_state_type(entry: LayerCache, name: str, value: Any) -> Any:
-    """Return a field of the state as the NamedTuple that it was saved from."""
+    """Return a field of the state, as the NamedTuple that was saved."""
     if name not in entry.state_types or value is None:
         return value
     if not all(isinstance(part, mx.array) for part in value):
@@ -163,7 +163,7 @@ def _to_state_type(entry: LayerCache, name: str, value: Any) -> Any:
 
 
 def _describe_state(tree: Any, arrays: list[mx.array]) -> Any:
-    """Return a state as JSON; its arrays are appended to the list and named by their index in it."""
+    """Return a state as JSON; its arrays are appended to `arrays` and replaced by their index there."""
     if isinstance(tree, mx.array):
         arrays.append(tree)
         return {"array": len(arrays) - 1}
@@ -197,7 +197,7 @@ def _rebuild_state(tree: Any, arrays: Sequence[mx.array]) -> Any:
 
 
 def _to_bytes(array: mx.array) -> bytes:
-    """Return an array's elements as they lie in memory."""
+    """Return an array's elements as bytes, in memory order."""
     return np.array(array.reshape(-1).view(mx.uint8)).tobytes()  # NumPy has no bfloat16
 
 

@@ -1,7 +1,8 @@
-"""Sketches on plain arrays: how much each of many keys has collected, in fewer counters than there are keys.
+"""Sketches: estimates of how much was added for each of many keys, in fewer counters than there are keys.
 
-A sketch object says how to write and read. Counters, `[N, depth, width]` float32 for N independent tables, belong to the
-caller, who lets them decay by multiplying them. The hash functions follow from the seed and are never stored.
+A sketch object holds no data: it defines how counters are updated and queried. The counters, `[N, depth, width]`
+float32 for N independent tables, belong to the caller, who can multiply them to let old amounts decay. The hash
+functions are derived from the seed and are never stored.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from mlxkv.kernels.count_min import hash_functions
 
 @dataclass(frozen=True)
 class Sketch(Config, ABC):
-    """Base of all sketches.
+    """Base class of sketches.
 
     Parameters
     ----------
     width
-        Counters of a row.
+        Counters per row.
     depth
-        Rows of a table.
+        Rows per table.
     seed
         Seed of the hash functions.
 
@@ -44,27 +45,27 @@ class Sketch(Config, ABC):
 
     @abstractmethod
     def update(self, counters: mx.array, keys: mx.array, amounts: mx.array) -> mx.array:
-        """Return counters to which each key's amount is added.
+        """Add each key's amount to the counters.
 
         Parameters
         ----------
         counters
             `[N, depth, width]` float32.
         keys
-            Whole numbers `[T]`, the same for all tables, or `[N, T]`; for RACE vectors `[N, T, D]`. A key may occur
-            many times.
+            Integers `[T]`, the same for all tables, or `[N, T]`; for RACE vectors `[N, T, D]`. A key may occur several
+            times.
         amounts
             `[N, T]`.
 
         Returns
         -------
         mx.array
-            `[N, depth, width]` float32.
+            The new counters, `[N, depth, width]` float32.
         """
 
     @abstractmethod
     def query(self, counters: mx.array, keys: mx.array) -> mx.array:
-        """Return an estimate of how much each key has collected.
+        """Return an estimate of the total that was added for each key.
 
         Parameters
         ----------
@@ -80,7 +81,7 @@ class Sketch(Config, ABC):
         """
 
     def top_k(self, counters: mx.array, keys: mx.array, k: int) -> tuple[mx.array, mx.array]:
-        """Return which of the keys have collected most.
+        """Return the keys with the largest estimates.
 
         Parameters
         ----------
@@ -89,19 +90,19 @@ class Sketch(Config, ABC):
         keys
             As in `update`.
         k
-            Number of keys to return; all where there are fewer.
+            Number of keys to return; all of them if there are fewer.
 
         Returns
         -------
         tuple of mx.array
-            Indices among the keys and estimates, both `[N, k]`, from the highest estimate to the lowest.
+            Indices into `keys`, and estimates, both `[N, k]`, highest estimate first.
         """
         estimates = self.query(counters, keys)
         indices = mx.argsort(-estimates, axis=-1)[:, :k]
         return indices, mx.take_along_axis(estimates, indices, axis=-1)
 
     def empty(self, tables: int) -> mx.array:
-        """Return counters of sketches that have seen nothing.
+        """Return the counters of empty sketches.
 
         Parameters
         ----------
@@ -116,7 +117,7 @@ class Sketch(Config, ABC):
         return mx.zeros((tables, self.depth, self.width))
 
     def nbytes(self, tables: int = 1) -> int:
-        """Return the bytes of the counters, which is all that a sketch takes.
+        """Return the bytes of the counters, the only data that a sketch needs.
 
         Parameters
         ----------
@@ -126,21 +127,21 @@ class Sketch(Config, ABC):
         Returns
         -------
         int
-            4 bytes a counter.
+            4 bytes per counter.
         """
         return 4 * tables * self.depth * self.width
 
 
 @dataclass(frozen=True)
 class CountMin(Sketch):
-    """Count-Min, for keys that are whole numbers and amounts of 0 or more: never too low.
+    """Count-Min sketch, for integer keys and amounts of 0 or more: an estimate that never underestimates.
 
     Parameters
     ----------
     width
-        Counters of a row.
+        Counters per row.
     depth
-        Rows of a table.
+        Rows per table.
     seed
         Seed of the hash functions.
 
@@ -151,8 +152,8 @@ class CountMin(Sketch):
 
     Notes
     -----
-    Cormode and Muthukrishnan, "An improved data stream summary", J. Algorithms 55, 2005. An estimate is too high by
-    more than e / width of all that was added with probability at most exp(-depth), over the seeds.
+    Cormode and Muthukrishnan, "An improved data stream summary", J. Algorithms 55, 2005. With probability
+    1 - exp(-depth), over the seeds, an estimate exceeds the truth by at most e / width of everything that was added.
 
     Examples
     --------
@@ -171,24 +172,24 @@ class CountMin(Sketch):
         return _hashes(self.depth, self.seed)
 
     def update(self, counters: mx.array, keys: mx.array, amounts: mx.array) -> mx.array:
-        """Return counters to which each key's amount is added."""
+        """Add each key's amount to the counters."""
         return count_min.update(counters, keys, amounts, self.hashes, self.signed)
 
     def query(self, counters: mx.array, keys: mx.array) -> mx.array:
-        """Return an estimate of how much each key has collected."""
+        """Return an estimate of the total that was added for each key."""
         return count_min.query(counters, keys, self.hashes, self.signed)
 
 
 @dataclass(frozen=True)
 class CountSketch(CountMin):
-    """Count-Sketch, for keys that are whole numbers: right on average.
+    """Count-Sketch, for integer keys: an unbiased estimate per row, and the median of the rows.
 
     Parameters
     ----------
     width
-        Counters of a row.
+        Counters per row.
     depth
-        Rows of a table.
+        Rows per table.
     seed
         Seed of the hash functions.
 
@@ -199,9 +200,9 @@ class CountSketch(CountMin):
 
     Notes
     -----
-    Charikar, Chen and Farach-Colton, "Finding frequent items in data streams", ICALP 2002. Each row is right on average
-    over the seeds and errs by about the root of the other keys' squares over width: far less than Count-Min where many
-    keys have similar amounts. The estimate is the median of the rows.
+    Charikar, Chen and Farach-Colton, "Finding frequent items in data streams", ICALP 2002. Each row is unbiased over
+    the seeds; its standard error is about sqrt(sum of the other keys' squared amounts / width), far less than the error
+    of Count-Min where many keys have similar amounts. The estimate is the median of the rows.
     """
 
     signed: ClassVar[bool] = True
@@ -209,14 +210,14 @@ class CountSketch(CountMin):
 
 @dataclass(frozen=True)
 class Race(Sketch):
-    """RACE, for keys that are vectors: estimates how much was added near a vector.
+    """RACE sketch, for keys that are vectors: an estimate of how much was added near a vector.
 
     Parameters
     ----------
     width
-        Counters of a row, a power of 2.
+        Counters per row, a power of 2.
     depth
-        Rows of a table.
+        Rows per table.
     seed
         Seed of the random projections.
 
@@ -227,9 +228,9 @@ class Race(Sketch):
 
     Notes
     -----
-    https://arxiv.org/abs/1912.02283. The estimate is the sum over all that was added of the amount times
-    (1 - angle / pi) ** log2(width), right on average over the seeds. There is a column for each pattern of signs of
-    log2(width) random projections, so nothing is hashed a second time. It departs from the paper in taking the mean of
+    https://arxiv.org/abs/1912.02283. The estimate is unbiased over the seeds. What it estimates is the sum, over all
+    vectors that were added, of the amount times (1 - angle / pi) ** log2(width). A row has one counter per sign pattern
+    of log2(width) random projections, so the pattern itself is the index. Departs from the paper in taking the mean of
     the rows, not a median of means.
     """
 
@@ -239,7 +240,7 @@ class Race(Sketch):
             raise InputError(f"RACE's width must be a power of 2, not {self.width}")
 
     def update(self, counters: mx.array, keys: mx.array, amounts: mx.array) -> mx.array:
-        """Return counters to which each vector's amount is added."""
+        """Add each vector's amount to the counters."""
         rows = counters.reshape(-1, 1, self.width)
         added = count_min.update(rows, self._columns(keys), mx.repeat(amounts, self.depth, axis=0), _IDENTITY)
         return added.reshape(counters.shape)
@@ -260,17 +261,17 @@ class Race(Sketch):
 
 
 SKETCHES: dict[str, type[Sketch]] = {"count-min": CountMin, "count-sketch": CountSketch, "race": Race}
-# (1 * key + 0) mod p mod width: the count-min kernel then adds to the column that the key names.
+# Hash (1 * key + 0) mod p mod width: the count-min kernel then uses the key itself as the column.
 _IDENTITY = mx.array([[1, 0, 1, 0]], dtype=mx.uint32)
 
 
 @cache
 def _hashes(depth: int, seed: int) -> mx.array:
-    """Return the hash functions of a seed, made once."""
+    """Return the hash functions of a seed, cached."""
     return hash_functions(depth, seed)
 
 
 @cache
 def _planes(count: int, dims: int, seed: int) -> mx.array:
-    """Return normals of random hyperplanes, `[dims, count]`."""
+    """Return the normals of random hyperplanes, `[dims, count]`, cached."""
     return mx.random.normal((dims, count), key=mx.random.key(seed))

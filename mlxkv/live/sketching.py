@@ -1,4 +1,4 @@
-"""What methods share that keep the newest tokens and those that, by a sketch, got most attention."""
+"""Base class of methods that keep the newest tokens and those that got most attention, as estimated by a sketch."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from mlxkv.live.sketches import SKETCHES
 from mlxkv.spec import CacheSpec
 
 PER = ("head", "layer")
-MIN_SCALE, MAX_SCALE = 0.5, 2.0  # limits of the controller: times `heavy` and `recent`
-SHRINK, GROW = 0.9, 1.25  # its steps: quick to keep more, slow to keep less
+MIN_SCALE, MAX_SCALE = 0.5, 2.0  # limits of the controller's factor of `heavy` and `recent`
+SHRINK, GROW = 0.9, 1.25  # its steps: grow quickly, shrink slowly
 
 
 @dataclass(frozen=True, kw_only=True)
 class SketchConfig(Config):
-    """Settings that all sketch methods have.
+    """Settings common to all sketch methods.
 
     Parameters
     ----------
     sinks
-        First tokens, which always stay.
+        Number of first tokens, which always stay.
     heavy
-        Tokens that stay because they got most attention.
+        Number of tokens that stay because they got most attention.
     recent
-        Newest tokens that stay, at least.
+        Minimal number of newest tokens that stay.
     interval
-        Tokens that leave the newest ones together.
+        Number of tokens that leave the tail of newest tokens together.
     sketch
         The sketch that counts attention: "count-min", "count-sketch" or "race".
     width
-        Counters of a row of the sketch; a power of 2 for "race".
+        Counters per row of the sketch; a power of 2 for "race".
     depth
         Rows of the sketch.
     seed
         Seed of the sketch's hash functions.
     per
-        Whether each kv "head" or each "layer" has a sketch and a choice of tokens.
+        "head": each kv head has a sketch and selects tokens by itself; "layer": all kv heads share both.
     queries
-        Last queries of each chunk whose attention is counted.
+        Number of queries at the end of each chunk whose attention is counted.
     decay
         Factor by which earlier attention fades with each query that is counted.
     target
-        Share of the counted attention that should go to tokens still kept; a controller scales `heavy` and `recent` to
-        reach it. 0 leaves them as they are.
+        Share of the counted attention that should belong to tokens still kept; a controller scales `heavy` and `recent`
+        to reach it. 0 turns the controller off.
     """
 
     sinks: int = integer(4)
@@ -73,13 +73,16 @@ class SketchConfig(Config):
 
 
 class SketchingCache(LayerCache):
-    """Heavy tokens in the order they came, the sinks first; then the tail, the newest. While all fit, all are the tail.
+    """Base class of methods that keep the newest tokens and those that got most attention, as estimated by a sketch.
 
-    How many tokens leave the tail follows from how many have come, not from their chunks; which of them stay follows
-    from the sketch. A method says in `evict` what becomes of the others.
+    The cache has two parts. `tail` holds the newest tokens. `heavy` holds the sinks and the older tokens that were
+    selected, in the order of the text. While all tokens fit, all are in the tail. Later, tokens leave the tail in
+    groups of `interval`: they join the heavy tokens, and those with the smallest estimates are evicted. How many tokens
+    leave depends only on how many have come, not on how the text was split into chunks. A method implements `evict` if
+    evicted tokens are not simply dropped.
 
-    The controller (`target`) reads at an interval's end what the interval before computed, which has long been
-    evaluated, for all rows of a batch together.
+    The controller (`target`) sets one size for all sequences of a batch. At the end of an interval it reads a value
+    that was computed an interval earlier, so it does not wait for the device in practice.
 
     Parameters
     ----------
@@ -93,27 +96,28 @@ class SketchingCache(LayerCache):
     Attributes
     ----------
     counters
-        `[B or B * Hkv, depth, width]`: attention by token position, also of tokens that have been evicted since.
+        `[B or B * Hkv, depth, width]` float32, the sketch: attention by token, evicted tokens included.
     heavy
-        Tokens that stay.
+        Sinks and heavy tokens, None while all tokens are in the tail.
     positions
-        `[B, 1 or Hkv, heavy]` int32, by which heavy tokens are found in the sketch; None for RACE, which finds them by
-        their keys.
+        Positions of the heavy tokens, `[B, 1 or Hkv, heavy]` int32, which are their keys in the sketch; None for RACE,
+        where the key vectors themselves are.
     tail
         The newest tokens.
     evicted_attention
-        `[B or B * Hkv]`, the fading attention that evicted tokens had got; only where the controller is on.
+        `[B or B * Hkv]` float32, the attention of evicted tokens, fading; None if the controller is off.
     coverage
-        The share of counted attention that went to tokens still kept, at the last interval's end.
+        Share of the counted attention that belongs to tokens still kept, as of the end of the last interval.
     size_factor
         Factor that the controller applies to `heavy` and `recent`.
     merged_entries
-        Number of entries that the method has for evicted tokens.
+        Number of entries that the method holds for evicted tokens.
 
     Raises
     ------
     UnsupportedError
-        For a controller with MLA: layers would keep different numbers of tokens, and MLA has one mask for all.
+        For a controller with multi-head latent attention: layers would keep different numbers of tokens, but they share
+        one mask.
     """
 
     config: SketchConfig
@@ -144,14 +148,14 @@ class SketchingCache(LayerCache):
         self.size_factor = 1.0
 
     def evict(self, tokens: KeysValues, indices: mx.array) -> None:
-        """Do what the method does with tokens that are evicted, which by default is nothing.
+        """Process tokens that are about to be evicted; by default they are dropped.
 
         Parameters
         ----------
         tokens
-            T tokens, the evicted ones among them.
+            T tokens, which include the evicted ones.
         indices
-            `[B, Hkv, n]`, those that are evicted, from the most attention to the least.
+            Indices of the evicted tokens, `[B, Hkv, n]`, most attention first.
         """
 
     def buckets(self) -> list[Bucket]:
@@ -159,7 +163,7 @@ class SketchingCache(LayerCache):
         return [part.as_bucket() for part in (self.heavy, self.tail) if part is not None]
 
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
-        """Count the attention of the chunk's queries, append the chunk to the tail, flush whole intervals."""
+        """Append the chunk to the tail, count the attention of its queries, and flush complete intervals."""
         assert mass is not None  # since observation_window is never 0
         self.tail = append_chunk(self.tail, keys, values)
         sketch_keys = self._sketch_keys()
@@ -172,30 +176,30 @@ class SketchingCache(LayerCache):
             self.evicted_attention = mx.zeros(len(attention)) if old is None else fade * old
         leaving = self._flushed_tokens() - (self.offset - self.tail.tokens)
         if leaving > 0:
-            # The chunk's attention is known exactly: only what came before is asked of the sketch.
+            # The chunk's attention is known exactly: the sketch estimates only the attention before it.
             self._flush_tail(leaving, sketch_keys, self.sketch.query(past, sketch_keys) + attention)
 
     def _trim(self, count: int) -> None:
-        """Drop the last tokens of the tail; attention that the trimmed tokens' queries gave stays counted."""
+        """Drop the last tokens of the tail; the attention that their queries gave stays counted."""
         assert self.tail is not None
         assert self.heavy is None  # else tokens have been evicted
         self.tail = self.tail.copy_tokens(0, -count)
 
     def _target_sizes(self) -> tuple[int, int]:
-        """Return how many heavy and how many recent tokens there should be."""
+        """Return the current target numbers of heavy and of recent tokens."""
         return max(1, round(self.size_factor * self.config.heavy)), round(self.size_factor * self.config.recent)
 
     def _flushed_tokens(self) -> int:
-        """Return how many tokens of the text have left the tail: whole intervals, and none while all tokens fit."""
+        """Return how many tokens should have left the tail: whole intervals, and none while all tokens fit."""
         (heavy, recent), interval = self._target_sizes(), self.config.interval
         if self.offset < self.config.sinks + heavy + self.merged_entries + recent + interval:
             return 0
         return (self.offset - recent) // interval * interval
 
     def _flush_tail(self, leaving: int, sketch_keys: mx.array, attention: mx.array) -> None:
-        """Move the oldest `leaving` tokens of the tail to the heavy ones, then evict those with least attention.
+        """Move the oldest `leaving` tokens of the tail to the heavy tokens, then evict those with least attention.
 
-        `attention` `[N, T]` is of the heavy tokens and the tail, as `sketch_keys` are.
+        `sketch_keys` and `attention` `[N, T]` cover the heavy tokens, then the tail.
         """
         assert self.tail is not None
         sinks, (room, _) = self.config.sinks, self._target_sizes()
@@ -215,7 +219,7 @@ class SketchingCache(LayerCache):
             self._update_controller(mx.take_along_axis(attention, ranking[:, room:], axis=-1).sum(axis=-1))
 
     def _update_controller(self, evicted: mx.array) -> None:
-        """Scale the sizes by the coverage that the interval before found; `evicted` `[N]` is attention just evicted."""
+        """Scale the sizes by the previous interval's coverage; `evicted` `[N]` is the attention just evicted."""
         assert self.counters is not None
         assert self.evicted_attention is not None
         if self.coverage is not None:
@@ -240,13 +244,13 @@ class SketchingCache(LayerCache):
         return mx.concatenate([self.positions.reshape(tables, -1), tail], axis=-1)
 
     def _to_tables(self, attention: mx.array) -> mx.array:
-        """Return `[B, Hkv, T]` as `[N, T]`: a table for each head, or the sum over heads."""
+        """Return `[B, Hkv, T]` as `[N, T]`: one table per head, or the sum over heads."""
         if self.config.per == "layer":
             return attention.sum(axis=1)
         return attention.reshape(-1, attention.shape[-1])
 
     def _to_heads(self, indices: mx.array) -> mx.array:
-        """Return `[N, n]` as `[B, Hkv, n]`: each head's own, or the same for all heads."""
+        """Return indices `[N, n]` as `[B, Hkv, n]`: those of each head, or the same for all heads."""
         heads, n = self.slots[0].heads, indices.shape[-1]
         if self.config.per == "layer":
             return mx.broadcast_to(indices[:, None], (len(indices), heads, n))
@@ -254,19 +258,19 @@ class SketchingCache(LayerCache):
 
 
 def gather_tokens(tokens: KeysValues, indices: mx.array) -> KeysValues:
-    """Return some tokens, another choice for each head.
+    """Gather tokens, with different indices for each head.
 
     Parameters
     ----------
     tokens
-        T tokens of H heads.
+        T tokens in each of H heads.
     indices
         `[B, H, n]`.
 
     Returns
     -------
     KeysValues
-        n tokens of each head.
+        n tokens per head.
     """
     B, H = indices.shape[:2]
     rows = mx.arange(B)[:, None, None], mx.arange(H)[:, None], indices

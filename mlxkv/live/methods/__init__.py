@@ -1,1 +1,1 @@
-"""Live methods, one a file: a `Config` and a `LayerCache` that registers itself with `live_methods`."""
+"""Live methods, one per file: a `Config` and a `LayerCache` that registers itself with `live_methods`."""

@@ -1,4 +1,8 @@
-"""SmartKV's bytes: what each part of a layer takes, and how many tokens go to which precision within the budget."""
+"""Byte budget of SmartKV: how many tokens each precision gets, never which.
+
+Which tokens these are is decided by `SmartKVCache._demotion_order`. The low-bit buckets are numbered like PRECISIONS,
+fewest bits first; the last precision is the 8-bit bucket.
+"""
 
 from __future__ import annotations
 
@@ -11,48 +15,49 @@ import numpy as np
 from mlxkv.live.allocation import Allocator
 from mlxkv.spec import Slot
 
-TILE = 32  # tokens whose keys share a minimum and a step in each channel
-SHORT_FACTOR = 3  # the budget holds from so many times the tokens on that first have room in the lowest bucket
-# Bits of keys and values, and about the KL in nats that SmolLM2 shows with all tokens there (of keys and of values,
-# added): errors of keys do most harm.
+TILE = 32  # tokens whose keys share one minimum and one step per channel in the low-bit buckets
+SHORT_FACTOR = 3  # the budget holds from this many times the length of the shortest text that can meet it
+# Bits of keys and of values. ERRORS has roughly the KL divergence of SmolLM2, in nats, with all tokens at each
+# precision (the sum of what keys alone and values alone cause). Errors of keys do most harm.
 PRECISIONS = ((2, 2), (3, 3), (4, 3), (4, 4), (8, 4), (8, 8))
 TOP = len(PRECISIONS) - 1
 ERRORS = (0.22, 0.028, 0.0097, 0.0054, 0.0019, 0.00002)
-SKEW = 0.9  # the token of rank r counts as r ** -SKEW in allocation, so that nothing waits for real importance
+SKEW = 0.9  # assumed importance of the token of rank r: r ** -SKEW; reading the real one would wait for the device
 
 
 class LayerBudget:
-    """Bytes of one layer's parts, for one row of a batch.
+    """Byte budget of one layer, for one sequence of a batch.
 
     Parameters
     ----------
     slots
         Heads and dims of keys and values.
     latent
-        Whether this is MLA.
+        Whether the model uses multi-head latent attention.
     share
-        The layer's budget, as a share of 2 bytes an element.
+        The layer's budget, as a share of the unquantized cache at 2 bytes per element.
     recent
-        Newest tokens that stay unquantized, at least.
+        Minimal number of newest tokens that stay unquantized.
 
     Attributes
     ----------
     bytes_per_token
-        Bytes that the budget gives for each token of the text.
+        Budget in bytes per token of the text.
     tail_token_bytes
-        Bytes of a token in the tail, importance included.
+        Bytes of one token in the tail: keys, values and 4 bytes of importance per kv head.
     tail_overdraft
-        Bytes that a token takes in the tail beyond what the budget gives for it.
+        Bytes by which one token in the tail exceeds `bytes_per_token`; 0 if it does not.
     tile_bytes
-        Bytes of TILE tokens in each lower bucket.
+        Bytes of TILE tokens in each low-bit bucket, fewest bits first.
     top_token_bytes
-        Bytes of a token in the top bucket, importance included.
+        Bytes of one token in the 8-bit bucket, importance included.
     min_share
-        The share that all tokens in the lowest bucket would take.
+        Share that a layer takes with all tokens in bucket 0; `share` must be larger.
     reserved_bytes
-        Bytes beyond the lowest bucket's that tokens take which cannot be in it.
+        Bytes that tokens which cannot be in bucket 0 (an incomplete tile of the 8-bit bucket, and the newest tokens)
+        take beyond what they would take in it.
     holds_from
-        Tokens from which on the budget is held; infinite where it never can be.
+        Number of tokens from which on the budget holds; infinity if it can never be met.
     """
 
     def __init__(self, slots: tuple[Slot, Slot], latent: bool, share: float, recent: int) -> None:
@@ -65,42 +70,42 @@ class LayerBudget:
         self.tile_bytes, self.top_token_bytes = tuple(tiles[:TOP]), tiles[TOP] // TILE + importance
         lowest = tiles[0] / TILE
         self.min_share = lowest / (2 * elements)
-        # All tokens in the lowest bucket but an unfilled tile of the top and the newest: what must always be possible.
+        # All tokens but an incomplete 8-bit tile and the newest tokens must always fit into bucket 0.
         unfilled, newest = self.top_token_bytes - lowest, self.tail_token_bytes - lowest
         self.reserved_bytes = (TILE - 1) * unfilled + (recent + 1) * newest
         spare_per_token = self.bytes_per_token - lowest
         self.holds_from = SHORT_FACTOR * self.reserved_bytes / spare_per_token if spare_per_token > 0 else math.inf
 
     def max_bytes(self, tokens: int) -> int:
-        """Return what a text may take.
+        """Return the bytes that the cache of a text may take.
 
         Parameters
         ----------
         tokens
-            Its length.
+            The text's length.
 
         Returns
         -------
         int
-            Bytes. A text of fewer than `holds_from` tokens may take more than its share, so that its first tokens need
-            not go where they could never come back from; each further token then adds three quarters of its share.
+            Bytes. A text of fewer than `holds_from` tokens may exceed its share, so that its first tokens are not
+            demoted for good while the text is short; up to there each token adds three quarters of `bytes_per_token`.
         """
         return math.floor(self.bytes_per_token * max(tokens, (self.holds_from + 3 * tokens) / 4))
 
     def spare_bytes(self, tokens: int, lower: Sequence[int]) -> int:
-        """Return how much lower buckets may still take beyond what the same tokens would take in the lowest.
+        """Return how many bytes low-bit buckets may still take beyond what their tokens would take in bucket 0.
 
         Parameters
         ----------
         tokens
             The text's length.
         lower
-            Tokens in each lower bucket.
+            Number of tokens in each low-bit bucket.
 
         Returns
         -------
         int
-            Bytes. Lower buckets keep what they have, so it would be lacking for tokens to come.
+            Bytes. Tokens never leave a low-bit bucket, so bytes spent there are lacking for later tokens.
         """
         lowest = self.tile_bytes[0] / TILE
         room = min(self.max_bytes(n) - lowest * n for n in (tokens, max(tokens, math.ceil(self.holds_from))))
@@ -108,14 +113,14 @@ class LayerBudget:
         return math.floor(room - self.reserved_bytes) - taken
 
     def used_bytes(self, lower: Sequence[int], top: int, tail: int) -> int:
-        """Return the bytes of so many tokens in each part.
+        """Return the bytes of a layer with the given numbers of tokens.
 
         Parameters
         ----------
         lower
-            Tokens in each lower bucket.
+            Number of tokens in each low-bit bucket.
         top, tail
-            Tokens in the top bucket and in the tail.
+            Number of tokens in the 8-bit bucket and in the tail.
 
         Returns
         -------
@@ -131,16 +136,16 @@ class LayerBudget:
         Parameters
         ----------
         least
-            At least so many.
+            Minimal number to return.
         interval
-            Tokens that may wait to be flushed.
+            Number of tokens that may wait to be flushed.
         tokens
             The text's length.
 
         Returns
         -------
         int
-            As many as there is room for with all others in the top bucket.
+            As many as the budget allows with all other tokens in the 8-bit bucket, but at least `least`.
         """
         room = self.max_bytes(tokens) - tokens * self.top_token_bytes - math.ceil(self.tail_overdraft * interval)
         return max(least, int(room // (self.tail_token_bytes - self.top_token_bytes)))
@@ -151,31 +156,31 @@ class LayerBudget:
         Parameters
         ----------
         most
-            At most so many.
+            Maximal number to return.
         tokens
             The text's length.
 
         Returns
         -------
         int
-            Few for a short text, since a token that waits takes several times its share.
+            Tokens; fewer for a short text, since an unquantized token takes several times its share.
         """
         return min(most, max(1, tokens // TILE))
 
     def demotion_reserve(self, top: int, interval: int) -> int:
-        """Return what to keep free for tokens to come, until the next flush and until a tile of the top is full.
+        """Return the bytes to keep free until the next flush and until the next tile of the 8-bit bucket is full.
 
         Parameters
         ----------
         top
-            Tokens in the top bucket.
+            Number of tokens in the 8-bit bucket.
         interval
-            Tokens until the next flush.
+            Number of tokens until the next flush.
 
         Returns
         -------
         int
-            Bytes. Without them all of the top would have to go down by then.
+            Bytes. Without them later tokens would force the whole 8-bit bucket to be demoted.
         """
         waiting = self.tail_overdraft * (interval - 1)
         return math.ceil(waiting + max(0, self.top_token_bytes - self.bytes_per_token) * (TILE - top % TILE))
@@ -185,31 +190,31 @@ class LayerBudget:
 def demotion_counts(
     allocate: Allocator, top: int, room: int, spare: int, tile_bytes: tuple[int, ...], top_token_bytes: int
 ) -> tuple[int, ...]:
-    """Return how many tokens of the top bucket go to each lower bucket.
+    """Return how many tokens of the 8-bit bucket to demote to each low-bit bucket.
 
     Parameters
     ----------
     allocate
-        Decides how many tokens get which precision.
+        Allocator of `mlxkv.live.allocation`: decides how many tokens get each precision.
     top
-        Tokens in the top bucket.
+        Number of tokens in the 8-bit bucket.
     room
-        Bytes that all of them may take afterwards.
+        Bytes that these tokens may take afterwards.
     spare
-        Bytes that lower buckets may take beyond the lowest one's.
+        Bytes that low-bit buckets may take beyond what their tokens would take in bucket 0.
     tile_bytes, top_token_bytes
         As in `LayerBudget`.
 
     Returns
     -------
     tuple of int
-        Multiples of TILE. Where the budget cannot be met, all go to the lowest bucket.
+        Tokens for each low-bit bucket, multiples of TILE. If the budget cannot be met, all go to bucket 0.
     """
     items, rest = divmod(top, TILE)
     weights = (np.arange(1, items * TILE + 1) ** -SKEW).reshape(items, TILE).sum(axis=1)
     costs = (*tile_bytes, TILE * top_token_bytes)
     room -= rest * top_token_bytes
-    # The first tile stays wherever the others then need not go lower than the third bucket.
+    # The most important tile stays in 8 bits if the others then still fit in bucket 2 or better.
     stays = int(items > 0 and room - costs[-1] >= (items - 1) * costs[2])
     room, items = room - stays * costs[-1], items - stays
     levels = allocate(weights[stays:], ERRORS, costs, max(room, items * costs[0]))
@@ -229,19 +234,20 @@ def bits_of(level: int, latent: bool) -> tuple[int, int]:
     level
         Index in PRECISIONS.
     latent
-        Whether this is MLA: k_pe, in place of values, is a part of the keys and has their bits.
+        Whether the model uses multi-head latent attention. "Values" are then k_pe, which is part of the keys and gets
+        their bits.
 
     Returns
     -------
     tuple of int
-        Bits of keys, and of values.
+        Bits per key element and bits per value element.
     """
     key_bits, value_bits = PRECISIONS[level]
     return key_bits, key_bits if latent else value_bits
 
 
 def _tile_bytes(slots: tuple[Slot, Slot], bits: tuple[int, int]) -> int:
-    """Return the bytes of TILE tokens of all heads, minima and steps included."""
+    """Return the bytes of TILE tokens in all heads, minima and steps included."""
     total = 0
     for slot, width, by_channel in zip(slots, bits, (bits[0] < 8, False)):
         groups = slot.dim if by_channel else TILE * (slot.dim // 64 if slot.dim % 64 == 0 else 1)

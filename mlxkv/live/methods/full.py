@@ -1,4 +1,4 @@
-"""The full cache: the baseline of all other methods, equal to mlx-lm's KVCache bit for bit."""
+"""Full cache: the baseline of all other methods, bit-identical to mlx-lm's KVCache."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class FullConfig(Config):
 class FullCache(LayerCache):
     """Full: every token in the model's own type.
 
-    A chunk is stored before it is attended, as mlx-lm does it; since nothing is lost, that is the same, and chunk and
-    cache need not be copied together. Grows as mlx-lm's KVCache does, by steps of 256 tokens; `nbytes` counts full
-    steps.
+    Unlike in other methods a chunk is stored before its attention is computed, as in mlx-lm. Since storing loses
+    nothing, the result is the same, and stored tokens need not be concatenated with the chunk. The arrays grow as
+    mlx-lm's KVCache does, in steps of 256 tokens; `nbytes` counts allocated steps.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ class FullCache(LayerCache):
     Attributes
     ----------
     keys, values
-        `[B, Hkv, S, D]`, S >= offset; None before the first chunk.
+        `[B, Hkv, S, D]` and `[B, Hkv, S, Dv]`, with S >= offset allocated tokens; None before the first chunk.
     """
 
     config_class = FullConfig

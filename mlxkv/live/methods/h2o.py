@@ -1,4 +1,4 @@
-"""H2O: the tokens that got most attention so far, and the newest."""
+"""H2O: the tokens that have received most attention, and the newest."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class H2OConfig(Config):
     Parameters
     ----------
     heavy
-        Tokens that each kv head keeps because they got most attention.
+        Number of tokens that each kv head keeps because they got most attention.
     recent
-        Newest tokens that stay besides.
+        Number of newest tokens that are kept in addition.
     """
 
     heavy: int = integer(256, least=1)
@@ -32,14 +32,14 @@ class H2OConfig(Config):
 
 
 class AttendedTokens(NamedTuple):
-    """Tokens and the attention that each has got.
+    """Tokens and the attention that each has received.
 
     Parameters
     ----------
     keys, values
         `[B, Hkv, T, D]` and `[B, Hkv, T, Dv]`.
     attention
-        `[B, Hkv, T]` float32: attention probabilities, summed over all queries since a token came, its own included.
+        `[B, Hkv, T]` float32: attention probabilities, summed over all queries from the token's own on.
     """
 
     keys: mx.array
@@ -50,6 +50,10 @@ class AttendedTokens(NamedTuple):
 @live_methods.register("h2o")
 class H2OCache(LayerCache):
     """H2O: each kv head keeps its heavy hitters, the tokens that got most attention, and the newest tokens.
+
+    A small share of the tokens gets most of the attention, and tokens that got much so far tend to get much later. So
+    each kv head sums the attention that each token receives. Once there are more than `heavy + recent` tokens, it keeps
+    the `recent` newest and, of the others, the `heavy` with the largest sums.
 
     Parameters
     ----------
@@ -67,10 +71,11 @@ class H2OCache(LayerCache):
 
     Notes
     -----
-    https://arxiv.org/abs/2306.14048. Departs from the paper in grouped queries, whose attention is summed for their kv
-    head, and in prefill, where tokens are evicted once a chunk and not once a token. As there, tokens keep their own
-    positions, first tokens are nothing special, and attention never fades. After `trim` the attention of the trimmed
-    tokens' queries stays counted.
+    Paper: "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models",
+    https://arxiv.org/abs/2306.14048. There are two departures. With grouped-query attention, the attention of all query
+    heads that share a kv head is summed. In prefill, tokens are evicted once per chunk, not once per token. As in the
+    paper, tokens keep their positions, the first tokens are not treated specially, and old attention does not fade.
+    After `trim`, the attention that the removed tokens' queries gave stays counted.
     """
 
     config_class = H2OConfig
@@ -89,7 +94,7 @@ class H2OCache(LayerCache):
         return [] if self.tokens is None else [KeysValues(self.tokens.keys, self.tokens.values).as_bucket()]
 
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
-        """Append the chunk, add the attention that all tokens got, and evict the lightest."""
+        """Append the chunk, add its attention to the sums, and evict the tokens with the smallest sums."""
         assert mass is not None  # since observation_window is never 0
         tokens = AttendedTokens(to_storage_dtype(keys), to_storage_dtype(values), mx.zeros(keys.shape[:3]))
         if self.tokens is not None:
@@ -100,7 +105,7 @@ class H2OCache(LayerCache):
         self.tokens = tokens
 
     def _evict_lightest(self, tokens: AttendedTokens) -> AttendedTokens:
-        """Return the newest tokens and, of those before them, each head's heaviest."""
+        """Return the newest tokens and, of the others, those with the largest sums in each head."""
         B, H, T = tokens.attention.shape
         last, heavy = T - self.config.recent, self.config.heavy
         heaviest = mx.argpartition(-tokens.attention[..., :last], heavy - 1, axis=-1)[..., :heavy]

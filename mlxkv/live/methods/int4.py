@@ -19,10 +19,11 @@ class Int4Config(Config):
 
 @live_methods.register("int4")
 class Int4Cache(PackingCache):
-    """int4: 4 bits for every value of every token but the newest, which wait unquantized until there are 64.
+    """int4: 4 bits per value. The newest tokens wait unquantized until there are 64 of them.
 
-    A token's dims are quantized in groups of 64 (all together where 64 does not divide them), in equal steps from a
-    group's minimum to its maximum.
+    The dims of each token are quantized in groups of 64 (or all dims in one group where 64 does not divide them), in
+    equal steps from the group's minimum to its maximum. `mlxkv.kernels.bits.bias_and_scale` computes minimum and step.
+    The int4 of `mlxkv.kernels.groups` is another format, that of the KVTC codec.
 
     Parameters
     ----------

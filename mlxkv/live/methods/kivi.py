@@ -1,4 +1,4 @@
-"""KIVI: keys quantized by channel, values by token, the newest tokens unquantized."""
+"""KIVI: keys quantized by channel, values by token, and the newest tokens unquantized."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ class KIVIConfig(Config):
     Parameters
     ----------
     bits
-        Bits of each quantized value: 2, 3, 4 or 8.
+        Bits per quantized value: 2, 3, 4 or 8.
     group
-        Tokens of a key channel, and dims of a value token, that share a minimum and a step; divides 64.
+        Group size: number of tokens in a key channel, and of dims in a token's value, that share a minimum and a step;
+        divides 64.
     recent
-        Newest tokens that stay unquantized, at least.
+        Minimal number of newest tokens that stay unquantized.
     """
 
     bits: int = choice(2, CODE_BITS)
@@ -35,10 +36,11 @@ class KIVIConfig(Config):
 
 @live_methods.register("kivi")
 class KIVICache(PackingCache):
-    """KIVI: keys in few bits by channel, values in few bits by token, the newest tokens unquantized.
+    """KIVI: quantize keys by channel and values by token, and leave the newest tokens unquantized.
 
-    A few channels of the keys have large values in all tokens, so keys are quantized by channel: each group of tokens
-    of a channel has its own minimum and step. Values have no such channels and are quantized by token.
+    A few channels (dims) of the keys have large values in all tokens. So keys are quantized by channel: each group of
+    consecutive tokens in a channel has its own minimum and step. Values have no such channels. They are quantized by
+    token: each group of dims in a token has its own minimum and step.
 
     Parameters
     ----------
@@ -51,9 +53,11 @@ class KIVICache(PackingCache):
 
     Notes
     -----
-    https://arxiv.org/abs/2402.02750. Departs from the paper in which tokens are unquantized: keys and values leave
-    together, 64 tokens at a time, so there are `recent` to `recent + 63` of them (there: keys up to `recent`, values
-    exactly as many). For MLA the latent, which is both key and value, is quantized by channel, and k_pe by token.
+    Paper: "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", https://arxiv.org/abs/2402.02750. It differs
+    in which tokens stay unquantized. Here keys and values are quantized together, 64 tokens at a time, so `recent` to
+    `recent + 63` tokens stay unquantized; in the paper up to `recent` keys and exactly `recent` values do. With
+    multi-head latent attention, which the paper does not treat, the latent (both key and value) is quantized by
+    channel, and k_pe by token.
     """
 
     config_class = KIVIConfig

@@ -1,4 +1,4 @@
-"""MP-KVM: the first tokens and the newest unchanged, the tokens in between as centroids of keys and values."""
+"""MP-KVM: the first and the newest tokens unchanged, the tokens in between as centroids of keys and values."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ PARTITIONS = ("head", "shared")
 
 @dataclass(frozen=True, kw_only=True)
 class MPKVMConfig(ClusteringConfig):
-    """Settings of MP-KVM: those of the clustering, and further ones.
+    """Settings of MP-KVM, which extend those of the clustering.
 
     Parameters
     ----------
     centroids
-        Maximal number of centroids, the first tokens included.
+        Maximal number of centroids, those of the sinks included.
     value_weight
-        Factor of differences between values beside those between keys; 0 leaves values out of the distance.
+        Factor of values in the distance, relative to keys; with 0 only keys are compared.
     sinks
-        First tokens, which keep centroids of their own.
+        Number of first tokens, which keep centroids of their own.
     recent
-        Newest tokens that stay unchanged, at least.
+        Minimal number of newest tokens that stay unchanged.
     flush
-        Tokens that leave the newest ones together.
+        Number of tokens that leave the tail of newest tokens together.
     stride
-        Only every stride-th token between is clustered, and counts for as many.
+        Of the tokens after the sinks only every stride-th is clustered, with a count of `stride`; others are dropped.
     weights
-        Weight of a token in means and in the cost of merging it: the "attention" that it gets, or its "count", 1.
+        Weight of a token in means and in merging costs: the "attention" that it gets, or its "count", 1.
     queries
-        Last queries of a prefill chunk whose attention is averaged.
+        Number of queries at the end of a prefill chunk whose attention is averaged.
     decay
         Factor by which earlier attention fades with each query.
     floor
         Weight of a token that gets no attention.
     rotation
-        The position that a centroid's key is rotated to: the "mean" of its tokens' positions, its "slot", counted from
-        0, or "kept" for none, in which case keys are clustered as they are rotated.
+        Position that a centroid's key is rotated to: the "mean" of its tokens' positions, or "slot", the centroid's
+        index. With "kept" keys are clustered as they come, with the rotation of their positions.
     partition
-        "head" clusters each kv head by itself, "shared" all heads' keys together.
+        "head" clusters each kv head separately; "shared" clusters the concatenated vectors of all kv heads.
     """
 
     centroids: int = integer(198, least=1)
@@ -70,14 +70,14 @@ class MPKVMConfig(ClusteringConfig):
 
 
 class Tail(NamedTuple):
-    """The newest tokens.
+    """The newest tokens, unchanged.
 
     Parameters
     ----------
     keys, values
         `[B, Hkv, T, D]` and `[B, Hkv, T, Dv]`.
     attention
-        `[B, H, T]` float32, the importance of each token; H is 1 for a shared partition. None where weights are counts.
+        `[B, H, T]` float32, the importance of each token; H is 1 for a shared partition. None if weights are counts.
     """
 
     keys: mx.array
@@ -86,7 +86,7 @@ class Tail(NamedTuple):
 
 
 class Centroids(NamedTuple):
-    """Centroids as attention takes them: keys are rotated.
+    """Centroids in the form that attention uses: keys are rotated.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ class Centroids(NamedTuple):
     counts
         Number of tokens that each centroid stands for, `[B, H, M]` float32.
     attention
-        Sum of the tokens' importance, `[B, H, M]` float32. None where weights are counts.
+        Sum of the tokens' importance, `[B, H, M]` float32. None if weights are counts.
     """
 
     keys: mx.array
@@ -111,15 +111,15 @@ class Centroids(NamedTuple):
 class MPKVMCache(LayerCache):
     """MP-KVM: the first and the newest tokens stay; those between are clustered, and a centroid stands for many.
 
-    Tokens are clustered as they leave the newest ones, by the keys they had before rotation, so that centroids do not
-    depend on positions; a centroid's key is rotated again before it is stored. The logarithm of its count is added to
-    its scores. Tokens weigh as much as the attention they get, in means and in what it costs to merge them: so what
-    queries look for stays apart, and the rest is pooled.
+    Tokens are clustered when they leave the tail of newest tokens. The rotation of their keys (RoPE) is removed first,
+    so that similar tokens at different positions are similar keys; a centroid's key is rotated again before it is
+    stored. The logarithm of a centroid's count is added to its attention scores. By default the attention that a token
+    gets is its weight in means and in merging costs: tokens that queries look for stay apart, and others are merged.
 
-    There are as many centroids as tokens that have left the newest ones, at most `config.centroids`; slots may be empty.
-    Blocks of `flush` tokens leave at fixed positions of the text, so with weights "count" what is stored does not depend
-    on the chunks. Means are rounded to the model's type after every block. For MLA a token is its latent and its k_pe
-    together.
+    The number of centroids grows with the tokens that have left the tail, up to `config.centroids`; some may be empty.
+    Blocks of `flush` tokens leave the tail at fixed positions in the text, so with weights "count" the result does not
+    depend on how the text was split into chunks. Means are rounded to the model's type after every block. With
+    multi-head latent attention (MLA) the vector of a token is its latent followed by its k_pe.
 
     Parameters
     ----------
@@ -133,18 +133,18 @@ class MPKVMCache(LayerCache):
     Attributes
     ----------
     centroids
-        The centroids, None while no token has left the newest ones.
+        The centroids, None while no token has left the tail.
     tail
         The newest tokens, None before the first chunk.
 
     Notes
     -----
-    Departs from the plan (docs/plans.md) in what happens when all centroids are taken: there a token joins the nearest
-    one, here those that are cheapest to merge make room. An interval of steps would be another name for `flush`.
+    There is no paper of this method. When all centroids are in use, the cheapest mergers of all make room for a new
+    token; it does not have to join its nearest centroid.
 
-    With weights "count", as planned, a tenth of SmolLM2's cache has four times the KL, more than StreamingLLM; without
-    counts in the scores 2.6 times. Clustering keys as they are rotated does as well there (1.05 times). From
-    benchmarks/results/mp_kvm_ablation.json.
+    Measured on SmolLM2 at a tenth of the cache (benchmarks/results/mp_kvm_ablation.json): weights "count" have 4 times
+    the KL divergence of the default, more than StreamingLLM; leaving counts out of the scores has 2.6 times; clustering
+    rotated keys (rotation "kept") is about as good as the default (1.05 times).
     """
 
     config_class = MPKVMConfig
@@ -166,7 +166,7 @@ class MPKVMCache(LayerCache):
         ]
 
     def score_bias(self) -> mx.array | None:
-        """Return the logarithms of the centroids' counts."""
+        """Return the logarithms of the centroids' counts, and 0 for the tail."""
         if self.centroids is None or self.tail is None:
             return None
         counts = mx.log(visible_counts(self.centroids.counts, self.config))
@@ -193,19 +193,19 @@ class MPKVMCache(LayerCache):
         return self.centroids is None
 
     def unrotated_clusters(self) -> Clusters | None:
-        """Return the centroids with unrotated keys, in float32.
+        """Return the centroids in float32, with the rotation of their keys removed.
 
         Returns
         -------
         Clusters or None
-            `[B * Hkv, M, D]`, or for a shared partition `[B, M, Hkv * D]`; None while there are none.
+            Keys are `[B * Hkv, M, D]`, or `[B, M, Hkv * D]` for a shared partition. None while there are no centroids.
         """
         if self.centroids is None:
             return None
         return self._to_clusters(self.centroids, self._rotation_positions(self.centroids.positions))
 
     def _update_attention(self, mass: mx.array, count: int) -> mx.array:
-        """Bring the importance of stored tokens up to date; return that of the `count` new ones."""
+        """Update the importance of centroids and tail; return that of the `count` new tokens."""
         if self.config.partition == "shared":
             mass = mass.mean(axis=1, keepdims=True)
         parts = [part for part in (self.centroids, self.tail) if part is not None]
@@ -220,7 +220,7 @@ class MPKVMCache(LayerCache):
         return importance[..., -count:]
 
     def _flush_block(self, block: Tail, first: int) -> None:
-        """Cluster a block of `flush` tokens that leaves the tail, from position `first` on."""
+        """Cluster a block of `flush` tokens that leaves the tail; `first` is the position of the first one."""
         config = self.config
         offsets = np.arange(config.flush)
         sinks = first + offsets < config.sinks
@@ -238,7 +238,7 @@ class MPKVMCache(LayerCache):
         self.centroids = self._rotate_back(insert(self.unrotated_clusters(), new, config), shape[0], keys.dtype)
 
     def _to_clusters(self, centroids: Centroids, positions: mx.array) -> Clusters:
-        """Return centroids, or tokens like them, that are rotated to positions `[B, H, M]` as unrotated clusters."""
+        """Convert centroids (or tokens), rotated to `positions` `[B, H, M]`, into clusters with unrotated keys."""
         keys, values = centroids.keys.astype(mx.float32), centroids.values.astype(mx.float32)
         keys, values = self._unrotate(keys, values, positions)
         if self.latent:
@@ -253,7 +253,7 @@ class MPKVMCache(LayerCache):
         return Clusters(*vectors, *(x.flatten(0, 1) for x in (centroids.positions, centroids.counts, weights)))
 
     def _rotate_back(self, clusters: Clusters, batch: int, dtype: mx.Dtype) -> Centroids:
-        """Return clusters as centroids whose keys are rotated, the inverse of `_to_clusters`."""
+        """Convert clusters into centroids with rotated keys: the inverse of `_to_clusters`."""
         M, heads = clusters.counts.shape[1], self.slots[0].heads
         if self.config.partition == "shared":
             keys, values = (x.reshape(batch, M, heads, x.shape[-1] // heads).swapaxes(1, 2) for x in clusters[:2])
@@ -268,23 +268,23 @@ class MPKVMCache(LayerCache):
         return Centroids(keys.astype(dtype), values.astype(dtype), positions, counts, attention)
 
     def _rotation_positions(self, positions: mx.array) -> mx.array:
-        """Return the positions that centroids' keys are rotated to, `[B, H, M]`, for their mean positions."""
+        """Return the positions that centroids' keys are rotated to, `[B, H, M]`, given their mean positions."""
         if self.config.rotation == "slot":
             return mx.broadcast_to(mx.arange(positions.shape[-1]), positions.shape)
         return positions
 
     def _rotate(self, keys: mx.array, values: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
-        """Rotate keys, or for MLA the k_pe in place of values, to positions `[B, H, M]`, rounded."""
+        """Apply RoPE at positions `[B, H, M]`, rounded, to the keys, or for MLA to k_pe (passed as values)."""
         return self._apply_rope(keys, values, positions, inverse=False)
 
     def _unrotate(self, keys: mx.array, values: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
-        """Undo `_rotate`."""
+        """Remove the RoPE that `_rotate` applies."""
         return self._apply_rope(keys, values, positions, inverse=True)
 
     def _apply_rope(
         self, keys: mx.array, values: mx.array, positions: mx.array, inverse: bool
     ) -> tuple[mx.array, mx.array]:
-        """Rotate, or undo the rotation of, the vectors that the model rotates."""
+        """Apply RoPE, or its inverse, to the vectors that the model rotates."""
         rope = self.slots[1 if self.latent else 0].rope
         if rope is None or self.config.rotation == "kept":
             return keys, values
@@ -296,7 +296,7 @@ class MPKVMCache(LayerCache):
 
 
 def _used(tail: Tail) -> Sequence[mx.array]:
-    """Return the arrays of a tail, without attention where it has none."""
+    """Return the arrays of a tail, without attention if it is None."""
     return [part for part in tail if part is not None]
 
 
@@ -306,10 +306,10 @@ def _slice(tail: Tail, start: int, stop: int | None) -> Tail:
 
 
 def _copy(tail: Tail, start: int, stop: int | None) -> Tail:
-    """Return copies of tokens start..stop of a tail, which keep nothing else alive."""
+    """Return copies of tokens start..stop of a tail, which own their memory."""
     return Tail(*(copy_without_parent(part) for part in _used(_slice(tail, start, stop))))
 
 
 def _concat(first: Tail, second: Tail) -> Tail:
-    """Return the tokens of two tails as one."""
+    """Concatenate two tails."""
     return Tail(*(mx.concatenate([*pair], axis=2) for pair in zip(_used(first), _used(second))))

@@ -1,4 +1,4 @@
-"""Random: tokens drawn at random, the baseline of methods that choose them."""
+"""Random: keep tokens drawn at random, as a baseline of methods that select tokens."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class RandomConfig(Config):
     tokens
         Maximal number of tokens kept, sinks and recent ones included.
     sinks
-        First tokens, which always stay.
+        Number of first tokens, which are always kept.
     recent
-        Newest tokens that always stay.
+        Number of newest tokens, which are always kept.
     seed
         Seed of the draw.
     """
@@ -41,10 +41,10 @@ class RandomConfig(Config):
 
 @live_methods.register("random")
 class RandomCache(SelectingCache):
-    """Random: where there are too many tokens, those to evict are drawn at random between sinks and recent ones.
+    """Random: when there are too many tokens, evict random ones between the sinks and the recent tokens.
 
-    Any method that chooses tokens by their importance has to beat this. A draw depends only on the seed, the layer and
-    the position, so a saved cache goes on as it would have.
+    This is the baseline that a method which selects tokens by importance has to beat. A draw depends only on the seed,
+    the layer and the number of tokens seen, so a loaded cache continues exactly as the saved one would have.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ class RandomCache(SelectingCache):
     config: RandomConfig
 
     def kept_indices(self, count: int) -> np.ndarray:
-        """Choose all tokens but those drawn."""
+        """Choose all tokens except those drawn for eviction."""
         tokens = np.arange(count, dtype=np.int32)
         middle = tokens[self.config.sinks : max(self.config.sinks, count - self.config.recent)]
         draw = np.random.default_rng([self.config.seed, self.layer, self.offset])

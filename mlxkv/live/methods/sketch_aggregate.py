@@ -17,12 +17,12 @@ from mlxkv.spec import CacheSpec
 
 @dataclass(frozen=True, kw_only=True)
 class SketchAggregateConfig(SketchConfig):
-    """Settings of sketch-aggregate: those of all sketch methods, and the number of entries.
+    """Settings of sketch-aggregate: those of all sketch methods, and `entries`.
 
     Parameters
     ----------
     entries
-        Entries into which evicted tokens are merged.
+        Number of entries into which evicted tokens are merged.
     """
 
     entries: int = integer(16, least=1)
@@ -34,9 +34,9 @@ class MergedEntries(NamedTuple):
     Parameters
     ----------
     keys, values
-        Means over an entry's tokens, `[B, Hkv, entries, D]`.
+        Means over each entry's tokens, `[B, Hkv, entries, D]` and `[B, Hkv, entries, Dv]`.
     counts
-        Number of tokens in each, `[B, Hkv, entries]` float32.
+        Number of tokens per entry, `[B, Hkv, entries]` float32.
     """
 
     keys: mx.array
@@ -46,11 +46,12 @@ class MergedEntries(NamedTuple):
 
 @live_methods.register("sketch-aggregate")
 class SketchAggregateCache(SketchingCache):
-    """Sketch aggregate: sinks, heavy and newest tokens stay; evicted ones are merged into a few weighted entries.
+    """Sketch aggregate: sinks, heavy and newest tokens stay; all others are merged into a few weighted entries.
 
-    A token that is evicted joins the entry whose key is nearest to its own, both as they are rotated, since a query
-    meets them so. The first entries are evicted tokens at even distances. The logarithm of an entry's count is added to
-    its scores, so that an entry of equal tokens weighs as much as they did.
+    An evicted token joins the entry whose key is nearest to its own. Keys are compared with their rotation, because
+    queries are multiplied with rotated keys. The entries start as evenly spaced tokens of the first eviction. The
+    logarithm of an entry's count is added to its scores, so that an entry of n equal tokens gets the attention that the
+    n tokens would have got.
 
     Parameters
     ----------
@@ -68,8 +69,8 @@ class SketchAggregateCache(SketchingCache):
 
     Notes
     -----
-    The choice of tokens is sketch-topk's; merging what is evicted is this project's own. Means are held in the tokens'
-    type, so an entry of some thousand tokens (bfloat16: some hundred) hardly moves any more.
+    Tokens are selected as in sketch-topk; merging evicted tokens is this project's own. Means are stored in the tokens'
+    type, so rounding stops an entry from changing after some thousand tokens in float16, some hundred in bfloat16.
     """
 
     config_class = SketchAggregateConfig
@@ -103,7 +104,7 @@ class SketchAggregateCache(SketchingCache):
             first = mx.arange(self.merged_entries) * indices.shape[-1] // self.merged_entries
             keys, values = evicted.keys[:, :, first], evicted.values[:, :, first]
             old = MergedEntries(keys, values, mx.zeros(keys.shape[:3]))
-        # An entry without tokens yet can be the nearest too, so all count as one here.
+        # Entries without tokens yet can be the nearest too, so all counts are passed as 1.
         ones = mx.ones(_flat(old.counts).shape)
         owner, _ = centroids.assign(_flat(evicted.keys), _flat(old.keys), ones, "euclidean")
         new_keys, counts = centroids.update(_flat(evicted.keys), owner, _flat(old.keys), _flat(old.counts))
@@ -116,5 +117,5 @@ class SketchAggregateCache(SketchingCache):
 
 
 def _flat(x: mx.array) -> mx.array:
-    """Return batch and heads as one axis."""
+    """Flatten batch and heads into one axis."""
     return x.reshape(-1, *x.shape[2:])

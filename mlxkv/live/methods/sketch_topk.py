@@ -1,4 +1,4 @@
-"""Sketch top-k: the first tokens, those with most attention by a fading sketch, and the newest."""
+"""Sketch top-k: the first tokens, those with most attention by a sketch that fades, and the newest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class SketchTopKConfig(SketchConfig):
 
 @live_methods.register("sketch-topk")
 class SketchTopKCache(SketchingCache):
-    """Sketch top-k: H2O with a sketch of attention in place of a counter for each token. Other tokens are evicted.
+    """Sketch top-k: H2O with a sketch of attention in place of one counter per token.
 
     Parameters
     ----------
@@ -28,12 +28,11 @@ class SketchTopKCache(SketchingCache):
 
     Notes
     -----
-    H2O is https://arxiv.org/abs/2306.14048. This departs from it in the sketch, in attention that fades, in first
-    tokens that always stay, and in whole intervals that leave the newest tokens together.
+    H2O is https://arxiv.org/abs/2306.14048. There are four departures: attention is counted in a sketch; it fades; the
+    first tokens always stay; and tokens leave the tail of newest tokens in groups of `interval`.
 
-    The sketch saves nothing here: to find a heavy token in it takes its position, 4 bytes, and an exact counter would
-    take no more. It pays where all of a long text's tokens are counted, for it is smaller than exact counters of more
-    than width * depth tokens.
+    The sketch saves no memory here: each heavy token's position must be stored to query the sketch, 4 bytes, as much as
+    an exact counter. A sketch saves memory only if it counts more than width * depth tokens, evicted ones included.
     """
 
     config_class = SketchTopKConfig

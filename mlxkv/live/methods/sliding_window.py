@@ -18,7 +18,7 @@ class SlidingWindowConfig(Config):
     Parameters
     ----------
     recent
-        Newest tokens that stay.
+        Number of newest tokens that are kept.
     """
 
     recent: int = integer(512, least=1, key="window")
@@ -26,7 +26,7 @@ class SlidingWindowConfig(Config):
 
 @live_methods.register("sliding-window")
 class SlidingWindowCache(SelectingCache):
-    """Sliding window: every layer keeps the newest tokens, at their own positions.
+    """Sliding window: every layer keeps only the newest tokens, at their positions in the text.
 
     The simplest baseline; StreamingLLM (https://arxiv.org/abs/2309.17453) improves on it by keeping the first tokens.
 

@@ -1,4 +1,4 @@
-"""SmartKV: more bits for the tokens that get more attention, within a budget of bytes."""
+"""SmartKV: more bits for tokens that get more attention, within a byte budget."""
 
 from __future__ import annotations
 
@@ -37,26 +37,29 @@ class SmartKVConfig(Config):
     Parameters
     ----------
     budget
-        Bytes held, as a share of 2 bytes an element; scales, importance and waiting tokens are included. It holds from
-        100 to 400 tokens on, depending on the heads.
+        Maximal bytes, as a share of the unquantized cache at 2 bytes per element; scales, importance and unquantized
+        tokens are included. Texts shorter than 100 to 400 tokens (depending on the heads) may exceed it.
     sinks
-        First tokens, the last ones to leave 8 bits.
+        Number of first tokens; they are the last to leave the 8-bit bucket.
     recent
-        Newest tokens that stay unquantized, at least; more where the budget has room for all others in 8 bits.
+        Minimal number of newest tokens that stay unquantized; more if the budget has room for all others in 8 bits.
     interval
-        Tokens that wait to be quantized together, at most.
+        Maximal number of tokens that wait to be quantized together.
     decay
-        Factor by which earlier attention fades with each query; with 1 importance is a sum.
+        Factor by which earlier attention fades with each query; with 1 importance is the sum of all attention.
     queries
-        Last queries of a prefill chunk whose attention counts.
+        Number of queries at the end of a prefill chunk whose attention is counted.
     hysteresis
-        Share by which a newcomer must be more important than a token that has been in 8 bits for longer.
+        Relative margin by which a token that has just been quantized must be more important than an older token of the
+        8-bit bucket to stay there in its place.
     allocator
-        Algorithm that decides how many tokens get which precision.
+        Algorithm that decides how many tokens get each precision: "greedy", "exact" or "uniform".
     order
-        Order that decides which tokens those are: "importance", or one of three controls.
+        Order in which tokens lose precision: least "importance" first, or one of the baselines "random", "early" (the
+        first tokens keep most bits) and "late" (the last tokens do).
     layers
-        Split of the budget over layers: "equal", or falling in equal differences or by equal factors.
+        Split of the budget over layers: "equal", or decreasing from the first layer to the last in equal differences
+        ("linear") or by equal factors ("exponential").
     seed
         Seed of the random order.
     """
@@ -76,15 +79,17 @@ class SmartKVConfig(Config):
 
 @live_methods.register("smartkv")
 class SmartKVCache(LayerCache):
-    """SmartKV: more bits for the tokens that get more attention, within a budget of bytes.
+    """SmartKV: more bits for tokens that get more attention, within a byte budget.
 
-    The newest tokens wait unquantized in the tail. Every few tokens the oldest of them move to the top bucket, in 8
-    bits; where the budget asks for it, those tokens of the top that each kv head attends to least are demoted to a
-    bucket of fewer bits, 32 at a time, and stay there. Keys of 4 bits or fewer are quantized by channel, so a token can
-    enter such a bucket but not leave it without its neighbours; 8-bit keys and all values are quantized by token.
+    New tokens wait unquantized in the tail. Every few tokens the oldest of them move to the 8-bit bucket. When the
+    budget requires it, the tokens of the 8-bit bucket that get least attention, in each kv head by itself, are demoted:
+    they move to a bucket of fewer bits, 32 at a time, and stay there. The low-bit buckets quantize keys of 4 bits or
+    fewer by channel, with one scale per channel and 32 tokens, so a token cannot leave without the other 31; 8-bit keys
+    and all values are quantized by token.
 
-    How many tokens are where follows from their number, the budget and a fixed idea of how skewed attention is
-    (`demotion_counts`); only which ones they are depends on values (`_demotion_order`), so nothing waits for the device.
+    How many tokens get each precision depends only on their number, the budget and an assumed skew of attention
+    (`demotion_counts`). Which tokens these are depends on their importance (`_demotion_order`), and is computed on the
+    device. So no call synchronises with it.
 
     Parameters
     ----------
@@ -98,26 +103,26 @@ class SmartKVCache(LayerCache):
     Attributes
     ----------
     lower
-        Buckets by rising bits, None where empty. Each head has an order of its own in them, and in the top.
+        The low-bit buckets, fewest bits first; None where empty. Heads may hold different tokens in the same bucket.
     top
         The 8-bit bucket, None where empty.
     tail
         The newest tokens, None before the first chunk.
     importance
-        `[B, Hkv, top + tail]` float32, only of tokens that can still be demoted.
+        `[B, Hkv, T]` float32, of the T tokens in the 8-bit bucket and the tail, which can still be demoted.
     budget
-        Bytes that each part takes and may take.
+        The layer's byte budget.
 
     Raises
     ------
     UnsupportedError
-        For a budget that a layer of these dims cannot meet.
+        For a budget that a layer with these head dims cannot meet.
 
     Notes
     -----
-    Buckets of few bits are KIVI's (https://arxiv.org/abs/2402.02750). Importance is the moving average of attention
-    probabilities, which H2O (https://arxiv.org/abs/2306.14048) sums. The budget, the allocation and demotion are this
-    project's own.
+    The low-bit buckets quantize as KIVI does (https://arxiv.org/abs/2402.02750). Importance is a moving average of
+    attention probabilities, where H2O (https://arxiv.org/abs/2306.14048) sums them. The budget, the allocation and the
+    demotion are this project's own.
     """
 
     config_class = SmartKVConfig
@@ -143,12 +148,12 @@ class SmartKVCache(LayerCache):
             )
 
     def buckets(self) -> list[Bucket]:
-        """Return the lower buckets by rising bits, the top, then the tail."""
+        """Return the low-bit buckets, fewest bits first, then the 8-bit bucket, then the tail."""
         packed = [bucket for bucket in (*self.lower, self.top) if bucket is not None]
         return packed if self.tail is None else [*packed, self.tail.as_bucket()]
 
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
-        """Bring importance up to date, append the chunk to the tail, and flush the tail when it is long or too large."""
+        """Update importance, append the chunk to the tail, and flush the tail if it is too long or over budget."""
         assert mass is not None  # since observation_window is never 0
         self._update_importance(mass, keys.shape[-2])
         self.tail = append_chunk(self.tail, keys, values)
@@ -160,7 +165,7 @@ class SmartKVCache(LayerCache):
             self._flush_tail(max(0, waiting - recent))
 
     def _update_importance(self, mass: mx.array, count: int) -> None:
-        """Bring importance up to date, that of `count` new tokens included; sinks are infinitely important."""
+        """Update the importance of all tokens that can be demoted, `count` new ones included; sinks get infinity."""
         config, (B, H, _) = self.config, mass.shape
         old = mx.zeros((B, H, 0)) if self.importance is None else self.importance
         first = self.offset - count
@@ -178,19 +183,19 @@ class SmartKVCache(LayerCache):
         self.importance = new
 
     def _flush_tail(self, count: int) -> None:
-        """Move the oldest `count` tokens of the tail to the top, then demote tokens of the top as the budget asks."""
+        """Move the oldest `count` tokens of the tail to the 8-bit bucket, then demote tokens as the budget requires."""
         assert self.tail is not None
-        settled = token_count(self.top)
+        older = token_count(self.top)
         if count:
             new = self._quantize(TOP, self.tail.keys[..., :count, :], self.tail.values[..., :count, :])
             self.top = new if self.top is None else concat_buckets(self.top, new)
             self.tail = self.tail.copy_tokens(count)
-        counts = self._demotion_counts(settled + count)
+        counts = self._demotion_counts(older + count)
         if self.top is not None and any(counts):
-            self._demote(counts, self._demotion_order(settled, settled + count))
+            self._demote(counts, self._demotion_order(older, older + count))
 
     def _demotion_counts(self, top: int) -> tuple[int, ...]:
-        """Return how many tokens of the top go to each lower bucket."""
+        """Return how many tokens of the 8-bit bucket to demote to each low-bit bucket."""
         budget, lower = self.budget, self._lower_counts()
         interval = budget.flush_interval(self.config.interval, self.offset)
         used = budget.used_bytes(lower, 0, self.offset - top - sum(lower))
@@ -199,19 +204,19 @@ class SmartKVCache(LayerCache):
         allocate = ALLOCATORS[self.config.allocator]
         return demotion_counts(allocate, top, room, spare, budget.tile_bytes, budget.top_token_bytes)
 
-    def _demotion_order(self, settled: int, length: int) -> mx.array:
-        """Return the tokens of the top, `[B, Hkv, length]`, from the least important on.
+    def _demotion_order(self, older: int, length: int) -> mx.array:
+        """Return the indices of the 8-bit bucket's tokens, `[B, Hkv, length]`, least important first.
 
-        The first `settled` tokens have been there for longer; hysteresis is in their favour.
+        The first `older` tokens were in the bucket before this flush: hysteresis raises their importance.
         """
         assert self.importance is not None
         importance = self.importance[..., :length]
         if self.config.order == "importance":
-            importance = importance * mx.where(mx.arange(length) < settled, 1 + self.config.hysteresis, 1)
+            importance = importance * mx.where(mx.arange(length) < older, 1 + self.config.hysteresis, 1)
         return mx.argsort(importance, axis=-1)
 
     def _demote(self, counts: tuple[int, ...], order: mx.array) -> None:
-        """Move tokens of the top to lower buckets: the first in the order to the lowest, and so on."""
+        """Demote tokens of the 8-bit bucket, `counts[i]` to low-bit bucket i, taken from the start of `order`."""
         assert self.top is not None
         assert self.importance is not None
         start, length = 0, order.shape[-1]
@@ -228,11 +233,11 @@ class SmartKVCache(LayerCache):
         self.importance = mx.concatenate([kept, waiting], axis=-1)
 
     def _quantize(self, level: int, keys: mx.array, values: mx.array) -> Bucket:
-        """Quantize tokens for a bucket: keys of few bits by channel, other keys and all values by token."""
+        """Quantize tokens for a bucket: low-bit keys by channel, 8-bit keys and all values by token."""
         key_bits, value_bits = bits_of(level, self.latent)
         packed_keys = pack(keys, key_bits, TILE, 1) if key_bits < 8 else quantize_per_token(keys, key_bits)
         return packed_keys, quantize_per_token(values, value_bits)
 
     def _lower_counts(self) -> list[int]:
-        """Return how many tokens are in each lower bucket."""
+        """Return the number of tokens in each low-bit bucket."""
         return [token_count(bucket) for bucket in self.lower]

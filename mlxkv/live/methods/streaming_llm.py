@@ -1,4 +1,4 @@
-"""StreamingLLM: the first tokens and the newest."""
+"""StreamingLLM: the first and the newest tokens."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class StreamingLLMConfig(Config):
     Parameters
     ----------
     sinks
-        First tokens, which always stay.
+        Number of first tokens that are kept.
     recent
-        Newest tokens that stay.
+        Number of newest tokens that are kept.
     """
 
     sinks: int = integer(4)
@@ -29,7 +29,10 @@ class StreamingLLMConfig(Config):
 
 @live_methods.register("streaming-llm")
 class StreamingLLMCache(SelectingCache):
-    """StreamingLLM: the first tokens stay, since models attend to them whatever they say, and the newest; others go.
+    """StreamingLLM: keep the first tokens and the newest, evict all others.
+
+    Models give much attention to the first tokens of a text, whatever these are: they act as attention sinks. Keeping a
+    few of them beside a window of the newest tokens keeps the attention distribution stable.
 
     Parameters
     ----------
@@ -42,9 +45,9 @@ class StreamingLLMCache(SelectingCache):
 
     Notes
     -----
-    https://arxiv.org/abs/2309.17453. Departs from the paper in positions: tokens keep the rotation of their position in
-    the text, where the paper rotates them for their index in the cache. So nothing is rotated again, and texts longer
-    than the model was trained for are not made possible.
+    Paper: "Efficient Streaming Language Models with Attention Sinks", https://arxiv.org/abs/2309.17453. There is one
+    departure. Keys keep the rotary embedding of their position in the text, while the paper uses their index in the
+    cache. So keys are not rotated again, but the method does not extend a model beyond its trained context length.
     """
 
     config_class = StreamingLLMConfig
