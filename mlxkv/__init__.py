@@ -1,6 +1,11 @@
 """mlxkv: the key/value caches of mlx-lm models, many times smaller, with measurements of what the model notices.
 
-Public names are imported on first use, so `import mlxkv` stays light.
+- Caches in memory while a model runs: `make_cache`, `save_cache` and `load_cache`.
+- Caches as small files: `calibrate` once per model, then `CacheCodec` with its `CalibrationArtifacts`.
+- Uncompressed caches outside a model: `KVDump`, `read_dump` and `write_dump`; `mlxkv.lm` makes and restores them.
+
+Other errors and settings are in `mlxkv.errors`, `mlxkv.codec.methods` and `mlxkv.live.methods`. Public names are imported on
+first use, so `import mlxkv` stays light.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Matrix products as the project needs them: fast on Linux, with all of float32's digits on Apple GPUs.
+"""Settings of matrix products: a fast BLAS on Linux, full float32 precision on Apple GPUs.
 
 The Linux `mlx[cpu]` wheel links reference BLAS, many times slower than OpenBLAS. Loading a system OpenBLAS before
 `mlx.core` is imported makes its symbols win. On macOS, MLX multiplies float32 matrices on M5 GPUs with 10-bit
-mantissas (TF32) by default; the codec's coefficients and the kernels' references need the digits.
+mantissas (TF32) by default; the codec's coefficients and the kernels' references need full precision.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def preload() -> None:
         return
     late = "mlx.core" in sys.modules
     try:
-        # Too late to help, so only look whether somebody else has loaded it in time.
+        # Too late to help, so only check whether it was loaded in time by other code.
         ctypes.CDLL(LIBRARY, mode=os.RTLD_NOLOAD if late else ctypes.RTLD_GLOBAL)
     except OSError:
         if late:

@@ -1,6 +1,6 @@
-"""Settings that check themselves: frozen dataclasses whose fields say which values are allowed.
+"""Settings as frozen dataclasses whose fields define the allowed values, which are checked on construction.
 
-A field has a name for people and, where files have long had another, a `key` for TOML presets and headers.
+A field may have a `key`: its name in TOML presets and headers, where that differs from the field's name in Python.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Config:
 
     @classmethod
     def stored_keys(cls) -> dict[str, str]:
-        """Return the key that files have for each field.
+        """Return the key of each field in files.
 
         Returns
         -------
@@ -58,7 +58,7 @@ class Config:
         return {field.name: field.metadata.get("key") or field.name for field in dataclasses.fields(cls)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings under the keys that files have.
+        """Return the settings by their keys in files.
 
         Returns
         -------
@@ -69,7 +69,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Return the settings that `to_dict` wrote or that a TOML preset has; missing keys mean defaults.
+        """Make settings from the output of `to_dict` or from a TOML preset; missing keys mean defaults.
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""A cache outside the model: plain arrays with a description of themselves, and the `.npz` file that keeps them."""
+"""Dumps: caches outside a model, as plain arrays with a description, and the `.npz` files that store them."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class KVDump:
     fingerprint
         `mlxkv.spec.fingerprint` of its weights; empty when unknown.
     dtype
-        Type that the live cache held: "bfloat16" has no NumPy type and is stored wider.
+        Type of the live cache: "bfloat16" has no NumPy type and is stored in a wider one.
     states
         Arrays of layers that keep other state (convolutions), keyed "layer.index".
     sensitivity
-        What `mlxkv.sensitivity.sensitivity` found on this text or its beginning; empty where it was not computed.
+        Result of `mlxkv.sensitivity.sensitivity` for this text or its beginning; empty where it was not computed.
     start
         Position of the first token; above 0 only in a part of a decompressed cache.
 
@@ -112,7 +112,7 @@ class KVDump:
 
     @property
     def fp16_bytes(self) -> int:
-        """Bytes of keys and values at 16 bits an element: the reference of every compression ratio."""
+        """Bytes of keys and values at 16 bits per element: the reference of every compression ratio."""
         return 2 * (self.k.size + self.v.size)
 
 
@@ -153,7 +153,7 @@ def write_dump(path: str | Path, dump: KVDump) -> None:
 
 
 def read_dump(path: str | Path) -> KVDump:
-    """Read what `write_dump` wrote.
+    """Read a dump (`.npz`).
 
     Parameters
     ----------
@@ -170,7 +170,7 @@ def read_dump(path: str | Path) -> KVDump:
     InputError
         When the file cannot be opened.
     FormatError
-        When it is damaged or no dump.
+        When it is damaged or not a dump.
     VersionError
         When it was written in another format version.
     MismatchError

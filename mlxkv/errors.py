@@ -1,4 +1,4 @@
-"""Every exception that a user can see. The command line turns them into one message and an exit code.
+"""Exceptions raised for users. The command line turns them into one message and an exit code.
 
 MlxkvError (1)
 ├── InputError (2)

@@ -1,4 +1,4 @@
-"""All contact with mlx-lm: load a model, run it, copy its cache out, put a cache back.
+"""Interface to mlx-lm: load a model, run it, copy its cache out, restore a cache.
 
 mlx-lm never exposes a model's cache, so every function here owns the `prompt_cache` list and passes it in.
 """
@@ -182,14 +182,14 @@ def dump(model: Any, tokens: Sequence[int], *, max_tokens: int = 0, stop: Sequen
 
 def extract_cache(cache: list[Any], spec: CacheSpec, tokens: Sequence[Sequence[int]], *, model: str = "",
          fingerprint: str = "", dtype: str = "auto") -> KVDump:  # fmt: skip
-    """Copy a live mlx-lm cache: exactly `offset` tokens, not the preallocated steps of 256.
+    """Copy a live mlx-lm cache: exactly `offset` tokens, without the space that mlx-lm preallocates in steps of 256.
 
     Parameters
     ----------
     cache
         The model's prompt cache.
     spec
-        What the model caches, from `mlxkv.models.cache_spec`.
+        Description of the model's cache, from `mlxkv.models.cache_spec`.
     tokens
         Token ids `[B, T]` that made the cache.
     model
@@ -236,7 +236,7 @@ def extract_cache(cache: list[Any], spec: CacheSpec, tokens: Sequence[Sequence[i
 
 
 def _check_full_cache(cache: list[Any], spec: CacheSpec) -> None:
-    """Raise UnsupportedError where a layer keeps anything but all its keys and values, or states that are no tokens."""
+    """Raise UnsupportedError unless each layer keeps all its keys and values, or states of another kind."""
     for index, entry in enumerate(cache):
         if type(entry) is not KVCache and (index in spec.attention_layers or not isinstance(entry, ArraysCache)):
             raise UnsupportedError(
@@ -265,7 +265,7 @@ def _storage_type(arrays: list[mx.array], requested: str) -> mx.Dtype:
 
 
 def restore(model: Any, dump: KVDump) -> list[Any]:
-    """Put a dump back into mlx-lm.
+    """Restore a dump as an mlx-lm prompt cache.
 
     Parameters
     ----------
@@ -319,7 +319,7 @@ def restore(model: Any, dump: KVDump) -> list[Any]:
 
 
 def quantization(model: Any) -> str:
-    """Describe how the model's weights are stored.
+    """Describe the precision in which the model's weights are stored.
 
     Parameters
     ----------
@@ -338,7 +338,7 @@ def quantization(model: Any) -> str:
 
 
 def _weights_dtype(model: Any) -> str:
-    """Return the type of the largest parameter: routers and norms may have another one."""
+    """Return the type of the largest parameter, since routers and norms may have another type."""
     parameters = cast(dict[str, mx.array], tree_flatten(model.parameters(), destination={}))
     return str(max(parameters.values(), key=lambda value: value.size).dtype).removeprefix("mlx.core.")
 

@@ -1,7 +1,7 @@
 """Presets: facts about model families, and named settings of methods. One TOML file each; the file name is the name.
 
     presets/models/qwen3.toml     description, example, model_types, mode, [rope]
-    presets/methods/kvtc-16.toml  description, method, [settings]; the method is a codec's or a live one
+    presets/methods/kvtc-16.toml  description, method, [settings]; the method is a codec method or a live method
 
 An unknown key is an error. Model presets never configure anything: a model's geometry is read from the loaded model,
 and a preset only checks it.
@@ -70,7 +70,7 @@ class ModelPreset:
             raise PresetError(f"unknown rope keys {', '.join(sorted(unknown))}")
 
     def check(self, spec: CacheSpec) -> None:
-        """Compare a loaded model with the family.
+        """Check that a loaded model belongs to the family.
 
         Parameters
         ----------
@@ -102,7 +102,7 @@ class MethodPreset:
     description
         For people.
     method
-        The name of a codec's or live method, not yet looked up.
+        Name of a codec method or live method, not yet looked up.
     values
         Settings that differ from the method's defaults, by the keys that TOML files have.
 
@@ -152,7 +152,7 @@ class MethodPreset:
 
 
 def model_preset(name: str) -> ModelPreset:
-    """Return a model preset.
+    """Read presets/models/<name>.toml.
 
     Parameters
     ----------
@@ -162,7 +162,7 @@ def model_preset(name: str) -> ModelPreset:
     Returns
     -------
     ModelPreset
-        As its file has it.
+        Facts about the family, as in the file.
 
     Raises
     ------
@@ -185,7 +185,7 @@ def model_preset(name: str) -> ModelPreset:
 
 
 def method_preset(name: str) -> MethodPreset:
-    """Return a method preset.
+    """Read presets/methods/<name>.toml.
 
     Parameters
     ----------
@@ -195,7 +195,7 @@ def method_preset(name: str) -> MethodPreset:
     Returns
     -------
     MethodPreset
-        As its file has it; `MethodPreset.config` checks the settings.
+        Settings as in the file; `MethodPreset.config` checks them.
 
     Raises
     ------

@@ -1,8 +1,8 @@
-"""Things of one kind by name: methods, evaluations, commands. One file adds one, and so can another package.
+"""Registries of methods, evaluations and commands by name. Each file adds one; other packages can add more.
 
 Every file of a kind's folder is imported when a name is first asked for, and so is every installed package that
-announces itself under the kind's entry point group; each registers what it defines. A name that was read from a file is
-only ever looked up, so no file can make anything be imported.
+announces itself under the kind's entry point group; each registers its own objects. A name read
+from a file is only looked up, so no file can cause an import.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Registry(Generic[T]):
     Parameters
     ----------
     kind
-        A noun for messages, such as "live method".
+        Noun for messages, such as "live method".
     folder
         The package whose modules register such things; modules whose names begin with an underscore are passed over.
     group
         The entry point group of packages outside mlxkv that add such things, None where they cannot. A package that
         cannot be loaded is left out with a RuntimeWarning.
     check
-        Called with everything that is registered; raises InputError for what is not such a thing.
+        Called with each object to register; raises InputError for objects of another kind.
 
     Examples
     --------
@@ -103,7 +103,7 @@ class Registry(Generic[T]):
         Parameters
         ----------
         name
-            Anything, for example what stands in a header.
+            Any object, for example a value from a header.
 
         Returns
         -------
@@ -190,5 +190,5 @@ class Registry(Generic[T]):
 
 
 def _identity(thing: object) -> tuple[object, object]:
-    """Return what stays the same when a module is imported again."""
+    """Return the part of an object's identity that survives a second import of its module."""
     return getattr(thing, "__module__", None), getattr(thing, "__qualname__", thing)

@@ -2,8 +2,8 @@
 
 The Kullback-Leibler divergence to the untouched cache is 1/2 e' F e for a small error e, where F = E[g g'] and g is the
 gradient of the loss of labels that the model itself draws (the true Fisher; Kunstner et al., arXiv 1905.12558). A text is
-split as a cache is used: the first part is the cached context, the rest follows and is predicted from it. The context
-was computed before it changed, so the gradient goes through what follows alone.
+split the way a cache is used: its first part is the cached context, and the rest is predicted from it. Errors in the cache
+appear after the context was computed, so the gradient flows through the predicted part alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mlxkv.errors import InputError
 from mlxkv.models import cache_spec
 from mlxkv.spec import STREAMS, CacheSpec, Slot
 
-CONTEXT_TOKENS, PREDICTED_TOKENS = 512, 160  # of one stretch of text
+CONTEXT_TOKENS, PREDICTED_TOKENS = 512, 160  # of each stretch of text
 # Sinks and the newest quarter of the context: codecs keep both as they are, and they matter several times as much.
 SKIPPED_SINKS, SKIPPED_RECENT_DIVISOR = 4, 4
 Progress = Callable[[int], None]
@@ -50,7 +50,7 @@ def sensitivity(
     dict[str, np.ndarray]
         `k` and `v`, float32 `[layers, H, D, D]` in the layout of a dump (MLA: latent and k_pe together in k, v of width 0):
         means over tokens 4 to 383 of each stretch, of a shorter text over the same shares. `k.energy` and `v.energy`,
-        float32 `[layers, H, T]`: g'g of each token, 0 of those outside the mean, which says how the model attends to what.
+        float32 `[layers, H, T]`: g'g of each token, 0 for tokens outside the mean; it measures the attention that a token gets.
 
     Raises
     ------
@@ -93,7 +93,7 @@ def _zeros(spec: CacheSpec, name: str) -> np.ndarray:
 
 
 def _stretches(tokens: Sequence[int]) -> Iterator[list[int]]:
-    """Yield complete stretches; what is left over only when it is all there is."""
+    """Yield complete stretches of text; an incomplete one only if there is no other."""
     size = CONTEXT_TOKENS + PREDICTED_TOKENS
     for start in range(0, max(1, len(tokens) - size + 1), size):
         yield list(tokens[start : start + size])

@@ -1,6 +1,6 @@
 """Descriptions of a cache, outside any model: rotation, slots, layers, and the fingerprint of the weights that made it.
 
-Knows nothing about mlx-lm, files or codecs.
+It depends neither on mlx-lm nor on files or codecs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Rope:
         Base of the geometric series of periods. Exactly one of `base` and `freqs` is given.
     freqs
         Periods over 2 pi of each pair of dimensions, `dims / 2` numbers, as `mx.fast.rope` takes them; infinite ones leave
-        their pair alone.
+        their pair unrotated.
     traditional
         True pairs neighbouring dimensions, False pairs the two halves.
     scale
@@ -183,13 +183,13 @@ class Slot:
     Parameters
     ----------
     name
-        Name for people, such as "keys" or "latent".
+        Readable name, such as "keys" or "latent".
     heads
         Number of key/value heads; at least 1.
     dim
         Width of one head; 0 for a slot that is not used.
     rope
-        How it is rotated; None where it is not.
+        Its rotation; None where it is not rotated.
 
     Raises
     ------
@@ -211,7 +211,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Stream:
-    """Keys (or values) of all caching layers together, which one PCA basis covers.
+    """Keys (or values) of all caching layers and heads together, which one PCA basis covers.
 
     Parameters
     ----------
@@ -248,7 +248,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """Description of what a model caches.
+    """Description of a model's cache.
 
     Parameters
     ----------
@@ -342,7 +342,7 @@ class CacheSpec:
         Parameters
         ----------
         data
-            What `to_json` returned, from any source.
+            Output of `to_json`, from any source.
 
         Returns
         -------
@@ -388,14 +388,14 @@ def _slot_from_json(data: Mapping[str, Any]) -> Slot:
 
 
 def check_rope(spec: CacheSpec, stated: Rope | Mapping[str, Any]) -> None:
-    """Compare facts about a rotation with those of a model's cache.
+    """Check an expected rotation against that of a model's cache.
 
     Parameters
     ----------
     spec
         Description of the model's cache.
     stated
-        A rotation, or some of its fields by name, as a model preset states them.
+        Expected rotation, or some of its fields by name, as in a model preset.
 
     Raises
     ------
@@ -438,7 +438,7 @@ def fingerprint(model: Any) -> str:
 
 
 def is_int(value: object, least: int = 0) -> bool:
-    """Return whether a value read from somewhere is an int, and not a bool, of at least `least`.
+    """Check whether a value is an int, and not a bool, of at least `least`.
 
     Parameters
     ----------

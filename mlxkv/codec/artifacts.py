@@ -1,4 +1,4 @@
-"""Calibration artifacts: arrays and plans of each stream, and the facts they were made from.
+"""Calibration artifacts: the bases, tables and bit plans of both streams, and the facts they were made from.
 
 On disk they are a folder: one file for each field of a stream's artifacts, such as k_mu.npy, k_V.npy and k_plan.json, and
 meta.json, which holds a checksum of each of the others and is written last.
@@ -29,7 +29,9 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class CalibrationArtifacts:
-    """Everything that a codec needs beside the file.
+    """Bases, tables and bit plans learnt in calibration, and the facts they were made from.
+
+    All files of a model share them; a file decodes only with the artifacts that it was coded with.
 
     Parameters
     ----------
@@ -79,21 +81,21 @@ class CalibrationArtifacts:
 
     @property
     def coded_streams(self) -> list[Stream]:
-        """Streams that have a width."""
+        """Streams whose width is above 0: all but the unused values stream of MLA."""
         return [self.spec.stream(name) for name in STREAMS if self.spec.stream(name).width]
 
     @property
     def method_name(self) -> str:
-        """Name of the codec method that made them."""
+        """Name of the codec method that learnt the artifacts."""
         return str(self.meta.get("method"))
 
     @property
     def method(self) -> CodecMethod:
-        """The codec method that made them. Raises FormatError when it is not installed."""
+        """The codec method that learnt the artifacts. Raises FormatError when it is not installed."""
         return _method(self.meta, "these artifacts")
 
     def coder(self) -> BlockCoder:
-        """Return a coder of blocks by these artifacts.
+        """Return a coder of blocks that uses these artifacts.
 
         Returns
         -------
@@ -103,7 +105,7 @@ class CalibrationArtifacts:
         return self.method.coder(self.streams)
 
     def explain(self) -> dict[str, Any]:
-        """Describe for people what each stream is coded with.
+        """Describe in readable form what each stream is coded with.
 
         Returns
         -------
@@ -140,7 +142,7 @@ class CalibrationArtifacts:
         Parameters
         ----------
         directory
-            Folder to write; it is made if there is none.
+            Folder to write; it is created if it does not exist.
 
         Raises
         ------
@@ -221,7 +223,7 @@ class CalibrationArtifacts:
 
 
 def _geometry(spec: CacheSpec, name: str) -> dict[str, int]:
-    """Return a stream's numbers for people who read meta.json."""
+    """Return the sizes of a stream, for readers of meta.json."""
     stream = spec.stream(name)
     return {"layers": stream.layers, "heads": stream.heads, "dim": stream.dim, "width": stream.width}
 
@@ -259,14 +261,14 @@ def _read_stream(
 
 
 def _dataclass_fields(part: StreamArtifacts | type[StreamArtifacts]) -> tuple[Field[Any], ...]:
-    """Return the fields of artifacts, each of which is a file."""
+    """Return the fields of artifacts; each is stored as one file."""
     if not is_dataclass(part):
         raise MismatchError(f"{part!r} is no dataclass: a method's artifacts are one, with a field for each file")
     return fields(part)
 
 
 def _fields(part: StreamArtifacts) -> dict[str, Any]:
-    """Return the values of artifacts by field."""
+    """Return the values of artifacts by field name."""
     return {field.name: getattr(part, field.name) for field in _dataclass_fields(part)}
 
 

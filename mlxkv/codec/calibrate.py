@@ -1,4 +1,4 @@
-"""Calibration: cache dumps in, a method's artifacts out."""
+"""Calibration: learn a method's artifacts from cache dumps."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def calibrate(
     Parameters
     ----------
     files
-        Dumps that `mlxkv dump` or `mlxkv.write_dump` wrote. The methods `kvtc-rd` and `kvtc-weighted` need a sensitivity in
-        one of them at least.
+        Dumps that `mlxkv dump` or `mlxkv.write_dump` wrote. The methods `kvtc-rd` and `kvtc-weighted` need a sensitivity in at
+        least one of them.
     config
         Settings; their class decides the method.
     progress
@@ -36,7 +36,7 @@ def calibrate(
     Raises
     ------
     InputError
-        When there are no dumps, or too little is left to learn from.
+        When there are no dumps, or too few tokens to learn from.
     MismatchError
         For dumps of different models.
     """
@@ -73,7 +73,7 @@ def codec_config(preset: str) -> CodecConfig:
     Raises
     ------
     PresetError
-        For an unknown preset, and for one of a live method.
+        For an unknown preset, and for a preset of a live method.
 
     Examples
     --------
@@ -87,7 +87,7 @@ def codec_config(preset: str) -> CodecConfig:
 
 
 def _method_of(config: CodecConfig) -> tuple[str, type[CodecMethod]]:
-    """Return the codec method that these are the settings of, with its name."""
+    """Return the name and class of the method that these settings belong to."""
     for name, method in codec_methods.items():
         if method.config_class is type(config):
             return name, method

@@ -1,8 +1,9 @@
-"""Which tokens of a cache are sinks, coded blocks and window.
+"""Layout of a cache's tokens: sinks, coded blocks and recent tokens.
 
-    |-- sinks --|-- block 0 --|-- block 1 --| ... |-- last block --|-- window: the newest `recent` tokens --|
+    |-- sinks --|-- block 0 --|-- block 1 --| ... |-- last block --|-- the newest `recent` tokens --|
 
-Sinks are stored unquantized; the window too, or in blocks of a higher quality.
+Sinks are stored unquantized; recent tokens are stored unquantized as well, or in blocks of a higher quality. Section names
+and header keys call the recent tokens the window.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from mlxkv.errors import FormatError, MismatchError
 from mlxkv.spec import STREAMS, CacheSpec, is_int
 
 Layers = Sequence[np.ndarray] | Sequence[mx.array]
-BLOCK_ROWS = 512  # batch times tokens of a coded block: bounds the memory of both directions
-DECODE_ROWS = 4 * BLOCK_ROWS  # whose lanes are decoded together
-MAX_BLOCK_ROWS = 2**16  # that a reader accepts
+BLOCK_ROWS = 512  # rows (batch times tokens) of a coded block: bounds the memory of coding and decoding
+DECODE_ROWS = 4 * BLOCK_ROWS  # rows whose rANS lanes are decoded together
+MAX_BLOCK_ROWS = 2**16  # rows of a block that a reader accepts, at most
 _JSON_KEYS = {"batch": "batch", "length": "length", "s": "sinks", "w": "recent", "block": "block_tokens"}
 
 
@@ -30,7 +31,7 @@ class CodedBlock(NamedTuple):
     Parameters
     ----------
     name
-        Last part of the sections' names: "0", "1", ... or "window.0", ...
+        Last part of the sections' names: "0", "1", ..., or "window.0", ... for recent tokens.
     start, stop
         The tokens, from `start` up to `stop`.
     quality
@@ -56,7 +57,7 @@ class Layout:
     sinks
         First tokens, stored unquantized.
     recent
-        Newest tokens, the window.
+        Newest tokens, which section names and header keys call the window.
     block_tokens
         Tokens of a block.
 
@@ -119,7 +120,7 @@ class Layout:
 
     @property
     def middle(self) -> range:
-        """Tokens between sinks and window; empty when those cover everything."""
+        """Tokens between the sinks and the recent ones; empty when those cover everything."""
         sinks = min(self.sinks, self.length)
         return range(sinks, max(sinks, self.length - self.recent))
 
@@ -135,14 +136,14 @@ class Layout:
             yield index, start, min(start + self.block_tokens, self.middle.stop)
 
     def coded_blocks(self, quality: float | None, window_quality: float | None) -> Iterator[CodedBlock]:
-        """Yield everything that is coded: the blocks of the middle and, where it has a quality, the window in blocks.
+        """Yield the coded blocks: those of the middle, then those of the recent tokens unless they are stored unquantized.
 
         Parameters
         ----------
         quality
             Quality of the middle; None for a method with one ratio.
         window_quality
-            Quality of the window; None where it is stored unquantized.
+            Quality of the recent tokens; None where they are stored unquantized.
 
         Yields
         ------
@@ -156,7 +157,7 @@ class Layout:
             yield CodedBlock(f"window.{index}", start, min(start + self.block_tokens, self.length), window_quality)
 
     def decode_batches(self, blocks: Sequence[CodedBlock], first: int, last: int) -> Iterator[list[CodedBlock]]:
-        """Yield the blocks that have some of the tokens first .. last, as many together as are decoded at once.
+        """Yield the blocks that contain tokens first .. last, in groups that are decoded together.
 
         Parameters
         ----------
@@ -176,7 +177,7 @@ class Layout:
 
 
 def cache_shape(layers: Mapping[str, Layers], spec: CacheSpec) -> tuple[int, int, str]:
-    """Return the shape that all layers of a cache have in common.
+    """Check the layers of a cache and return the batch, length and type that they share.
 
     Parameters
     ----------

@@ -65,7 +65,7 @@ def header_object(reader: Reader, key: str) -> dict[str, Any]:
 
 
 def read_layout(reader: Reader) -> Layout:
-    """Return which tokens are where.
+    """Read the layout of the tokens from the header.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def read_layout(reader: Reader) -> Layout:
 
 
 def read_dtype(reader: Reader) -> np.dtype:
-    """Return the type that keys and values are decoded to.
+    """Read the type that keys and values are decoded to.
 
     Parameters
     ----------
@@ -142,7 +142,7 @@ def check_origin(reader: Reader, artifacts: CalibrationArtifacts) -> None:
 
 
 def read_coded_blocks(reader: Reader, layout: Layout, spec: CacheSpec, coder: BlockCoder) -> list[CodedBlock]:
-    """Return all coded blocks, once each has a quality that the method has and sections that fit its tokens.
+    """Check the quality and the section sizes of all coded blocks and return the blocks.
 
     Parameters
     ----------
@@ -190,7 +190,7 @@ def read_coded_blocks(reader: Reader, layout: Layout, spec: CacheSpec, coder: Bl
 
 
 def read_unquantized_tokens(reader: Reader, layout: Layout, spec: CacheSpec) -> dict[str, np.ndarray]:
-    """Return sinks, and windows that are not coded.
+    """Read the sinks, and the recent tokens where they are stored unquantized.
 
     Parameters
     ----------
@@ -269,7 +269,7 @@ def decode_tokens(
     outputs: dict[str, np.ndarray] = {}
 
     def place(name: str, start: int, array: np.ndarray) -> None:
-        """Copy tokens from position `start` on to where they belong, as far as they were asked for."""
+        """Copy tokens that begin at position `start` into the output, as far as they were requested."""
         a, b = max(start, first), min(start + array.shape[3], last)
         if a < b:
             outputs[name][..., a - first : b - first, :] = array[..., a - start : b - start, :]
@@ -298,7 +298,7 @@ def decode_tokens(
 def read_continued_layout(
     reader: Reader, artifacts: CalibrationArtifacts, dump: KVDump, header: Mapping[str, Any]
 ) -> Layout:
-    """Return a file's layout, once a dump is known to continue the file.
+    """Check that a dump continues a file and return the file's layout.
 
     Parameters
     ----------
@@ -309,12 +309,12 @@ def read_continued_layout(
     dump
         A dump of the same conversation, as long or longer.
     header
-        The header that compressing the dump makes.
+        The header that compressing the dump would write.
 
     Returns
     -------
     Layout
-        The layout of the file as it is.
+        The layout of the existing file.
 
     Raises
     ------
@@ -332,7 +332,7 @@ def read_continued_layout(
 
 
 def first_sections(reader: Reader, artifacts: CalibrationArtifacts, blocks: int) -> list[Section]:
-    """Return the sections of sinks and the first blocks, which a file begins with.
+    """Return the table entries of the sections that a file begins with: sinks, then the first blocks.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Training data of a codec method: token rows out of the dumps of one model, read again for each stream."""
+"""Training data of a codec method: token rows from dumps of one model. Dumps are read again for each stream."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Origin(NamedTuple):
 
 
 class Sensitivity(NamedTuple):
-    """Mean sensitivity of several dumps, and what each token adds to it.
+    """Mean sensitivity of several dumps, and the contribution of each token.
 
     Parameters
     ----------
@@ -54,16 +54,18 @@ class Sensitivity(NamedTuple):
 
 
 class Samples:
-    """Token rows of several dumps.
+    """Training data: token rows and sensitivity of several dumps of one model.
+
+    Dumps are read one at a time, and again for each stream, so that memory holds one dump and the rows of one stream.
 
     Parameters
     ----------
     files
         Dumps of one model; at least one.
     sinks
-        First tokens of each file to leave out.
+        First tokens of each dump excluded from training.
     per_file
-        Tokens to use of each file, at most, spread evenly; None for all.
+        Most tokens to use per dump, evenly spaced; None for all.
     progress
         Called with the name of each step as it starts.
 
@@ -74,7 +76,7 @@ class Samples:
     origin
         Model of the first dump.
     tokens
-        Number of rows, once `rows` was called.
+        Number of rows that `rows` returned last; 0 before its first call.
 
     Raises
     ------
@@ -93,7 +95,7 @@ class Samples:
         self.spec, self.tokens = self.origin.spec, 0
 
     def rows(self, name: str) -> np.ndarray:
-        """Return the un-rotated rows of one stream of all files; sets `tokens` to their number.
+        """Return the rows of one stream from all dumps, with the rotation undone; sets `tokens` to their number.
 
         Parameters
         ----------
@@ -123,7 +125,7 @@ class Samples:
         return rows
 
     def _rows_of_file(self, path: str | Path, name: str) -> np.ndarray:
-        """Return the chosen rows of one file, made block by block so that no others stay in memory."""
+        """Return the evenly spaced rows of one file, made block by block so that no others stay in memory."""
         self.progress(f"reading {name} of {Path(path).name}")
         dump = self.read(path)
         stream, batch = dump.spec.stream(name), dump.tokens.shape[0]

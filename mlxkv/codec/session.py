@@ -1,8 +1,8 @@
-"""The codec: a cache to one container and back, block of tokens by block of tokens.
+"""The codec: a cache to one container and back, one block of tokens after another.
 
-Sinks (the first tokens) are stored unquantized, and so is the window (the newest tokens), or it is coded at a higher
-quality; the tokens between are coded by the method of the artifacts. Each stream of a block is a section of its own, so
-memory stays at a few blocks.
+Sinks (the first tokens) are stored unquantized. Recent tokens (the newest) are stored unquantized or coded at a higher
+quality. The tokens between are coded by the method of the artifacts. Each stream of a block is a section of its own, so
+memory holds only a few blocks at a time.
 """
 
 from __future__ import annotations
@@ -28,30 +28,31 @@ from mlxkv.io.container import Reader, Source
 from mlxkv.io.lossless import CODINGS
 from mlxkv.spec import Rope, check_rope, is_int
 
-TABLE_ROW_BYTES = 70  # of a section's row in the header, about
+TABLE_ROW_BYTES = 70  # of a section's entry in the header, approximately
 
 
 class CacheCodec:
     """Compress and decompress caches of one model with one calibration.
 
-    A container decodes with the layout, coding and quality that it was written with; those given here are for compressing.
+    These settings apply to compression. Decompression uses the layout, coding and quality that the file names.
 
     Parameters
     ----------
     artifacts
         The calibration.
     recent
-        Newest tokens that form the window; 0 or more.
+        Newest tokens, stored unquantized or coded at a higher quality; 0 or more.
     sinks
         First tokens to store unquantized; 0 or more.
     rope_cfg, mode
-        Optional statements about the model, such as a model preset's: refused when the artifacts differ.
+        Expected rotation and mode ("dual_stream" or "single_stream"), such as those of a model preset, checked against the
+        artifacts; None skips the check.
     lossless
         Lossless coding, one of `mlxkv.io.lossless.CODINGS`.
     quality
         0 to 100, for methods that have a quality; None for the method's default.
     raw_window
-        Store the window unquantized also where the method would code it at a higher quality.
+        Store recent tokens unquantized even if the method can code them at a higher quality.
 
     Attributes
     ----------
@@ -63,7 +64,7 @@ class CacheCodec:
     InputError
         For arguments out of range.
     MismatchError
-        When the statements about the model do not fit the artifacts.
+        When the artifacts have another rotation or mode than expected.
     """
 
     def __init__(
@@ -93,12 +94,12 @@ class CacheCodec:
 
     @property
     def window_quality(self) -> float | None:
-        """Quality of the window; None where it is stored unquantized."""
+        """Quality of the recent tokens; None where they are stored unquantized."""
         bonus = self.coder.window_quality_bonus
         return None if bonus is None or self.quality is None or self.raw_window else min(100.0, self.quality + bonus)
 
     def with_quality(self, quality: float) -> Self:
-        """Return the same codec with another quality.
+        """Return a copy of the codec with another quality.
 
         Parameters
         ----------
@@ -136,10 +137,10 @@ class CacheCodec:
         k_layers, v_layers
             Keys and values, a list of `[B, H, T, D]` arrays (NumPy or MLX) each, one for each caching layer.
         meta
-            JSON values that are stored along, unchanged.
+            JSON values to store in the header, unchanged.
         extras
-            Arrays of float16, float32 or int32 that are stored along, unchanged. Names beginning with "k." or "v." are
-            taken.
+            Arrays of float16, float32 or int32 to store by name, unchanged. Names beginning with "k." or "v." are
+            reserved.
         progress
             Called with the number of tokens of each block that is done.
 
@@ -166,7 +167,7 @@ class CacheCodec:
         return out.getvalue()
 
     def compress_dump(self, dump: KVDump, progress: Progress | None = None) -> bytes:
-        """Compress a dump: also its tokens, other layers' states and origin, but not its sensitivity.
+        """Compress a dump with its tokens, other layers' states and origin, but without its sensitivity.
 
         Parameters
         ----------
@@ -183,7 +184,7 @@ class CacheCodec:
         Raises
         ------
         InputError
-            For values that cannot be coded, and for a part of a cache.
+            For values that cannot be coded, and for a dump that does not start at position 0.
         MismatchError
             When the dump is of another model than the artifacts.
         """
@@ -191,15 +192,15 @@ class CacheCodec:
         return self.compress(list(dump.k), list(dump.v), meta=meta, extras=extras, progress=progress)
 
     def append_dump(self, path: str | Path, dump: KVDump, progress: Progress | None = None) -> None:
-        """Bring a file of `compress_dump` up to a longer dump of the same conversation.
+        """Extend a file by the new tokens of a longer dump.
 
-        The file becomes what compressing the dump would make, but its complete blocks are neither coded nor written
-        again. Killed at any time, it is the old file or the new one.
+        The result equals compressing the longer dump, but complete blocks of the file are neither coded nor written
+        again. If the process is killed at any time, the file is the old one or the new one.
 
         Parameters
         ----------
         path
-            File that `compress_dump` or `append_dump` made with the settings of this codec.
+            File that `compress_dump` or `append_dump` wrote with the settings of this codec.
         dump
             The longer dump; it begins with the tokens of the file.
         progress
@@ -238,7 +239,7 @@ class CacheCodec:
         blob
             A container's bytes, or the path of its file.
         tokens
-            First token and the token after the last one, whose blocks alone are read; None for all.
+            First token and the token after the last one; only their blocks are read. None for all.
         progress
             Called with the number of tokens of each block that is done.
 
@@ -264,7 +265,7 @@ class CacheCodec:
     def decompress_dump(
         self, blob: Source, progress: Progress | None = None, *, tokens: tuple[int, int] | None = None
     ) -> KVDump:
-        """Return the inverse of `compress_dump`.
+        """Decompress a file of `compress_dump` to a dump.
 
         Parameters
         ----------
@@ -273,13 +274,13 @@ class CacheCodec:
         progress
             Called with the number of tokens of each block that is done.
         tokens
-            First token and the token after the last one, whose blocks alone are read; None for all.
+            First token and the token after the last one; only their blocks are read. None for all.
 
         Returns
         -------
         KVDump
-            The cache of these tokens. Other layers' states are those after the last token of the file, so a part
-            without it has none.
+            The cache of these tokens. Other layers' states belong to the last token of the file: a part that does not
+            include it has none.
 
         Raises
         ------
@@ -315,7 +316,7 @@ class CacheCodec:
         )
 
     def fixed_bytes(self, dump: KVDump) -> int:
-        """Estimate what a file holds besides coded tokens, whatever the quality.
+        """Estimate the bytes of a file apart from coded tokens; they do not depend on the quality.
 
         Parameters
         ----------
@@ -336,14 +337,14 @@ class CacheCodec:
         return sum(section.stored for section, _ in sections.values()) + len(str(header)) + table
 
     def coded_bytes(self, dump: KVDump, blocks: int) -> float:
-        """Estimate what the coded tokens take, from code lengths alone.
+        """Estimate the bytes of the coded tokens from code lengths alone.
 
         Parameters
         ----------
         dump
             The cache to compress.
         blocks
-            Blocks between sinks and window to look at, spread evenly; the window's blocks are looked at as well.
+            Number of evenly spaced blocks of the middle to measure; the blocks of recent tokens are always measured.
 
         Returns
         -------
@@ -367,7 +368,7 @@ class CacheCodec:
         )
 
     def _dump_metadata(self, dump: KVDump) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """Return the arrays and facts stored along with a dump, once it is known to fit the artifacts."""
+        """Check that a dump fits the artifacts and return the arrays and facts stored with it."""
         expected = self.artifacts.meta.get("model_fingerprint", "")
         if dump.fingerprint != expected:
             raise MismatchError(

@@ -21,9 +21,9 @@ def summary(reader: Reader) -> dict[str, Any]:
     Returns
     -------
     dict
-        `tokens`, `batch`, `sinks` and `recent`; `fp16_bytes`, the cache at 16 bits an element, whatever type it had;
+        `tokens`, `batch`, `sinks` and `recent`; `fp16_bytes`, the cache at 16 bits per element, whatever type it had;
         `file_bytes` and its parts `coded_bytes`, `sink_and_window_bytes`, `other_bytes` and `header_bytes`; `ratio` of
-        the whole file, and `ratio_middle` of the tokens between sinks and window against their sections (None if there
+        the whole file, and `ratio_middle` of the tokens between sinks and recent tokens against their sections (None if there
         are none).
 
     Raises

@@ -1,6 +1,7 @@
-"""Sections of arrays stored unquantized: sinks, window, tokens, states. Floats take the narrowest type that loses nothing.
+"""Sections of arrays stored unquantized: sinks, recent tokens ("window"), token ids, states of other layers.
 
-The container's header describes them under its key "raw", by name: type and shape.
+Floats are stored in the narrowest type that loses nothing. The container's header lists the type and shape of each section
+under its key "raw".
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _MAX_AXES = 8
 
 
 def to_numpy(array: np.ndarray | mx.array) -> np.ndarray:
-    """Return an array as NumPy's.
+    """Convert to a NumPy array.
 
     Parameters
     ----------
@@ -76,7 +77,7 @@ def encode_array(array: np.ndarray) -> tuple[str, bytes]:
 
 
 def read_description(reader: Reader, name: str) -> tuple[str, list[int]]:
-    """Return what the header says of an unquantized section.
+    """Return the stored type and shape of an unquantized section, from the header.
 
     Parameters
     ----------
@@ -93,7 +94,7 @@ def read_description(reader: Reader, name: str) -> tuple[str, list[int]]:
     Raises
     ------
     FormatError
-        When the header says anything else.
+        When the header has no such entry.
     """
     table = reader.header.get("raw")
     entry = table.get(name) if isinstance(table, dict) else None
@@ -136,7 +137,7 @@ def read_array(reader: Reader, name: str) -> np.ndarray:
 
 
 def read_plain_array(reader: Reader, name: str) -> np.ndarray:
-    """Return an unquantized section whose shape nothing but the file bounds.
+    """Return an unquantized section whose shape is bounded by the size of the file alone.
 
     Parameters
     ----------

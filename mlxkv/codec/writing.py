@@ -1,6 +1,6 @@
-"""Writing a compressed cache: header and sections, made block by block.
+"""Writing a compressed cache: header and sections, block by block.
 
-One block's entropy coding runs beside the next one's arithmetic.
+Entropy coding of one block runs in parallel with the arithmetic of the next.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mlxkv.kernels import metal
 from mlxkv.version import __version__
 
 Progress = Callable[[int], None]
-MAX_PENDING = 8  # sections that wait for their coding
+MAX_PENDING = 8  # sections that wait to be entropy-coded, at most
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ class CacheEncoder:
     coder
         Its coder of blocks.
     recent
-        Newest tokens that form the window.
+        Newest tokens, stored unquantized or at `window_quality`.
     sinks
         First tokens to store unquantized.
     lossless
         Lossless coding, one of `mlxkv.io.lossless.CODINGS`.
     quality
-        Quality of the tokens between; None for a method with one ratio.
+        Quality of the tokens between sinks and recent tokens; None for a method with one ratio.
     window_quality
-        Quality of the window; None where it is stored unquantized.
+        Quality of the recent tokens; None where they are stored unquantized.
     """
 
     artifacts: CalibrationArtifacts
@@ -62,16 +62,16 @@ class CacheEncoder:
     def build_header(
         self, layers: Mapping[str, Layers], extras: Mapping[str, np.ndarray], meta: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, bytes], Layout]:
-        """Return the header of a cache and everything in it that is not quantized.
+        """Return the header of a cache and the arrays that are stored unquantized.
 
         Parameters
         ----------
         layers
             Cached tensors `[B, H, T, D]` of each stream, one for each caching layer.
         extras
-            Arrays to store along, by name.
+            Arrays to store unquantized, by name.
         meta
-            JSON values to store along.
+            JSON values to store in the header.
 
         Returns
         -------
@@ -107,7 +107,7 @@ class CacheEncoder:
     def _unquantized_arrays(
         self, layers: Mapping[str, Layers], layout: Layout, extras: Mapping[str, np.ndarray]
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield sinks, the window if it is not coded, and the extras, with their sections' names."""
+        """Yield sinks, recent tokens unless they are coded, and the extras, with their sections' names."""
         for name in CACHE_SECTIONS if self.window_quality is None else SINK_SECTIONS:
             tokens = slice(0, layout.middle.start) if name.endswith("sink") else slice(layout.middle.stop, None)
             yield name, np.stack([unquantized.to_numpy(layer[:, :, tokens]) for layer in layers[name[0]]])
@@ -139,14 +139,14 @@ class CacheEncoder:
         first: int,
         progress: Progress | None,
     ) -> list[tuple[Section, bytes]]:
-        """Return sections in the file's order: sinks, blocks, and last whatever changes when a file grows.
+        """Return sections in the file's order: sinks, blocks, and last the sections that change when a file grows.
 
         Parameters
         ----------
         layers
             Cached tensors `[B, H, T, D]` of each stream, one for each caching layer.
         layout, arrays
-            What `build_header` returned.
+            Layout and unquantized arrays that `build_header` returned.
         first
             Index of the first block to code; the file has those before it.
         progress
@@ -155,7 +155,7 @@ class CacheEncoder:
         Returns
         -------
         list[tuple[Section, bytes]]
-            What `mlxkv.io.container.encode_section` returned.
+            Table entries and stored bytes, as `mlxkv.io.container.encode_section` returns them.
 
         Raises
         ------
@@ -198,12 +198,12 @@ def encode_arrays(arrays: Mapping[str, bytes], lossless: str) -> dict[str, tuple
     arrays
         Bytes by name.
     lossless
-        Coding of sinks and window. All others are stored plain: nothing but the file's own size bounds them on reading.
+        Coding of sinks and recent tokens. Other arrays are stored plain, as only the file's size bounds them on reading.
 
     Returns
     -------
     dict[str, tuple[Section, bytes]]
-        What `mlxkv.io.container.encode_section` returned, by name.
+        Table entries and stored bytes by name, as `mlxkv.io.container.encode_section` returns them.
     """
     return {
         name: encode_section(name, data, lossless if name in CACHE_SECTIONS else "raw") for name, data in arrays.items()
@@ -235,7 +235,7 @@ def encode_blocks(
     Returns
     -------
     list[tuple[Section, bytes]]
-        What `mlxkv.io.container.encode_section` returned, in the order of blocks.
+        Table entries and stored bytes in the order of blocks, as `mlxkv.io.container.encode_section` returns them.
     """
     coding = lossless if coder.uses_lossless_stage else "raw"
     may_launch_kernels = metal.available() and not (coder.uses_lossless_stage and coding != "rans")
@@ -257,7 +257,7 @@ def encode_blocks(
 
 
 def _run_now(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-    """Run a function in this thread: rANS may launch kernels, which belong where the others are launched."""
+    """Run a function in this thread: rANS may launch Metal kernels, which have to come from the thread of the others."""
     future: Future[Any] = Future()
     future.set_result(function(*arguments))
     return future

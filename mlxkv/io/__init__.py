@@ -1,8 +1,8 @@
-"""Bytes on disk: the container, lossless codings, atomic writes and bounded readers. Whatever is read is treated as hostile.
+"""Bytes on disk: the container, lossless codings, atomic writes and bounded readers. All input is treated as untrusted.
 
-- `atomic`: a write that is stopped at any moment leaves the old file or the new one.
+- `atomic`: writes that leave the old file or the new one if they are interrupted.
 - `container`: checksummed sections with a JSON header, the format of `.mlxkv` files and saved live caches.
 - `lossless`: codings of a section's bytes.
-- `inputs`: opening files and parsing JSON that somebody else wrote.
+- `inputs`: opening files and parsing JSON from untrusted sources.
 - `npz`: NumPy's archives without pickle.
 """

@@ -1,4 +1,4 @@
-"""Writes that leave the old file or the complete new one, whenever they are stopped."""
+"""Writes that leave the old file or the complete new one if they are interrupted."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
 def replace_tail(path: str | Path, keep: int, tail: bytes) -> None:
     """Replace everything after the first `keep` bytes of a file, without writing those again.
 
-    What is to be written goes to a journal beside the file before the file changes. Killed at any time, the file is the old
-    one or, once `finish_interrupted_append` has run, the new one.
+    The tail is first written to a journal beside the file. If the process is killed at any time, the file is the old one or,
+    once `finish_interrupted_append` has run, the new one.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ def replace_tail(path: str | Path, keep: int, tail: bytes) -> None:
 
 
 def finish_interrupted_append(path: str | Path) -> None:
-    """Finish an interrupted `replace_tail`, if a journal beside the file says that there was one.
+    """Finish an interrupted `replace_tail` if it left a journal beside the file.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """The container: magic, version, checksummed sections, and last their checksummed JSON header. See docs/format.md.
 
-The header stands last, so that a file grows by new sections and a new header in place of the old. Knows nothing about
-what the sections mean; that is the business of `mlxkv.codec` and `mlxkv.live.serialization`.
+The header stands last, so that a file grows by new sections and a new header in place of the old one. The meaning of the
+sections is defined in `mlxkv.codec` and `mlxkv.live.serialization`.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def write(file: IO[bytes], header: Mapping[str, Any], sections: Iterable[tuple[S
     header
         JSON values by key; "sections" is the table's own key.
     sections
-        What `encode_section` returned, in the file's order.
+        Sections in the file's order, as `encode_section` returned them.
 
     Examples
     --------
@@ -124,7 +124,7 @@ def write(file: IO[bytes], header: Mapping[str, Any], sections: Iterable[tuple[S
 
 
 def encode_tail(header: Mapping[str, Any], kept: Sequence[Section], sections: Iterable[tuple[Section, bytes]]) -> bytes:
-    """Return what follows the sections that a container keeps when it grows.
+    """Return the bytes after the sections that a growing container keeps.
 
     Parameters
     ----------
@@ -161,7 +161,7 @@ class Reader:
     Attributes
     ----------
     name
-        The source's name for messages.
+        Name of the source, for messages.
     size
         Bytes of the whole container.
     header
@@ -202,7 +202,7 @@ class Reader:
         self._file.close()
 
     def _read_header(self) -> dict[str, Any]:
-        """Return the header, once its length and checksum are right."""
+        """Check the length and checksum of the header and return it."""
         preamble = self._file.read(_PREAMBLE.size)
         if len(preamble) < _PREAMBLE.size or preamble[:8] != MAGIC:
             raise FormatError(f"{self.name} is not an mlxkv container: it starts with {preamble[:8]!r}, not {MAGIC!r}")
@@ -227,7 +227,7 @@ class Reader:
         return parse_json(text, f"the header of {self.name}")
 
     def _table(self) -> list[Section]:
-        """Return the entries of all sections, which must fill the file."""
+        """Return the entries of all sections, checking that they fill the file."""
         table = self.header.pop("sections", None)
         position = _PREAMBLE.size
         sections: list[Section] = []

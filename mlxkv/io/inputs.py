@@ -1,4 +1,4 @@
-"""Opening and parsing what somebody else wrote: regular files only, JSON objects only."""
+"""Opening and parsing untrusted input: regular files only, JSON objects only."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def open_input(path: str | Path) -> IO[bytes]:
     Raises
     ------
     InputError
-        When it is missing, unreadable or something else than a regular file, such as a pipe.
+        When it is missing, unreadable or not a regular file, such as a pipe.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):

@@ -25,17 +25,17 @@ CHUNK = 512  # bytes that share a table
 MAX_TABLES = 32
 STRIDES = (1, 2, 4)  # bytes of the values whose planes are split
 _HEADER = struct.Struct("<HHII")  # stride, tables, lanes, bytes of the deflated model (tables, choices, lane lengths)
-_STRIDE_GAIN = 0.99  # a wider stride must be so much smaller: planes also scatter what belongs together
+_STRIDE_GAIN = 0.99  # a wider stride must shrink the code to this share: splitting also parts related bytes
 _KMEANS_ROUNDS = 3  # a fourth saves 0.01 %
-_TABLE_BITS = 130 * 8  # about what one more table costs when deflated
+_TABLE_BITS = 130 * 8  # approximate cost of one more table when deflated
 _FRACTION_BITS = 12  # of a code length: whole multiples of 2**-12, so that sums are exact in any order
 _MISSING_LENGTH = 64 << _FRACTION_BITS  # of a symbol that a table lacks
-_LANE_CODED_BYTES = 1024  # coded bytes a lane costs about 0.4 %: its state and its count
-_LANE_BYTES = 2048  # a lane for so many bytes at least: bounds the expansion, by its state, and a reader's steps
+_LANE_CODED_BYTES = 1024  # coded bytes per lane; its state and word count add about 0.4 %
+_LANE_BYTES = 2048  # decoded bytes that require one lane: bounds the expansion, by its state, and a reader's steps
 
 
 def is_plausible(coding: str, size: int, stored: int) -> bool:
-    """Return whether stored bytes may stand for so many decoded ones. It bounds what a reader allocates.
+    """Check whether stored bytes can decode to a given size. It bounds the memory that a reader allocates.
 
     Parameters
     ----------
@@ -110,7 +110,7 @@ def decode(coding: str, stored: bytes, size: int) -> bytes:
     Raises
     ------
     FormatError
-        For an unknown coding, and for bytes that do not decode to so many.
+        For an unknown coding, and for bytes that do not decode to exactly `size` bytes.
     """
     if not is_plausible(coding, size, len(stored)):
         raise FormatError(f"{len(stored)} bytes coded as {coding[:20]!r} cannot hold {size} bytes")
@@ -120,7 +120,7 @@ def decode(coding: str, stored: bytes, size: int) -> bytes:
 
 
 def _check_size(stored: bytes, size: int) -> bytes:
-    """Return bytes stored as they are, if there are so many."""
+    """Check the number of bytes stored as they are and return them."""
     if len(stored) != size:
         raise FormatError(f"{len(stored)} bytes do not decode to {size} bytes")
     return stored
@@ -187,7 +187,7 @@ def _decode_rans(stored: bytes, size: int) -> bytes:
 
 
 def _min_lanes(size: int) -> int:
-    """Return the fewest lanes that so many bytes may be in."""
+    """Return the smallest number of lanes allowed for a number of bytes."""
     return max(1, size // _LANE_BYTES)
 
 
@@ -203,7 +203,7 @@ def _best_stride(symbols: np.ndarray) -> int:
 
 
 def _split_planes(data: bytes, stride: int) -> bytes:
-    """Return bytes 0, stride, 2 * stride, ..., then 1, 1 + stride, ...: alike bytes side by side."""
+    """Return bytes 0, stride, 2 * stride, ..., then 1, 1 + stride, ...: similar bytes side by side."""
     return data if stride == 1 else b"".join(data[plane::stride] for plane in range(stride))
 
 
@@ -226,7 +226,7 @@ def _choose_tables(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     choice = np.arange(len(counts)) * most // len(counts)
     for _ in range(_KMEANS_ROUNDS):
         lengths = _code_lengths(frequencies(_cluster_histograms(counts, choice, most))).T
-        # So few rows at once that BLAS starts no threads: they would wait for those that code other sections.
+        # Few enough rows at once that BLAS starts no threads, which would compete with those that code other sections.
         choice = np.concatenate([(counts[row : row + 32] @ lengths).argmin(1) for row in range(0, len(counts), 32)])
     names = _merge_clusters(_cluster_histograms(counts, choice, most))
     left, which = np.unique(names[choice], return_inverse=True)

@@ -1,4 +1,4 @@
-"""Bounded reading of `.npy` and `.npz`: no pickle, and no allocation that the file's own size does not justify."""
+"""Bounded reading of `.npy` and `.npz`: no pickle, and no allocation larger than the size of the file justifies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from mlxkv.errors import FormatError
 from mlxkv.io.inputs import open_input
 
-# What NumPy lets through from its own reading of a header, a Python literal.
+# Exceptions that NumPy does not catch when it reads a header, a Python literal.
 _HEADER_ERRORS = (SyntaxError, TypeError, AttributeError, RecursionError, TokenError)
 
 

@@ -1,4 +1,4 @@
-"""Hot paths of the codec and of live caches: one kernel a file, each in plain array operations and in Metal.
+"""Hot paths of the codec and of live caches: one kernel per file, each in plain array operations and in Metal.
 
 The kernel protocol. Each operation `<op>` of a file `mlxkv/kernels/<name>.py` is three functions of one signature:
 

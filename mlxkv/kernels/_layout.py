@@ -1,4 +1,4 @@
-"""Layouts that the reference of bits.py works in: tiles of tokens x dims, and streams of codes in 32-bit words."""
+"""Array layouts of the reference in bits.py: tiles of tokens x dims, and codes packed into 32-bit words."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def from_tiles(tiles: mx.array, shape: tuple[int, ...]) -> mx.array:
 
 
 def codes_to_words(codes: mx.array, bits: int) -> mx.array:
-    """Join codes to a little-endian stream. Eight codes fill `bits` bytes, so a uint64 holds any eight.
+    """Pack codes into little-endian 32-bit words. Eight codes fill `bits` bytes, so a uint64 holds any eight.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def codes_to_words(codes: mx.array, bits: int) -> mx.array:
 
 
 def words_to_codes(words: mx.array, bits: int, dim: int) -> mx.array:
-    """Undo `codes_to_words`: codes that lie together are moved apart by halves, until each has a byte.
+    """Undo `codes_to_words`: adjacent codes are moved apart by halves until each has a byte of its own.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Frequency tables of rans.py: from histograms, and in the forms that coding looks up."""
+"""Frequency tables of rans.py: made from histograms, and rearranged for look-up in coding and decoding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TOTAL = 1 << SCALE_BITS  # every table's sum
 
 
 def frequencies(counts: np.ndarray) -> np.ndarray:
-    """Return tables that sum to 4,096 from histograms, each symbol that occurs at least 1.
+    """Return tables that sum to 4,096 from histograms; each symbol that occurs gets at least 1.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ def frequencies(counts: np.ndarray) -> np.ndarray:
 
 
 def encode_table(tables: np.ndarray) -> np.ndarray:
-    """Return what encoding looks up of each symbol.
+    """Return the look-up table of encoding, by symbol.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def encode_table(tables: np.ndarray) -> np.ndarray:
 
 
 def decode_table(tables: np.ndarray) -> np.ndarray:
-    """Return what decoding looks up of each of a table's 4,096 slots.
+    """Return the look-up table of decoding, by each of a table's 4,096 slots.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
 """Arrays of 2, 3, 4 or 8-bit codes with a bias and a scale for each tile of tokens x dims, or of unquantized values.
 
-A row's codes are one stream of little-endian 32-bit words, lowest bits first, zeros at the end: `mx.quantize`'s layout
+A row's codes are a sequence of little-endian 32-bit words, lowest bits first, zeros at the end: `mx.quantize`'s layout
 where that has one (dims divisible by its groups). Tiles of 1 token x 32 or more dims are the usual per-token groups;
 tiles of 32 or more tokens x 1 dim are KIVI's per-channel keys (https://arxiv.org/abs/2402.02750).
 """
@@ -22,8 +22,8 @@ from mlxkv.kernels.operations import Example, Operation, register
 CODE_BITS = (2, 3, 4, 8)
 UNQUANTIZED = 16
 
-# The bodies have names of their own for a QuantizedArray: bias is their `shift`, tile_tokens and tile_dims their TOKENS
-# and DIMS. So has decode_attention.metal, where `bias` is what is added to scores.
+# The Metal bodies name parts of a QuantizedArray differently: `shift` is bias, TOKENS and DIMS are tile_tokens and
+# tile_dims. So does decode_attention.metal, where `bias` is added to scores.
 _PACK = Kernel("bits_pack", inputs=("x", "shift", "scale"), outputs=("words",))
 _UNPACK = Kernel("bits_unpack", inputs=("words", "shift", "scale"), outputs=("x",))
 

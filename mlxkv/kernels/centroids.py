@@ -1,4 +1,4 @@
-"""Online clustering of token vectors: the nearest centroid of each token, and what each centroid's tokens add up to.
+"""Online clustering of token vectors: the nearest centroid of each token, and the sum of each centroid's tokens.
 
 N independent clusterings (batch x heads) of T tokens against C centroids in D dims, all float types in, float32 out.
 A centroid of count 0 is empty: never chosen, whatever it holds. `update` is the running mean of mini-batch k-means
@@ -67,7 +67,7 @@ def sums(x: mx.array, owner: mx.array, clusters: int, weights: mx.array | None =
     x
         Tokens `[N, T, D]`, float32, float16 or bfloat16.
     owner
-        int32 `[N, T]`, each token's cluster below C, or -1 for a token that belongs to none.
+        int32 `[N, T]`, index of each token's cluster, or -1 for none.
     clusters
         C, the number of clusters.
     weights
@@ -91,7 +91,7 @@ def sums(x: mx.array, owner: mx.array, clusters: int, weights: mx.array | None =
 def update(
     x: mx.array, owner: mx.array, centroids: mx.array, counts: mx.array, weights: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
-    """Move centroids to the mean of all tokens they ever owned.
+    """Move each centroid to the mean of all tokens ever assigned to it.
 
     mean' = (count * mean + sum of weight * x) / count', count' = count + sum of weights.
 
@@ -145,7 +145,7 @@ def reference_assign(
         return mx.zeros(x.shape[:2], mx.int32), mx.zeros(x.shape[:2])
     directions, offsets = _terms(centroids, counts, metric)
     scores = mx.addmm(offsets[:, None], x.astype(mx.float32), directions.swapaxes(1, 2))
-    scores = mx.where(scores > -mx.inf, scores, -mx.inf)  # NaN is near to nothing
+    scores = mx.where(scores > -mx.inf, scores, -mx.inf)  # a token with NaN has no nearest centroid
     nearest = mx.where(scores.max(axis=-1) > -mx.inf, scores.argmax(axis=-1).astype(mx.int32), -1)
     return nearest, _similarity(x, centroids, nearest, metric)
 
@@ -167,7 +167,7 @@ def reference_sums(
     """
     N, _, D = x.shape
     weights = _weights(owner, weights)
-    row, slot = mx.arange(N)[:, None], mx.where(owner < 0, clusters, owner)  # one more cluster for those of none
+    row, slot = mx.arange(N)[:, None], mx.where(owner < 0, clusters, owner)  # one more cluster for tokens of none
     totals = mx.zeros((N, clusters + 1, D)).at[row, slot].add(weights[..., None] * x.astype(mx.float32))
     numbers = mx.zeros((N, clusters + 1)).at[row, slot].add(weights)
     return totals[:, :clusters], numbers[:, :clusters]
@@ -176,7 +176,7 @@ def reference_sums(
 def metal_assign(
     x: mx.array, centroids: mx.array, counts: mx.array, metric: Metric = "cosine"
 ) -> tuple[mx.array, mx.array]:
-    """Assign by the kernel, 32 tokens a threadgroup.
+    """Assign by the kernel, 32 tokens per threadgroup.
 
     Parameters
     ----------

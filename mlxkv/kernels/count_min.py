@@ -1,4 +1,4 @@
-"""Sketches of what each key has collected: N tables of `depth` rows by `width` counters, written and read by hash.
+"""Sketches that estimate the total amount added to each key: N tables of `depth` rows by `width` hashed counters.
 
 Count-Min (Cormode and Muthukrishnan, "An improved data stream summary", J. Algorithms 55, 2005) takes the smallest
 of a key's counters: for amounts >= 0 never too low, but for float32's rounding, and too high by more than e / width of
@@ -74,7 +74,7 @@ def update(counters: mx.array, keys: mx.array, amounts: mx.array, hashes: mx.arr
 
 
 def query(counters: mx.array, keys: mx.array, hashes: mx.array, signed: bool = False) -> mx.array:
-    """Estimate what each key has collected.
+    """Estimate the total amount added to each key.
 
     Parameters
     ----------

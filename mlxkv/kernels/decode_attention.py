@@ -23,12 +23,12 @@ from mlxkv.kernels.operations import Example, Operation, register
 
 Bucket = tuple[QuantizedArray, QuantizedArray]
 
-TILE_FLOATS = 2**18  # unpacked at a time by the reference: a megabyte, which also stays in a CPU's cache
+TILE_FLOATS = 2**18  # that the reference unpacks at a time: a megabyte, which fits a CPU's cache
 SPLIT_TOKENS = 128  # tokens of a bucket that one threadgroup attends to
 SIMD_GROUPS = 8  # of a threadgroup
 REGISTER_FLOATS = 2304  # queries and sums that a SIMD-group's registers may hold for its heads: more would spill
 MAX_HEADS = 8  # query heads that a SIMD-group attends with
-MAX_DIMS = 576  # of keys or values: what threadgroup memory has room for, and MLA's latents need
+MAX_DIMS = 576  # of keys or values: threadgroup memory holds that many, and MLA's latents need them
 # Running maxima start here, in the body too: finite, so that a fully masked row has weights 0 and not NaN.
 LOWEST = -3.4e38
 
@@ -144,7 +144,7 @@ def _wait_for(packed: QuantizedArray, before: list[mx.array]) -> QuantizedArray:
 def _scores(x: mx.array, packed: QuantizedArray) -> mx.array:
     """Multiply `[B, H, G, D]` float32 by the transpose of rows `[B, H, T, D]`: `[B, H, G, T]`.
 
-    A row is scale * code + bias. Scales that a whole token or a whole dim shares are taken out of the sum, so that the
+    A row is scale * code + bias. Scales shared by all of a token or all of a dim are factored out of the sum, so that the
     large array is never scaled. Other tiles are unpacked.
     """
     *lead, G, D = x.shape
@@ -321,7 +321,7 @@ def _empty_result(queries: mx.array, kv_heads: int, dims: int) -> tuple[mx.array
 
 
 def _checked_tokens(queries: mx.array, buckets: Sequence[Bucket], bias: mx.array | None) -> int:
-    """Return how many tokens there are in all, once all shapes are found to fit together."""
+    """Check that all shapes fit together and return the total number of tokens."""
     if not buckets:
         raise InputError("attention needs at least one bucket; it may hold 0 tokens")
     B, Hq, L, D = queries.shape

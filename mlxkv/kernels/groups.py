@@ -1,10 +1,11 @@
-"""Groups of PCA coefficients to one block's payload, and back: round, clip and pack by the plan, all runs at once.
+"""Groups of PCA coefficients to one block's payload, and back: round, clip and pack by the bit plan, all runs at once.
 
-Every token's group has its own 16-bit shift and scale, fitted elsewhere: a coefficient is `shift + scale * code`.
+Each group of each token has its own float16 shift and scale, fitted in mlxkv/codec/stages/quantize.py. The shift is an offset:
+a coefficient is `shift + scale * code`.
 int2 and int4 codes are whole steps; fp8 codes are E4M3 (4 exponent bits, 3 mantissa bits, largest 448).
 
 For each run of equal groups the payload holds all shifts, all scales (low bytes first, then high bytes), then the
-codes, component by component, so that the lossless stage meets alike bytes side by side. docs/format.md specifies it.
+codes, component by component, so that similar bytes lie together for the lossless stage. docs/format.md specifies it.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def to_codes(x: mx.array, shift: mx.array, scale: mx.array, kind: str) -> mx.arr
 
 
 def from_codes(codes: mx.array, shift: mx.array, scale: mx.array, kind: str) -> mx.array:
-    """Return the coefficients that codes stand for.
+    """Return the coefficients that codes represent.
 
     Parameters
     ----------
@@ -165,7 +166,7 @@ def pack(coefficients: mx.array, shifts: mx.array, scales: mx.array, runs: Seque
     coefficients
         float32 `[r, n]`: components, tokens.
     shifts
-        float16 `[groups, n]`, of the groups of all runs in order.
+        Offsets float16 `[groups, n]`, of the groups of all runs in order.
     scales
         float16 `[groups, n]`; 0 acts as 1.
     runs

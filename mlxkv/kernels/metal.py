@@ -85,7 +85,7 @@ class Kernel:
 
 
 def available() -> bool:
-    """Return whether dispatchers call Metal.
+    """Check whether dispatchers call Metal.
 
     Returns
     -------

@@ -1,6 +1,6 @@
 """The registry of kernels: each operation's three functions, and calls of them worth checking and timing.
 
-A kernel's file registers what it defines, as the protocol in `mlxkv.kernels` says. `mlxkv doctor` checks every example
+The file of a kernel registers its operations, following the protocol in `mlxkv.kernels`. `mlxkv doctor` checks every example
 on a new machine, and `benchmarks/experiments/kernels.py` times them.
 """
 
@@ -27,7 +27,7 @@ class Example:
     Parameters
     ----------
     label
-        The sizes, for people.
+        Readable description of the sizes.
     arguments
         A function from a number of tokens to the operation's positional arguments.
     tokens
@@ -79,7 +79,7 @@ class Operation:
                 )
 
     def agrees(self, arguments: tuple[object, ...]) -> bool:
-        """Return whether kernel and reference give the same shapes, the same types and values within `TOLERANCE`.
+        """Check whether kernel and reference give the same shapes, the same types and values within `TOLERANCE`.
 
         Parameters
         ----------

@@ -1,12 +1,12 @@
-"""Entropy coding: interleaved rANS over bytes, one lane (a GPU thread) a stream.
+"""Entropy coding: interleaved rANS over bytes. A lane is a sequence of symbols that one GPU thread codes on its own.
 
 rANS: Duda, arXiv 1311.2540; interleaving: Giesen, arXiv 1402.3392. States have 32 bits and stay at 2**16 or above,
 words have 16 bits, frequencies 12. Symbol i belongs to lane i % lanes and has the table
-`table_of[i // chunk_size]`: static tables, so that lanes need nothing of each other. Integers only: every device makes
+`table_of[i // chunk_size]`: static tables, so lanes are independent of each other. Integers only: every device makes
 and reads the same words.
 
 Departure from Giesen: lanes do not share one stream of words but have their own, back to back, because GPU threads
-of different groups cannot agree on whose word is next. That costs each lane a count of its words.
+of different groups cannot agree on whose word is next. So the number of words is stored for each lane.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mlxkv.kernels._rans_tables import frequencies as frequencies
 from mlxkv.kernels.metal import Kernel
 from mlxkv.kernels.operations import Example, Operation, register
 
-MIN_STATE = 1 << 16  # the smallest state, with which lanes begin to encode and end to decode
+MIN_STATE = 1 << 16  # smallest state: lanes start encoding and end decoding with it
 MAX_TABLES = 256
 MAX_SYMBOLS = 2**31  # the kernels count symbols in 32 bits
 _BLOCK = 1 << 16  # symbols that the reference looks up at once
@@ -69,7 +69,7 @@ def encode(symbols: np.ndarray, tables: np.ndarray, table_of: np.ndarray, chunk_
     chunk_size
         Symbols of a chunk, at least 1.
     lanes
-        Number of streams that can be decoded side by side, at least 1.
+        Number of lanes that can be decoded in parallel, at least 1.
 
     Returns
     -------
@@ -96,7 +96,7 @@ def encode(symbols: np.ndarray, tables: np.ndarray, table_of: np.ndarray, chunk_
 
 
 def decode(streams: Streams, tables: np.ndarray, table_of: np.ndarray, chunk_size: int, size: int) -> np.ndarray:
-    """Return the bytes that `encode` coded. It reads nothing out of bounds, whatever it is given.
+    """Return the bytes that `encode` coded. It never reads out of bounds, even for damaged input.
 
     Parameters
     ----------
@@ -344,7 +344,7 @@ def _check_ends(streams: Streams, starts: np.ndarray, states: np.ndarray, ends: 
 
 
 def _example(tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, int]:
-    """Return a call for 1,024 bytes a token from one table."""
+    """Return a call for 1,024 bytes per token from one table."""
     symbols = np.minimum(np.random.default_rng(0).geometric(0.2, tokens * 1024), 255).astype(np.uint8)
     tables = frequencies(np.bincount(symbols, minlength=256)[None])
     return symbols, tables, np.zeros(-(-symbols.size // 4096), np.uint8), 4096, 4096
@@ -357,7 +357,11 @@ def _example_streams(tokens: int) -> tuple:
 
 register(
     Operation(
-        "rans.encode", encode, reference_encode, metal_encode, (Example("1,024 bytes a token, 4,096 lanes", _example),)
+        "rans.encode",
+        encode,
+        reference_encode,
+        metal_encode,
+        (Example("1,024 bytes per token, 4,096 lanes", _example),),
     )
 )
 register(
@@ -366,6 +370,6 @@ register(
         decode,
         reference_decode,
         metal_decode,
-        (Example("1,024 bytes a token, 4,096 lanes", _example_streams),),
+        (Example("1,024 bytes per token, 4,096 lanes", _example_streams),),
     )
 )

@@ -25,7 +25,7 @@ _SLICES = 8  # more pieces than this are gathered one element at a time
 
 @dataclass(frozen=True)
 class RotationTable:
-    """Rotations of a range of tokens, as `rotation_table` makes them: R kinds, of which each layer has one.
+    """Rotations of a range of tokens, as `rotation_table` makes them: R kinds of rotation, one of them per layer.
 
     Parameters
     ----------

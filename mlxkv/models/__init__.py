@@ -1,4 +1,4 @@
-"""Adapters: what a live mlx-lm model caches, one file for each mlx-lm module that implements models.
+"""Adapters that describe the cache of a live mlx-lm model, one file for each mlx-lm module that implements models.
 
 A model whose class lives in `mlx_lm.models.qwen3` is described by the adapter registered as "qwen3". Everything is read
 from the live model, never from a table of known models.
@@ -54,7 +54,7 @@ def model_type(model: Any) -> str:
 
 
 def cache_spec(model: Any) -> CacheSpec:
-    """Describe what a live model caches.
+    """Describe the cache of a live model.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ def cache_spec(model: Any) -> CacheSpec:
     Raises
     ------
     UnsupportedError
-        When there is no adapter for the model, with the file to add, or when the cache is of an unsupported kind.
+        When there is no adapter for the model, naming the file to add, or when the cache is of an unsupported kind.
     """
     name = model_type(model)
     adapter = adapters.find(name)

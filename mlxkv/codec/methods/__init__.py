@@ -1,3 +1,3 @@
-"""Codec methods, one a file: settings, artifacts, a coder of blocks, and a `CodecMethod` that registers itself."""
+"""Codec methods, one per file: settings, artifacts, a coder of blocks, and a `CodecMethod` that registers itself."""
 
 from mlxkv.codec.methods.base import codec_methods as codec_methods

@@ -1,7 +1,8 @@
-"""The interface of a codec method: what it learns in calibration, and how it codes a block of token rows.
+"""The interface of a codec method: the artifacts that it learns in calibration, and the coder of a block of token rows.
 
 A method is four classes in one file: a `CodecConfig`, a `StreamArtifacts`, a `BlockCoder`, and the `CodecMethod` that
-names them and registers itself. Blocks, container, sinks, window, parts, appending and commands work for every method.
+names them and registers itself. Blocks, container, sinks, recent tokens, partial reads, appending and commands
+work for every method.
 
     calibration   dumps --Samples.rows--> [N, p] --CodecMethod.train--> StreamArtifacts of k and v
     compression   rows [n, p] --encode--> codes --pack--> bytes --lossless stage, if it has one--> section
@@ -29,16 +30,16 @@ S = TypeVar("S", bound="StreamArtifacts")
 
 @dataclass(frozen=True, kw_only=True)
 class CodecConfig(Config):
-    """Settings that every codec method has.
+    """Settings that all codec methods share.
 
     Parameters
     ----------
     samples_per_file
-        Tokens to use of each dump, at most, spread evenly; None for all.
+        Most tokens to use per dump, evenly spaced; None for all.
     sinks
-        First tokens of each dump to leave out; 0 or more.
+        First tokens of each dump excluded from training; 0 or more.
     seed
-        Seed of everything that is drawn at random.
+        Seed of all random numbers in calibration.
     """
 
     samples_per_file: int | None = integer(None, least=1)
@@ -47,7 +48,7 @@ class CodecConfig(Config):
 
 
 class StreamArtifacts(ABC):
-    """Artifacts of one stream: a frozen dataclass that checks itself.
+    """Base class of the artifacts of one stream: a frozen dataclass that checks its fields.
 
     Each field is one file of the artifacts folder, named by the field: `np.ndarray` fields are `.npy` files, others are
     `.json` files of a class with `to_json()` and `from_json(data)`, such as `Plan`.
@@ -56,20 +57,20 @@ class StreamArtifacts(ABC):
     @property
     @abstractmethod
     def width(self) -> int:
-        """Width p of the rows that it codes; 0 for an empty stream."""
+        """Width p of the rows; 0 for an unused stream."""
 
 
 class BlockCoder(ABC):
-    """Coder of blocks of token rows, made of a method's artifacts.
+    """Base class of coders of blocks of token rows, which use a method's artifacts.
 
     Attributes
     ----------
     uses_lossless_stage
         True when packed bytes still go through one of `mlxkv.io.lossless.CODINGS`.
     default_quality
-        Quality, 0 to 100, where none is given; None for a method with one ratio.
+        Default quality, 0 to 100; None for a method with one ratio.
     window_quality_bonus
-        Points of quality that the newest tokens (the window) get on top; None where they are stored unquantized.
+        Points of quality added for recent tokens (the window); None where they are stored unquantized.
     """
 
     uses_lossless_stage: ClassVar[bool] = False
@@ -83,7 +84,7 @@ class BlockCoder(ABC):
         Parameters
         ----------
         quality
-            Anything.
+            Any object.
 
         Raises
         ------
@@ -105,7 +106,7 @@ class BlockCoder(ABC):
         Returns
         -------
         dict[str, np.ndarray]
-            Each stream's codes, in a form of the method's own.
+            Each stream's codes, in a representation that the method chooses.
 
         Raises
         ------
@@ -115,14 +116,14 @@ class BlockCoder(ABC):
 
     @abstractmethod
     def pack(self, name: str, codes: np.ndarray) -> bytes:
-        """Code the codes of one stream to bytes. It may run in another thread.
+        """Pack the codes of one stream into bytes. It may run in another thread.
 
         Parameters
         ----------
         name
             "k" or "v".
         codes
-            What `encode` returned for it.
+            Codes of this stream, as `encode` returned them.
 
         Returns
         -------
@@ -139,7 +140,7 @@ class BlockCoder(ABC):
         name
             "k" or "v".
         codes
-            What `encode` returned for it.
+            Codes of this stream, as `encode` returned them.
 
         Returns
         -------
@@ -149,7 +150,7 @@ class BlockCoder(ABC):
 
     @abstractmethod
     def is_size(self, name: str, tokens: int, size: int, coding: str) -> bool:
-        """Return whether a section may hold so many rows. Readers ask before they allocate anything.
+        """Check whether a section of this size can hold n rows. Readers call it before they allocate memory.
 
         Parameters
         ----------
@@ -165,7 +166,7 @@ class BlockCoder(ABC):
         Returns
         -------
         bool
-            False when no block of so many rows has such a section.
+            False when no block of n rows has such a section.
         """
 
     @abstractmethod
@@ -213,16 +214,16 @@ class BlockCoder(ABC):
 
 
 class CodecMethod(ABC):
-    """One way to code a cache.
+    """Base class of codec methods.
 
     Register the class with `codec_methods`; another package does so through the entry point group `mlxkv.methods`.
 
     Attributes
     ----------
     config_class
-        Settings of its calibration.
+        Class of the settings of its calibration.
     artifacts_class
-        What it learns of each stream.
+        Class of the artifacts that it learns for each stream.
     """
 
     config_class: ClassVar[type[CodecConfig]]
@@ -247,14 +248,14 @@ class CodecMethod(ABC):
         Raises
         ------
         InputError
-            When there is too little to learn from.
+            When there are too few tokens to learn from.
         MismatchError
             For another method's settings.
         """
 
     @abstractmethod
     def coder(self, streams: Mapping[str, StreamArtifacts]) -> BlockCoder:
-        """Return the coder that artifacts make.
+        """Return a coder that uses artifacts.
 
         Parameters
         ----------
@@ -276,7 +277,7 @@ class CodecMethod(ABC):
 
     @abstractmethod
     def facts(self, streams: Mapping[str, StreamArtifacts]) -> dict[str, Any]:
-        """Return what meta.json says of artifacts beside the settings.
+        """Return facts about artifacts to be stored in meta.json, in addition to the settings.
 
         Parameters
         ----------
@@ -296,7 +297,7 @@ class CodecMethod(ABC):
 
     @abstractmethod
     def explain(self, streams: Mapping[str, StreamArtifacts], meta: Mapping[str, Any]) -> dict[str, Any]:
-        """Describe artifacts for people, as `mlxkv inspect` prints them.
+        """Describe artifacts in readable form, as `mlxkv inspect` prints them.
 
         Parameters
         ----------
@@ -321,7 +322,7 @@ codec_methods: Registry[type[CodecMethod]] = Registry("codec method", "mlxkv.cod
 
 
 def checked_config(kind: type[C], config: CodecConfig) -> C:
-    """Return settings as those of one method.
+    """Check that settings belong to this method.
 
     Parameters
     ----------
@@ -346,7 +347,7 @@ def checked_config(kind: type[C], config: CodecConfig) -> C:
 
 
 def checked_streams(kind: type[S], streams: Mapping[str, StreamArtifacts]) -> dict[str, S]:
-    """Return streams as artifacts of one method.
+    """Check that artifacts belong to this method.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
-"""The published KVTC (arXiv 2511.01815): principal components in groups, whose bits a dynamic programme distributes.
+"""The published KVTC (arXiv 2511.01815): groups of principal components, bits by dynamic programming.
 
     rows [n, p] --minus mean, times basis--> coefficients [r, n] --groups, shift and scale--> codes --> lossless stage
 
-One calibration, one ratio. Every token's group has a shift and a scale of its own.
+A calibration serves one compression ratio. Each group of each token has its own shift (an offset) and scale.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from mlxkv.errors import FormatError, InputError
 from mlxkv.spec import STREAMS
 
 MAX_DEFAULT_RANK = 4096
-MIN_RATIO = 0.01  # stands for far more bits than any cache has
-MAX_ERROR_TOKENS = 512  # tokens that group errors are measured on
+MIN_RATIO = 0.01  # allows far more bits than any cache needs
+MAX_ERROR_TOKENS = 512  # tokens that quantization errors of groups are measured on, at most
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,17 @@ class KVTCConfig(CodecConfig):
     Parameters
     ----------
     compression_ratio
-        Sets the bit budget: 16 * p / ratio bits a token for a stream of width p; at least 0.01.
+        Sets the bit budget: 16 * p / ratio bits per token for a stream of width p; at least 0.01.
     rank
-        Components to consider; None stands for one in every two bits of the budget, at most MAX_DEFAULT_RANK.
+        Number of principal components to learn; None for one per two bits of the budget, at most MAX_DEFAULT_RANK.
     max_bit_budget
-        Bits a token and stream, at most; None for no other bound.
+        Most bits per token and stream; None for no further bound.
     samples_per_file
-        Tokens to use of each dump, at most, spread evenly; None for all.
+        Most tokens to use per dump, evenly spaced; None for all.
     sinks
-        First tokens of each dump to leave out; 0 or more.
+        First tokens of each dump excluded from training; 0 or more.
     seed
-        Seed of everything that is drawn at random.
+        Seed of all random numbers in calibration.
 
     Examples
     --------
@@ -80,13 +80,13 @@ class KVTCConfig(CodecConfig):
         Returns
         -------
         int
-            Bits a token.
+            Bits per token.
         """
         bits = int(16 * width / self.compression_ratio)
         return min(bits, self.max_bit_budget or bits)
 
     def components(self, width: int) -> int:
-        """Return how many principal components to consider.
+        """Return the number of principal components to learn.
 
         Parameters
         ----------
@@ -96,7 +96,7 @@ class KVTCConfig(CodecConfig):
         Returns
         -------
         int
-            Components; there may be fewer.
+            Number of components; calibration may find fewer.
         """
         return self.rank or max(1, min(self.budget(width) // 2, MAX_DEFAULT_RANK))
 
@@ -110,7 +110,7 @@ class KVTCStream(StreamArtifacts):
     mu
         Mean row `[p]` float32.
     V
-        Basis `[p, r]` float16 with orthonormal columns, only as many as the plan covers.
+        Basis `[p, r]` float16 with orthonormal columns; r is the number of components that the plan covers.
     plan
         Groups of components and their types.
 
@@ -141,7 +141,7 @@ class KVTCStream(StreamArtifacts):
 
 
 class KVTCCoder(BlockCoder):
-    """Coder of blocks by a mean, a basis and a plan.
+    """Coder of blocks with a mean, a basis and a bit plan.
 
     Parameters
     ----------
@@ -153,11 +153,11 @@ class KVTCCoder(BlockCoder):
 
     def __init__(self, streams: Mapping[str, KVTCStream]) -> None:
         self._parts = dict(streams)
-        # The coder's own cache: the float32 basis is made on first use and dies with the coder.
+        # Cached on the coder: the float32 basis is made on first use and freed with the coder.
         self._basis = cache(lambda name: mx.array(self._parts[name].V).astype(mx.float32))
 
     def check_quality(self, quality: object) -> None:
-        """Refuse any quality: the ratio is that of the calibration."""
+        """Refuse any quality: the ratio was chosen in calibration."""
         if quality is not None:
             raise InputError(f"kvtc has the one ratio that it was calibrated for, and no quality {quality!r}")
 
@@ -179,7 +179,7 @@ class KVTCCoder(BlockCoder):
         return float(codes.nbytes)
 
     def is_size(self, name: str, tokens: int, size: int, coding: str) -> bool:
-        """Return whether the size is exactly what the plan makes of so many rows."""
+        """Check that the size is exactly what the plan gives for n rows."""
         return size == payload_size(self._parts[name].plan, tokens)
 
     def unpack(self, blocks: Sequence[Mapping[str, bytes]], tokens: Sequence[int]) -> list[dict[str, np.ndarray]]:
@@ -203,7 +203,7 @@ class KVTC(CodecMethod):
     artifacts_class = KVTCStream
 
     def train(self, samples: Samples, config: CodecConfig) -> dict[str, KVTCStream]:
-        """Learn a mean, a basis and a plan for each stream, one after the other, so that memory holds one stream's rows."""
+        """Learn a mean, a basis and a plan for each stream in turn, so that memory holds the rows of one stream."""
         config = checked_config(KVTCConfig, config)
         return {
             name: train_stream(samples.rows(name), name, config, samples.progress)
@@ -226,7 +226,7 @@ class KVTC(CodecMethod):
 
 
 class _HasPlan(Protocol):
-    """Artifacts with a plan, as `kvtc` and `kvtc-weighted` have them."""
+    """Artifacts with a plan: those of `kvtc` and `kvtc-weighted`."""
 
     @property
     def plan(self) -> Plan: ...
@@ -236,7 +236,7 @@ class _HasPlan(Protocol):
 
 
 def plan_ranks(streams: Mapping[str, _HasPlan]) -> dict[str, Any]:
-    """Return how many components the plan of each stream covers.
+    """Return the number of components that the plan of each stream covers.
 
     Parameters
     ----------
@@ -252,7 +252,7 @@ def plan_ranks(streams: Mapping[str, _HasPlan]) -> dict[str, Any]:
 
 
 def explain_plans(streams: Mapping[str, _HasPlan], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe what each stream spends of its budget, with advice when the rank, not the bits, was the limit.
+    """Describe how each stream uses its bit budget, with advice when the rank rather than the budget was the limit.
 
     Parameters
     ----------
@@ -280,7 +280,7 @@ def explain_plans(streams: Mapping[str, _HasPlan], meta: Mapping[str, Any]) -> d
         try:
             config = KVTCConfig.from_dict({key: meta[key] for key in KVTCConfig.stored_keys().values()})
             tokens = meta["calibration_tokens"]
-        except KeyError:  # of artifacts that were put together by hand
+        except KeyError:  # artifacts that were not made by `calibrate`
             continue
         budget = config.budget(part.width)
         unspent = budget - part.plan.bits
@@ -300,7 +300,7 @@ def _describe_plan(plan: Plan) -> str:
 
 
 def train_stream(rows: np.ndarray, name: str, config: KVTCConfig, progress: Progress) -> KVTCStream:
-    """Learn a mean, a basis and a plan for rows, which are centred in place.
+    """Learn a mean, a basis and a plan from rows, which are centred in place.
 
     Parameters
     ----------
@@ -326,18 +326,20 @@ def train_stream(rows: np.ndarray, name: str, config: KVTCConfig, progress: Prog
     budget, rank = config.budget(rows.shape[1]), config.components(rows.shape[1])
     progress(f"principal components of {name}: {rows.shape[0]} tokens x {rows.shape[1]}")
     mean, basis = principal_components(rows, rank, config.seed)
-    progress(f"bit plan of {name}: {budget} bits a token")
+    progress(f"bit plan of {name}: {budget} bits per token")
     coefficients = rows @ basis
     sampled = coefficients[:: -(-len(coefficients) // MAX_ERROR_TOKENS)]
     energy = np.square(coefficients, dtype=np.float64).mean(axis=0)
     plan = allocate_bits(energy, group_errors(sampled), budget)
     if not plan.groups:
-        raise InputError(f"{budget} bits a token cannot code a single component of {name}; lower the compression ratio")
+        raise InputError(
+            f"{budget} bits per token cannot code a single component of {name}; lower the compression ratio"
+        )
     return KVTCStream(mean, basis[:, : plan.rank].astype(np.float16), plan)
 
 
 def group_errors(coefficients: np.ndarray) -> dict[tuple[int, str], np.ndarray]:
-    """Measure the mean squared error a token of coding each group.
+    """Measure the mean squared error per token of quantizing each possible group of components.
 
     Parameters
     ----------
@@ -351,8 +353,8 @@ def group_errors(coefficients: np.ndarray) -> dict[tuple[int, str], np.ndarray]:
 
     Notes
     -----
-    Windows of coefficients are quantized. Neighbouring windows overlap almost completely, so sizes above 16 are measured at
-    every size/16-th start and interpolated between.
+    Groups are quantized at every first component. Neighbouring groups overlap almost completely, so sizes above 16 are
+    measured at every (size / 16)-th first component and interpolated between.
     """
     tokens, rank = coefficients.shape
     table = {}
@@ -368,6 +370,6 @@ def group_errors(coefficients: np.ndarray) -> dict[tuple[int, str], np.ndarray]:
 
 
 def _mean_error(windows: mx.array, kind: str) -> np.ndarray:
-    """Return the mean squared error a token of each window `[windows, size, n]`."""
+    """Return the mean squared error per token of each group `[groups, size, n]`."""
     difference = quantization_round_trip(windows, kind) - windows
     return np.array(mx.square(difference).sum(axis=1).mean(axis=1), dtype=np.float64)

@@ -1,10 +1,11 @@
-"""A rate-distortion codec on KVTC's transform: bits go where the model would notice errors.
+"""A rate-distortion codec on KVTC's transform: more bits for directions in which errors change predictions more.
 
     rows [n, p] --weights, KLT--> coefficients --one step, dead zone--> integers --static tables, rANS--> bytes
 
 Departures from KVTC (arXiv 2511.01815): rows are weighted by the model's sensitivity before the principal components;
-one uniform step serves all components, so one calibration serves every ratio and the step is the quality; integers are
-entropy-coded with fractional bits; values are weighted once more by the attention that their decoded keys predict.
+one uniform step serves all components, so one calibration serves every ratio, and the quality sets the step; integers are
+entropy-coded with fractional bits; values are also scaled by gains that follow from the attention predicted from their
+decoded keys.
 """
 
 from __future__ import annotations
@@ -36,27 +37,27 @@ from mlxkv.errors import FormatError, InputError
 from mlxkv.spec import STREAMS
 
 KEY_STEP_FACTOR = 1.5  # multiplies the keys' step and divides the values'
-MIN_SPREAD = 1 / 10  # steps: a component that spreads less is not coded
-BASIS_QUALITY = 100  # where the rounding of the basis costs about as much as the step does
-REFINE_FROM_QUALITY = 55  # where the rounding of the basis begins to show
-QUALITIES = range(10, 71, 10)  # that the tables are learnt at
-TABLE_BLOCKS, MAX_HISTOGRAMS = 12, 20_000  # that the tables are learnt from, at most
+MIN_SPREAD = 1 / 10  # in steps: a component of a smaller standard deviation is not coded
+BASIS_QUALITY = 100  # at which rounding of the basis costs about as much as quantization
+REFINE_FROM_QUALITY = 55  # from which on projections correct for rounding of the basis
+QUALITIES = range(10, 71, 10)  # at which the tables are learnt
+TABLE_BLOCKS, MAX_HISTOGRAMS = 12, 20_000  # from which the tables are learnt, at most
 
 
 @dataclass(frozen=True, kw_only=True)
 class KVTCRDConfig(CodecConfig):
-    """Settings of the `kvtc-rd` method; its dumps need a sensitivity.
+    """Settings of the `kvtc-rd` method. At least one dump needs a sensitivity.
 
     Parameters
     ----------
     basis_bytes
-        Bytes of the artifacts, all of k and v together, at most, kept by a coarser basis; None for no bound.
+        Most bytes of the artifacts of k and v together; the basis is rounded more coarsely to fit. None for no bound.
     samples_per_file
-        Tokens to use of each dump, at most, spread evenly; None for all.
+        Most tokens to use per dump, evenly spaced; None for all.
     sinks
-        First tokens of each dump to leave out; 0 or more.
+        First tokens of each dump excluded from training; 0 or more.
     seed
-        Seed of everything that is drawn at random.
+        Seed of all random numbers in calibration.
     """
 
     basis_bytes: int | None = integer(None, least=1)
@@ -73,9 +74,9 @@ class KVTCRDStream(StreamArtifacts):
     codes, scale, spread
         Basis of weighted rows, as `mlxkv.codec.stages.basis.Basis` stores it.
     weights
-        Symmetric matrices `[heads, D, D]` float16, heads of all layers.
+        One symmetric matrix per head of each layer, `[layers * H, D, D]` float16.
     attention
-        Predictor of attention from keys, `[heads, Dk + 1]` float32, in the artifacts of values; otherwise `[0, 0]`.
+        Predictor of attention from keys, `[layers * H, Dk + 1]` float32, in the artifacts of values; otherwise `[0, 0]`.
     tables
         Frequencies `[64, 256]` uint16 of `mlxkv.codec.stages.entropy`.
 
@@ -118,12 +119,12 @@ class KVTCRDStream(StreamArtifacts):
 
     @cached_property
     def unweighted_basis(self) -> mx.array:
-        """The basis with its weights undone, `[rank, p]` float32: coefficients times it are rows."""
+        """Basis times the inverse weights, `[rank, p]` float32: coefficients times this matrix are unweighted rows."""
         return mx.contiguous(weighting.apply_weights(self.basis.matrix, weighting.invert_weights(self.weights)))
 
 
 def _checked_quality(quality: object) -> float:
-    """Return a quality that is a number from 0 to 100."""
+    """Check that a quality is a number from 0 to 100 and return it."""
     if not isinstance(quality, int | float) or isinstance(quality, bool) or not 0 <= quality <= 100:
         raise InputError(f"the quality of kvtc-rd is a number from 0 to 100, not {quality!r}")
     return quality
@@ -153,7 +154,7 @@ def step_size(quality: float, name: str) -> float:
 
 
 class KVTCRDCoder(BlockCoder):
-    """Coder of blocks by weights, a basis and entropy tables.
+    """Coder of blocks with weights, a basis and entropy tables.
 
     Parameters
     ----------
@@ -168,7 +169,7 @@ class KVTCRDCoder(BlockCoder):
 
     uses_lossless_stage = False
     default_quality = 35.0
-    window_quality_bonus: ClassVar[float | None] = 30.0  # the newest tokens get most attention
+    window_quality_bonus: ClassVar[float | None] = 30.0  # recent tokens get most attention
 
     def __init__(self, streams: Mapping[str, KVTCRDStream]) -> None:
         self._parts = dict(streams)
@@ -182,7 +183,7 @@ class KVTCRDCoder(BlockCoder):
         _checked_quality(quality)
 
     def coefficients(self, rows: Mapping[str, mx.array], quality: float) -> dict[str, mx.array]:
-        """Return each stream's weighted coefficients, of those components that a step of this quality resolves.
+        """Return each stream's weighted coefficients, without components too weak for the step of this quality.
 
         Parameters
         ----------
@@ -194,7 +195,7 @@ class KVTCRDCoder(BlockCoder):
         Returns
         -------
         dict[str, mx.array]
-            Coefficients `[n, components]` float32. Those of values are scaled by gains that follow from the keys' integers.
+            Coefficients `[n, components]` float32. Those of values are scaled by gains computed from the quantized keys.
         """
         coefficients: dict[str, mx.array] = {}
         for name, x in rows.items():
@@ -218,11 +219,11 @@ class KVTCRDCoder(BlockCoder):
         return entropy.encode(np.pad(codes, ((0, 0), (0, part.basis.rank - codes.shape[1]))), part.tables)
 
     def estimate(self, name: str, codes: np.ndarray) -> float:
-        """Return about how many bytes `pack` makes, from code lengths."""
+        """Estimate the bytes that `pack` makes from code lengths."""
         return entropy.estimate(codes, self._parts[name].tables)
 
     def is_size(self, name: str, tokens: int, size: int, coding: str) -> bool:
-        """Return whether the section is stored plain and has at least a byte for each row."""
+        """Check that the section is stored plain and has at least one byte per row."""
         return coding == "raw" and size >= tokens
 
     def unpack(self, blocks: Sequence[Mapping[str, bytes]], tokens: Sequence[int]) -> list[dict[str, np.ndarray]]:
@@ -250,14 +251,14 @@ class KVTCRDCoder(BlockCoder):
         return rows
 
     def _gains(self, keys: np.ndarray, quality: float) -> mx.array:
-        """Return factors on each token's values, `[n, heads]`, from its quantized keys, which the decoder has too."""
+        """Return the gains on each token's values, `[n, heads]`, from its quantized keys, which the decoder has as well."""
         slopes, bias = self._attention_predictor
         logs = dequantize(keys, step_size(quality, "k")) @ slopes[: keys.shape[1]] + bias
         return mx.exp(mx.clip(logs, -weighting.MAX_LOG_GAIN, weighting.MAX_LOG_GAIN))
 
     @cached_property
     def _attention_predictor(self) -> tuple[mx.array, mx.array]:
-        """Predictor of attention as linear in the keys' coefficients: slopes `[rank, heads]` and biases `[heads]`."""
+        """Predictor of attention in terms of the keys' coefficients: slopes `[rank, heads]` and biases `[heads]`."""
         attention, part = self._parts["v"].attention, self._parts["k"]
         heads, dim = part.weights.shape[:2]
         slopes = (part.unweighted_basis.reshape(-1, heads, dim) * mx.array(attention[:, :-1])).sum(axis=-1)
@@ -273,7 +274,7 @@ class KVTCRD(CodecMethod):
     artifacts_class = KVTCRDStream
 
     def train(self, samples: Samples, config: CodecConfig) -> dict[str, KVTCRDStream]:
-        """Learn weights, a basis and tables of each stream; values are weighted by their tokens' keys as well."""
+        """Learn weights, a basis and tables of each stream, and the predictor of attention that scales the values."""
         config = checked_config(KVTCRDConfig, config)
         weights, attention = weighting.learn_weights(samples)
         budget = config.basis_bytes and config.basis_bytes // len(weights)
@@ -287,7 +288,7 @@ class KVTCRD(CodecMethod):
                 value_gains = weighting.attention_gains(rows.reshape(-1, heads, dim), attention)
             mu = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
             rows = np.array(weighting.apply_weights(mx.array(rows - mu), head_weights.astype(np.float32)))
-            # The keys' weighted rows get a mean square of 1, so that a step means the same for every model.
+            # Weighted key rows are scaled to a mean square of 1, so that a quality means the same for every model.
             unit = unit or float(1 / np.sqrt(np.square(rows).mean()))
             rows *= unit
             if len(predictor):
@@ -327,7 +328,7 @@ class KVTCRD(CodecMethod):
 
 
 def _learn_tables(rows: np.ndarray, learnt: Basis, name: str, seed: int) -> np.ndarray:
-    """Learn tables from some blocks of weighted rows, each at several qualities."""
+    """Learn entropy tables from evenly spaced blocks of weighted rows, each quantized at several qualities."""
     blocks = np.array_split(rows, -(-len(rows) // BLOCK_ROWS))
     per_block = [
         entropy.histograms(quantize(coefficients, step_size(quality, name)))
@@ -353,5 +354,5 @@ def _apply_gains(rows: Any, gains: Any) -> Any:
 
 
 def _used_components(integers: np.ndarray) -> int:
-    """Return how many components there are up to the last that is not all zeros."""
+    """Return the number of components up to the last that is not all zeros."""
     return int(np.flatnonzero(np.r_[True, integers.any(axis=0)])[-1])

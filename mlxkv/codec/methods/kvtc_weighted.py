@@ -1,6 +1,8 @@
-"""KVTC as published on rows under the weights of `kvtc-rd`: its dynamic programme then minimises what the model notices.
+"""KVTC as published, applied to rows that are multiplied by the sensitivity weights of `kvtc-rd`.
 
-For a fixed rate where squared error is a poor measure; `kvtc-rd` needs fewer bytes.
+The weights make equal squared errors about equally harmful to the model's predictions, so the dynamic programme of KVTC
+minimises that harm instead of plain squared error. Decoding multiplies by the inverse weights. The rate is fixed in
+calibration, as with `kvtc`; at equal fidelity `kvtc-rd` needs fewer bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from mlxkv.errors import FormatError
 
 @dataclass(frozen=True)
 class KVTCWeightedConfig(kvtc.KVTCConfig):
-    """Settings of the `kvtc-weighted` method: those of `kvtc`. Its dumps need a sensitivity."""
+    """Settings of the `kvtc-weighted` method: those of `kvtc`. At least one dump needs a sensitivity."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,9 @@ class KVTCWeightedStream(StreamArtifacts):
     Parameters
     ----------
     mu, V, plan
-        Mean, basis and plan of weighted rows, as in `KVTCStream`.
+        Mean, basis and bit plan of weighted rows, as in `KVTCStream`.
     weights
-        Symmetric matrices `[heads, D, D]` float32, heads of all layers.
+        One symmetric matrix per head of each layer, `[layers * H, D, D]` float32.
 
     Raises
     ------
@@ -68,7 +70,7 @@ class KVTCWeightedStream(StreamArtifacts):
 
 
 class KVTCWeightedCoder(kvtc.KVTCCoder):
-    """Coder of `kvtc` between weighting and its inverse.
+    """Coder of `kvtc` for weighted rows: weights are applied before encoding and undone after decoding.
 
     Parameters
     ----------
@@ -95,13 +97,13 @@ class KVTCWeightedCoder(kvtc.KVTCCoder):
 
 @codec_methods.register("kvtc-weighted")
 class KVTCWeighted(CodecMethod):
-    """The published pipeline between weighting and its inverse."""
+    """The `kvtc` method applied to sensitivity-weighted rows."""
 
     config_class = KVTCWeightedConfig
     artifacts_class = KVTCWeightedStream
 
     def train(self, samples: Samples, config: CodecConfig) -> dict[str, KVTCWeightedStream]:
-        """Learn weights, and then what `kvtc` learns of weighted rows."""
+        """Learn the weights, then a mean, a basis and a plan from weighted rows."""
         config = checked_config(KVTCWeightedConfig, config)
         weights, _ = weighting.learn_weights(samples, predict_attention=False)
         parts = {"v": _EMPTY}

@@ -1,7 +1,8 @@
-"""A basis in few bytes: the error that an entry's rounding causes grows with its component's spread, so entries are scaled by it.
+"""Principal components stored in few bytes, as integers.
 
-Entries times their component's spread have one step (reverse water-filling): weak components are left with small integers,
-which DEFLATE makes short, and the weakest are left out.
+The spread of a component is the standard deviation of its coefficients. Rounding an entry of a component causes an error in
+proportion to that spread, so entries are multiplied by the spread and then rounded with one step for all components (reverse
+water-filling). Weak components become small integers, which DEFLATE compresses well, and the weakest are dropped.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from mlxkv.errors import FormatError, InputError
 from mlxkv.io import lossless
 
 _TYPES = {"codes": "uint8", "scale": "float32", "spread": "float32"}
-STRONG_ENERGY_SHARE = 0.9  # of the rows' energy is in the strong components, which weak ones must not leak into
+STRONG_ENERGY_SHARE = 0.9  # share of the rows' energy in the strong components, which weak ones must not leak into
 MAX_ENTRY = 127 * 256 + 127  # largest integer of two signed bytes
-LENGTH_BYTES = 4  # of the count that the codes begin with
-_SAMPLED_COMPONENTS = 256  # whose bytes stand for those of all
-_STEP_FACTOR = 2 ** (1 / 16)  # between steps that are tried
+LENGTH_BYTES = 4  # of the byte count at the beginning of the codes
+_SAMPLED_COMPONENTS = 256  # from whose size that of all components is estimated
+_STEP_FACTOR = 2 ** (1 / 16)  # ratio of successive steps tried to fit the budget
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ class Basis:
     Parameters
     ----------
     codes
-        `[bytes]` uint8: a little-endian count of bytes, and these in DEFLATE. First the low byte of each integer
-        `[rank, p]`, signed, then the high byte of the first components' integers, signed.
+        `[bytes]` uint8: a little-endian byte count, then that many bytes compressed by DEFLATE. These are the signed low
+        bytes of all integers `[rank, p]`, then the signed high bytes of the leading components, which need two bytes.
     scale
-        Factor `[rank]` float32 of each component's integers.
+        Factor `[rank]` float32 by which each component's integers are multiplied.
     spread
-        Standard deviation `[rank]` float32 of each coefficient in calibration.
+        Standard deviation `[rank]` float32 of each component's coefficients in calibration.
     width
         Width p of the rows.
 
@@ -86,17 +87,17 @@ class Basis:
 
     @cached_property
     def _strong_count(self) -> int:
-        """Number of the components that hold most of the energy."""
+        """Number of leading components that hold STRONG_ENERGY_SHARE of the energy."""
         energy = np.cumsum(np.square(self.spread))
         return int(np.searchsorted(energy, STRONG_ENERGY_SHARE * energy[-1])) + 1
 
     def rank_above(self, least: float) -> int:
-        """Return how many components there are before all others spread less than a bound.
+        """Count the leading components until all later ones have a smaller standard deviation than the bound.
 
         Parameters
         ----------
         least
-            Standard deviation of a coefficient.
+            Bound on the standard deviation of a component's coefficients.
 
         Returns
         -------
@@ -113,7 +114,7 @@ class Basis:
         rows
             Centred rows `[n, p]` float32.
         count
-            Number of components, the strongest ones.
+            Number of components to use, strongest first.
         refine
             Also correct for the rounding of the components, at three times the cost.
 
@@ -128,16 +129,16 @@ class Basis:
         )
 
     def _project_once(self, rows: mx.array, count: int) -> mx.array:
-        """Return coefficients `[n, count]` as if the rounded components were orthonormal."""
+        """Return coefficients `[n, count]`, treating the rounded components as orthonormal."""
         first, others = self.matrix[: self._strong_count], self.matrix[self._strong_count : count]
         if count <= self._strong_count:
             return rows @ first[:count].T
         coefficients = rows @ first.T
-        # Rounded weak components are not quite orthogonal to strong ones, which would leak into them.
+        # Rounded weak components are not quite orthogonal to strong ones, so project what the strong ones leave.
         return mx.concatenate([coefficients, (rows - coefficients @ first) @ others.T], axis=1)
 
     def reconstruct(self, coefficients: mx.array) -> mx.array:
-        """Return the rows that coefficients stand for.
+        """Return the rows that coefficients represent.
 
         Parameters
         ----------
@@ -153,16 +154,16 @@ class Basis:
 
 
 def learn_basis(rows: np.ndarray, step: float, budget: int | None, seed: int) -> Basis:
-    """Return the basis of rows, which are centred in place.
+    """Learn the basis of rows, which are centred in place.
 
     Parameters
     ----------
     rows
         Rows `[N, p]` float32.
     step
-        Step of the entries times their spreads; longer where the basis would otherwise exceed the budget.
+        Rounding step of entries times spreads; increased where the basis would otherwise exceed the budget.
     budget
-        Bytes of the basis, at most; None for no bound.
+        Most bytes of the basis; None for no bound.
     seed
         Seed of the principal components.
 
@@ -174,7 +175,7 @@ def learn_basis(rows: np.ndarray, step: float, budget: int | None, seed: int) ->
     Raises
     ------
     InputError
-        For a budget that not even one component fits in.
+        For a budget too small for one component.
     """
     _, components = principal_components(rows, rows.shape[1], seed)
     spread = np.sqrt(np.square(rows @ components, dtype=np.float64).mean(axis=0)).astype(np.float32)
@@ -191,7 +192,7 @@ def learn_basis(rows: np.ndarray, step: float, budget: int | None, seed: int) ->
 
 
 def _step_within_budget(entries: np.ndarray, step: float, budget: int) -> float:
-    """Return the shortest step from `step` on within the budget, estimated from the bytes of some components."""
+    """Return the smallest step, at least `step`, that fits the budget, estimated from some of the components."""
     sample = entries[:: max(1, len(entries) // _SAMPLED_COMPONENTS)]
     spread = np.ones(len(sample), np.float32)
     low, high = step, 2 * float(np.abs(entries).max())
@@ -203,11 +204,11 @@ def _step_within_budget(entries: np.ndarray, step: float, budget: int) -> float:
 
 
 def _round_to_step(entries: np.ndarray, spread: np.ndarray, step: float) -> Basis:
-    """Round entries `[rank, p]`, which are components times their spreads."""
+    """Make a basis from entries `[rank, p]`, which are components times their spreads, by rounding."""
     steps = np.maximum(step, np.abs(entries).max(axis=1, initial=0) / MAX_ENTRY)
     integers = np.rint(entries / steps[:, None]).astype(np.int16)
     wide = int(np.flatnonzero(np.r_[True, (np.abs(integers) > 127).any(axis=1)])[-1])
-    # Weaker components would be mostly the rounding's own noise, which takes up what belongs to others.
+    # Weaker components would be mostly rounding noise, which overlaps with the other components.
     informative = np.square(integers, dtype=np.float32).mean(axis=1) >= 1
     rank = max(1, wide, int(np.flatnonzero(np.r_[True, informative])[-1]))
     low = integers[:rank].astype(np.int8)

@@ -1,4 +1,4 @@
-"""Uniform quantization with a dead zone: coefficients to integers by one step, and back."""
+"""Uniform quantization with a dead zone: coefficients to integers with one step size, and back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from mlxkv.errors import InputError
 
 DEAD_ZONE_ROUNDING = 0.40  # below 1/2: the dead zone around 0 is wider than a step
-RECONSTRUCTION_OFFSET = 0.12  # steps: shrunken vectors flatten attention, which costs more than their squared error
+RECONSTRUCTION_OFFSET = 0.12  # in steps: shrunken vectors flatten attention, which costs more than their squared error
 MAX_MAGNITUDE = 2**30  # of an integer
 
 
@@ -20,7 +20,7 @@ def quantize(coefficients: mx.array, step: float) -> np.ndarray:
     coefficients
         Coefficients `[n, r]` float32.
     step
-        Width of an interval, above 0.
+        Width of a quantization interval, above 0.
 
     Returns
     -------
@@ -44,14 +44,14 @@ def quantize(coefficients: mx.array, step: float) -> np.ndarray:
 
 
 def dequantize(integers: np.ndarray, step: float) -> mx.array:
-    """Return the coefficients that integers stand for, a little farther from 0 than their multiples of the step.
+    """Return the coefficients that integers represent, slightly farther from 0 than the multiples of the step.
 
     Parameters
     ----------
     integers
         Integers `[n, r]` int32.
     step
-        Width of an interval, as for `quantize`.
+        Width of a quantization interval, as for `quantize`.
 
     Returns
     -------

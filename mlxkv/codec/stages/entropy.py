@@ -1,9 +1,10 @@
-"""Entropy coding of quantized coefficients: static tables, chosen for a block by its contents.
+"""Entropy coding of quantized coefficients with static frequency tables, chosen for each block by its contents.
 
-A table stands for a class of components, by how large their integers are. A block names the class of each of its
-components, so that it follows its file where that is unlike the calibration, and a shift for each token, since some are
-larger than others in all components alike: a symbol is coded with table class + shift and needs no other symbol to be
-decoded, so lanes stay parallel. Tables are learnt in calibration and kept as integers: every device reads the same.
+There is one table for each class of components; classes are ordered by the size of the integers. A block stores the class of
+each of its components, so that it adapts to text unlike the calibration, and a shift for each token. The shift here is an
+offset on the table index, not on values: some tokens are larger than others in all components alike. A symbol is coded with
+table class + shift and needs no other symbol to be decoded, so lanes stay parallel. Tables are learnt in calibration and
+stored as integers, so every device decodes the same values.
 
 Components of class 0 are all zeros and have no symbols.
 """
@@ -21,19 +22,19 @@ import numpy as np
 from mlxkv.errors import FormatError, InputError
 from mlxkv.kernels import rans
 
-CLASSES = 64  # of components that are not all zeros, one table each; class 0 has none
-SHIFTS = 4  # tables that a token's classes may go up or down
-MAX_MAGNITUDE = 127  # that has symbols of its own
-ESCAPE = 255  # symbol of a value that has none: it follows in 32 bits
+CLASSES = 64  # of components that are not all zeros, one table per class; class 0 has none
+SHIFTS = 4  # largest shift of a token: an offset on table indices, up or down
+MAX_MAGNITUDE = 127  # largest magnitude that has a symbol of its own
+ESCAPE = 255  # symbol of values without one: they are stored apart in 32 bits
 # The symbols stand for 0, 1, -1, 2, -2, ...
 _SYMBOL_VALUES = (np.arange(256, dtype=np.int32) + 1) // 2 * np.tile(np.array([-1, 1], np.int32), 128)
 _MISSING_BITS = 32.0 + rans.SCALE_BITS
 _LLOYD_ROUNDS = 12  # of Lloyd's algorithm
-_MIN_SHARE = 2.0**-15  # of a table: what is rarer is escaped, as 1/4096 is the least frequency there is
-_TAIL_SHARE = 0.01  # of a table goes to a geometric tail, for magnitudes that calibration has not seen
-_LANE_BYTES = 512  # coded bytes of a lane, whose state and count take about 5
-_LANE_SYMBOLS = 2**15  # of a lane at most: bounds a reader's steps and keeps counts in 16 bits
-_MAX_PADDING = 4  # times the coded symbols: with more padding, sections are decoded one by one
+_MIN_SHARE = 2.0**-15  # of a table: rarer symbols are escaped, as 1/4096 is the smallest frequency
+_TAIL_SHARE = 0.01  # of a table is given to a geometric tail, for magnitudes that did not occur in calibration
+_LANE_BYTES = 512  # coded bytes per lane; its state and word count take about 5
+_LANE_SYMBOLS = 2**15  # per lane, at most: bounds a reader's steps and keeps word counts in 16 bits
+_MAX_PADDING = 4  # times the coded symbols; with more padding, sections are decoded one by one
 _HEADER = struct.Struct("<III")  # lanes, escaped values, bytes of the deflated model
 
 
@@ -48,7 +49,7 @@ def histograms(integers: np.ndarray) -> np.ndarray:
     Returns
     -------
     np.ndarray
-        Counts `[r, 129]` int64 of magnitudes 0 to 127, and last of all beyond.
+        Counts `[r, 129]` int64 of magnitudes 0 to 127, and in the last column of all larger ones.
 
     Examples
     --------
@@ -77,11 +78,12 @@ def learn_tables(samples: np.ndarray) -> np.ndarray:
     Raises
     ------
     InputError
-        When the samples are nothing but zeros.
+        When all samples are zero.
 
     Notes
     -----
-    Lloyd's algorithm in code length, from classes that are equally wide in the logarithm of the mean magnitude.
+    Lloyd's algorithm with code length as the distance, starting from classes of equal width in the logarithm of the mean
+    magnitude.
     """
     samples = samples[samples[:, 1:].any(axis=1)].astype(np.float64)
     if not len(samples):
@@ -97,7 +99,7 @@ def learn_tables(samples: np.ndarray) -> np.ndarray:
 
 
 def _frequency_tables(counts: np.ndarray, centers: np.ndarray) -> np.ndarray:
-    """Return frequencies from magnitudes' counts `[K, 129]`; a class without samples has its tail alone."""
+    """Return frequencies from counts of magnitudes `[K, 129]`; a class without samples gets a geometric tail only."""
     magnitudes = np.arange(counts.shape[1])
     total = counts.sum(axis=1, keepdims=True)
     means = np.where(total > 0, counts @ magnitudes[:, None] / np.maximum(total, 1), centers[:, None])
@@ -112,7 +114,7 @@ def _frequency_tables(counts: np.ndarray, centers: np.ndarray) -> np.ndarray:
 
 
 def _magnitude_bits(tables: np.ndarray) -> np.ndarray:
-    """Return the bits of each magnitude with its sign, `[K, 129]`; what a table lacks is escaped."""
+    """Return the bits of each magnitude with its sign, `[K, 129]`; magnitudes that a table lacks are escaped."""
     bits = _symbol_bits(tables)
     return np.concatenate([bits[:, :1], bits[:, 1:ESCAPE:2], np.full((len(tables), 1), _MISSING_BITS)], axis=1)
 
@@ -125,7 +127,11 @@ def _symbol_bits(tables: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _BlockPlan:
-    """Coding of a block. classes: `[r]`, 0 for components without symbols. symbols, table_of, escaped: `[n, coded]`. shifts: `[n]`."""
+    """Coding of a block.
+
+    classes: `[r]`, 0 for components without symbols. symbols, table_of (index of the table), escaped: `[n, coded]`.
+    shifts: `[n]`, offsets on table indices.
+    """
 
     classes: np.ndarray
     symbols: np.ndarray
@@ -235,7 +241,7 @@ class Section(NamedTuple):
 
 
 def decode(sections: Sequence[Section]) -> list[np.ndarray]:
-    """Decode sections together: the lanes of one are too few to keep a device busy.
+    """Decode sections together, since one section has too few lanes to keep a device busy.
 
     Parameters
     ----------
@@ -257,7 +263,7 @@ def decode(sections: Sequence[Section]) -> list[np.ndarray]:
     if len(parsed) > 1 and steps * sum(lanes) > _MAX_PADDING * sum(each.table_of.size for each in parsed):
         return [decode([section])[0] for section in sections]
     table_sets = list({id(section.tables): section.tables for section in sections}.values())
-    padding = np.zeros((1, 256), np.uint16)  # its symbol 0 changes no state and takes no word: pads what is shorter
+    padding = np.zeros((1, 256), np.uint16)  # its symbol 0 changes no state and reads no word: pads shorter sections
     padding[0, 0] = rans.TOTAL
     columns = []
     for section, each, count in zip(sections, parsed, lanes):
@@ -314,7 +320,7 @@ def _parse_section(section: Section) -> _ParsedSection:
 
 
 def _integers(section: Section, parsed: _ParsedSection, symbols: np.ndarray) -> np.ndarray:
-    """Return the integers of one section from its symbols, which padding may follow."""
+    """Return the integers of one section from its symbols; padding after them is ignored."""
     all_symbols = np.zeros((section.tokens, int(np.r_[-1, parsed.coded][-1]) + 1), np.uint8)
     all_symbols[:, parsed.coded] = symbols[: parsed.table_of.size].reshape(section.tokens, len(parsed.coded))
     integers = np.zeros((section.tokens, section.components), np.int32)
@@ -350,7 +356,7 @@ def _table_indices(classes: np.ndarray, shifts: np.ndarray) -> np.ndarray:
 
 
 def _best_shifts(symbols: np.ndarray, classes: np.ndarray, tables: np.ndarray) -> np.ndarray:
-    """Return the shift of each token that makes its code shortest, judged by every fourth component; int `[n]`."""
+    """Return each token's offset on table indices with the shortest code, judged by every fourth component; int `[n]`."""
     symbol_bits = _symbol_bits(tables).astype(np.float32)
     shifts = np.array(sorted(range(-SHIFTS, SHIFTS + 1), key=abs))
     sampled = symbols[:, ::4].T

@@ -1,4 +1,4 @@
-"""Blocks of coefficients to packed bytes by a plan, and back."""
+"""Blocks of coefficients to packed bytes according to a bit plan, and back."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def encode_block(plan: Plan, coefficients: mx.array) -> bytes:
     Raises
     ------
     InputError
-        For values that are not finite or beyond float16, the type of shifts.
+        For values that are not finite or exceed float16, the type of shifts (the groups' offsets).
     """
     if not (mx.abs(coefficients).max() <= FLOAT16_MAX).item():
         raise InputError("the cache holds NaN, infinite or enormous values: its coefficients do not fit float16")
@@ -47,7 +47,7 @@ def decode_block(plan: Plan, data: bytes, tokens: int) -> mx.array:
     Parameters
     ----------
     plan
-        The plan that it was coded by.
+        The plan that the data was coded with.
     data
         Exactly `payload_size(plan, tokens)` bytes.
     tokens
@@ -62,7 +62,7 @@ def decode_block(plan: Plan, data: bytes, tokens: int) -> mx.array:
 
 
 def payload_size(plan: Plan, tokens: int) -> int:
-    """Return how many bytes `encode_block` makes.
+    """Return the number of bytes that `encode_block` makes.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
 """Principal components of token rows across all layers and heads (the Karhunen-Loève transform, KLT).
 
-Randomised SVD after Halko, Martinsson and Tropp (arXiv 0909.4061), algorithm 4.4. Small problems, and those that want
-most directions anyway, go through the Gram matrix of the smaller side, so no p x p matrix appears when there are fewer
-samples than p.
+Randomised SVD after Halko, Martinsson and Tropp (arXiv 0909.4061), algorithm 4.4. Small problems, and those that need
+most of the directions, use the Gram matrix of the smaller side, so no p x p matrix is formed when there are fewer samples
+than p.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 OVERSAMPLE = 64
 POWER_PASSES = 2
 EXACT_SIDE = 1536  # a Gram matrix up to this side is diagonalised in about a second
-EXACT_SHARE = 0.4  # from this share of all directions on, the exact way is the faster one
+EXACT_SHARE = 0.4  # above this share of all directions, the exact method is faster
 
 
 def principal_components(rows: np.ndarray, rank: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -23,7 +23,7 @@ def principal_components(rows: np.ndarray, rank: int, seed: int = 0) -> tuple[np
     rows
         Rows `[N, p]` float32.
     rank
-        Number of components r to look for; there are at most `min(N - 1, p)`.
+        Number of components r to compute; at most `min(N - 1, p)` exist.
     seed
         Seed of the randomised method; the result is deterministic for a seed.
 
@@ -54,7 +54,7 @@ def _exact(rows: np.ndarray, rank: int) -> np.ndarray:
         _, vectors = np.linalg.eigh(rows.T @ rows)
         return vectors[:, ::-1][:, :rank]
     _, vectors = np.linalg.eigh(rows @ rows.T)
-    # Orthonormal even where the spectrum has run out, unlike division by the singular values.
+    # Orthonormal even where singular values are zero, unlike division by them.
     return np.linalg.qr(rows.T @ vectors[:, ::-1][:, :rank])[0]
 
 
@@ -72,5 +72,5 @@ def _randomised(rows: np.ndarray, rank: int, seed: int) -> np.ndarray:
 
 
 def _signs(basis: np.ndarray) -> np.ndarray:
-    """Return +-1 for each component, so that its largest entry is positive whatever the LAPACK."""
+    """Return +-1 for each component, so that its largest entry is positive with every LAPACK."""
     return np.where(basis[np.abs(basis).argmax(axis=0), np.arange(basis.shape[1])] < 0, -1, 1).astype(basis.dtype)

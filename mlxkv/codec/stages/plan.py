@@ -1,8 +1,8 @@
-"""Bit allocation: which components are coded as what type, and the dynamic programme that finds the best plan.
+"""Bit allocation: a plan assigns a type to each group of components, and a dynamic programme finds the best plan.
 
 KVTC (arXiv 2511.01815, section 3): contiguous groups of 1, 16, 64, 256 or 1024 components, each of type none, int2, int4
-or fp8; a coded group costs `bits * size + 32` bits a token. The programme is exact over (components covered, bits spent)
-for a given table of group errors.
+or fp8; a coded group costs `bits * size + 32` bits per token. The programme finds the exact optimum over
+(components covered, bits spent) for a given table of group errors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mlxkv.spec import is_int
 
 GROUP_SIZES = (1, 16, 64, 256, 1024)
 CODED_TYPES = ("int2", "int4", "fp8")
-OVERHEAD_BITS = 32  # shift and scale
+OVERHEAD_BITS = 32  # float16 shift (offset) and scale
 _UNIT_BITS = 2  # of the dynamic programme: every cost is a multiple of two bits
 
 ErrorTable = Mapping[tuple[int, str], np.ndarray]
@@ -33,7 +33,7 @@ class Group:
     Parameters
     ----------
     size
-        Number of components: 1, 16, 64, 256 or 1024, or any number of type "none".
+        Number of components: 1, 16, 64, 256 or 1024, or any number for type "none".
     kind
         "none", "int2", "int4" or "fp8".
 
@@ -52,13 +52,13 @@ class Group:
 
     @property
     def bits(self) -> int:
-        """Bits a token, shift and scale included."""
+        """Bits per token, shift and scale included."""
         return cost(self.size, self.kind)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Groups in the order of components. Components behind the last group are not coded.
+    """Groups in the order of components. Components after the last group are not coded.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ class Plan:
 
     @property
     def bits(self) -> int:
-        """Bits a token before any lossless stage."""
+        """Bits per token before any lossless stage."""
         return sum(group.bits for group in self.groups)
 
     def runs(self) -> Iterator[Run]:
@@ -116,7 +116,7 @@ class Plan:
         Parameters
         ----------
         data
-            What `to_json` returned, from any source.
+            Output of `to_json`, from any source.
 
         Returns
         -------
@@ -135,7 +135,7 @@ class Plan:
 
 
 def cost(size: int, kind: str) -> int:
-    """Return the bits a token that one group costs.
+    """Return the bits per token that one group costs.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ def cost(size: int, kind: str) -> int:
 
 
 def allocate_bits(energy: np.ndarray, errors: ErrorTable, budget: int) -> Plan:
-    """Return the plan of least squared error within a budget.
+    """Return the plan with the least squared error within a budget.
 
     Parameters
     ----------
@@ -167,7 +167,7 @@ def allocate_bits(energy: np.ndarray, errors: ErrorTable, budget: int) -> Plan:
     errors
         Squared error of coding a group, by (size, type): `[r - size + 1]`, indexed by the group's first component.
     budget
-        Bits a token.
+        Bits per token.
 
     Returns
     -------
@@ -176,8 +176,8 @@ def allocate_bits(energy: np.ndarray, errors: ErrorTable, budget: int) -> Plan:
 
     Notes
     -----
-    `best[i, b]` is the least error of components 0..i in b units of two bits; `choice` keeps the last group of it. Only the
-    rows of `best` that the largest group can reach back to are kept.
+    `best[i, b]` is the least error of the first i components in b units of two bits, and `choice[i, b]` the last group of
+    that solution. Only the rows of `best` that the largest group can reach back to are kept.
     """
     rank = len(energy)
     options = [(1, "none"), *((size, kind) for size, kind in errors if size <= rank)]
@@ -223,7 +223,7 @@ def _merge_skipped(groups: list[Group]) -> Iterator[Group]:
 
 
 def _int(value: Any) -> int:
-    """Return a value read from a file if it is a whole number."""
+    """Check that a value read from a file is a whole number and return it."""
     if not is_int(value):
         raise TypeError(f"expected a whole number, got {value!r}")
     return value

@@ -1,7 +1,8 @@
-"""Shift and scale of each group of coefficients. Rounding and packing by them is the work of mlxkv/kernels/groups.py.
+"""Shift and scale of each group of coefficients. mlxkv/kernels/groups.py rounds and packs with them.
 
-Every token's group has its own float16 shift and scale. int2 and int4 are affine between the group's minimum and maximum,
-then refitted by least squares; fp8 is E4M3 around the group's mean.
+Each group of each token has its own float16 shift (the offset added to scaled codes) and scale: a coefficient is
+`shift + scale * code`. int2 and int4 span the group's minimum to its maximum, then are refitted by least squares; fp8 is
+E4M3 around the group's mean.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ def fit(x: mx.array, kind: str) -> tuple[mx.array, mx.array]:
     Returns
     -------
     tuple[mx.array, mx.array]
-        Shift and scale `[count, n]` float16.
+        Shift (offset) and scale `[count, n]` float16.
 
     Notes
     -----
-    Refitting by least squares departs from KVTC (arXiv 2511.01815), which takes both from the group's extremes. It costs
-    nothing in the format.
+    Refitting by least squares departs from KVTC (arXiv 2511.01815), which derives both from the group's extremes. The
+    format is unaffected.
     """
     low, high = x.min(axis=1), x.max(axis=1)
     if kind == "fp8":
@@ -47,7 +48,7 @@ def fit(x: mx.array, kind: str) -> tuple[mx.array, mx.array]:
 
 
 def quantization_round_trip(x: mx.array, kind: str) -> mx.array:
-    """Return groups as they are after quantization.
+    """Quantize groups and return the restored coefficients.
 
     Parameters
     ----------
@@ -66,9 +67,9 @@ def quantization_round_trip(x: mx.array, kind: str) -> mx.array:
 
 
 def _least_squares(x: mx.array, codes: mx.array) -> tuple[mx.array, mx.array]:
-    """Return the shift and scale that reproduce x best from these codes."""
+    """Return the shift and scale that reproduce x from these codes with the least squared error."""
     center, mean = codes.mean(axis=1), x.mean(axis=1)
     spread = codes - center[:, None]
     scale = (spread * (x - mean[:, None])).sum(axis=1) / mx.maximum(mx.square(spread).sum(axis=1), 1e-9)
-    shift = mx.clip(mean - scale * center, -FLOAT16_MAX, FLOAT16_MAX)  # the line may leave the range of x
+    shift = mx.clip(mean - scale * center, -FLOAT16_MAX, FLOAT16_MAX)  # the fitted line may leave the range of x
     return shift.astype(mx.float16), scale.astype(mx.float16)

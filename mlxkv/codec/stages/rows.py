@@ -24,7 +24,7 @@ def to_rows(stream: Stream, layers: Sequence[np.ndarray] | Sequence[mx.array], s
     layers
         Its cached tensors `[B, H, T, D]`, one for each caching layer.
     start, stop
-        Tokens to take, from `start` up to `stop`; `start` is also the position of the first one.
+        Range of tokens, from `start` up to `stop`; `start` is also the position of the first one.
 
     Returns
     -------

@@ -1,7 +1,10 @@
-"""Weights of the cache's directions by what they matter to the model, which `kvtc-rd` and `kvtc-weighted` code under.
+"""Sensitivity weights of `kvtc-rd` and `kvtc-weighted`: one symmetric matrix for each head of each layer.
 
-They come from the Fisher information of cached keys and values (mlxkv/sensitivity.py), regularised by a ridge and a power
-below 1. Rows times the square root of that make equal errors equally harmful.
+Errors in some directions of the cache change the model's predictions more than in others. The Fisher information F of cached
+keys and values measures by how much (mlxkv/sensitivity.py). The weights are the square root of F, regularised by a ridge and
+a power below 1: rows are multiplied by them before coding, so that equal squared errors are about equally harmful, and by
+their inverse after decoding. `kvtc-rd` also scales each token's values by a gain predicted from its key, since errors in the
+values of tokens that get more attention matter more.
 """
 
 from __future__ import annotations
@@ -15,31 +18,31 @@ from mlxkv.spec import STREAMS
 
 # Regularisation of the Fisher information: the exact one generalises worse to other texts (docs/lab-notes.md).
 RIDGE = 0.5  # added to the matrix, in units of a head's mean eigenvalue
-POWER = 0.6  # of the matrix: 1 would trust it, 0 would ignore it
-TEMPER = 0.5  # power of the predicted attention: 1 would trust the prediction
+POWER = 0.6  # exponent on the matrix: 1 would trust it, 0 would ignore it
+TEMPER = 0.5  # exponent on the predicted energy: 1 would trust the prediction
 MAX_LOG_GAIN = 1.0  # gains lie within exp(-MAX_LOG_GAIN) .. exp(MAX_LOG_GAIN)
-# Of the regression that predicts attention.
-_RIDGE_PENALTY = 0.1  # for each token
-_MIN_ENERGY = 1e-3  # in units of a head's mean: keeps the logarithm bounded
+# Settings of the regression that predicts attention.
+_RIDGE_PENALTY = 0.1  # per token
+_MIN_ENERGY = 1e-3  # added to energies, in units of a head's mean: keeps the logarithm bounded
 _NEWTON_ROUNDS = 15
-_MAX_STEP = 2.0  # of Newton's method, in the logarithm of energy
+_MAX_STEP = 2.0  # largest step of Newton's method, in the logarithm of energy
 
 
 def learn_weights(samples: Samples, predict_attention: bool = True) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Return the weights of each stream, and the predictor of attention.
+    """Learn the weights of each stream, and the predictor of attention.
 
     Parameters
     ----------
     samples
         Dumps with a sensitivity.
     predict_attention
-        False for no predictor.
+        False to learn no predictor.
 
     Returns
     -------
     tuple[dict[str, np.ndarray], np.ndarray]
         Weights `[n, D, D]` of each stream with a width, one matrix for each of n = layers * heads, and the predictor
-        `[n, Dk + 1]` of `learn_attention_predictor`; `[0, 0]` for a cache without values of their own, or without one.
+        `[n, Dk + 1]` of `learn_attention_predictor`; `[0, 0]` without a predictor, and for caches with one stream (MLA).
 
     Raises
     ------
@@ -54,7 +57,7 @@ def learn_weights(samples: Samples, predict_attention: bool = True) -> tuple[dic
         keys = keys.reshape(len(keys), -1, streams[0].dim)
         relative = [energy / np.maximum(energy.mean(axis=0), 1e-30) for energy in energies.values()]
         attention = learn_attention_predictor(keys, (relative[0] + relative[1]) / 2)
-        # The share of the energy that gains account for must not be counted again by the weights.
+        # Energy that the gains account for must not be counted again in the weights.
         remaining = energies["v"] / attention_gains(keys, attention) ** 2
         share = remaining.mean(axis=0) / np.maximum(energies["v"].mean(axis=0), 1e-30)
         fisher["v"] = fisher["v"] * share[:, None, None]
@@ -65,7 +68,7 @@ def learn_weights(samples: Samples, predict_attention: bool = True) -> tuple[dic
 
 
 def head_weights(fisher: np.ndarray, mean: float) -> np.ndarray:
-    """Return (F + ridge)^(power / 2) of each head, in units of the mean eigenvalue over all.
+    """Return (F + ridge)^(power / 2) of each head, with F in units of the mean eigenvalue over all heads.
 
     Parameters
     ----------
@@ -87,24 +90,29 @@ def head_weights(fisher: np.ndarray, mean: float) -> np.ndarray:
 
 
 def learn_attention_predictor(keys: np.ndarray, energy: np.ndarray) -> np.ndarray:
-    """Fit half the tempered logarithm of the energy that a key will have, linear in the key.
+    """Regress each token's gradient energy on its key, and return the logarithm of the gains that follow.
+
+    For each head, the energy of a token (the squared norm of the loss gradient with respect to its cached keys and values,
+    divided by the head's mean, so without unit) is modelled as `exp(slopes . key + bias)`. Slopes and bias are then multiplied
+    by TEMPER / 2: half, since a gain multiplies values and energy is quadratic; TEMPER, to trust the prediction only in part.
 
     Parameters
     ----------
     keys
         Un-rotated keys `[N, n, D]`.
     energy
-        Energy `[N, n]`, relative to each head's mean.
+        Energy `[N, n]` of each token and head, relative to the head's mean.
 
     Returns
     -------
     np.ndarray
-        Slopes and, last, the bias of each head: `[n, D + 1]` float32.
+        Slopes of each head and, in the last column, its bias: `[n, D + 1]` float32. Key times slopes plus bias is the natural
+        logarithm of the gain.
 
     Notes
     -----
-    Gamma regression with logarithmic link by Newton's method, all heads at once (McCullagh and Nelder, Generalized Linear
-    Models, chapter 8).
+    Ridge-penalised gamma regression with a logarithmic link, solved by Newton's method for all heads at once (McCullagh and
+    Nelder, Generalized Linear Models, chapter 8).
     """
     mean, spread = keys.mean(axis=0), keys.std(axis=0) + 1e-6
     x = np.concatenate([(keys - mean) / spread, np.ones((*keys.shape[:2], 1), np.float32)], axis=-1).swapaxes(0, 1)
@@ -125,7 +133,7 @@ def learn_attention_predictor(keys: np.ndarray, energy: np.ndarray) -> np.ndarra
 
 
 def attention_gains(keys: np.ndarray, attention: np.ndarray) -> np.ndarray:
-    """Return the factors on each token's values that its keys predict.
+    """Return the factors on each token's values that follow from its keys.
 
     Parameters
     ----------
@@ -164,7 +172,7 @@ def apply_weights(rows: mx.array, weights: np.ndarray) -> mx.array:
 
 
 def invert_weights(weights: np.ndarray) -> np.ndarray:
-    """Return the inverse matrices, which undo `apply_weights`.
+    """Return the inverse matrices; `apply_weights` with them undoes the weighting.
 
     Parameters
     ----------
