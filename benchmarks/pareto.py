@@ -68,7 +68,7 @@ def figure(result: Result) -> Figure:
         x, y = ([row[key] for row in rows if row["method"] == method] for key in ("share_of_fp16", "kl_geometric"))
         axes.plot(x, y, ls="", ms=6, label=figures.named(method), **figures.look(method))
     left = 0.6 * rows[0]["share_of_fp16"]  # room for the first name
-    axes.set(xscale="log", yscale="log", xlim=(left, 1), xlabel="bytes, of float16's", ylabel="KL to the full cache (nats a token)")  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlim=(left, 1), xlabel="bytes, of float16's", ylabel="KL to the full cache (nats per token)")  # fmt: skip
     axes.set_xticks(ticks := [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0], [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     figure.legend(loc="outside right upper")
