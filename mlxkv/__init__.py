@@ -85,4 +85,6 @@ _old_name = _deprecated.renamed(
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         return _old_name(name)
+    room, _, _ = _HOME[name].partition(".")
+    import_module(f"mlxkv.{room}")  # first: two threads that begin at both ends would wait for each other
     return getattr(import_module(f"mlxkv.{_HOME[name]}"), name)

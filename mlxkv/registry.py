@@ -53,7 +53,7 @@ class Registry(Generic[T]):
         self.kind, self.folder, self.group = kind, folder, group
         self._check = check
         self._things: dict[str, T] = {}
-        self._loaded = False
+        self._loaded = self._folder_loaded = False
         self._lock = threading.RLock()
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -76,6 +76,8 @@ class Registry(Generic[T]):
         """
 
         def add(thing: T) -> T:
+            if not str(getattr(thing, "__module__", "")).startswith("mlxkv."):
+                self._load_folder()  # so that a package outside cannot take a name of ours
             if self._check is not None:
                 self._check(thing)
             taken = self._things.get(name)
@@ -173,20 +175,32 @@ class Registry(Generic[T]):
     def _load(self) -> None:
         """Import the folder and the entry points, once; other threads wait for it."""
         with self._lock:
+            self._load_folder()
             if self._loaded:
                 return
-            self._loaded = True  # first: a file may ask for names while it is imported
-            package = importlib.import_module(self.folder)
-            for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
-                if not module.name.startswith("_"):
-                    importlib.import_module(f"{self.folder}.{module.name}")
+            self._loaded = True  # first: a package may ask for names while it is imported
             for entry in entry_points(group=self.group) if self.group else ():
                 try:
                     entry.load()
-                except Exception as error:  # noqa: BLE001  # another package's mistakes must not stop ours
+                except (Exception, SystemExit) as error:  # noqa: BLE001  # another package's mistakes must not stop ours
                     warnings.warn(
                         f"{entry.value} of group {self.group} is left out: {error!r}", RuntimeWarning, stacklevel=2
                     )
+
+    def _load_folder(self) -> None:
+        """Import our own files, once; a failed import is tried again the next time."""
+        with self._lock:
+            if self._folder_loaded:
+                return
+            self._folder_loaded = True  # first: a file may ask for names while it is imported
+            try:
+                package = importlib.import_module(self.folder)
+                for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
+                    if not module.name.startswith("_"):
+                        importlib.import_module(f"{self.folder}.{module.name}")
+            except BaseException:
+                self._folder_loaded = False
+                raise
 
 
 def _identity(thing: object) -> tuple[object, object]:

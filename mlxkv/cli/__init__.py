@@ -82,11 +82,12 @@ def _with_new_names(arguments: list[str]) -> list[str]:
     old = OLD_OPTIONS.get(arguments[0], {}) if arguments else {}
     if arguments[:2] == ["eval", "latency"]:
         old = {**old, "--context": "--context-tokens"}
-    renamed = []
+    renamed, said = [], set()
     for argument in arguments:
         option, equals, value = argument.partition("=")
-        if option in old:
+        if option in old and option not in said:
+            said.add(option)
             Console(stderr=True).print(f"note: {option} is called {old[option]} now", soft_wrap=True)
-            option = old[option]
+        option = old.get(option, option)
         renamed.append(f"{option}{equals}{value}")
     return renamed

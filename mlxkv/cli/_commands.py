@@ -6,7 +6,15 @@ from collections.abc import Callable
 
 import typer
 
+from mlxkv.errors import InputError
 from mlxkv.registry import Registry
 
 Command = Callable[..., None] | typer.Typer
-commands: Registry[Command] = Registry("command", "mlxkv.cli", "mlxkv.commands")
+
+
+def _check_command(command: Command) -> None:
+    if not callable(command):
+        raise InputError(f"{command!r} is neither a function nor a Typer application")
+
+
+commands: Registry[Command] = Registry("command", "mlxkv.cli", "mlxkv.commands", _check_command)

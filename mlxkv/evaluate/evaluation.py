@@ -116,7 +116,14 @@ class Evaluation(ABC):
         """
 
 
-evaluations: Registry[type[Evaluation]] = Registry("evaluation", "mlxkv.evaluate.tasks", "mlxkv.evaluations")
+def _check_evaluation(evaluation: type[Evaluation]) -> None:
+    if not (isinstance(evaluation, type) and issubclass(evaluation, Evaluation)):
+        raise InputError(f"{evaluation!r} is no Evaluation")
+
+
+evaluations: Registry[type[Evaluation]] = Registry(
+    "evaluation", "mlxkv.evaluate.tasks", "mlxkv.evaluations", _check_evaluation
+)
 
 
 def option(default: Any, text: str, *, least: float | None = None) -> Any:

@@ -13,12 +13,20 @@ from collections.abc import Callable
 from typing import Any
 
 from mlxkv import _deprecated
-from mlxkv.errors import UnsupportedError
+from mlxkv.errors import InputError, UnsupportedError
 from mlxkv.models.rope import read_rope as read_rope
 from mlxkv.registry import Registry
 from mlxkv.spec import CacheSpec, Rope, Slot
 
-adapters: Registry[Callable[[Any], CacheSpec]] = Registry("model adapter", "mlxkv.models", "mlxkv.models")
+
+def _check_adapter(adapter: Callable[[Any], CacheSpec]) -> None:
+    if not callable(adapter):
+        raise InputError(f"{adapter!r} is no function of a model")
+
+
+adapters: Registry[Callable[[Any], CacheSpec]] = Registry(
+    "model adapter", "mlxkv.models", "mlxkv.models", _check_adapter
+)
 
 
 def available() -> list[str]:

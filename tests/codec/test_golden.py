@@ -1,7 +1,7 @@
 """Files of format version 1 that every later mlxkv must read, on every platform.
 
 All arithmetic in them is exact: the mean is 0, the basis picks coordinates, and coefficients lie on grids of powers
-of two. After a deliberate change of format: MLXKV_REGENERATE_GOLDEN=1 pytest tests/test_golden.py
+of two. After a deliberate change of format: MLXKV_REGENERATE_GOLDEN=1 pytest tests/codec/test_golden.py
 """
 
 import os

@@ -1,6 +1,6 @@
 """A `kvtc-rd` file and its artifacts that every later mlxkv must read. Integers exactly; what they stand for to rounding.
 
-After a deliberate change of format: MLXKV_REGENERATE_GOLDEN=1 pytest tests/test_golden_rd.py
+After a deliberate change of format: MLXKV_REGENERATE_GOLDEN=1 pytest tests/codec/test_golden_rd.py
 """
 
 import os

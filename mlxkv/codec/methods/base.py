@@ -21,7 +21,7 @@ import numpy as np
 
 from mlxkv.codec.samples import Samples
 from mlxkv.config import Config, integer
-from mlxkv.errors import MismatchError
+from mlxkv.errors import InputError, MismatchError
 from mlxkv.registry import METHOD_GROUP, Registry
 
 C = TypeVar("C", bound="CodecConfig")
@@ -45,6 +45,17 @@ class CodecConfig(Config):
     samples_per_file: int | None = integer(None, least=1)
     sinks: int = integer(4, key="s")
     seed: int = integer(0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings by the keys that files have, a method's own before those of all methods.
+
+        Returns
+        -------
+        dict
+            In the order that artifacts have always had.
+        """
+        values, shared = super().to_dict(), CodecConfig.stored_keys().values()
+        return {key: value for key, value in values.items() if key not in shared} | {key: values[key] for key in shared}
 
 
 class StreamArtifacts(ABC):
@@ -318,7 +329,14 @@ class CodecMethod(ABC):
         """
 
 
-codec_methods: Registry[type[CodecMethod]] = Registry("codec method", "mlxkv.codec.methods", METHOD_GROUP)
+def _check_method(method: type[CodecMethod]) -> None:
+    if not (isinstance(method, type) and issubclass(method, CodecMethod)):
+        raise InputError(f"{method!r} is no CodecMethod")
+
+
+codec_methods: Registry[type[CodecMethod]] = Registry(
+    "codec method", "mlxkv.codec.methods", METHOD_GROUP, _check_method
+)
 
 
 def checked_config(kind: type[C], config: CodecConfig) -> C:
