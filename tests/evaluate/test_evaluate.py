@@ -9,7 +9,7 @@ from conftest import tiny_model, tiny_tokens
 from damage import shuffled, zeroed
 
 from benchmarks import texts
-from mlxkv import KVTCCacheCodec, lm, make_cache, read_dump, write_dump
+from mlxkv import CacheCodec, lm, make_cache, read_dump, write_dump
 from mlxkv.codec.calibrate import calibrate
 from mlxkv.codec.methods.kvtc import KVTCConfig
 from mlxkv.errors import InputError
@@ -37,11 +37,11 @@ def text_file(tmp_path_factory):
 @pytest.fixture
 def codec(tiny, tmp_path):
     write_dump(tmp_path / "c.npz", lm.dump(tiny, tiny_tokens(300, seed=2)))
-    return KVTCCacheCodec(calibrate([tmp_path / "c.npz"], KVTCConfig(4)), recent=16)
+    return CacheCodec(calibrate([tmp_path / "c.npz"], KVTCConfig(4)), recent=16)
 
 
 def test_a_cache_that_keeps_everything_changes_nothing(tiny, codec):
-    everything = KVTCCacheCodec(codec.artifacts, recent=1000)
+    everything = CacheCodec(codec.artifacts, recent=1000)
     compared = [baseline(), live_variant("full"), codec_variant(everything, "raw")]
     for record in fidelity.evaluate(tiny, compared, tiny_tokens(140), 100):
         assert record["kl"] == pytest.approx(0, abs=1e-5)
@@ -147,7 +147,7 @@ def test_smollm2_hardly_notices_and_would_notice_a_wrong_rotation(smollm2, tmp_p
         write_dump(tmp_path / f"{index}.npz", lm.dump(model, tokens[9000 * index :][:160], dtype="float16"))
     files = [tmp_path / "0.npz", tmp_path / "1.npz"]
     held_out = tokens[40_000:40_181]
-    ours = codec_variant(KVTCCacheCodec(calibrate(files, KVTCConfig(8, rank=128))), "kvtc-8", "float16")
+    ours = codec_variant(CacheCodec(calibrate(files, KVTCConfig(8, rank=128))), "kvtc-8", "float16")
     record = fidelity.evaluate(model, [baseline(), ours], held_out, 160)[1]
     assert record["kl"] < 0.1
     assert record["ratio_middle"] > 8
@@ -157,7 +157,7 @@ def test_smollm2_hardly_notices_and_would_notice_a_wrong_rotation(smollm2, tmp_p
     for file in files:
         write_dump(file, dataclasses.replace(read_dump(file), spec=wrong))
     dump.spec = wrong
-    codec = KVTCCacheCodec(calibrate(files, KVTCConfig(8, rank=128)))
+    codec = CacheCodec(calibrate(files, KVTCConfig(8, rank=128)))
     decoded = codec.decompress_dump(codec.compress_dump(dump))
     sizes = {"sinks": 4, "recent": 128, "tokens": 160}
     assert coding_errors(sizes, dump, decoded)["k_relative_error"] > 1.5 * record["k_relative_error"]

@@ -108,7 +108,7 @@ def test_the_commands_take_targets_parts_and_appending(model_dir, tmp_path, says
     assert made["method"] == "kvtc-rd"
     assert made["artifact_bytes"] <= 74_000
     assert says("inspect", arts)["k_components"] == made["k_components"] > 0
-    common = ["compress", "--npz", a, "--artifacts", arts, "--w", 16, "--out", tmp_path / "a.mlxkv"]
+    common = ["compress", "--npz", a, "--artifacts", arts, "--recent", 16, "--out", tmp_path / "a.mlxkv"]
     fine = says(*common, "--quality", 60)
     assert fine["quality"] == 60
     assert says(*common)["file_bytes"] < fine["file_bytes"]
@@ -127,7 +127,7 @@ def test_the_commands_take_targets_parts_and_appending(model_dir, tmp_path, says
         b,
         "--artifacts",
         arts,
-        "--w",
+        "--recent",
         16,
         "--out",
         tmp_path / "a.mlxkv",
@@ -136,7 +136,7 @@ def test_the_commands_take_targets_parts_and_appending(model_dir, tmp_path, says
         "--append",
     )
     assert grown["tokens"] == len(TEXT) * 7
-    says("compress", "--npz", b, "--artifacts", arts, "--w", 16, "--out", tmp_path / "b.mlxkv", "--quality", 45)
+    says("compress", "--npz", b, "--artifacts", arts, "--recent", 16, "--out", tmp_path / "b.mlxkv", "--quality", 45)
     assert (tmp_path / "a.mlxkv").read_bytes() == (tmp_path / "b.mlxkv").read_bytes()
     back = ["decompress", tmp_path / "a.mlxkv", "--artifacts", arts, "--out", tmp_path / "part.npz"]
     assert says(*back, "--tokens", "100:250")["tokens"] == 150

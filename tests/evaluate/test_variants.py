@@ -8,7 +8,7 @@ from conftest import tiny_model, tiny_tokens
 from mlx_lm.models.cache import make_prompt_cache
 from synthetic import PLAIN, toy_dump
 
-from mlxkv import KVTCCacheCodec, calibrate, lm, write_dump
+from mlxkv import CacheCodec, calibrate, lm, write_dump
 from mlxkv.codec.methods.kvtc import KVTCConfig
 from mlxkv.errors import InputError
 from mlxkv.evaluate import variants as variants
@@ -56,7 +56,7 @@ def test_a_codec_holds_what_compressing_and_restoring_gives(tmp_path):
     model = tiny_model("llama")
     dump = lm.dump(model, tiny_tokens(400, seed=2))
     write_dump(tmp_path / "c.npz", dump)
-    codec = KVTCCacheCodec(calibrate([tmp_path / "c.npz"], KVTCConfig(4)), recent=16)
+    codec = CacheCodec(calibrate([tmp_path / "c.npz"], KVTCConfig(4)), recent=16)
     stock = make_prompt_cache(model)
     lm.prefill(model, CONTEXT, stock)
     coded = variants.codec_variant(codec, "kvtc-4").build(model, CONTEXT)
