@@ -13,6 +13,8 @@ from mlxkv.errors import FormatError, InputError, MismatchError
 from mlxkv.sensitivity import CONTEXT_TOKENS, PREDICTED_TOKENS, _counted_tokens, _stretches, sensitivity
 from mlxkv.spec import STREAMS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=DIFFERENT)
 def measured(request):

@@ -13,6 +13,8 @@ from mlxkv.evaluate.runner import run
 from mlxkv.evaluate.tasks import latency, memory
 from mlxkv.evaluate.variants import Variant, baseline, live_variant
 
+pytestmark = pytest.mark.slow
+
 
 class Words:
     """As much of a tokenizer as is needed: a token a word."""

@@ -18,6 +18,8 @@ from mlxkv.evaluate.metrics import kl_divergence
 from mlxkv.evaluate.targets import compress_to_bytes, quality_for_kl
 from mlxkv.sensitivity import sensitivity
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def codec(tmp_path_factory):

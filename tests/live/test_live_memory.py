@@ -15,6 +15,8 @@ from mlxkv.live.base import cache_class_of
 from mlxkv.live.packing import PackingCache
 from mlxkv.spec import CacheSpec, Slot
 
+pytestmark = pytest.mark.slow
+
 TOY = CacheSpec("toy", ((Slot("keys", 4, 64), Slot("values", 4, 64)),))
 SLACK = 32 * 1024  # a few small arrays, each in whole pages
 PACKING = [method for method in METHODS if issubclass(cache_class_of(live_config(method)), PackingCache)]

@@ -16,6 +16,8 @@ from mlxkv.live.seam import make_cache
 from mlxkv.live.serialization import load_cache, save_cache
 from mlxkv.spec import CacheSpec, Slot
 
+pytestmark = pytest.mark.slow
+
 STEPS = int(os.environ.get("MLXKV_STEPS", "5000")) // len(METHODS)
 TOY = CacheSpec("toy", ((Slot("keys", 2, 16), Slot("values", 2, 16)),))
 

@@ -15,6 +15,8 @@ import mlxkv
 from mlxkv.errors import FormatError
 from mlxkv.live import live_methods
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "examples" / "mlxkv-example-method"
 SHARED = ["test_methods.py", "test_methods_model.py", "test_live_files.py", "test_live_memory.py"]

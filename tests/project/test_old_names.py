@@ -19,6 +19,8 @@ from mlxkv.dump import write_dump
 from mlxkv.errors import InputError
 from mlxkv.live.methods.mp_kvm import MPKVMConfig
 
+pytestmark = pytest.mark.slow
+
 # `mlxkv.__all__` as it was.
 PUBLIC = [
     "CacheSpec", "CalibrationArtifacts", "KVDump", "KVTCCacheCodec", "MlxkvError", "Rope", "Settings", "Slot",

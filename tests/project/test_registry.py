@@ -15,6 +15,8 @@ from mlxkv.live import live_methods
 from mlxkv.models import adapters
 from mlxkv.registry import Registry
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     "registry", [commands, codec_methods, evaluations, live_methods, adapters], ids=lambda r: r.kind
