@@ -152,6 +152,11 @@ def test_numbers_in_the_text_are_measured():
         assert f"{shares[name] * 147_456 * 32_768 / 1e9:.1f} GB" in README.replace("\n", " ")
     faster = [row["times_faster_than_prefill"] for row in result("codec_speed") if "restore into mlx-lm" in row["step"]]
     assert f"{min(faster)} to {max(faster)} times as fast" in README
+    same = {row["variant"]: f"{100 * row['equal_leading_tokens']:.0f} %" for row in result("text")}
+    flowing = " ".join(README.split())
+    for name, said_so in (("int8", "89 %"), ("smartkv-0.3", "30 %"), ("int4", "5 %")):
+        assert same[name] == said_so
+        assert f"{said_so} with `{name}`" in flowing
     rate = result("rate_distortion")["bd_rate"]["kvtc-rd"]
     most, least = (round(-100 * bound) for bound in rate["interval"])
     assert f"{round(-100 * rate['bd_rate'])} % fewer bytes" in README
