@@ -23,6 +23,7 @@ from mlxkv.live.arrays import (
     to_storage_dtype,
     unquantized,
 )
+from mlxkv.live.group import check_consistent
 from mlxkv.registry import METHOD_GROUP, Registry
 from mlxkv.spec import CacheSpec
 
@@ -33,6 +34,7 @@ __all__ = [
     "attention_mass",
     "cache_class_of",
     "causal_mask",
+    "check_consistent",
     "copy_without_parent",
     "live_methods",
     "to_storage_dtype",

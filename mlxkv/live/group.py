@@ -1,0 +1,101 @@
+"""What the entries of one prompt cache know of each other: whether they have all seen the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mlx_lm.models.cache import BatchRotatingKVCache, ChunkedKVCache, RotatingKVCache
+
+from mlxkv.errors import MismatchError
+
+_DROPPING = (RotatingKVCache, BatchRotatingKVCache, ChunkedKVCache)
+
+
+class CacheGroup:
+    """What the live entries of one prompt cache share, so that a call that was interrupted between layers is noticed.
+
+    Live entries are not held, only their offsets: a prompt cache that is no longer used is freed at once. Copying a
+    prompt cache with `copy.deepcopy` copies its group with it.
+
+    Parameters
+    ----------
+    others
+        mlx-lm's own entries of the prompt cache, by layer.
+
+    Attributes
+    ----------
+    offsets
+        Tokens that each live layer has completely taken in, by layer.
+    drops_tokens
+        Whether one of mlx-lm's own entries drops tokens, which it cannot take back.
+    """
+
+    def __init__(self, others: dict[int, Any]) -> None:
+        self.others = others
+        self.offsets: dict[int, int] = {}
+        self.drops_tokens = any(isinstance(entry, _DROPPING) for entry in others.values())
+
+    def check(self, layer: int, offset: int, count: int) -> None:
+        """Check, before the first live layer takes a chunk in, that all layers are equally far.
+
+        Parameters
+        ----------
+        layer
+            The layer that is about to take a chunk in; layers after the first live one check nothing.
+        offset
+            Its offset before the chunk.
+        count
+            Tokens in the chunk.
+
+        Raises
+        ------
+        MismatchError
+            When a layer has seen more or fewer tokens than others.
+        """
+        if layer != next(iter(self.offsets)):
+            return
+        seen = set(self.offsets.values())
+        for index, entry in self.others.items():
+            found = _offset_of(entry)
+            if found is not None:
+                seen.add(found - count if index < layer else found)
+        if seen != {offset}:
+            raise _unequal(seen | {offset})
+
+
+def check_consistent(caches: Sequence[Any]) -> None:
+    """Check that all entries of a prompt cache have completely seen the same tokens.
+
+    Parameters
+    ----------
+    caches
+        Entries of one prompt cache, live ones or mlx-lm's own. Only integers are compared; nothing waits for the device.
+
+    Raises
+    ------
+    MismatchError
+        When entries have seen different numbers of tokens, or a chunk was not attended: a call of the model was
+        interrupted.
+    """
+    if any(getattr(entry, "_pending_chunk", None) is not None for entry in caches):
+        raise MismatchError(
+            "a layer of this prompt cache holds a chunk whose attention was not computed: a call of the model was "
+            "interrupted; start again with a new cache"
+        )
+    seen = {found for found in map(_offset_of, caches) if found is not None}
+    if len(seen) > 1:
+        raise _unequal(seen)
+
+
+def _offset_of(entry: Any) -> int | None:
+    """Return the tokens that an entry has seen, None where it does not count them (batches, convolutions)."""
+    found = getattr(entry, "offset", None)
+    return found if isinstance(found, int) else None
+
+
+def _unequal(seen: set[int]) -> MismatchError:
+    return MismatchError(
+        f"the layers of this prompt cache have seen {' and '.join(map(str, sorted(seen)))} tokens: a call of the model "
+        "was interrupted between layers, or entries of several caches were mixed; start again with a new cache"
+    )
