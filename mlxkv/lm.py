@@ -305,9 +305,11 @@ def restore(model: Any, dump: KVDump) -> list[Any]:
     if expected != set(dump.states):
         raise MismatchError(f"the dump and this model disagree about the states {sorted(expected ^ set(dump.states))}")
     kind = getattr(mx, dump.dtype)
+    limit = mx.finfo(kind).max
     first_dim = spec.layers[spec.attention_layers[0]][0].dim  # type: ignore[index]
     for row, index in enumerate(spec.attention_layers):
-        keys, values = mx.array(dump.k[row]).astype(kind), mx.array(dump.v[row]).astype(kind)
+        # What a codec decoded in a wider type may lie a little beyond the range of this one.
+        keys, values = (mx.clip(mx.array(x[row]), -limit, limit).astype(kind) for x in (dump.k, dump.v))
         if spec.mode == "single_stream":
             keys, values = keys[..., :first_dim], keys[..., first_dim:]
         cache[index].update_and_fetch(keys, values)

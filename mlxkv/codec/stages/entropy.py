@@ -175,7 +175,7 @@ def estimate(integers: np.ndarray, tables: np.ndarray) -> float:
         Bytes.
     """
     plan = _plan_block(integers, tables)
-    return plan.bits / 8 + len(integers) + 4 * plan.escaped.sum() + 5 * plan.lanes + plan.classes.size / 3
+    return float(plan.bits / 8 + len(integers) + 4 * plan.escaped.sum() + 5 * plan.lanes + plan.classes.size / 3)
 
 
 def encode(integers: np.ndarray, tables: np.ndarray) -> bytes:

@@ -71,5 +71,7 @@ def _least_squares(x: mx.array, codes: mx.array) -> tuple[mx.array, mx.array]:
     center, mean = codes.mean(axis=1), x.mean(axis=1)
     spread = codes - center[:, None]
     scale = (spread * (x - mean[:, None])).sum(axis=1) / mx.maximum(mx.square(spread).sum(axis=1), 1e-9)
-    shift = mx.clip(mean - scale * center, -FLOAT16_MAX, FLOAT16_MAX)  # the fitted line may leave the range of x
-    return shift.astype(mx.float16), scale.astype(mx.float16)
+    # The fitted line may leave the range of x.
+    sides = (mx.clip(side, -FLOAT16_MAX, FLOAT16_MAX) for side in (mean - scale * center, scale))
+    shift, scale = (side.astype(mx.float16) for side in sides)
+    return shift, scale

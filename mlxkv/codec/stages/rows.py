@@ -36,7 +36,7 @@ def to_rows(stream: Stream, layers: Sequence[np.ndarray] | Sequence[mx.array], s
 
 
 def from_rows(stream: Stream, rows: mx.array, batch: int, start: int, dtype: mx.Dtype) -> mx.array:
-    """Return the inverse of `to_rows`: rows rotated again and split into layers.
+    """Return the inverse of `to_rows`: rows rotated again and split into layers, within the range of their type.
 
     Parameters
     ----------
@@ -54,8 +54,11 @@ def from_rows(stream: Stream, rows: mx.array, batch: int, start: int, dtype: mx.
     Returns
     -------
     mx.array
-        Cached tensors `[layers, B, H, t, D]`.
+        Cached tensors `[layers, B, H, t, D]`, finite for finite rows.
     """
     tokens = rows.shape[0] // batch
     turn = kernel.rotation_table(stream.ropes, stream.dim, start, tokens, inverse=False)
-    return kernel.from_rows(rows, (stream.layers, batch, stream.heads, tokens, stream.dim), turn, dtype)
+    shape, limit = (stream.layers, batch, stream.heads, tokens, stream.dim), mx.finfo(dtype).max
+    wide = kernel.from_rows(rows, shape, turn, mx.float32)
+    # The error of a value near the end of its type's range, or its rotation, may carry it beyond.
+    return mx.clip(wide, -limit, limit).astype(dtype)
