@@ -6,7 +6,6 @@ A field may have a `key`: its name in TOML presets and headers, where that diffe
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +16,7 @@ from mlxkv.errors import InputError
 from mlxkv.spec import is_int
 
 Check = Callable[[str, Any], None]
+MAX_INTEGER = 2**30  # of a setting: sums of two stay within MLX's 32-bit sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class Config:
         """
         names = {key: name for name, key in cls.stored_keys().items()}
         if unknown := [key for key in data if key not in names]:
-            raise InputError(f"unknown keys {', '.join(map(str, unknown))}; the keys are {', '.join(names)}")
+            raise InputError(f"unknown keys {', '.join(map(str, unknown))[:200]}; the keys are {', '.join(names)}")
         try:
             return cls(**{names[key]: value for key, value in data.items()})
         except TypeError as error:
@@ -126,7 +126,7 @@ class Config:
         return dataclasses.replace(self, **{renamed.get(name, name): value for name, value in changes.items()})
 
 
-def integer(default: int | None, least: int = 0, *, key: str | None = None) -> Any:
+def integer(default: int | None, least: int = 0, *, most: int = MAX_INTEGER, key: str | None = None) -> Any:
     """Make a field for a whole number.
 
     Parameters
@@ -135,6 +135,8 @@ def integer(default: int | None, least: int = 0, *, key: str | None = None) -> A
         The default; where it is None, None is allowed too.
     least
         The smallest number allowed.
+    most
+        The largest number allowed.
     key
         The field's name in TOML presets and headers, where it is another one.
 
@@ -150,8 +152,12 @@ def integer(default: int | None, least: int = 0, *, key: str | None = None) -> A
     """
 
     def check(name: str, value: Any) -> None:
-        if not is_int(value, least) and not (default is None and value is None):
-            raise InputError(f"{name} must be {least} or more, not {value!r}")
+        if default is None and value is None:
+            return
+        if not is_int(value, least):
+            raise InputError(f"{name} must be {least} or more, not {repr(value)[:80]}")
+        if value > most:
+            raise InputError(f"{name} must be at most {most}, not {value}")
 
     return dataclasses.field(default=default, metadata={"check": check, "key": key})
 
@@ -189,10 +195,10 @@ def number(
     def check(name: str, value: Any) -> None:
         if default is None and value is None:
             return
-        fits = type(value) in (int, float) and -math.inf < value < math.inf  # comparing is safe for any int
+        fits = type(value) in (int, float) and abs(value) <= sys.float_info.max  # comparing is safe for any int
         fits = fits and (above is None or value > above) and (least is None or value >= least)
         if not fits or (most is not None and value > most) or (below is not None and value >= below):
-            raise InputError(f"{name} must be {allowed}, not {value!r}")
+            raise InputError(f"{name} must be {allowed}, not {repr(value)[:80]}")
 
     return dataclasses.field(default=default, metadata={"check": check, "key": key})
 
@@ -223,7 +229,7 @@ def choice(default: Any, options: Iterable[Any], *, key: str | None = None) -> A
 
     def check(name: str, value: Any) -> None:
         if value not in known or type(value) is not type(known[known.index(value)]):
-            raise InputError(f"{name} must be one of {', '.join(map(str, known))}, not {value!r}")
+            raise InputError(f"{name} must be one of {', '.join(map(str, known))}, not {repr(value)[:80]}")
 
     return dataclasses.field(default=default, metadata={"check": check, "key": key})
 

@@ -83,8 +83,8 @@ class KVDump:
             expected = (stream.layers, batch, stream.heads, length, stream.dim)
             if array.shape != expected:
                 raise MismatchError(f"{name} has shape {array.shape}; its description and tokens say {expected}")
-            measured = self.sensitivity.get("k.energy", np.zeros(0)).shape[-1]
-            for key, last in ((name, (stream.dim, stream.dim)), (f"{name}.energy", (min(measured, length),))):
+            measured = self.sensitivity.get("k.energy", np.zeros(0)).shape[-1:] or (0,)
+            for key, last in ((name, (stream.dim, stream.dim)), (f"{name}.energy", (min(*measured, length),))):
                 needed = (stream.layers, stream.heads, *last)
                 found = self.sensitivity[key].shape if key in self.sensitivity else None
                 if self.sensitivity and found != needed:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from typing import Any, cast
 
@@ -19,6 +20,9 @@ from mlxkv.errors import FormatError, MismatchError, UnsupportedError
 
 MODES = ("dual_stream", "single_stream")
 STREAMS = ("k", "v")
+# Bounds on what a description may say, since files of any source hold one; they are far above those of any model.
+MAX_LAYERS, MAX_HEADS, MAX_DIM = 4096, 2**14, 2**14
+LEAST_ROPE, MOST_ROPE = 1e-6, 1e6  # of a rotation's numbers: angles stay finite in float32 at every int32 position
 
 
 @dataclass(frozen=True)
@@ -28,20 +32,20 @@ class Rope:
     Parameters
     ----------
     dims
-        How many dimensions are rotated; even, above 0.
+        How many dimensions are rotated; even, 2 to 16,384.
     offset
         First rotated dimension within the last axis.
     base
-        Base of the geometric series of periods. Exactly one of `base` and `freqs` is given.
+        Base of the geometric series of periods, 1e-6 or more. Exactly one of `base` and `freqs` is given.
     freqs
-        Periods over 2 pi of each pair of dimensions, `dims / 2` numbers, as `mx.fast.rope` takes them; infinite ones leave
-        their pair unrotated.
+        Periods over 2 pi of each pair of dimensions, `dims / 2` numbers, as `mx.fast.rope` takes them, 1e-6 or more; infinite ones
+        leave their pair unrotated.
     traditional
         True pairs neighbouring dimensions, False pairs the two halves.
     scale
-        Factor on positions.
+        Factor on positions, 1e-6 to 1e6.
     gain
-        Factor on the rotated dimensions before rotation (`mscale` of YaRN and LongRoPE).
+        Factor on the rotated dimensions before rotation (`mscale` of YaRN and LongRoPE), 1e-6 to 1e6.
 
     Raises
     ------
@@ -71,18 +75,20 @@ class Rope:
     gain: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (is_int(self.dims) and is_int(self.offset)) or self.dims == 0 or self.dims % 2:
-            raise FormatError(f"rope needs even dims > 0 and offset >= 0, got {self.dims} and {self.offset}")
+        if not (is_int(self.dims, 2, MAX_DIM) and is_int(self.offset, 0, MAX_DIM)) or self.dims % 2:
+            raise FormatError(f"rope needs even dims > 0 and offset >= 0, got {self.dims!r} and {self.offset!r}")
         if type(self.traditional) is not bool:
             raise FormatError(f"rope's traditional is true or false, not {self.traditional!r}")
         if (self.base is None) == (self.freqs is None):
             raise FormatError("rope needs either a base or a table of freqs, not both and not none")
         if self.freqs is not None and len(self.freqs) != self.dims // 2:
             raise FormatError(f"rope of {self.dims} dims needs {self.dims // 2} freqs, got {len(self.freqs)}")
-        if any(not f > 0 for f in self.freqs or ()):
-            raise FormatError(f"rope needs freqs > 0, got {self.freqs}")
-        if not all(_is_positive_float32(n) for n in (self.scale, self.gain, 1.0 if self.base is None else self.base)):
-            raise FormatError(f"rope needs scale, gain and base > 0, got {self.scale}, {self.gain} and {self.base}")
+        if wrong := [f for f in self.freqs or () if not _is_between(f, LEAST_ROPE, np.inf)]:
+            raise FormatError(f"rope needs freqs of {LEAST_ROPE} or more, got {wrong[0]!r}")
+        if self.base is not None and not _is_between(self.base, LEAST_ROPE, float(np.finfo(np.float32).max)):
+            raise FormatError(f"rope needs a base of {LEAST_ROPE} or more that float32 holds, got {self.base!r}")
+        if not all(_is_between(n, LEAST_ROPE, MOST_ROPE) for n in (self.scale, self.gain)):
+            raise FormatError(f"rope needs scale and gain of 1e-6 to 1e6, got {self.scale!r} and {self.gain!r}")
 
     def rotate(self, x: mx.array, start: int | mx.array = 0) -> mx.array:
         """Rotate keys as the model does.
@@ -99,7 +105,7 @@ class Rope:
         mx.array
             Rotated keys `[B, H, T, D]` of the same type.
         """
-        return self._apply(x, start, self.scale, self.gain, gain_first=True)
+        return self._apply(x, start, float(self.scale), float(self.gain), gain_first=True)
 
     def unrotate(self, x: mx.array, start: int | mx.array = 0) -> mx.array:
         """Undo `rotate`.
@@ -116,7 +122,7 @@ class Rope:
         mx.array
             Keys `[B, H, T, D]` as they were before the rotation.
         """
-        return self._apply(x, start, -self.scale, 1.0 / self.gain, gain_first=False)
+        return self._apply(x, start, -float(self.scale), 1.0 / self.gain, gain_first=False)
 
     def _apply(self, x: mx.array, start: int | mx.array, scale: float, gain: float, gain_first: bool) -> mx.array:
         """Rotate by positions times `scale`, with the gain before or after."""
@@ -125,8 +131,9 @@ class Rope:
         if gain_first and gain != 1.0:
             part = part * gain
         freqs = None if self.freqs is None else mx.array(self.freqs, dtype=mx.float32)
+        base = None if self.base is None else float(self.base)
         part = mx.fast.rope(
-            part, self.dims, traditional=self.traditional, base=self.base, scale=scale, offset=start, freqs=freqs
+            part, self.dims, traditional=self.traditional, base=base, scale=scale, offset=start, freqs=freqs
         )
         if not gain_first and gain != 1.0:
             part = part * gain
@@ -168,12 +175,12 @@ class Rope:
         """
         fields = dict(data)
         if fields.get("freqs") is not None:
-            fields["freqs"] = tuple(float("inf") if f is None else float(f) for f in fields["freqs"])
+            fields["freqs"] = tuple(float("inf") if f is None else f for f in fields["freqs"])
         return cls(**fields)
 
 
-def _is_positive_float32(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value <= np.finfo(np.float32).max
+def _is_between(value: Any, least: float, most: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
 
 @dataclass(frozen=True)
@@ -185,9 +192,9 @@ class Slot:
     name
         Readable name, such as "keys" or "latent".
     heads
-        Number of key/value heads; at least 1.
+        Number of key/value heads; 1 to 16,384.
     dim
-        Width of one head; 0 for a slot that is not used.
+        Width of one head, up to 16,384; 0 for a slot that is not used.
     rope
         Its rotation; None where it is not rotated.
 
@@ -203,10 +210,10 @@ class Slot:
     rope: Rope | None = None
 
     def __post_init__(self) -> None:
-        if not (is_int(self.heads) and is_int(self.dim)) or self.heads == 0:
-            raise FormatError(f"slot {self.name!r} needs heads >= 1 and dim >= 0, got {self.heads} and {self.dim}")
+        if not (is_int(self.heads, 1, MAX_HEADS) and is_int(self.dim, 0, MAX_DIM)):
+            raise FormatError(f"slot {self.name!r} cannot have {self.heads!r} heads of {self.dim!r} dims")
         if self.rope is not None and self.rope.offset + self.rope.dims > self.dim:
-            raise FormatError(f"slot {self.name!r} rotates past its {self.dim} dims: {self.rope}")
+            raise FormatError(f"slot {self.name!r} rotates past its {self.dim} dims: {str(self.rope)[:80]}")
 
 
 @dataclass(frozen=True)
@@ -255,7 +262,8 @@ class CacheSpec:
     model_type
         The mlx-lm module that implements the model, such as "qwen3".
     layers
-        Two slots for each layer that keeps keys and values, None for layers with other state (convolutions).
+        Two slots for each layer that keeps keys and values, None for layers with other state (convolutions); at most
+        4,096 layers.
     mode
         "dual_stream" codes the two slots apart, as keys and values. "single_stream" joins them along the last axis into
         the k stream (MLA: latent | k_pe), and the v stream has width 0.
@@ -263,7 +271,7 @@ class CacheSpec:
     Raises
     ------
     FormatError
-        For an unknown mode.
+        For an unknown mode, and for too many layers.
     UnsupportedError
         When no layer caches keys and values, or layers cache different shapes.
 
@@ -284,8 +292,10 @@ class CacheSpec:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise FormatError(f"unknown cache mode {self.mode!r}; known: {', '.join(MODES)}")
+        if len(self.layers) > MAX_LAYERS:
+            raise FormatError(f"a cache of {len(self.layers)} layers: there may be at most {MAX_LAYERS}")
         shapes = {tuple((slot.heads, slot.dim) for slot in slots) for slots in self.layers if slots is not None}
-        if not shapes:
+        if not any(first[1] for first, _ in shapes):
             raise UnsupportedError(f"no layer of this {self.model_type} model keeps a key/value cache")
         if len(shapes) > 1:
             raise UnsupportedError(f"{self.model_type} caches differently shaped layers: {sorted(shapes)}")
@@ -308,15 +318,24 @@ class CacheSpec:
         Stream
             The stream; of width 0 for "v" of a single-stream cache.
         """
+        return self._streams[name]
+
+    @cached_property
+    def _streams(self) -> dict[str, Stream]:
+        """Both streams by name."""
         pairs = [slots for slots in self.layers if slots is not None]
         first, second = pairs[0]
         if self.mode == "dual_stream":
-            index = STREAMS.index(name)
-            slot = pairs[0][index]
-            return Stream(name, slot.heads, slot.dim, tuple(pair[index].rope for pair in pairs))
-        if name == "v":
-            return Stream(name, first.heads, 0, (None,) * len(pairs))
-        return Stream(name, first.heads, first.dim + second.dim, tuple(_concat_rope(*pair) for pair in pairs))
+            return {
+                name: Stream(name, slot.heads, slot.dim, tuple(pair[index].rope for pair in pairs))
+                for index, (name, slot) in enumerate(zip(STREAMS, (first, second)))
+            }
+        joined = {id(pair): _concat_rope(*pair) for pair in pairs}  # layers of one kind share their pair
+        ropes = tuple(joined[id(pair)] for pair in pairs)
+        return {
+            "k": Stream("k", first.heads, first.dim + second.dim, ropes),
+            "v": Stream("v", first.heads, 0, (None,) * len(pairs)),
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Return the description as plain JSON values.
@@ -327,12 +346,14 @@ class CacheSpec:
             The keys `model_type`, `mode`, `kinds` (each distinct pair of slots once) and `layers` (the index of each layer's
             kind, or None).
         """
-        kinds = list(dict.fromkeys(slots for slots in self.layers if slots is not None))
+        objects = {id(slots): slots for slots in self.layers if slots is not None}
+        kinds: dict[tuple[Slot, Slot], int] = {}
+        index = {key: kinds.setdefault(slots, len(kinds)) for key, slots in objects.items()}
         return {
             "model_type": self.model_type,
             "mode": self.mode,
             "kinds": [[_slot_json(slot) for slot in slots] for slots in kinds],
-            "layers": [None if slots is None else kinds.index(slots) for slots in self.layers],
+            "layers": [None if slots is None else index[id(slots)] for slots in self.layers],
         }
 
     @classmethod
@@ -357,15 +378,25 @@ class CacheSpec:
             When it describes a cache that mlxkv has no support for.
         """
         try:
-            kinds = [tuple(_slot_from_json(slot) for slot in kind) for kind in data["kinds"]]
-            if not all(i is None or is_int(i) for i in data["layers"]):
+            stored, indices = data["kinds"], data["layers"]
+            if not all(isinstance(part, list) and len(part) <= MAX_LAYERS for part in (stored, indices)):
+                raise FormatError(f"kinds and layers of a cache are lists of at most {MAX_LAYERS}")
+            if not all(i is None or is_int(i) for i in indices):
                 raise FormatError("every layer is null or the number of a kind")
-            layers = tuple(None if i is None else kinds[i] for i in data["layers"])
-            if any(layer is not None and len(layer) != 2 for layer in layers):
+            if any(len(kind) != 2 for kind in stored):
                 raise FormatError("every attention layer needs exactly two slots")
-            return cls(str(data["model_type"]), layers, str(data["mode"]))  # type: ignore[arg-type]
+            kinds = [(_slot_from_json(first), _slot_from_json(second)) for first, second in stored]
+            layers = tuple(None if i is None else kinds[i] for i in indices)
+            return cls(_text(data["model_type"]), layers, _text(data["mode"]))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
-            raise FormatError(f"not a cache description: {error!r}") from None
+            raise FormatError(f"not a cache description: {repr(error)[:200]}") from None
+
+
+def _text(value: Any) -> str:
+    """Check that a value read from a file is text and return it."""
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, got {type(value).__name__}")
+    return value
 
 
 def _concat_rope(first: Slot, second: Slot) -> Rope | None:
@@ -384,7 +415,7 @@ def _slot_json(slot: Slot) -> dict[str, Any]:
 
 def _slot_from_json(data: Mapping[str, Any]) -> Slot:
     rope = None if data["rope"] is None else Rope.from_json(data["rope"])
-    return Slot(str(data["name"]), data["heads"], data["dim"], rope)
+    return Slot(_text(data["name"]), data["heads"], data["dim"], rope)
 
 
 def check_rope(spec: CacheSpec, stated: Rope | Mapping[str, Any]) -> None:
@@ -437,8 +468,8 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def is_int(value: object, least: int = 0) -> bool:
-    """Check whether a value is an int, and not a bool, of at least `least`.
+def is_int(value: object, least: int = 0, most: int | None = None) -> bool:
+    """Check whether a value is an int, and not a bool, in a range.
 
     Parameters
     ----------
@@ -446,6 +477,8 @@ def is_int(value: object, least: int = 0) -> bool:
         Anything.
     least
         The smallest number allowed.
+    most
+        The largest number allowed; None for no bound.
 
     Returns
     -------
@@ -454,7 +487,7 @@ def is_int(value: object, least: int = 0) -> bool:
 
     Examples
     --------
-    >>> is_int(3), is_int(True), is_int(3.0), is_int(0, least=1)
-    (True, False, False, False)
+    >>> is_int(3), is_int(True), is_int(3.0), is_int(0, least=1), is_int(9, most=8)
+    (True, False, False, False, False)
     """
-    return type(value) is int and value >= least
+    return type(value) is int and value >= least and (most is None or value <= most)

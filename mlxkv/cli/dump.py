@@ -17,7 +17,9 @@ def dump_command(
     model: Model,
     out: Annotated[Path, typer.Option(help="The .npz to write.", show_default=False)],
     prompt: Annotated[str | None, typer.Option(help="Text to run.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A text file to run instead.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="A UTF-8 text file to run instead, of at most 64 MiB.")
+    ] = None,
     max_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens to generate after the prompt, at most; 0 is prefill only.")
     ] = 0,
@@ -75,15 +77,11 @@ def dump_command(
 
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
     from mlxkv.errors import InputError
+    from mlxkv.io.inputs import read_text
 
     if (prompt is None) == (prompt_file is None):
         raise InputError("give either --prompt or --prompt-file")
-    if prompt_file is None:
-        return str(prompt)
-    try:
-        return prompt_file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {prompt_file} as UTF-8 text: {error}") from None
+    return str(prompt) if prompt_file is None else read_text(prompt_file)
 
 
 def _why(stored: str, live: str, asked: str) -> str:

@@ -78,8 +78,15 @@ def _artifacts(folder: Path) -> dict[str, Any]:
 
 
 def _live_cache(reader: Reader) -> dict[str, Any]:
+    from mlxkv.errors import FormatError
+    from mlxkv.spec import is_int
+
     layers, spec = reader.header.get("layers"), reader.header.get("spec")
-    offsets = [row[0] for row in layers if isinstance(row, list) and row and row[0]] if isinstance(layers, list) else []
+    if not isinstance(layers, list) or not all(isinstance(row, list) and len(row) == 2 for row in layers):
+        raise FormatError(f"{reader.name} does not say what its layers hold")
+    offsets = [row[0] for row in layers if row[0] is not None]
+    if not all(map(is_int, offsets)):
+        raise FormatError(f"{reader.name} has layers that do not say how many tokens they have seen")
     return {
         "kind": "live cache",
         **{key: reader.header.get(key) for key in ("method", "settings", "writer", "fingerprint")},

@@ -22,6 +22,7 @@ Layers = Sequence[np.ndarray] | Sequence[mx.array]
 BLOCK_ROWS = 512  # rows (batch times tokens) of a coded block: bounds the memory of coding and decoding
 DECODE_ROWS = 4 * BLOCK_ROWS  # rows whose rANS lanes are decoded together
 MAX_BLOCK_ROWS = 2**16  # rows of a block that a reader accepts, at most
+MAX_TOKENS = 2**31 - 1  # positions are int32
 _JSON_KEYS = {"batch": "batch", "length": "length", "s": "sinks", "w": "recent", "block": "block_tokens"}
 
 
@@ -53,7 +54,7 @@ class Layout:
     batch
         Number of sequences B.
     length
-        Number of tokens T.
+        Number of tokens T, below 2**31 as all of these numbers.
     sinks
         First tokens, stored unquantized.
     recent
@@ -81,9 +82,9 @@ class Layout:
 
     def __post_init__(self) -> None:
         counts, positive = (self.sinks, self.recent), (self.batch, self.length, self.block_tokens)
-        valid = all(is_int(n) for n in counts) and all(is_int(n, least=1) for n in positive)
+        valid = all(is_int(n, 0, MAX_TOKENS) for n in counts) and all(is_int(n, 1, MAX_TOKENS) for n in positive)
         if not valid or self.batch * min(self.block_tokens, self.length) > MAX_BLOCK_ROWS:
-            raise FormatError(f"not a layout of tokens: {self}")
+            raise FormatError(f"not a layout of tokens: {str(self)[:200]}")
 
     def to_json(self) -> dict[str, int]:
         """Return the layout by the keys of a container's header.
@@ -124,6 +125,11 @@ class Layout:
         sinks = min(self.sinks, self.length)
         return range(sinks, max(sinks, self.length - self.recent))
 
+    @property
+    def complete_blocks(self) -> int:
+        """Number of blocks of the middle that have all their tokens: those that stay when a file grows."""
+        return len(self.middle) // self.block_tokens
+
     def blocks(self) -> Iterator[tuple[int, int, int]]:
         """Yield the blocks of the middle.
 
@@ -155,6 +161,22 @@ class Layout:
         starts = range(self.middle.stop, 0 if window_quality is None else self.length, self.block_tokens)
         for index, start in enumerate(starts):
             yield CodedBlock(f"window.{index}", start, min(start + self.block_tokens, self.length), window_quality)
+
+    def count_blocks(self, window_is_coded: bool) -> int:
+        """Return the number of coded blocks, without making them.
+
+        Parameters
+        ----------
+        window_is_coded
+            Whether recent tokens are coded.
+
+        Returns
+        -------
+        int
+            Number of blocks that `coded_blocks` yields.
+        """
+        tokens = [len(self.middle), self.length - self.middle.stop if window_is_coded else 0]
+        return sum(-(-count // self.block_tokens) for count in tokens)
 
     def decode_batches(self, blocks: Sequence[CodedBlock], first: int, last: int) -> Iterator[list[CodedBlock]]:
         """Yield the blocks that contain tokens first .. last, in groups that are decoded together.

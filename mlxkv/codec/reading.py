@@ -16,6 +16,7 @@ from mlxkv.codec.stages.rows import from_rows
 from mlxkv.dump import KVDump
 from mlxkv.errors import FormatError, InputError, MismatchError
 from mlxkv.io.container import Reader, Section
+from mlxkv.io.inputs import check_decoded_size
 from mlxkv.spec import STREAMS, CacheSpec
 
 Progress = Callable[[int], None]
@@ -109,7 +110,7 @@ def read_dtype(reader: Reader) -> np.dtype:
     """
     name = reader.header.get("dtype")
     if not isinstance(name, str) or name not in _DTYPES:
-        raise FormatError(f"{reader.name} has unknown dtype {name!r}")
+        raise FormatError(f"{reader.name} has unknown dtype {str(name)[:80]!r}")
     return np.dtype(_DTYPES[name])
 
 
@@ -133,11 +134,13 @@ def check_origin(reader: Reader, artifacts: CalibrationArtifacts) -> None:
     method = artifacts.method_name
     if reader.header.get("method") != method:
         raise FormatError(
-            f"{reader.name} was coded by method {reader.header.get('method')!r}; these artifacts are of {method!r}"
+            f"{reader.name} was coded by method {str(reader.header.get('method'))[:80]!r};"
+            f" these artifacts are of {method!r}"
         )
     if reader.header.get("artifacts") != artifacts.fingerprint:
         raise MismatchError(
-            f"{reader.name} needs artifacts {reader.header.get('artifacts')}, these are {artifacts.fingerprint}"
+            f"{reader.name} needs artifacts {str(reader.header.get('artifacts'))[:80]},"
+            f" these are {artifacts.fingerprint}"
         )
 
 
@@ -172,9 +175,12 @@ def read_coded_blocks(reader: Reader, layout: Layout, spec: CacheSpec, coder: Bl
     except InputError as error:
         raise FormatError(f"{reader.name}: {error}") from None
     undescribed, blocks = set(reader.sections) - set(header_object(reader, "raw")), []
-    # One by one: a forged layout may have far more blocks than there are sections.
+    count = layout.count_blocks(window_quality is not None)
+    if count > len(reader.sections):  # a forged layout must not cost more than the file's own bytes pay for
+        raise FormatError(f"{reader.name} has {len(reader.sections)} sections; its layout needs {count} blocks")
+    streams = [name for name in STREAMS if spec.stream(name).width]
     for block in layout.coded_blocks(quality, window_quality):
-        for name in (name for name in STREAMS if spec.stream(name).width):
+        for name in streams:
             key, tokens = f"{name}.{block.name}", layout.batch * (block.stop - block.start)
             section = reader.sections.get(key)
             if section is None or not coder.is_size(name, tokens, section.size, section.coding):
@@ -184,7 +190,7 @@ def read_coded_blocks(reader: Reader, layout: Layout, spec: CacheSpec, coder: Bl
         blocks.append(block)
     if undescribed:
         raise FormatError(
-            f"{reader.name} has sections that its header does not describe: {', '.join(sorted(undescribed)[:5])}"
+            f"{reader.name} has sections that its header does not describe: {', '.join(sorted(undescribed)[:5])[:200]}"
         )
     return blocks
 
@@ -230,6 +236,7 @@ def decode_tokens(
     coder: BlockCoder,
     tokens: tuple[int, int] | None,
     progress: Progress | None,
+    limit: int | None = None,
 ) -> DecodedTokens:
     """Decode a cache or a part of it, reading only the blocks of those tokens.
 
@@ -245,6 +252,8 @@ def decode_tokens(
         First token and the token after the last one; None for all.
     progress
         Called with the number of tokens of each block that is done.
+    limit
+        Bytes that these tokens may decode to; None for 256 MiB or 200 times the file's own, whichever is more.
 
     Returns
     -------
@@ -254,7 +263,7 @@ def decode_tokens(
     Raises
     ------
     InputError
-        For tokens that the container does not have.
+        For tokens that the container does not have, and for more bytes than the limit.
     FormatError
         For a damaged container, or one of another method.
     MismatchError
@@ -266,6 +275,8 @@ def decode_tokens(
     first, last = tokens or (0, layout.length)
     if not 0 <= first < last <= layout.length:
         raise InputError(f"{reader.name} holds tokens 0 to {layout.length}; {first} to {last} is no part of them")
+    width = sum(spec.stream(name).width for name in STREAMS)
+    check_decoded_size(reader.name, width * layout.batch * (last - first) * dtype.itemsize, reader.size, limit)
     outputs: dict[str, np.ndarray] = {}
 
     def place(name: str, start: int, array: np.ndarray) -> None:
@@ -288,6 +299,8 @@ def decode_tokens(
         for codes, count, block in zip(coder.unpack(payloads, counts), counts, batch):
             rows = coder.decode(codes, count, block.quality)
             for stream in streams:
+                if not mx.isfinite(rows[stream.name]).all().item():
+                    raise FormatError(f"{reader.name}: {stream.name}.{block.name} decodes to NaN or infinite values")
                 restored = from_rows(stream, rows[stream.name], layout.batch, block.start, target)
                 place(stream.name, block.start, np.array(restored))
             if progress:
@@ -320,14 +333,20 @@ def read_continued_layout(
     ------
     MismatchError
         When the file was made with other artifacts, settings or tokens.
+    FormatError
+        When it is damaged.
     """
     check_origin(reader, artifacts)
     layout = read_layout(reader)
-    if not np.array_equal(unquantized.read_plain_array(reader, "tokens"), dump.tokens[:, : layout.length]):
+    tokens = unquantized.read_plain_array(reader, "tokens")
+    if tokens.shape != (layout.batch, layout.length) or tokens.dtype != np.int32:
+        raise FormatError(f"{reader.name} has {tokens.dtype} tokens of shape {tokens.shape}: not those of its layout")
+    if not np.array_equal(tokens, dump.tokens[:, : layout.length]):
         raise MismatchError(f"{reader.name} is of other tokens than those that the dump begins with")
-    expected = {**header, "layout": {**header["layout"], "length": layout.length}, "raw": reader.header["raw"]}
+    expected = {**header, "layout": {**header["layout"], "length": layout.length}, "raw": header_object(reader, "raw")}
     if changed := [key for key in {**expected, **reader.header} if reader.header.get(key) != expected.get(key)]:
-        raise MismatchError(f"{reader.name} was made with another {', '.join(changed)}: compress the dump anew")
+        shown = ", ".join(changed)[:200]
+        raise MismatchError(f"{reader.name} was made with another {shown}: compress the dump anew")
     return layout
 
 

@@ -18,7 +18,7 @@ from mlxkv.spec import is_int
 SINK_SECTIONS = ("k.sink", "v.sink")
 CACHE_SECTIONS = (*SINK_SECTIONS, "k.window", "v.window")
 _STORED_TYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "int32": "<i4"}
-_MAX_AXES = 8
+_MAX_AXES, _MAX_AXIS = 8, 2**48
 
 
 def to_numpy(array: np.ndarray | mx.array) -> np.ndarray:
@@ -99,9 +99,9 @@ def read_description(reader: Reader, name: str) -> tuple[str, list[int]]:
     table = reader.header.get("raw")
     entry = table.get(name) if isinstance(table, dict) else None
     kind, shape = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-    valid = isinstance(shape, list) and len(shape) <= _MAX_AXES and all(map(is_int, shape))
+    valid = isinstance(shape, list) and len(shape) <= _MAX_AXES and all(is_int(n, 0, _MAX_AXIS) for n in shape)
     if not isinstance(kind, str) or kind not in _STORED_TYPES or not valid:
-        raise FormatError(f"{reader.name}: {name} is described as {str(entry)[:80]}, not as [type, shape]")
+        raise FormatError(f"{reader.name}: {name[:80]} is described as {str(entry)[:80]}, not as [type, shape]")
     return kind, shape  # type: ignore[return-value]
 
 
@@ -158,5 +158,5 @@ def read_plain_array(reader: Reader, name: str) -> np.ndarray:
     """
     section = reader.sections.get(name)
     if section is None or section.coding != "raw":
-        raise FormatError(f"{reader.name}: {name} must be stored plain")
+        raise FormatError(f"{reader.name}: {name[:80]} must be stored plain")
     return read_array(reader, name)

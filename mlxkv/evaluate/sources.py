@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxkv.errors import FormatError, InputError
-from mlxkv.io.inputs import open_input
+from mlxkv.io.inputs import read_text
 
-MAX_BYTES = 64 << 20  # bytes of a source; HotpotQA's development set has 46 million
 _BUILT_IN = {"essays": "essay.txt", "squad": "squad.json", "hotpotqa": "hotpotqa.json"}
 _SHAPE_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
 
@@ -159,38 +158,6 @@ class Sources:
     def _path(self, field: str) -> Path:
         """Return the file of a source."""
         return getattr(self, field) or Path(__file__).parent / "data" / _BUILT_IN[field]
-
-
-def read_text(path: Path, limit: int = MAX_BYTES) -> str:
-    """Read a UTF-8 file.
-
-    Parameters
-    ----------
-    path
-        The file.
-    limit
-        Bytes that it may have at most.
-
-    Returns
-    -------
-    str
-        Its text, without a byte order mark.
-
-    Raises
-    ------
-    InputError
-        When the file cannot be read or is longer than `limit`.
-    FormatError
-        When it is not UTF-8.
-    """
-    with open_input(path) as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise InputError(f"{path} has more than {limit >> 20} MiB; give a part of it")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path} is not UTF-8 text: {error}") from None
 
 
 def _essay(path: Path) -> str:

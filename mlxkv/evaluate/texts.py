@@ -10,7 +10,8 @@ from typing import Any
 
 from mlxkv.errors import InputError
 from mlxkv.evaluate.evaluation import EvalSample, Record
-from mlxkv.evaluate.sources import Sources, read_text
+from mlxkv.evaluate.sources import Sources
+from mlxkv.io.inputs import read_text
 
 BUILT_IN = Path(__file__).parent / "data" / "essay.txt"
 # Help of options that evaluations share.

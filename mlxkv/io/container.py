@@ -15,16 +15,17 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
-from mlxkv.errors import ChecksumError, FormatError, VersionError
+from mlxkv.errors import ChecksumError, FormatError, InputError, VersionError
 from mlxkv.io import lossless
-from mlxkv.io.atomic import finish_interrupted_append
-from mlxkv.io.inputs import open_input, parse_json
+from mlxkv.io.inputs import MAX_JSON, parse_json
+from mlxkv.io.journal import open_through_journal
 from mlxkv.spec import is_int
 
 MAGIC = b"\x89MLXKV\r\n"
 END_MAGIC = b"MLXKVend"
 VERSION = 2
-MAX_HEADER = 64 * 2**20
+MAX_HEADER = MAX_JSON
+MAX_SIZE = 2**48  # bytes of a section that a reader accepts
 Source = bytes | bytearray | memoryview | str | Path
 _PREAMBLE = struct.Struct("<8sHH")  # magic, version, reserved
 _FOOTER = struct.Struct("<I16s8s")  # header length, BLAKE2b-128, end
@@ -139,10 +140,19 @@ def encode_tail(header: Mapping[str, Any], kept: Sequence[Section], sections: It
     -------
     bytes
         The new sections, the header with the table of all, and the footer.
+
+    Raises
+    ------
+    InputError
+        When the header is longer than a reader accepts.
     """
     sections = list(sections)
     table = [[s.name, s.coding, s.size, s.stored, s.digest] for s in (*kept, *(section for section, _ in sections))]
     text = json.dumps({**header, "sections": table}, separators=(",", ":")).encode()
+    if len(text) > MAX_HEADER:
+        raise InputError(
+            f"the header would have {len(text)} bytes, and readers accept {MAX_HEADER}: store less in meta"
+        )
     start = struct.pack("<HI", VERSION, len(text))
     footer = _FOOTER.pack(len(text), digest(start + text), END_MAGIC)
     return b"".join([*(stored for _, stored in sections), text, footer])
@@ -156,7 +166,8 @@ class Reader:
     Parameters
     ----------
     source
-        A container's bytes, or the path of its file. An append that was interrupted is finished first.
+        A container's bytes, the path of its file, or the open file. By its path a file is read as its last append left it,
+        even if that was interrupted, and others do not change it as long as it is open here.
 
     Attributes
     ----------
@@ -181,18 +192,21 @@ class Reader:
         When it has another format version.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source | IO[bytes]) -> None:
+        self._file: IO[bytes]
         self.name = str(source) if isinstance(source, str | Path) else "the blob"
         if isinstance(source, str | Path):
-            finish_interrupted_append(source)
-        self._file: IO[bytes] = open_input(source) if isinstance(source, str | Path) else io.BytesIO(source)
+            self._file = open_through_journal(source, is_intact)
+        else:
+            self._file = io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source
         try:
             self.size = self._file.seek(0, io.SEEK_END)
             self._file.seek(0)
             self.header = self._read_header()
             self.sections = {section.name: section for section in self._table()}
         except BaseException:
-            self._file.close()
+            if self._file is not source:
+                self._file.close()
             raise
 
     def __enter__(self) -> Reader:
@@ -317,7 +331,9 @@ class Reader:
     def _section(self, name: str) -> Section:
         """Return the entry of a section, which must be there."""
         if name not in self.sections:
-            raise FormatError(f"{self.name} has no section {name!r}; it has {', '.join(list(self.sections)[:20])}")
+            raise FormatError(
+                f"{self.name} has no section {name[:80]!r}; it has {', '.join(list(self.sections)[:20])[:400]}"
+            )
         return self.sections[name]
 
     def _compare(self, section: Section, found: bytes) -> None:
@@ -328,11 +344,32 @@ class Reader:
             )
 
 
+def is_intact(file: IO[bytes]) -> bool:
+    """Return whether an open file is a container whose bytes are all as they were written.
+
+    Parameters
+    ----------
+    file
+        The file, which stays open.
+
+    Returns
+    -------
+    bool
+        False for a container that is damaged or half written.
+    """
+    try:
+        file.seek(0)
+        Reader(file).verify()
+    except FormatError:
+        return False
+    return True
+
+
 def _is_row(row: Any) -> bool:
     """Return whether a table row is [name, coding, size, stored, digest] with sizes that the coding can reach."""
     if not (isinstance(row, list) and len(row) == 5 and all(isinstance(row[i], str) for i in (0, 1, 4))):
         return False
     size, stored = row[2], row[3]
-    if not (is_int(size) and is_int(stored)):
+    if not (is_int(size, 0, MAX_SIZE) and is_int(stored, 0, MAX_SIZE)):
         return False
     return lossless.is_plausible(row[1], size, stored)

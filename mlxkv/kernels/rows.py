@@ -89,15 +89,17 @@ def rotation_table(
     >>> rotation_table([Rope(dims=4, base=1e4), None], dim=4, start=0, tokens=3, inverse=False).layer_kinds.tolist()
     [0, 1]
     """
-    kinds = list(dict.fromkeys(ropes))
-    if kinds == [None]:
+    kinds: dict[Rope | None, int] = {}
+    # By identity first: hashing a long table of periods for each layer would take longer than the block.
+    kind_of = {key: kinds.setdefault(rope, len(kinds)) for key, rope in {id(rope): rope for rope in ropes}.items()}
+    if list(kinds) == [None]:
         return None
     built = [_angles(rope, dim, start, tokens, inverse) for rope in kinds]
     return RotationTable(
         mx.stack([cosine for cosine, _, _ in built]),
         mx.stack([sine for _, sine, _ in built]),
         np.stack([partner for _, _, partner in built]),
-        np.array([kinds.index(rope) for rope in ropes], dtype=np.int32),
+        np.array([kind_of[id(rope)] for rope in ropes], dtype=np.int32),
     )
 
 

@@ -39,9 +39,9 @@ class Sketch(Config, ABC):
         When width or depth is below 1, or seed below 0.
     """
 
-    width: int = integer(512, least=1)
-    depth: int = integer(4, least=1)
-    seed: int = integer(0)
+    width: int = integer(512, least=1, most=2**20)
+    depth: int = integer(4, least=1, most=64)
+    seed: int = integer(0, most=2**63 - 1)
 
     @abstractmethod
     def update(self, counters: mx.array, keys: mx.array, amounts: mx.array) -> mx.array:

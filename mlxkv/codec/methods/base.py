@@ -44,7 +44,7 @@ class CodecConfig(Config):
 
     samples_per_file: int | None = integer(None, least=1)
     sinks: int = integer(4, key="s")
-    seed: int = integer(0)
+    seed: int = integer(0, most=2**63 - 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings by the keys that files have, a method's own before those of all methods.

@@ -31,7 +31,7 @@ from mlxkv.codec.stages.plan import CODED_TYPES, GROUP_SIZES, Plan, allocate_bit
 from mlxkv.codec.stages.quantize import quantization_round_trip
 from mlxkv.config import integer, number
 from mlxkv.errors import FormatError, InputError
-from mlxkv.spec import STREAMS
+from mlxkv.spec import STREAMS, is_int
 
 MAX_DEFAULT_RANK = 4096
 MIN_RATIO = 0.01  # allows far more bits than any cache needs
@@ -117,7 +117,7 @@ class KVTCStream(StreamArtifacts):
     Raises
     ------
     FormatError
-        When the parts do not belong together, or the plan codes nothing.
+        When the parts do not belong together or are not finite, or the plan codes nothing.
     """
 
     mu: np.ndarray
@@ -131,6 +131,10 @@ class KVTCStream(StreamArtifacts):
             )
         if self.mu.dtype != np.float32 or self.V.dtype != np.float16:
             raise FormatError(f"expected a float32 mean and a float16 basis, found {self.mu.dtype} and {self.V.dtype}")
+        if self.plan.rank > self.mu.size:
+            raise FormatError(f"artifacts disagree: {self.plan.rank} components of rows {self.mu.size} wide")
+        if not (np.isfinite(self.mu).all() and np.isfinite(self.V).all()):
+            raise FormatError("the mean or the basis has NaN or infinite values: calibrate again")
         if self.mu.size and not self.plan.bits:
             raise FormatError("the plan codes nothing: calibrate with a lower compression ratio")
 
@@ -155,6 +159,7 @@ class KVTCCoder(BlockCoder):
         self._parts = dict(streams)
         # Cached on the coder: the float32 basis is made on first use and freed with the coder.
         self._basis = cache(lambda name: mx.array(self._parts[name].V).astype(mx.float32))
+        self._size = cache(lambda name, tokens: payload_size(self._parts[name].plan, tokens))
 
     def check_quality(self, quality: object) -> None:
         """Refuse any quality: the ratio was chosen in calibration."""
@@ -180,7 +185,7 @@ class KVTCCoder(BlockCoder):
 
     def is_size(self, name: str, tokens: int, size: int, coding: str) -> bool:
         """Check that the size is exactly what the plan gives for n rows."""
-        return size == payload_size(self._parts[name].plan, tokens)
+        return bool(size == self._size(name, tokens))
 
     def unpack(self, blocks: Sequence[Mapping[str, bytes]], tokens: Sequence[int]) -> list[dict[str, np.ndarray]]:
         """Return the packed groups as arrays."""
@@ -270,6 +275,8 @@ def explain_plans(streams: Mapping[str, _HasPlan], meta: Mapping[str, Any]) -> d
     ------
     InputError
         When meta holds settings that are out of range.
+    FormatError
+        When it holds no number of tokens.
     """
     facts: dict[str, Any] = {"compression_ratio": meta.get("compression_ratio")}
     limited = []
@@ -280,6 +287,8 @@ def explain_plans(streams: Mapping[str, _HasPlan], meta: Mapping[str, Any]) -> d
         try:
             config = KVTCConfig.from_dict({key: meta[key] for key in KVTCConfig.stored_keys().values()})
             tokens = meta["calibration_tokens"]
+            if not is_int(tokens):
+                raise FormatError(f"artifacts are made from a number of tokens, not {str(tokens)[:80]!r}")
         except KeyError:  # artifacts that were not made by `calibrate`
             continue
         budget = config.budget(part.width)

@@ -34,6 +34,7 @@ from mlxkv.codec.stages.basis import Basis
 from mlxkv.codec.stages.dead_zone import dequantize, quantize
 from mlxkv.config import integer
 from mlxkv.errors import FormatError, InputError
+from mlxkv.kernels import rans
 from mlxkv.spec import STREAMS
 
 KEY_STEP_FACTOR = 1.5  # multiplies the keys' step and divides the values'
@@ -104,8 +105,10 @@ class KVTCRDStream(StreamArtifacts):
         fits = fits and self.attention.shape[0] in (0, heads) and self.tables.shape == (entropy.CLASSES, 256)
         if not fits or not all(np.isfinite(part).all() for part in parts.values()):
             raise FormatError(f"artifacts disagree: {[part.shape for part in parts.values()]}, or are not finite")
-        if self.basis.rank > self.mu.size:
+        if not min(1, self.mu.size) <= self.basis.rank <= self.mu.size:
             raise FormatError(f"artifacts disagree: {self.basis.rank} components of rows {self.mu.size} wide")
+        if self.mu.size and (self.tables.sum(axis=1, dtype=np.int64) != rans.TOTAL).any():
+            raise FormatError(f"artifacts have entropy tables that do not sum to {rans.TOTAL}: calibrate again")
 
     @property
     def width(self) -> int:
@@ -262,7 +265,8 @@ class KVTCRDCoder(BlockCoder):
         attention, part = self._parts["v"].attention, self._parts["k"]
         heads, dim = part.weights.shape[:2]
         slopes = (part.unweighted_basis.reshape(-1, heads, dim) * mx.array(attention[:, :-1])).sum(axis=-1)
-        bias = (part.mu.reshape(heads, dim) * attention[:, :-1]).sum(axis=1) + attention[:, -1]
+        with np.errstate(over="ignore", invalid="ignore"):  # decoded rows are checked to be finite
+            bias = (part.mu.reshape(heads, dim) * attention[:, :-1]).sum(axis=1) + attention[:, -1]
         return slopes, mx.array(bias)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from mlxkv.codec.stages.pca import principal_components
 from mlxkv.errors import FormatError, InputError
 from mlxkv.io import lossless
+from mlxkv.io.inputs import FREE_BYTES, MAX_RATIO
 
 _TYPES = {"codes": "uint8", "scale": "float32", "spread": "float32"}
 STRONG_ENERGY_SHARE = 0.9  # share of the rows' energy in the strong components, which weak ones must not leak into
@@ -58,11 +59,13 @@ class Basis:
             raise FormatError(f"a basis has the types {_TYPES}, not {[str(part.dtype) for part in parts.values()]}")
         if any(part.ndim != 1 for part in parts.values()) or self.scale.shape != self.spread.shape:
             raise FormatError(f"these are no parts of one basis: {[part.shape for part in parts.values()]}")
-        if not (np.isfinite(self.scale).all() and np.isfinite(self.spread).all()):
-            raise FormatError("a basis has NaN or infinite scales")
+        if not (np.isfinite(self.scale).all() and np.isfinite(self.spread).all() and (self.spread >= 0).all()):
+            raise FormatError("a basis has NaN or infinite scales, or negative spreads")
         least = self.rank * self.width
         if not least <= self._byte_count <= 2 * least or (self.width and self._byte_count % self.width):
             raise FormatError(f"{self._byte_count} bytes are no integers of {self.rank} components {self.width} wide")
+        if 4 * least > max(FREE_BYTES, MAX_RATIO * self.codes.nbytes):
+            raise FormatError(f"a basis of {self.codes.nbytes} bytes is not one of {self.rank} x {self.width} numbers")
 
     @property
     def rank(self) -> int:
@@ -76,14 +79,18 @@ class Basis:
 
     @cached_property
     def matrix(self) -> mx.array:
-        """Components `[rank, p]` float32. Raises FormatError for codes that do not inflate."""
+        """Components `[rank, p]` float32. Raises FormatError for codes that do not inflate to finite ones."""
         planes = np.frombuffer(
             lossless.decode("deflate", self.codes[LENGTH_BYTES:].tobytes(), self._byte_count), np.int8
         )
         low, high = (part.reshape(-1, self.width) for part in np.split(planes, [self.rank * self.width]))
         entries = low.astype(np.float32)
         entries[: len(high)] += 256 * high.astype(np.float32)
-        return mx.array(entries * self.scale[:, None])
+        with np.errstate(over="ignore"):
+            entries *= self.scale[:, None]
+        if not np.isfinite(entries).all():
+            raise FormatError("a basis has infinite components: calibrate again")
+        return mx.array(entries)
 
     @cached_property
     def _strong_count(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -21,6 +22,7 @@ from mlxkv.spec import is_int
 GROUP_SIZES = (1, 16, 64, 256, 1024)
 CODED_TYPES = ("int2", "int4", "fp8")
 OVERHEAD_BITS = 32  # float16 shift (offset) and scale
+MAX_RUNS = 4096  # of equal neighbouring groups in a plan from any source: each costs time in every block
 _UNIT_BITS = 2  # of the dynamic programme: every cost is a multiple of two bits
 
 ErrorTable = Mapping[tuple[int, str], np.ndarray]
@@ -48,7 +50,8 @@ class Group:
 
     def __post_init__(self) -> None:
         if self.kind not in BITS or self.size < 1 or (self.kind != "none" and self.size not in GROUP_SIZES):
-            raise FormatError(f"no such group: {self.size} x {self.kind}; sizes {GROUP_SIZES}, types {', '.join(BITS)}")
+            shown = f"{self.size} x {self.kind}"[:80]
+            raise FormatError(f"no such group: {shown}; sizes {GROUP_SIZES}, types {', '.join(BITS)}")
 
     @property
     def bits(self) -> int:
@@ -65,6 +68,11 @@ class Plan:
     groups
         The groups.
 
+    Raises
+    ------
+    FormatError
+        When the groups change between more than 4,096 runs of equal ones.
+
     Examples
     --------
     >>> plan = Plan((Group(16, "int4"), Group(4, "none"), Group(1, "fp8")))
@@ -74,30 +82,40 @@ class Plan:
 
     groups: tuple[Group, ...] = ()
 
-    @property
+    def __post_init__(self) -> None:
+        if len(self._runs) > MAX_RUNS:
+            raise FormatError(f"a plan of {len(self._runs)} runs of groups: there may be at most {MAX_RUNS}")
+
+    @cached_property
     def rank(self) -> int:
         """Number of components covered."""
         return sum(group.size for group in self.groups)
 
-    @property
+    @cached_property
     def bits(self) -> int:
         """Bits per token before any lossless stage."""
         return sum(group.bits for group in self.groups)
 
     def runs(self) -> Iterator[Run]:
-        """Yield the coded groups, equal neighbours together.
+        """Return the coded groups, equal neighbours together.
 
-        Yields
-        ------
-        Run
+        Returns
+        -------
+        Iterator[Run]
             First component, number of groups, their size and type.
         """
-        start = 0
+        return iter(self._runs)
+
+    @cached_property
+    def _runs(self) -> tuple[Run, ...]:
+        """The coded runs."""
+        runs, start = [], 0
         for (size, kind), equal in groupby(self.groups, key=lambda group: (group.size, group.kind)):
             count = len(list(equal))
             if kind != "none":
-                yield Run(start, count, size, kind)
+                runs.append(Run(start, count, size, kind))
             start += count * size
+        return tuple(runs)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain JSON values.
@@ -131,7 +149,7 @@ class Plan:
         try:
             return cls(tuple(Group(_int(group["size"]), group["type"]) for group in data["groups"]))
         except (KeyError, TypeError) as error:
-            raise FormatError(f"not a bit plan: {error!r}") from None
+            raise FormatError(f"not a bit plan: {repr(error)[:200]}") from None
 
 
 def cost(size: int, kind: str) -> int:

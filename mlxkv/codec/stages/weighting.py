@@ -190,6 +190,10 @@ def invert_weights(weights: np.ndarray) -> np.ndarray:
         When one has no inverse.
     """
     try:
-        return np.linalg.inv(weights.astype(np.float64)).astype(np.float32)
+        with np.errstate(all="ignore"):
+            inverse = np.linalg.inv(weights.astype(np.float64)).astype(np.float32)
     except np.linalg.LinAlgError:
-        raise FormatError("the artifacts' weights have no inverse; calibrate again") from None
+        inverse = np.full(1, np.nan, np.float32)
+    if not np.isfinite(inverse).all():
+        raise FormatError("the artifacts' weights have no inverse; calibrate again")
+    return inverse

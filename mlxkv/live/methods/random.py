@@ -31,7 +31,7 @@ class RandomConfig(Config):
     tokens: int = integer(512, least=1)
     sinks: int = integer(4)
     recent: int = integer(64)
-    seed: int = integer(0)
+    seed: int = integer(0, most=2**63 - 1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -74,7 +74,7 @@ class SmartKVConfig(Config):
     allocator: str = choice("exact", ALLOCATORS)
     order: str = choice("importance", ORDERS)
     layers: str = choice("equal", SPLITS)
-    seed: int = integer(0)
+    seed: int = integer(0, most=2**63 - 1)
 
 
 @live_methods.register("smartkv")

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mlxkv.errors import FormatError, InputError
-from mlxkv.evaluate.sources import Sources, read_text
+from mlxkv.evaluate.sources import Sources
 from mlxkv.evaluate.tasks.ruler.task import Request, RulerTask
 from mlxkv.evaluate.variants import split_tokens
 from mlxkv.io.atomic import atomic_write
-from mlxkv.io.inputs import parse_json
+from mlxkv.io.inputs import parse_json, read_text
 
 MAX_BYTES = 512 << 20  # bytes of a JSONL file; 500 rows of 128K tokens have about 300 million
 
