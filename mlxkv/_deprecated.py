@@ -98,12 +98,12 @@ NAMES: dict[str, dict[str, str]] = {
     "container": {"END": "END_MAGIC", "rest_of": "encode_tail"},
     "files": {
         "atomic_write": "io.atomic:atomic_write",
-        "finish_replacing": "io.atomic:finish_interrupted_append",
+        "finish_replacing": "io.growing:finish_interrupted_append",
         "open_input": "io.inputs:open_input",
         "parse_json": "io.inputs:parse_json",
         "read_npy": "io.npz:read_npy",
         "read_npz": "io.npz:read_npz",
-        "replace_rest": "io.atomic:replace_tail",
+        "replace_rest": "io.growing:replace_tail",
     },
     "methods": {},
 }

@@ -23,8 +23,8 @@ from mlxkv.codec.writing import CacheEncoder, Progress
 from mlxkv.dump import KVDump
 from mlxkv.errors import FormatError, InputError, MismatchError
 from mlxkv.io import container
-from mlxkv.io.atomic import replace_tail
 from mlxkv.io.container import Reader, Source
+from mlxkv.io.growing import appending
 from mlxkv.io.lossless import CODINGS
 from mlxkv.spec import Rope, check_rope, is_int
 
@@ -218,16 +218,17 @@ class CacheCodec:
         extras, meta = self._dump_metadata(dump)
         layers, encoder = {"k": list(dump.k), "v": list(dump.v)}, self._encoder
         header, arrays, layout = encoder.build_header(layers, extras, meta)
-        with Reader(path) as reader:
-            old = reading.read_continued_layout(reader, self.artifacts, dump, header)
-            complete = sum(stop - start == layout.block_tokens for _, start, stop in old.blocks())
-            same_sinks = old.middle.start == layout.middle.start
-            kept = reading.first_sections(reader, self.artifacts, complete) if same_sinks else []
-            keep = reader.end_of(kept)
-        names = {section.name for section in kept}
-        sections = encoder.encode_sections(layers, layout, arrays, complete, progress)
-        added = [(section, data) for section, data in sections if section.name not in names]
-        replace_tail(path, keep, container.encode_tail(header, kept, added))
+        with appending(path) as append:
+            with Reader(path) as reader:
+                old = reading.read_continued_layout(reader, self.artifacts, dump, header)
+                complete = sum(stop - start == layout.block_tokens for _, start, stop in old.blocks())
+                same_sinks = old.middle.start == layout.middle.start
+                kept = reading.first_sections(reader, self.artifacts, complete) if same_sinks else []
+                keep = reader.end_of(kept)
+            names = {section.name for section in kept}
+            sections = encoder.encode_sections(layers, layout, arrays, complete, progress)
+            added = [(section, data) for section, data in sections if section.name not in names]
+            append.replace_tail(keep, container.encode_tail(header, kept, added))
 
     def decompress(
         self, blob: Source, *, tokens: tuple[int, int] | None = None, progress: Progress | None = None

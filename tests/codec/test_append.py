@@ -1,9 +1,7 @@
 """A file that a conversation is appended to is what compressing all of it makes, whatever is killed on the way."""
 
 import os
-import signal
-import subprocess
-import sys
+import struct
 from dataclasses import replace
 
 import numpy as np
@@ -11,12 +9,14 @@ import pytest
 from forging import forge, header_of
 from synthetic import toy_artifacts, toy_dump
 
-from mlxkv.codec import session, writing
+from mlxkv.codec import writing
 from mlxkv.codec.session import CacheCodec
 from mlxkv.dump import read_dump, write_dump
 from mlxkv.errors import FormatError, InputError, MismatchError
-from mlxkv.io import atomic
-from mlxkv.io.container import Reader
+from mlxkv.io import growing
+from mlxkv.io.atomic import atomic_write
+from mlxkv.io.container import Reader, digest
+from mlxkv.io.growing import Append, finish_interrupted_append
 
 BLOCK = 8
 
@@ -51,7 +51,8 @@ def test_whole_blocks_are_not_written_again(codec, tmp_path, monkeypatch):
     dump, path, written = toy_dump(length=40), tmp_path / "a.mlxkv", []
     path.write_bytes(codec.compress_dump(beginning(dump, 30)))
     inode = path.stat().st_ino
-    monkeypatch.setattr(session, "replace_tail", lambda *call: written.append(call[1:]) or atomic.replace_tail(*call))
+    really = Append.replace_tail
+    monkeypatch.setattr(Append, "replace_tail", lambda *call: written.append(call[1:]) or really(*call))
     codec.append_dump(path, dump)
     keep, rest = written[0]
     with Reader(path) as reader:
@@ -93,68 +94,161 @@ def test_a_file_in_another_order_is_refused(codec, tmp_path):
         codec.append_dump(path, dump)
 
 
-KILLED = """
-import os, signal, sys
-from mlxkv.io import atomic
-step = int(sys.argv[2])
-calls = 0
-def count(of):
-    def called(*arguments, **named):
-        global calls
-        calls += 1
-        if calls == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return of(*arguments, **named)
-    return called
-for name in ("fsync", "replace", "fstat"):
-    setattr(os, name, count(getattr(os, name)))
-atomic.Path.unlink = count(atomic.Path.unlink)
-atomic.replace_tail(sys.argv[1], 1000, bytes(range(256)) * 20)
-print("done", calls)
-"""
-
-
-@pytest.mark.parametrize("step", range(1, 8))
-def test_a_process_killed_at_any_step_leaves_the_old_file_or_the_new_one(tmp_path, step):
-    path, old = tmp_path / "a", np.random.default_rng(0).bytes(3000)
-    new = old[:1000] + bytes(range(256)) * 20
-    path.write_bytes(old)
-    run = subprocess.run([sys.executable, "-c", KILLED, path, str(step)], capture_output=True, text=True, check=False)
-    assert run.returncode in (0, -signal.SIGKILL), run.stderr
-    atomic.finish_interrupted_append(path)
-    assert path.read_bytes() in ((old,) if step <= 2 else (new,))
-    atomic.replace_tail(path, 1000, new[1000:])
-    assert path.read_bytes() == new
-
-
-@pytest.mark.parametrize("written", [0, 1, 500, 10**6])
-def test_what_a_killed_process_left_half_written_is_finished_by_the_next_reader(codec, tmp_path, monkeypatch, written):
+@pytest.fixture
+def interrupted(codec, tmp_path, monkeypatch):
+    """A file of 30 tokens, and the journal of an append to 40 that died before it touched the file."""
     dump, path = toy_dump(length=40), tmp_path / "a.mlxkv"
     path.write_bytes(codec.compress_dump(beginning(dump, 30)))
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "finish_interrupted_append", lambda path: None)
+        patch.setattr(growing, "_apply", lambda *_: False)
         codec.append_dump(path, dump)
-    assert len(list(tmp_path.iterdir())) == 2
-    with Reader(codec.compress_dump(dump)) as reader:
+    assert sorted(os.listdir(tmp_path)) == [".a.mlxkv.rest", "a.mlxkv"]
+    return path, dump
+
+
+def torn_states(codec, dump):
+    """What a kill in the middle of the rewrite can leave: the kept bytes, then any mixture of the old end and the new."""
+    old, new = codec.compress_dump(beginning(dump, 30)), codec.compress_dump(dump)
+    with Reader(new) as reader:
         keep = reader.end_of(list(reader.sections.values())[:8])
-    path.write_bytes(codec.compress_dump(dump)[: keep + written] + os.urandom(50))
-    assert np.array_equal(codec.decompress_dump(path).tokens, dump.tokens)
-    assert path.read_bytes() == codec.compress_dump(dump)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert old[:keep] == new[:keep]
+    yield old
+    yield new
+    yield old + new[len(old) :]
+    for written in (1, 500, len(old) - keep - 1):
+        yield new[: keep + written]
+        yield new[: keep + written] + old[keep + written :]
+        yield new[: keep + written] + os.urandom(50)
+    yield old[:keep] + bytes(len(old) - keep - 64) + old[-64:]  # a power cut writes pages in any order
+    yield old[:keep] + bytes(len(new) - keep - 64) + new[-64:]
 
 
-def test_a_journal_of_another_file_is_refused_and_named(codec, tmp_path, monkeypatch):
+def test_an_interrupted_append_is_read_through_its_journal_and_nothing_is_written(codec, interrupted):
+    path, dump = interrupted
+    journal = path.with_name(".a.mlxkv.rest")
+    whole, new = journal.read_bytes(), codec.compress_dump(dump)
+    for state in torn_states(codec, dump):
+        path.write_bytes(state)
+        assert np.array_equal(codec.decompress_dump(path).tokens, dump.tokens)
+        with Reader(path) as reader:
+            reader.verify()
+            assert reader.size == len(new)
+        assert (path.read_bytes(), journal.read_bytes()) == (state, whole)
+        codec.append_dump(path, dump)
+        assert path.read_bytes() == new
+        assert os.listdir(path.parent) == ["a.mlxkv"]
+        journal.write_bytes(whole)
+
+
+def test_an_incomplete_journal_is_as_none(codec, interrupted):
+    path, _ = interrupted
+    journal = path.with_name(".a.mlxkv.rest")
+    whole, old = journal.read_bytes(), path.read_bytes()
+    damaged = bytes([*whole[:-1], whole[-1] ^ 1])
+    for left in (b"", whole[:1], whole[:72], whole[:-1], bytes(len(whole)), damaged, b"MLXKVjn3" + whole[8:]):
+        journal.write_bytes(left)
+        assert codec.decompress_dump(path).length == 30
+        assert (path.read_bytes(), journal.read_bytes()) == (old, left)
+        finish_interrupted_append(path)
+        assert (path.read_bytes(), os.listdir(path.parent)) == (old, ["a.mlxkv"])
+
+
+@pytest.mark.parametrize("length", [20, 30, 35, 60])
+@pytest.mark.parametrize("sinks", [2, 1])
+def test_a_file_written_anew_holds_nothing_of_an_append_that_died(codec, interrupted, length, sinks):
+    path, _ = interrupted
+    journal = path.with_name(".a.mlxkv.rest")
+    left, other = journal.read_bytes(), toy_dump(length=60, seed=5)
+    fresh = CacheCodec(codec.artifacts, recent=3, sinks=sinks)
+    for dump in (beginning(other, length), beginning(toy_dump(length=60), length)):
+        with atomic_write(path) as file:
+            file.write(fresh.compress_dump(dump))
+        assert os.listdir(path.parent) == ["a.mlxkv"]
+        journal.write_bytes(left)
+        if path.read_bytes() != codec.compress_dump(beginning(toy_dump(length=40), 30)):
+            assert np.array_equal(fresh.decompress_dump(path).tokens, dump.tokens)
+            fresh.append_dump(path, dump)
+            assert np.array_equal(fresh.decompress_dump(path).tokens, dump.tokens)
+
+
+OLD_HEAD = struct.Struct("<8sQ16s16s")
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_journal_of_an_older_version_is_finished_only_where_the_file_is_half_written(codec, interrupted, replaced):
+    path, dump = interrupted
+    journal, old, new = path.with_name(".a.mlxkv.rest"), path.read_bytes(), codec.compress_dump(dump)
+    keep = int.from_bytes(journal.read_bytes()[8:16], "little")
+    tail = new[keep:]
+    left = OLD_HEAD.pack(b"MLXKVjnl", keep, digest(old[:keep]), digest(tail)) + tail
+    if replaced:  # by a file that begins alike: all of it is intact, so the journal is of another one
+        old = codec.compress_dump(beginning(dump, 32))
+    for state, length in (
+        (old, 32 if replaced else 30),
+        (old[: keep + 9], 40),
+        (new[: keep + 9] + old[keep + 9 :], 40),
+    ):
+        path.write_bytes(state)
+        journal.write_bytes(left)
+        assert codec.decompress_dump(path).length == length
+        finish_interrupted_append(path)
+        assert path.read_bytes() == (new if length == 40 else old)
+        assert os.listdir(path.parent) == ["a.mlxkv"]
+
+
+def test_an_append_to_a_file_that_was_replaced_meanwhile_is_refused(codec, tmp_path):
     dump, path = toy_dump(length=40), tmp_path / "a.mlxkv"
     path.write_bytes(codec.compress_dump(beginning(dump, 30)))
-    with monkeypatch.context() as patch:
-        patch.setattr(atomic, "finish_interrupted_append", lambda path: None)
-        codec.append_dump(path, dump)
-    path.write_bytes(CacheCodec(codec.artifacts, recent=3, sinks=1).compress_dump(dump))
-    with pytest.raises(FormatError, match=r"\.a\.mlxkv\.rest does not fit"):
-        codec.decompress_dump(path)
-    (tmp_path / ".a.mlxkv.rest").write_bytes(b"")
-    with pytest.raises(FormatError, match="damaged or of another file; remove it"):
-        codec.decompress_dump(path)
+    other = codec.compress_dump(toy_dump(length=25, seed=3))
+
+    def replace_file(_):
+        with atomic_write(path) as file:
+            file.write(other)
+
+    with pytest.raises(MismatchError, match="another process has written"):
+        codec.append_dump(path, dump, replace_file)
+    assert (path.read_bytes(), os.listdir(tmp_path)) == (other, ["a.mlxkv"])
+
+
+def test_an_append_goes_through_while_the_file_is_read_and_readers_keep_what_they_opened(codec, tmp_path, monkeypatch):
+    monkeypatch.setattr(growing, "APPLY_WAIT", 0)
+    monkeypatch.setattr(growing, "PENDING_WAIT", 0)
+    dump, path = toy_dump(length=40), tmp_path / "a.mlxkv"
+    path.write_bytes(old := codec.compress_dump(beginning(dump, 30)))
+    with Reader(path) as before:
+        codec.append_dump(path, beginning(dump, 35))
+        assert path.read_bytes() == old
+        with Reader(path) as after:
+            assert after.header["layout"]["length"] == 35
+            with pytest.raises(InputError, match="has been read by other processes"):
+                codec.append_dump(path, dump)
+            before.verify()
+            after.verify()
+        assert codec.decompress_dump(path).length == 35
+    codec.append_dump(path, dump)
+    assert (path.read_bytes(), os.listdir(tmp_path)) == (codec.compress_dump(dump), ["a.mlxkv"])
+
+
+def test_a_second_append_waits_for_the_first_and_then_says_who_is_writing(codec, tmp_path, monkeypatch):
+    monkeypatch.setattr(growing, "WRITER_WAIT", 0)
+    dump, path = toy_dump(length=40), tmp_path / "a.mlxkv"
+    path.write_bytes(codec.compress_dump(beginning(dump, 30)))
+    refused = []
+
+    def append_too(_):
+        with pytest.raises(InputError, match="another process has been writing"):
+            codec.append_dump(path, beginning(dump, 32))
+        refused.append(True)
+
+    codec.append_dump(path, dump, append_too)
+    assert refused
+    assert path.read_bytes() == codec.compress_dump(dump)
+
+
+def test_what_does_not_exist_gets_no_journal(codec, tmp_path):
+    with pytest.raises(InputError, match="cannot read"):
+        codec.append_dump(tmp_path / "absent", toy_dump(length=40))
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_part_of_the_tokens_is_what_the_whole_holds_there(codec, tmp_path):

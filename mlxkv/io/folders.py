@@ -1,0 +1,157 @@
+"""Folders that are the old one or the complete new one, whatever interrupts the write."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import stat
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from mlxkv.errors import InputError
+from mlxkv.io.disk import NEW_FILE, lock_new, sweep, sync, sync_folder, temporary_path
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_AT_CWD, _SWAP = -100, 2  # AT_FDCWD; RENAME_EXCHANGE of Linux and RENAME_SWAP of a Mac are both 2
+
+
+def check_folder(directory: str | Path, is_part: Callable[[str], bool], overwrite: bool) -> None:
+    """Check that `write_folder` may write a folder, before the work for its content begins.
+
+    Parameters
+    ----------
+    directory
+        Folder to write.
+    is_part
+        Tells of a name in the folder whether such a folder has it.
+    overwrite
+        Whether a folder of this kind that is there may be replaced.
+
+    Raises
+    ------
+    InputError
+        When it is no folder, holds anything else, holds what may not be replaced, or cannot be replaced at once.
+    """
+    target = Path(directory).resolve()
+    if not str(directory) or (target.exists() and not target.is_dir()):
+        raise InputError(f"cannot make {str(directory)!r}: there is a file of that name, or it is no name")
+    names = sorted(os.listdir(target)) if target.exists() else []
+    if foreign := [name for name in names if not is_part(name)]:
+        raise InputError(f"cannot write {directory}: it holds {foreign[0]!r}, something else; give a folder of its own")
+    if target == Path.cwd():
+        raise InputError(f"cannot write {directory}: it is the current folder, which cannot be replaced; give another")
+    if names and not overwrite:
+        raise InputError(
+            f"{directory} holds artifacts, without which files made with them cannot be read: write to another folder, "
+            "or replace them with --overwrite (overwrite=True)"
+        )
+    if names and not _can_exchange(target):
+        raise InputError(
+            f"the file system of {directory} cannot replace a folder at once: write to another folder, or remove it first"
+        )
+
+
+def write_folder(directory: str | Path, files: Mapping[str, bytes], overwrite: bool = False) -> None:
+    """Write a folder of files that appears, or takes another one's place, all at once.
+
+    Parameters
+    ----------
+    directory
+        Folder to write; folders above it are made.
+    files
+        Contents by file name.
+    overwrite
+        Whether a folder that is there, and not empty, is replaced and removed: `check_folder` says whether it may be.
+
+    Raises
+    ------
+    InputError
+        When it cannot be written.
+    """
+    target = Path(directory).resolve()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sweep(target)
+        temporary, folder = _new_folder(target)
+        try:
+            if target.is_dir():
+                os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode) & 0o777)
+            for name, data in files.items():
+                _write_new(temporary / name, data)
+            sync(folder)
+            if overwrite and target.is_dir() and os.listdir(target):
+                exchange(temporary, target)
+            else:
+                os.rename(temporary, target)  # fails unless there is none, or an empty one
+            sync_folder(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # the old folder, or an unfinished one
+            os.close(folder)
+    except OSError as error:
+        raise InputError(f"cannot write {directory}: {error.strerror or error}") from error
+
+
+def exchange(first: Path, second: Path) -> None:
+    """Let two files or folders change names, so that there is no moment at which one of the names is free.
+
+    Parameters
+    ----------
+    first, second
+        Their paths, on one file system.
+
+    Raises
+    ------
+    OSError
+        When they cannot, as on many network file systems.
+    """
+    a, b = os.fsencode(first), os.fsencode(second)
+    library = ctypes.CDLL(None, use_errno=True)
+    try:
+        if sys.platform == "darwin":
+            failed = library.renamex_np(a, b, _SWAP)
+        else:
+            failed = library.renameat2(_AT_CWD, a, _AT_CWD, b, _SWAP)
+    except AttributeError:
+        raise OSError("this system has no call to exchange two folders") from None
+    if failed:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _can_exchange(target: Path) -> bool:
+    """Return whether folders beside a folder can be exchanged."""
+    made: list[Path] = []
+    try:
+        for _ in range(2):
+            made.append(temporary_path(target))
+            os.mkdir(made[-1])
+        exchange(*made)
+        return True
+    except OSError:
+        return False
+    finally:
+        for path in made:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _new_folder(target: Path) -> tuple[Path, int]:
+    """Create a temporary folder beside a target, locked for as long as it is open where there are locks."""
+    while True:
+        path = temporary_path(target)
+        os.mkdir(path)
+        try:
+            folder = os.open(path, _FOLDER)
+        except FileNotFoundError:
+            continue  # someone who sweeps was faster
+        if lock_new(folder, path):
+            return path, folder
+        os.close(folder)
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    """Write a new file and flush it to disk."""
+    with os.fdopen(os.open(path, NEW_FILE, 0o666), "wb") as file:
+        file.write(data)
+        file.flush()
+        sync(file.fileno())
