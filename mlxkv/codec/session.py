@@ -221,7 +221,7 @@ class CacheCodec:
         with appending(path) as append:
             with Reader(path) as reader:
                 old = reading.read_continued_layout(reader, self.artifacts, dump, header)
-                complete = sum(stop - start == layout.block_tokens for _, start, stop in old.blocks())
+                complete = old.complete_blocks
                 same_sinks = old.middle.start == layout.middle.start
                 kept = reading.first_sections(reader, self.artifacts, complete) if same_sinks else []
                 keep = reader.end_of(kept)
@@ -231,7 +231,12 @@ class CacheCodec:
             append.replace_tail(keep, container.encode_tail(header, kept, added))
 
     def decompress(
-        self, blob: Source, *, tokens: tuple[int, int] | None = None, progress: Progress | None = None
+        self,
+        blob: Source,
+        *,
+        tokens: tuple[int, int] | None = None,
+        progress: Progress | None = None,
+        limit: int | None = None,
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Decompress keys and values.
 
@@ -243,6 +248,8 @@ class CacheCodec:
             First token and the token after the last one; only their blocks are read. None for all.
         progress
             Called with the number of tokens of each block that is done.
+        limit
+            Bytes that the arrays may have; None for 256 MiB or 200 times the container's own, whichever is more.
 
         Returns
         -------
@@ -253,18 +260,23 @@ class CacheCodec:
         Raises
         ------
         InputError
-            For a file that cannot be opened, or tokens that it does not have.
+            For a file that cannot be opened, tokens that it does not have, or more bytes than the limit.
         FormatError
             When the container is damaged or of another kind.
         MismatchError
             When it was made with other artifacts.
         """
         with Reader(blob) as reader:
-            decoded = reading.decode_tokens(reader, self.artifacts, self.coder, tokens, progress)
+            decoded = reading.decode_tokens(reader, self.artifacts, self.coder, tokens, progress, limit)
         return list(decoded.arrays["k"]), list(decoded.arrays["v"])
 
     def decompress_dump(
-        self, blob: Source, progress: Progress | None = None, *, tokens: tuple[int, int] | None = None
+        self,
+        blob: Source,
+        progress: Progress | None = None,
+        *,
+        tokens: tuple[int, int] | None = None,
+        limit: int | None = None,
     ) -> KVDump:
         """Decompress a file of `compress_dump` to a dump.
 
@@ -276,6 +288,8 @@ class CacheCodec:
             Called with the number of tokens of each block that is done.
         tokens
             First token and the token after the last one; only their blocks are read. None for all.
+        limit
+            Bytes that keys and values may have; None for 256 MiB or 200 times the container's own, whichever is more.
 
         Returns
         -------
@@ -286,14 +300,14 @@ class CacheCodec:
         Raises
         ------
         InputError
-            For a file that cannot be opened, or tokens that it does not have.
+            For a file that cannot be opened, tokens that it does not have, or more bytes than the limit.
         FormatError
             When the container is damaged, of another kind, or was made by `compress`, without tokens.
         MismatchError
             When it was made with other artifacts.
         """
         with Reader(blob) as reader:
-            decoded = reading.decode_tokens(reader, self.artifacts, self.coder, tokens, progress)
+            decoded = reading.decode_tokens(reader, self.artifacts, self.coder, tokens, progress, limit)
             described = reading.header_object(reader, "raw")
             extras = {
                 name: unquantized.read_plain_array(reader, name) for name in described if name not in CACHE_SECTIONS

@@ -15,16 +15,17 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
-from mlxkv.errors import ChecksumError, FormatError, VersionError
+from mlxkv.errors import ChecksumError, FormatError, InputError, VersionError
 from mlxkv.io import lossless
-from mlxkv.io.inputs import parse_json
+from mlxkv.io.inputs import MAX_JSON, parse_json
 from mlxkv.io.journal import open_through_journal
 from mlxkv.spec import is_int
 
 MAGIC = b"\x89MLXKV\r\n"
 END_MAGIC = b"MLXKVend"
 VERSION = 2
-MAX_HEADER = 64 * 2**20
+MAX_HEADER = MAX_JSON
+MAX_SIZE = 2**48  # bytes of a section that a reader accepts
 Source = bytes | bytearray | memoryview | str | Path
 _PREAMBLE = struct.Struct("<8sHH")  # magic, version, reserved
 _FOOTER = struct.Struct("<I16s8s")  # header length, BLAKE2b-128, end
@@ -139,10 +140,19 @@ def encode_tail(header: Mapping[str, Any], kept: Sequence[Section], sections: It
     -------
     bytes
         The new sections, the header with the table of all, and the footer.
+
+    Raises
+    ------
+    InputError
+        When the header is longer than a reader accepts.
     """
     sections = list(sections)
     table = [[s.name, s.coding, s.size, s.stored, s.digest] for s in (*kept, *(section for section, _ in sections))]
     text = json.dumps({**header, "sections": table}, separators=(",", ":")).encode()
+    if len(text) > MAX_HEADER:
+        raise InputError(
+            f"the header would have {len(text)} bytes, and readers accept {MAX_HEADER}: store less in meta"
+        )
     start = struct.pack("<HI", VERSION, len(text))
     footer = _FOOTER.pack(len(text), digest(start + text), END_MAGIC)
     return b"".join([*(stored for _, stored in sections), text, footer])
@@ -321,7 +331,9 @@ class Reader:
     def _section(self, name: str) -> Section:
         """Return the entry of a section, which must be there."""
         if name not in self.sections:
-            raise FormatError(f"{self.name} has no section {name!r}; it has {', '.join(list(self.sections)[:20])}")
+            raise FormatError(
+                f"{self.name} has no section {name[:80]!r}; it has {', '.join(list(self.sections)[:20])[:400]}"
+            )
         return self.sections[name]
 
     def _compare(self, section: Section, found: bytes) -> None:
@@ -358,6 +370,6 @@ def _is_row(row: Any) -> bool:
     if not (isinstance(row, list) and len(row) == 5 and all(isinstance(row[i], str) for i in (0, 1, 4))):
         return False
     size, stored = row[2], row[3]
-    if not (is_int(size) and is_int(stored)):
+    if not (is_int(size, 0, MAX_SIZE) and is_int(stored, 0, MAX_SIZE)):
         return False
     return lossless.is_plausible(row[1], size, stored)
