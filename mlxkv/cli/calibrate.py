@@ -34,12 +34,16 @@ def calibrate_command(
         int | None,
         typer.Option(help="Size of the artifacts, at most (kvtc-rd)."),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace artifacts in --out; files made with those need them.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Learn a codec's artifacts (basis, bit plan or tables) from dumps of one model.
 
     Example: mlxkv calibrate --npz a.npz b.npz --compression-ratio 16 --out artifacts
     """
+    from mlxkv.codec.artifacts import check_artifacts_folder
     from mlxkv.codec.calibrate import calibrate, codec_config
     from mlxkv.codec.methods.kvtc import KVTCConfig
     from mlxkv.dump import read_dump
@@ -54,11 +58,12 @@ def calibrate_command(
     config = _with_given(base, {**given, "basis_bytes": basis_bytes})
     checked = model_preset(preset) if preset else None
     check_out_folder(out)
+    check_artifacts_folder(out, overwrite)
     if checked and files:
         checked.check(read_dump(files[0]).spec)  # calibrate() holds the other files against the first
     with steps(3 * len(files) + 5) as start:
         artifacts = calibrate(files, config, start)
-    artifacts.save(out)
+    artifacts.save(out, overwrite)
     facts = {
         "folder": str(out),
         "method": artifacts.method_name,

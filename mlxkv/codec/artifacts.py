@@ -1,13 +1,15 @@
 """Calibration artifacts: the bases, tables and bit plans of both streams, and the facts they were made from.
 
 On disk they are a folder: one file for each field of a stream's artifacts, such as k_mu.npy, k_V.npy and k_plan.json, and
-meta.json, which holds a checksum of each of the others and is written last.
+meta.json, which holds a checksum of each of the others. A folder appears complete, and is replaced as a whole.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields, is_dataclass
 from functools import cached_property
@@ -18,13 +20,16 @@ import numpy as np
 
 from mlxkv.codec.methods.base import BlockCoder, CodecMethod, StreamArtifacts, codec_methods
 from mlxkv.errors import ChecksumError, FormatError, InputError, MismatchError, VersionError
-from mlxkv.io.atomic import atomic_write
 from mlxkv.io.container import digest
-from mlxkv.io.inputs import open_input, parse_json
+from mlxkv.io.folders import check_folder, write_folder
+from mlxkv.io.inputs import MAX_JSON, parse_json, read_bytes
 from mlxkv.io.npz import read_npy
 from mlxkv.spec import STREAMS, CacheSpec, Stream
 
 VERSION = 1
+_ATTEMPTS = 100  # to read a folder before another takes its place
+# What a folder of artifacts holds: their files, and what older versions of mlxkv or a Mac's Finder left among them.
+_PART = re.compile(r"[kv]_\w+\.(npy|json)|meta\.json|\..+\.\d+\.tmp|\.DS_Store")
 
 
 @dataclass(frozen=True)
@@ -136,33 +141,28 @@ class CalibrationArtifacts:
                     parts.append(json.dumps(value.to_json(), sort_keys=True).encode())
         return digest(b"".join(parts)).hex()
 
-    def save(self, directory: str | Path) -> None:
-        """Write the folder, each file atomically and meta.json last.
+    def save(self, directory: str | Path, overwrite: bool = False) -> None:
+        """Write the folder: it appears all at once, complete, and so does one that takes another's place.
 
         Parameters
         ----------
         directory
-            Folder to write; it is created if it does not exist.
+            Folder to write; it and those above it are made if they do not exist.
+        overwrite
+            Replace artifacts that are there. Files made with those can then no longer be read.
 
         Raises
         ------
         InputError
-            When it cannot be written.
+            When it cannot be written, holds artifacts and may not be overwritten, or holds anything else.
         """
-        directory = Path(directory)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make {directory}: {error.strerror}") from None
-        checksums = {}
+        check_artifacts_folder(directory, overwrite)
+        files = {}
         for name in STREAMS:
             for key, value in _fields(self.stream(name)).items():
                 is_array = isinstance(value, np.ndarray)
                 data = _npy(value) if is_array else json.dumps(value.to_json()).encode()
-                file_name = f"{name}_{key}.{'npy' if is_array else 'json'}"
-                checksums[file_name] = digest(data).hex()
-                with atomic_write(directory / file_name) as file:
-                    file.write(data)
+                files[f"{name}_{key}.{'npy' if is_array else 'json'}"] = data
         stream = self.spec.stream("k")
         meta = {
             "version": VERSION,
@@ -172,10 +172,9 @@ class CalibrationArtifacts:
             "geometry": {n: _geometry(self.spec, n) for n in STREAMS},
             "spec": self.spec.to_json(),
             "fingerprint": self.fingerprint,
-            "checksums": checksums,
+            "checksums": {name: digest(data).hex() for name, data in files.items()},
         }
-        with atomic_write(directory / "meta.json") as file:
-            file.write(json.dumps(meta, indent=1).encode())
+        write_folder(directory, {**files, "meta.json": json.dumps(meta, indent=1).encode()}, overwrite)
 
     @classmethod
     def from_dir(cls, directory: str | Path) -> CalibrationArtifacts:
@@ -203,14 +202,29 @@ class CalibrationArtifacts:
             When they were written in another format version.
         """
         directory = Path(directory)
+        for _ in range(_ATTEMPTS):
+            before = _identity(directory)
+            try:
+                found = cls._read(directory)
+            except (FormatError, InputError, MismatchError):
+                if _identity(directory) == before:
+                    raise
+            else:
+                if _identity(directory) == before:
+                    return found
+        raise InputError(f"cannot read {directory}: other artifacts keep taking its place")
+
+    @classmethod
+    def _read(cls, directory: Path) -> CalibrationArtifacts:
+        """Read and verify a folder, which may be replaced meanwhile."""
         if not (directory / "meta.json").is_file():
             raise InputError(
                 f"{directory} holds no calibration artifacts (no meta.json); make them with mlxkv calibrate"
             )
-        meta = parse_json(_read(directory / "meta.json"), str(directory / "meta.json"))
+        meta = parse_json(read_bytes(directory / "meta.json", MAX_JSON), str(directory / "meta.json"))
         if meta.get("version") != VERSION:
             raise VersionError(
-                f"{directory} has artifacts of version {meta.get('version')!r}; this mlxkv reads {VERSION}"
+                f"{directory} has artifacts of version {str(meta.get('version'))[:80]!r}; this mlxkv reads {VERSION}"
             )
         checksums = meta.pop("checksums", None)
         kind = _method(meta, str(directory)).artifacts_class
@@ -220,6 +234,33 @@ class CalibrationArtifacts:
         if meta.get("fingerprint") != artifacts.fingerprint:
             raise ChecksumError(f"{directory}/meta.json does not describe the files beside it; calibrate again")
         return artifacts
+
+
+def check_artifacts_folder(directory: str | Path, overwrite: bool = False) -> None:
+    """Check that artifacts may be written to a folder, before the work of learning them.
+
+    Parameters
+    ----------
+    directory
+        Folder to write.
+    overwrite
+        Whether artifacts that are there may be replaced.
+
+    Raises
+    ------
+    InputError
+        When it holds artifacts and they may not be replaced, or anything else, or is no folder.
+    """
+    check_folder(directory, lambda name: _PART.fullmatch(name) is not None, overwrite)
+
+
+def _identity(directory: Path) -> tuple[int, int] | None:
+    """Return what tells a folder from one that takes its place."""
+    try:
+        found = os.stat(directory)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _geometry(spec: CacheSpec, name: str) -> dict[str, int]:
@@ -235,12 +276,6 @@ def _npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _read(path: Path) -> bytes:
-    """Return the bytes of a file."""
-    with open_input(path) as file:
-        return file.read()
-
-
 def _read_stream(
     kind: type[StreamArtifacts], directory: Path, name: str, checksums: Mapping[str, Any]
 ) -> StreamArtifacts:
@@ -250,7 +285,7 @@ def _read_stream(
     for field in _dataclass_fields(kind):
         is_array = types[field.name] is np.ndarray
         path = directory / f"{name}_{field.name}.{'npy' if is_array else 'json'}"
-        data = _read(path)
+        data = read_bytes(path, None if is_array else MAX_JSON)
         if digest(data).hex() != checksums.get(path.name):
             raise ChecksumError(f"{path} is damaged or from another calibration; calibrate again")
         if is_array:
@@ -276,5 +311,6 @@ def _method(meta: Mapping[str, Any], name: str) -> CodecMethod:
     """Return the codec method that meta.json names."""
     method = codec_methods.find(meta.get("method"))
     if method is None:
-        raise FormatError(f"{name} are of method {meta.get('method')!r}, which this mlxkv does not have: upgrade mlxkv")
+        found = str(meta.get("method"))[:80]
+        raise FormatError(f"{name} are of method {found!r}, which this mlxkv does not have: upgrade mlxkv")
     return method()

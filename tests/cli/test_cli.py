@@ -180,7 +180,7 @@ def test_doctor_lists_models_of_the_hugging_face_cache(tmp_path, monkeypatch, sa
 
 
 def test_calibrate_tells_unspent_bits_and_what_limits_them(work, tmp_path, says):
-    common = ["calibrate", "--npz", work / "a.npz", "--compression-ratio", 4, "--out", tmp_path / "c"]
+    common = ["calibrate", "--npz", work / "a.npz", "--compression-ratio", 4, "--out", tmp_path / "c", "--overwrite"]
     free = says(*common)
     assert free["k_bit_budget"] == free["v_bit_budget"] == 16 * 32 // 4
     assert free["k_unspent_bits"] == free["k_bit_budget"] - free["k_bits_per_token"]
@@ -275,7 +275,7 @@ def test_a_damaged_container_exits_with_3(work, tmp_path, capsys):
 
 def test_npz_may_be_one_flag_with_several_files_or_repeated(work, tmp_path, says):
     files = [work / "a.npz", work / "b.npz"]
-    common = ["--compression-ratio", 4, "--out", tmp_path / "c"]
+    common = ["--compression-ratio", 4, "--out", tmp_path / "c", "--overwrite"]
     once = says("calibrate", "--npz", *files, *common)
     assert once == says("calibrate", "--npz", files[0], "--npz", files[1], *common)
     assert once["calibration_tokens"] == 2 * (4 * len(TEXT) - 4)

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 
 import numpy as np
@@ -13,6 +15,7 @@ from mlxkv.codec.session import CacheCodec
 from mlxkv.codec.stages.plan import Group, Plan
 from mlxkv.dump import KVDump, write_dump
 from mlxkv.errors import ChecksumError, FormatError, InputError, MismatchError, VersionError
+from mlxkv.io import folders
 
 SPECS = {"dual": DUAL, "latent": LATENT}
 
@@ -91,27 +94,91 @@ def test_a_folder_without_artifacts_is_an_input_error(tmp_path):
         CalibrationArtifacts.save(toy_artifacts(tmp_path, seeds=(0,)), tmp_path / "file")
 
 
-@pytest.mark.parametrize("written", range(7))
-def test_a_half_overwritten_folder_is_refused(calibrated, tmp_path, monkeypatch, written):
+@pytest.fixture
+def others(tmp_path_factory):
+    return toy_artifacts(tmp_path_factory.mktemp("others"), ratio=5.0, seeds=(3, 4, 5))
+
+
+def test_artifacts_are_replaced_only_when_asked(calibrated, others, tmp_path):
     folder, old = tmp_path / "artifacts", calibrated["dual"]
     old.save(folder)
-    new = toy_artifacts(tmp_path, ratio=5.0, seeds=(3, 4, 5))
-    done, really = [], artifacts_module.atomic_write
+    with pytest.raises(InputError, match=r"without which files made with them cannot be read.*--overwrite"):
+        others.save(folder)
+    assert CalibrationArtifacts.from_dir(folder).fingerprint == old.fingerprint
+    folder.chmod(0o750)
+    (folder / ".k_mu.npy.123.tmp").touch()  # an older version left that
+    others.save(folder, overwrite=True)
+    assert CalibrationArtifacts.from_dir(folder).fingerprint == others.fingerprint
+    assert (os.listdir(tmp_path), folder.stat().st_mode & 0o777) == (["artifacts"], 0o750)
+    assert sorted(path[:2] for path in os.listdir(folder)) == ["k_", "k_", "k_", "me", "v_", "v_", "v_"]
 
-    def failing(path):
-        if len(done) == written:
-            raise OSError("power cut")
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_anything_else_is_left_as_it_is(calibrated, tmp_path, overwrite):
+    for name in ("notes.txt", "k_mu", ".git"):
+        folder = tmp_path / f"with {name}"
+        calibrated["dual"].save(folder)
+        (folder / name).touch()
+        before = sorted(os.listdir(folder))
+        with pytest.raises(InputError, match=f"it holds '{name}', something else"):
+            calibrated["dual"].save(folder, overwrite=overwrite)
+        assert sorted(os.listdir(folder)) == before
+
+
+def test_artifacts_go_where_a_link_leads_and_into_an_empty_folder(calibrated, others, tmp_path):
+    (tmp_path / "real").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to("real")
+    calibrated["dual"].save(tmp_path / "link")
+    others.save(tmp_path / "link", overwrite=True)
+    assert CalibrationArtifacts.from_dir(tmp_path / "real").fingerprint == others.fingerprint
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["link", "real"]
+
+
+def test_the_current_folder_is_not_replaced(calibrated, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="current folder"):
+        calibrated["dual"].save(".")
+
+
+def test_artifacts_are_not_replaced_where_that_cannot_be_done_at_once(calibrated, tmp_path, monkeypatch):
+    calibrated["dual"].save(tmp_path / "a")
+
+    def refuse(*_):
+        raise OSError(errno.EINVAL, "not here")
+
+    monkeypatch.setattr(folders, "exchange", refuse)
+    with pytest.raises(InputError, match="cannot replace a folder at once"):
+        calibrated["dual"].save(tmp_path / "a", overwrite=True)
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_artifacts_that_appear_while_others_are_written_are_not_replaced(calibrated, others, tmp_path, monkeypatch):
+    really = folders.sweep
+    monkeypatch.setattr(folders, "sweep", lambda path: [monkeypatch.undo(), others.save(path), really(path)])
+    with pytest.raises(InputError, match="cannot write"):
+        calibrated["dual"].save(tmp_path / "a")
+    assert CalibrationArtifacts.from_dir(tmp_path / "a").fingerprint == others.fingerprint
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("steps", range(8))
+def test_artifacts_replaced_while_they_are_read_are_read_as_the_old_or_the_new(
+    calibrated, others, tmp_path, monkeypatch, steps
+):
+    folder, done = tmp_path / "a", []
+    calibrated["dual"].save(folder)
+    really = artifacts_module.read_bytes
+
+    def replaced_meanwhile(path, *limit):
+        if len(done) == steps:
+            others.save(folder, overwrite=True)
         done.append(path)
-        return really(path)
+        return really(path, *limit)
 
-    monkeypatch.setattr(artifacts_module, "atomic_write", failing)
-    with pytest.raises(OSError, match="power cut"):
-        new.save(folder)
-    if written == 0:
-        assert CalibrationArtifacts.from_dir(folder).fingerprint == old.fingerprint
-    else:
-        with pytest.raises(ChecksumError):
-            CalibrationArtifacts.from_dir(folder)
+    monkeypatch.setattr(artifacts_module, "read_bytes", replaced_meanwhile)
+    found = CalibrationArtifacts.from_dir(folder).fingerprint
+    assert found == (calibrated["dual"] if steps > 6 else others).fingerprint
 
 
 def test_a_file_of_another_calibration_is_refused(calibrated, tmp_path):
