@@ -58,6 +58,7 @@ def compress_command(
     from mlxkv.codec.summary import summary
     from mlxkv.dump import read_dump
     from mlxkv.errors import InputError
+    from mlxkv.evaluate.targets import check_target
     from mlxkv.io.atomic import atomic_write
     from mlxkv.io.container import Reader
 
@@ -70,6 +71,8 @@ def compress_command(
     check_out_file(out, source=npz)
     found = CalibrationArtifacts.from_dir(artifacts)
     codec = CacheCodec(found, recent=recent, sinks=sinks, lossless=lossless, quality=quality, raw_window=raw_window)
+    if given.keys() - {"quality"}:
+        check_target(codec, *given.values())
     dump = read_dump(npz)
     start = time.perf_counter()
     if append:
@@ -82,7 +85,20 @@ def compress_command(
     seconds = time.perf_counter() - start
     with Reader(out) as reader:
         facts = {"file": str(out), "quality": codec.quality, **summary(reader)}
-    print_record({**facts, "artifact_bytes": codec.artifacts.nbytes, "compress_seconds": seconds}, json)
+    facts |= {"artifact_bytes": codec.artifacts.nbytes, "compress_seconds": seconds}
+    note = None if append else _note(given, codec.quality)
+    print_record(facts | ({"note": note} if note else {}), json)
+
+
+def _note(given: dict[str, Any], quality: float | None) -> str | None:
+    """Return what to say of a file that is better than asked, or None."""
+    from mlxkv.evaluate.targets import BEST_QUALITY, QUALITY_LADDER
+
+    if given.keys() & {"ratio", "bytes"} and quality == BEST_QUALITY:
+        return f"even the best quality, {quality:g}, makes a smaller file than asked"
+    if "kl" in given and quality == QUALITY_LADDER[0]:
+        return f"even quality {quality:g} diverges less than asked; a lower --quality makes a smaller file"
+    return None
 
 
 def _compressed(codec: CacheCodec, dump: KVDump, given: dict[str, Any], model: str | None) -> tuple[CacheCodec, bytes]:
@@ -92,14 +108,15 @@ def _compressed(codec: CacheCodec, dump: KVDump, given: dict[str, Any], model: s
     from mlxkv.evaluate.targets import compress_to_bytes, quality_for_kl
 
     if model is not None:
+        batch = dump.tokens.shape[0]
+        if batch != 1:
+            raise InputError(f"--target-kl needs a dump of one text, not a batch of {batch}")
         loaded, _ = lm.load(model)
-        if lm.fingerprint(loaded) != dump.fingerprint or dump.tokens.shape[0] != 1:
-            raise InputError(f"--target-kl needs the model that made the dump, {dump.model}, and a batch of 1")
+        if lm.fingerprint(loaded) != dump.fingerprint:
+            raise InputError(f"--target-kl needs the model that made the dump, {dump.model}")
         with progress_bar("measuring divergence", 1):
             codec = codec.with_quality(quality_for_kl(codec, loaded, dump.tokens[0].tolist(), given["kl"]))
-    goal = given.get("bytes", dump.fp16_bytes / given["ratio"] if given.get("ratio", 0) > 0 else None)
-    if "ratio" in given and goal is None:
-        raise InputError(f"--target-ratio must be above 0, not {given['ratio']}")
+    goal = given.get("bytes", dump.fp16_bytes / given["ratio"] if "ratio" in given else None)
     with progress_bar("compressing", dump.length) as advance:
         if goal is not None:
             return compress_to_bytes(codec, dump, goal, advance)

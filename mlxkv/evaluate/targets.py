@@ -16,16 +16,45 @@ from mlxkv.evaluate.variants import baseline, codec_variant
 
 TOLERANCE = 0.02  # of the target
 SAMPLED_BLOCKS = 4  # of a dump that is longer, whose bytes stand for all
+BEST_QUALITY = 100.0
 QUALITY_LADDER = range(10, 91, 10)  # qualities that a divergence is measured at
 PREDICTED_TOKENS = 128  # tokens, the newest of the dump
 _ROUNDS, _PROBES = 4, 8
+_ESTIMATE_ERROR = 0.2  # of estimated bytes: a target that is out of reach by more is refused at once
 _GROWTH = 1.6  # times more bytes for ten points of quality, about
+
+
+def check_target(codec: CacheCodec, target: object) -> float:
+    """Refuse a target that no compression can meet, before any work for it.
+
+    Parameters
+    ----------
+    codec
+        The codec that is to meet it.
+    target
+        A ratio, bytes, or nats.
+
+    Returns
+    -------
+    float
+        The target, finite and above 0.
+
+    Raises
+    ------
+    InputError
+        For anything but a finite number above 0, and for a codec whose artifacts fix the ratio.
+    """
+    if codec.quality is None:
+        raise InputError("these artifacts are of a method with one ratio: calibrate for another, or with kvtc-rd")
+    if type(target) not in (int, float) or not 0 < target < math.inf:  # type: ignore[operator]
+        raise InputError(f"a target is a finite number above 0 (times smaller, bytes or nats above 0), not {target!r}")
+    return float(target)  # type: ignore[arg-type]
 
 
 def compress_to_bytes(
     codec: CacheCodec, dump: KVDump, target: float, progress: Callable[[int], None] | None = None
 ) -> tuple[CacheCodec, bytes]:
-    """Compress a dump to a file within 2 % of a size.
+    """Compress a dump to a file within 2 % of a size, or to the best quality where even that is smaller.
 
     Parameters
     ----------
@@ -43,33 +72,41 @@ def compress_to_bytes(
     codec : CacheCodec
         The codec with the quality that was found, 0 to 100.
     blob : bytes
-        The file.
+        The file; smaller than the target by more than 2 % only at quality 100.
 
     Raises
     ------
     InputError
-        For a target beyond what qualities 0 to 100 reach, and for a method without a quality.
+        For a target below what quality 0 reaches, and for what `check_target` refuses.
 
     Notes
     -----
     The quality is found on the code lengths of up to four blocks and then corrected by the sizes of complete files.
     """
-    _check_has_quality(codec)
-    fixed, aim = codec.fixed_bytes(dump), float(target)
-    blob = b""
+    target = check_target(codec, target)
+    fixed, aim = codec.fixed_bytes(dump), target
+    least, most = (codec.with_quality(end).coded_bytes(dump, SAMPLED_BLOCKS) for end in (0.0, BEST_QUALITY))
+    if fixed + least * (1 - _ESTIMATE_ERROR) > target:
+        raise InputError(_too_few(target, fixed, least))
     for _ in range(_ROUNDS):
-        if aim <= fixed:
-            break
-        codec = codec.with_quality(_quality_for(codec, dump, aim - fixed))
+        needed = aim - fixed
+        if needed >= most or needed <= least:
+            codec = codec.with_quality(BEST_QUALITY if needed >= most else 0.0)
+        else:
+            codec = codec.with_quality(_quality_for(codec, dump, needed))
         blob = codec.compress_dump(dump, progress)
-        if abs(len(blob) / target - 1) <= TOLERANCE:
+        at_best = codec.quality == BEST_QUALITY and len(blob) < target
+        if at_best or abs(len(blob) / target - 1) <= TOLERANCE:
             return codec, blob
         aim *= target / len(blob)
-    reached = f"quality {codec.quality:.4g} makes {len(blob):,}, and " if blob else ""
-    advice = "ask for less" if 0 < len(blob) < target else "fewer recent tokens make smaller files"
-    raise InputError(
-        f"{target:,.0f} bytes are not met: {reached}header, sinks, tokens and unquantized recent tokens, which no quality "
-        f"changes, take about {fixed:,}; {advice}"
+    raise InputError(_too_few(target, fixed, len(blob) - fixed))
+
+
+def _too_few(target: float, fixed: float, coded: float) -> str:
+    """Say why a file cannot be as small as asked."""
+    return (
+        f"{target:,.0f} bytes are not met: header, sinks, tokens and unquantized recent tokens, which no quality changes,"
+        f" take about {fixed:,.0f} and coded tokens about {coded:,.0f} more; fewer recent tokens make smaller files"
     )
 
 
@@ -91,7 +128,7 @@ def quality_for_kl(codec: CacheCodec, model: Any, tokens: Sequence[int], target:
     Returns
     -------
     float
-        10 to 90.
+        10 to 90; 10 also where that diverges less than asked.
 
     Raises
     ------
@@ -103,9 +140,7 @@ def quality_for_kl(codec: CacheCodec, model: Any, tokens: Sequence[int], target:
     -----
     Measured at qualities 10, 20, ... 90, and interpolated linearly in the logarithm of the divergence between them.
     """
-    _check_has_quality(codec)
-    if not target > 0 or not math.isfinite(target):
-        raise InputError(f"the divergence to reach is a number of nats above 0, not {target}")
+    target = check_target(codec, target)
     context_tokens = max(len(tokens) - PREDICTED_TOKENS - 1, len(tokens) // 2)
     variants = [baseline(), *(codec_variant(codec.with_quality(quality), str(quality)) for quality in QUALITY_LADDER)]
     found = [record["kl"] for record in evaluate(model, variants, tokens, context_tokens)[1:]]
@@ -116,12 +151,6 @@ def quality_for_kl(codec: CacheCodec, model: Any, tokens: Sequence[int], target:
             f"quality {QUALITY_LADDER[-1]} still diverges by {kl[-1]:.2g} nats: raise the target, {target:.2g}, or --recent"
         )
     return float(np.interp(-math.log(target), -np.log(np.maximum(kl, 1e-12)), QUALITY_LADDER))
-
-
-def _check_has_quality(codec: CacheCodec) -> None:
-    """Raise InputError for a codec whose artifacts fix the ratio."""
-    if codec.quality is None:
-        raise InputError("these artifacts are of a method with one ratio: calibrate for another, or with kvtc-rd")
 
 
 def _quality_for(codec: CacheCodec, dump: KVDump, coded_bytes: float) -> float:

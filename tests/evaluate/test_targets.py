@@ -43,13 +43,30 @@ def test_a_few_blocks_stand_for_a_long_cache(codec):
     assert few == pytest.approx(all_of_them, rel=0.1)
 
 
-@pytest.mark.parametrize(
-    ("target", "advice"),
-    [(10, "fewer recent tokens make smaller files"), (3000, "fewer recent"), (10**8, "ask for less")],
-)
-def test_bytes_out_of_reach_are_refused_with_what_is_there_anyway(codec, target, advice):
-    with pytest.raises(InputError, match=advice):
+@pytest.mark.parametrize("target", [10, 3000])
+def test_bytes_out_of_reach_are_refused_before_any_work_with_what_is_there_anyway(codec, target, monkeypatch):
+    monkeypatch.setattr(CacheCodec, "compress_dump", lambda *_: pytest.fail("compressed in vain"))
+    with pytest.raises(InputError, match="fewer recent tokens make smaller files"):
         compress_to_bytes(codec, toy_dump(PLAIN, length=300), target)
+
+
+@pytest.mark.parametrize("target", [10**6, 10**8, 1e30])
+def test_a_file_that_is_smaller_than_asked_at_the_best_quality_is_made(codec, target):
+    dump = toy_dump(PLAIN, length=300)
+    chosen, blob = compress_to_bytes(codec, dump, target)
+    assert chosen.quality == 100
+    assert blob == chosen.compress_dump(dump)
+
+
+@pytest.mark.parametrize("target", [0, -1, math.nan, math.inf, True, "8", None])
+def test_a_target_that_is_no_number_above_0_is_refused_before_any_work(codec, target):
+    for call in (lambda: compress_to_bytes(codec, None, target), lambda: quality_for_kl(codec, None, [], target)):
+        with pytest.raises(InputError, match="a finite number above 0"):
+            call()
+
+
+def test_a_divergence_that_the_lowest_quality_keeps_below_is_met_by_it(learnt):
+    assert quality_for_kl(learnt[1], learnt[0], learnt[2], 50.0) == 10
 
 
 def test_a_method_of_one_ratio_meets_no_target(tmp_path):
@@ -87,12 +104,6 @@ def test_a_divergence_is_met_and_a_smaller_one_needs_a_higher_quality(learnt):
     assert qualities == sorted(set(qualities))
 
 
-@pytest.mark.parametrize("target", [0, -1, math.nan, math.inf])
-def test_a_divergence_that_is_no_number_of_nats_is_refused(learnt, target):
-    with pytest.raises(InputError, match="nats above 0"):
-        quality_for_kl(learnt[1], learnt[0], learnt[2], target)
-
-
 def test_a_divergence_that_no_quality_reaches_is_refused(learnt):
     with pytest.raises(InputError, match="still diverges by"):
         quality_for_kl(learnt[1], learnt[0], learnt[2], 1e-12)
@@ -118,6 +129,13 @@ def test_the_commands_take_targets_parts_and_appending(model_dir, tmp_path, says
     assert abs(goal["file_bytes"] / (fine["file_bytes"] - 2000) - 1) <= 0.02
     ratio = says(*common, "--target-ratio", goal["ratio"])
     assert abs(ratio["ratio"] / goal["ratio"] - 1) <= 0.02
+    assert "note" not in goal | ratio
+    better = says(*common, "--target-ratio", 1.01)
+    assert better["quality"] == 100
+    assert better["ratio"] > 1.1
+    assert "makes a smaller file than asked" in better["note"]
+    lax = says(*common, "--target-kl", 30, "--model", model_dir)
+    assert "diverges less than asked" in lax["note"]
     close = says(*common, "--target-kl", 1e-4, "--model", model_dir)
     assert 10 < close["quality"] < 90
     exact, coded = says(*common, "--quality", 45, "--raw-window"), says(*common, "--quality", 45)
