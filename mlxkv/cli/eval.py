@@ -172,15 +172,17 @@ def _evaluate(
             with open_input(path) as file:
                 texts[str(path)] = digest(file.read()).hex()
     variants = _variants(cache or [], artifacts or [], {"recent": recent, "sinks": sinks}, dtype)
-    loaded, tokenizer = lm.load(model)
-    facts = {"model": model, "fingerprint": lm.fingerprint(loaded), "quantization": lm.quantization(loaded)}
     # Samples of another text, commit or machine are not gone on with.
-    same = {**facts, "files": texts, "machine": describe()}
-    with _journal(out, same) as journal, counter(name) as (progress, task):
-        result = run(
-            name, loaded, tokenizer, variants, options, seeds=seeds, limit=limit, journal=journal,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )  # fmt: skip
+    same: dict[str, Any] = {"files": texts, "machine": describe()}
+    with _journal(out, same) as journal:  # before the work, in case another run has it
+        loaded, tokenizer = lm.load(model)
+        facts = {"model": model, "fingerprint": lm.fingerprint(loaded), "quantization": lm.quantization(loaded)}
+        same |= facts
+        with counter(name) as (progress, task):
+            result = run(
+                name, loaded, tokenizer, variants, options, seeds=seeds, limit=limit, journal=journal,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )  # fmt: skip
         record = {**facts, **result, "machine": same["machine"]}
         if out and journal:
             with atomic_write(out) as file:

@@ -12,6 +12,7 @@ import pytest
 from conftest import run
 
 from mlxkv.evaluate import evaluations, machine
+from mlxkv.evaluate.journal import Journal
 
 NEEDLE = [
     "eval",
@@ -139,6 +140,27 @@ def test_samples_of_a_folder_that_has_changed_are_not_gone_on_with(model_dir, tm
 def test_a_list_that_is_none_is_a_usage_error(words, capsys):
     assert run("eval", "needle", "--model", "any", *words) == 2
     assert "Invalid value" in capsys.readouterr().err
+
+
+def test_a_second_run_with_the_same_result_is_refused_before_it_loads_anything(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    with Journal(tmp_path / "out.json.partial", {}):
+        assert run(*NEEDLE, "--model", tmp_path / "absent", "--out", out) == 2
+    assert "another run is writing" in " ".join(capsys.readouterr().err.split())
+    assert run(*NEEDLE, "--model", tmp_path / "absent", "--out", out) != 0
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has one")
+@pytest.mark.parametrize(
+    "words", [["presets"], ["presets", "--json"], ["--version"], ["--help"], ["eval", "needle", "--help"]], ids=" ".join
+)
+def test_output_that_does_not_fit_on_the_disk_is_told_in_one_line(words, capsys, monkeypatch):
+    with monkeypatch.context() as patch, open("/dev/full", "w") as full:
+        patch.setattr(sys, "stdout", full)
+        assert run(*words) == 1
+    error = capsys.readouterr().err.strip()
+    assert error == "error: cannot write the output: [Errno 28] No space left on device"
 
 
 def started(model_dir, out):

@@ -1,6 +1,8 @@
 """Running an evaluation: samples by seed and limit, going on after a stop, and what a table says."""
 
 import json
+import os
+import resource
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +11,7 @@ from scipy import stats
 
 from mlxkv.config import Config
 from mlxkv.errors import FormatError, InputError, MismatchError
+from mlxkv.evaluate import journal as journals
 from mlxkv.evaluate import runner, statistics
 from mlxkv.evaluate.evaluation import EvalSample, Evaluation, evaluations, option
 from mlxkv.evaluate.journal import Journal
@@ -160,10 +163,64 @@ def test_a_stopped_run_goes_on_where_it_was_and_ends_as_if_it_had_not_stopped(as
 
 def test_a_finished_sample_is_on_disk_before_the_next_is_measured(asked, tmp_path, monkeypatch):
     path, seen = tmp_path / "partial", []
-    monkeypatch.setattr("os.fsync", lambda number: seen.append(path.read_bytes().count(b"\n")))
+    monkeypatch.setattr(journals, "sync", lambda number: seen.append(path.read_bytes().count(b"\n")))
     with Journal(path, {}) as journal:
         run("any", None, None, [OTHER], journal=journal)
     assert seen == list(range(1, 12))
+
+
+def test_one_run_at_a_time_writes_a_journal(asked, tmp_path):
+    path = tmp_path / "partial"
+    with Journal(path, {}) as journal:
+        with pytest.raises(InputError, match=r"another run is writing .*partial: wait for it"), Journal(path, {}):
+            pytest.fail("two runs have one journal")
+        run("any", None, None, [OTHER], journal=journal)
+    measured = len(asked)
+    with Journal(path, {}) as journal:
+        run("any", None, None, [OTHER], journal=journal)
+        journal.finish()
+    assert len(asked) == measured
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_run_that_never_began_leaves_no_journal(tmp_path):
+    with Journal(tmp_path / "partial", {}):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_journal_that_is_gone_is_no_error_at_the_end(asked, tmp_path):
+    path = tmp_path / "partial"
+    with Journal(path, {}) as journal:
+        run("any", None, None, [OTHER], journal=journal)
+        path.unlink()
+        journal.finish()
+
+
+@pytest.mark.parametrize("room", [0, 1, 700, 1500])
+def test_a_disk_that_is_full_is_told_in_one_line_and_the_run_goes_on_from_there(asked, tmp_path, monkeypatch, room):
+    path = tmp_path / "partial"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(InputError, match=r"cannot write .*partial: File too large"), Journal(path, {}) as journal:
+            run("any", None, None, [OTHER], journal=journal)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    finished = max(0, path.read_bytes().count(b"\n") - 1) if path.exists() else 0
+    asked.clear()
+    with Journal(path, {}) as journal:
+        found = run("any", None, None, [OTHER], journal=journal)
+    assert len(asked) == 2 * (10 - finished)
+    assert found == run("any", None, None, [OTHER])
+
+
+@pytest.mark.parametrize("place", ["absent/partial", "folder", "pipe"])
+def test_a_journal_that_cannot_be_written_is_an_input_error(tmp_path, place):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="cannot write"), Journal(tmp_path / place, {}):
+        pytest.fail("it was opened")
 
 
 def test_a_journal_that_has_not_begun_takes_no_samples(tmp_path):
