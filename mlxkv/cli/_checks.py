@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+Limit = Annotated[
+    str | None,
+    typer.Option(
+        "--limit",
+        metavar="SIZE",
+        help="Bytes that a compressed file may decode to, such as 500MB or 20GB; if not given, 256 MiB or 200 times"
+        " the file's own bytes, whichever is more.",
+    ),
+]
 
 Dtype = Annotated[
     Literal["auto", "float16", "float32"],
@@ -14,6 +25,20 @@ Dtype = Annotated[
         help="Type that the cache is stored or coded from; auto is float16 where that loses nothing, else float32."
     ),
 ]
+
+
+def read_size(text: str | None) -> int | None:
+    """Return a size such as "500MB" in bytes; None for None."""
+    from mlxkv.errors import InputError
+
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMGT]?)(i?)B?", text.strip(), re.ASCII | re.IGNORECASE)
+    if not match:
+        raise InputError(f"--limit is a size, such as 500MB or 20GB, not {text[:80]!r}")
+    number, unit, binary = match.groups()
+    power = "KMGT".find(unit.upper()) + 1 if unit else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def check_out_file(path: Path, source: Path | None = None) -> None:

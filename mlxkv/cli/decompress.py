@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mlxkv.cli._checks import check_out_file
+from mlxkv.cli._checks import Limit, check_out_file, read_size
 from mlxkv.cli._commands import commands
 from mlxkv.cli._output import Artifacts, Json, print_record, progress_bar
 
@@ -23,6 +23,7 @@ def decompress_command(
         str | None,
         typer.Option(metavar="A:B", help="Only tokens A to B - 1, as in Python; only their blocks are read."),
     ] = None,
+    limit: Limit = None,
     json: Json = False,
 ) -> None:
     """Turn a compressed file back into a dump, or a part of it.
@@ -36,13 +37,14 @@ def decompress_command(
     from mlxkv.io.container import Reader
 
     check_out_file(out, source=file)
+    allowed = read_size(limit)
     codec = CacheCodec(CalibrationArtifacts.from_dir(artifacts))
     with Reader(file) as reader:
         length = summary(reader)["tokens"]
     part = _part(tokens, length) if tokens is not None else None
     start = time.perf_counter()
     with progress_bar("decompressing", part[1] - part[0] if part else length) as advance:
-        dump = codec.decompress_dump(file, advance, tokens=part)
+        dump = codec.decompress_dump(file, advance, tokens=part, limit=allowed)
     seconds = time.perf_counter() - start
     write_dump(out, dump)
     facts = {"file": str(out), "file_bytes": out.stat().st_size, "k": str(dump.k.shape), "v": str(dump.v.shape)}

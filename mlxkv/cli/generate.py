@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mlxkv.cli._checks import Limit, read_size
 from mlxkv.cli._commands import commands
 from mlxkv.cli._output import Json, Model, format_value, print_record
 
@@ -22,6 +23,7 @@ def generate_command(
     artifacts: Annotated[Path | None, typer.Option(help="Artifacts of a compressed FILE.")] = None,
     cache: Annotated[str | None, typer.Option(help="Or start in this live cache: a preset or method.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate, at most.")] = 128,
+    limit: Limit = None,
     json: Json = False,
 ) -> None:
     """Generate text from a compressed file or a dump, or in a live cache that stays small.
@@ -38,7 +40,7 @@ def generate_command(
     from mlxkv.live.seam import make_cache
 
     _check(file, artifacts, cache)
-    dump = None if file is None else _read(file, artifacts)
+    dump = None if file is None else _read(file, artifacts, read_size(limit))
     loaded, tokenizer = lm.load(model)
     # A restored cache already holds the start of the text, so no start token then.
     tokens = tokenizer.encode(prompt, add_special_tokens=dump is None)
@@ -80,7 +82,7 @@ def _check(file: Path | None, artifacts: Path | None, cache: str | None) -> None
         live_config(cache)
 
 
-def _read(file: Path, artifacts: Path | None) -> KVDump:
+def _read(file: Path, artifacts: Path | None, limit: int | None) -> KVDump:
     from mlxkv.codec.artifacts import CalibrationArtifacts
     from mlxkv.codec.session import CacheCodec
     from mlxkv.dump import read_dump
@@ -94,4 +96,4 @@ def _read(file: Path, artifacts: Path | None) -> KVDump:
         return read_dump(file)
     if artifacts is None:
         raise InputError(f"{file} is compressed: name its artifacts folder with --artifacts")
-    return CacheCodec(CalibrationArtifacts.from_dir(artifacts)).decompress_dump(file)
+    return CacheCodec(CalibrationArtifacts.from_dir(artifacts)).decompress_dump(file, limit=limit)

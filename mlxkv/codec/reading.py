@@ -276,7 +276,10 @@ def decode_tokens(
     if not 0 <= first < last <= layout.length:
         raise InputError(f"{reader.name} holds tokens 0 to {layout.length}; {first} to {last} is no part of them")
     width = sum(spec.stream(name).width for name in STREAMS)
-    check_decoded_size(reader.name, width * layout.batch * (last - first) * dtype.itemsize, reader.size, limit)
+    # A part is cut out of whole blocks, sinks and recent tokens, which may be larger.
+    largest = max(last - first, layout.block_tokens, layout.length - len(layout.middle))
+    decoded = width * layout.batch * min(largest, layout.length) * dtype.itemsize
+    check_decoded_size(reader.name, decoded, reader.size, limit)
     outputs: dict[str, np.ndarray] = {}
 
     def place(name: str, start: int, array: np.ndarray) -> None:

@@ -172,7 +172,7 @@ def codec_variant(codec: CacheCodec, name: str, dtype: str = "auto") -> Variant:
         clock = [time.perf_counter()]
         blob = codec.compress_dump(dump)
         clock.append(time.perf_counter())
-        decoded = codec.decompress_dump(blob)
+        decoded = codec.decompress_dump(blob, limit=dump.k.nbytes + dump.v.nbytes)
         clock.append(time.perf_counter())
         with Reader(blob) as reader:
             layout = summary(reader)
