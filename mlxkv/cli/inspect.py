@@ -82,14 +82,20 @@ def _live_cache(reader: Reader) -> dict[str, Any]:
     from mlxkv.spec import is_int
 
     layers, spec = reader.header.get("layers"), reader.header.get("spec")
-    if not isinstance(layers, list) or not all(isinstance(row, list) and len(row) == 2 for row in layers):
+    if not isinstance(layers, list) or not all(isinstance(row, list) and len(row) in (2, 3) for row in layers):
         raise FormatError(f"{reader.name} does not say what its layers hold")
-    offsets = [row[0] for row in layers if row[0] is not None]
+    offsets = [row[-2] for row in layers if row[-2] is not None]
     if not all(map(is_int, offsets)):
         raise FormatError(f"{reader.name} has layers that do not say how many tokens they have seen")
+    several = reader.header.get("methods")
+    one = {key: reader.header.get(key) for key in ("method", "settings")}
+    methods = one if several is None else {"methods": several}
+    if isinstance(several, list) and len(several) == 1 and isinstance(several[0], list) and len(several[0]) == 2:
+        methods = dict(zip(one, several[0]))
     return {
         "kind": "live cache",
-        **{key: reader.header.get(key) for key in ("method", "settings", "writer", "fingerprint")},
+        **methods,
+        **{key: reader.header.get(key) for key in ("writer", "fingerprint")},
         "model_type": spec.get("model_type") if isinstance(spec, dict) else None,
         "live_layers": len(offsets),
         "tokens": max(offsets, default=0),
