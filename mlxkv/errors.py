@@ -13,9 +13,22 @@ MlxkvError (1)
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+FEW = 8  # names that fit into a message
+
 
 class MlxkvError(Exception):
     """Base of all errors of this package.
+
+    Parameters
+    ----------
+    message
+        What was found, and what was expected.
+    hint
+        What to do about it, where that is more than the message says. `str` of the error has both; the command line
+        prints it on a line of its own.
 
     Attributes
     ----------
@@ -32,6 +45,10 @@ class MlxkvError(Exception):
     """
 
     exit_code = 1
+
+    def __init__(self, message: str = "", hint: str = "") -> None:
+        super().__init__(f"{message}; {hint}" if hint else message)
+        self.message, self.hint = message, hint
 
 
 class InputError(MlxkvError):
@@ -72,3 +89,41 @@ class UnsupportedError(MlxkvError):
     """The model or cache is of a kind that mlxkv has no support for."""
 
     exit_code = 5
+
+
+def suggest(name: object, known: Iterable[str], listing: str = "") -> str:
+    """Return a hint for a name that is not among those there are.
+
+    Parameters
+    ----------
+    name
+        What was asked for.
+    known
+        The names that would do here, and no others.
+    listing
+        The command that lists them, for when there are too many for a message.
+
+    Returns
+    -------
+    str
+        The nearest names; all of them where they are few.
+
+    Examples
+    --------
+    >>> suggest("int9", ["full", "int4", "int8"])
+    'did you mean int8 or int4? there are full, int4, int8'
+    >>> suggest("int9", [f"int{bits}" for bits in range(10, 30)], "mlxkv presets --all")
+    'did you mean int29, int19 or int28? mlxkv presets --all lists all'
+    """
+    names = sorted(known)
+    close = get_close_matches(str(name)[:80], names, n=3, cutoff=0.6)
+    parts = [f"did you mean {' or '.join(filter(None, (', '.join(close[:-1]), close[-1])))}?"] if close else []
+    if len(names) == 1:
+        parts.append(f"there is {names[0]}")
+    elif len(names) <= FEW:
+        parts.append(f"there are {', '.join(names)}" if names else "there are none")
+    elif listing:
+        parts.append(f"{listing} lists all")
+    elif not close:
+        parts.append(f"there are {', '.join(names)}")
+    return " ".join(parts)

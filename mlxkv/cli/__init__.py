@@ -7,23 +7,20 @@ into messages and exit codes: 2 wrong use or missing file, 3 damaged file, 4 thi
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
+from mlxkv.cli._arguments import asks_for_json, with_new_names
 from mlxkv.cli._commands import commands
+from mlxkv.cli._failures import INTERRUPTED, Failure, UsageError, failure_of
+from mlxkv.cli._work import begin
 from mlxkv.errors import MlxkvError
 from mlxkv.version import __version__
-
-INTERRUPTED = 130
-# Options of before the first release, by the commands that had them.
-OLD_OPTIONS = {
-    "compress": {"--w": "--recent", "--s": "--sinks"},
-    "eval": {"--w": "--recent", "--s": "--sinks", "--at": "--context-tokens", "--predict": "--eval-tokens"},
-}
 
 
 def build() -> typer.Typer:
@@ -66,28 +63,38 @@ def main(arguments: list[str] | None = None) -> None:
         Those of the process where None.
     """
     try:
-        build()(_with_new_names(sys.argv[1:] if arguments is None else arguments))
-    except MlxkvError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    except BrokenPipeError:
+        try:
+            code = _run(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()  # here, where a full disk is told in one line
+    except BrokenPipeError:  # whoever read the output has stopped
         sys.stderr.close()
-        sys.exit(INTERRUPTED)
+        code = INTERRUPTED
+    except OSError as error:  # of the standard output: whatever reads or writes files has errors of its own
+        with suppress(OSError):
+            Failure(f"cannot write the output: {error}", "OSError", MlxkvError.exit_code).show(as_json=False)
+        with suppress(OSError, ValueError):  # not again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = MlxkvError.exit_code
+    sys.exit(code)
 
 
-def _with_new_names(arguments: list[str]) -> list[str]:
-    """Return the arguments with old options as they are called now; and say so once for each."""
-    old = OLD_OPTIONS.get(arguments[0], {}) if arguments else {}
-    if arguments[:2] == ["eval", "latency"]:
-        old = {**old, "--context": "--context-tokens"}
-    renamed, said = [], set()
-    for argument in arguments:
-        option, equals, value = argument.partition("=")
-        if option in old and option not in said:
-            said.add(option)
-            Console(stderr=True).print(f"note: {option} is called {old[option]} now", soft_wrap=True)
-        option = old.get(option, option)
-        renamed.append(f"{option}{equals}{value}")
-    return renamed
+def _run(words: list[str]) -> int:
+    """Run a command line, and return its exit code after saying what went wrong."""
+    begin()
+    app = build()
+    try:
+        renamed, found = with_new_names(app, words)
+        for old, new in found.items():
+            Console(stderr=True).print(f"note: {old} is called {new} now", soft_wrap=True, highlight=False)
+        code = app(renamed, prog_name="mlxkv", standalone_mode=False) or 0
+        if code != INTERRUPTED:  # which Typer makes of Ctrl-C
+            return code
+        failure = failure_of(KeyboardInterrupt())
+    except (MlxkvError, UsageError, KeyboardInterrupt, typer.Abort) as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.ctx.get_help())
+            return 2
+        failure = failure_of(error)
+    failure.show(asks_for_json(app, words))
+    return failure.code

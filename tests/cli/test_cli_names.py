@@ -4,7 +4,9 @@ import pytest
 from conftest import run
 
 import mlxkv
-from mlxkv.cli import OLD_OPTIONS, _with_new_names
+from mlxkv.cli import build
+from mlxkv.cli._arguments import OLD_OPTIONS, with_new_names
+from mlxkv.errors import InputError
 
 
 def test_version_is_the_packages(capsys):
@@ -30,10 +32,29 @@ def test_completion_can_be_shown_and_installed(capsys):
         (["eval", "latency", "--context", "9"], ["eval", "latency", "--context-tokens", "9"]),
         (["generate", "--prompt", "--w"], ["generate", "--prompt", "--w"]),
         (["compress", "--window", "5"], ["compress", "--window", "5"]),
+        (["compress", "--out", "--w", "--w", "5"], ["compress", "--out", "--w", "--recent", "5"]),
+        (["compress", "--w", "--s"], ["compress", "--recent", "--s"]),
+        (["compress", "--append", "--s", "3"], ["compress", "--append", "--sinks", "3"]),
+        (["eval", "fidelity", "--model", "--at"], ["eval", "fidelity", "--model", "--at"]),
+        (["inspect", "--", "--w"], ["inspect", "--", "--w"]),
     ],
 )
-def test_old_options_are_read_as_new_ones(old, new):
-    assert _with_new_names(old) == new
+def test_old_options_are_read_as_new_ones_but_never_a_value(old, new):
+    assert with_new_names(build(), old)[0] == new
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["compress", "--recent", "1", "--w", "2"],
+        ["compress", "--s=2", "--sinks=3"],
+        ["eval", "fidelity", "--at", "9", "--context-tokens", "9"],
+        ["eval", "latency", "--context", "9", "--context-tokens", "9"],
+    ],
+)
+def test_an_option_is_not_taken_by_both_its_names(words):
+    with pytest.raises(InputError, match="is the old name of"):
+        with_new_names(build(), words)
 
 
 def test_an_old_option_works_and_says_its_new_name(tmp_path, capsys):
