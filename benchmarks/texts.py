@@ -10,7 +10,7 @@ from __future__ import annotations
 import pydoc
 import pydoc_data.topics
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.schema import MODEL
+from mlxkv.lm import text_start
 
 FOLDER = Path(__file__).parent / "texts"
 END = 256  # the miniatures' token between texts; all others are bytes
@@ -75,19 +76,22 @@ OTHER_KINDS: dict[str, Callable[[], str]] = {
 
 def same_kind(tokenizer: Any, length: int, count: int) -> list[list[int]]:
     """Return `count` stretches of held-out documentation, each `length` tokens, spread evenly."""
-    return spread(tokenizer.encode("\n".join(documentation(held_out=True))), length, count)
+    return spread(tokenizer.encode("\n".join(documentation(held_out=True))), length, count, text_start(tokenizer))
 
 
 def calibration(tokenizer: Any, length: int, count: int) -> list[list[int]]:
     """Return `count` stretches of calibration documentation, each `length` tokens, spread evenly."""
-    return spread(tokenizer.encode("\n".join(documentation(held_out=False))), length, count)
+    return spread(tokenizer.encode("\n".join(documentation(held_out=False))), length, count, text_start(tokenizer))
 
 
-def spread(tokens: list[int], length: int, count: int) -> list[list[int]]:
-    """Return `count` stretches of `length` tokens at even distances; they do not overlap while there is room."""
+def spread(tokens: list[int], length: int, count: int, first: Sequence[int] = ()) -> list[list[int]]:
+    """Return `count` stretches of `length` tokens at even distances; they do not overlap while there is room.
+
+    Each begins with `first`, the tokens that every text begins with.
+    """
     last = len(tokens) - length
     starts = [round(i * last / max(1, count - 1)) for i in range(count)]
-    return [tokens[start : start + length] for start in starts]
+    return [[*first, *tokens[start + len(first) : start + length]] for start in starts]
 
 
 def held_out(model: str, tokenizer: Any, length: int) -> dict[str, list[int]]:

@@ -8,13 +8,14 @@ appear after the context was computed, so the gradient flows through the predict
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import ArraysCache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlxkv import lm
 from mlxkv.errors import InputError
@@ -29,7 +30,7 @@ Pairs = list[tuple[mx.array, mx.array]]
 
 
 def sensitivity(
-    model: Any, tokens: Sequence[int], *, seed: int = 0, progress: Progress | None = None
+    model: Any, tokens: Sequence[int], *, seed: int = 0, start: Sequence[int] = (), progress: Progress | None = None
 ) -> dict[str, np.ndarray]:
     """Return the mean of g g' over tokens for every layer and head, in nats per unit squared, with the rotation undone.
 
@@ -42,6 +43,9 @@ def sensitivity(
         and 160 that follow.
     seed
         Seed of the labels that the model draws.
+    start
+        Tokens that every text of this model begins with, as `lm.text_start` finds them: a stretch that does not is given
+        them, and becomes shorter by as many.
     progress
         Called with the number of tokens of each stretch that is done.
 
@@ -64,8 +68,8 @@ def sensitivity(
         raise InputError(f"sensitivity needs at least {4 * SKIPPED_SINKS} tokens, the text has {len(tokens)}")
     sums = {name: _zeros(spec, name) for name in STREAMS}
     energies = {name: np.zeros((*sums[name].shape[:2], len(tokens)), np.float32) for name in STREAMS}
-    count = first = 0
-    for index, stretch in enumerate(_stretches(tokens)):
+    count = 0
+    for index, (first, stretch) in enumerate(_stretches(tokens, start)):
         split = len(stretch) * CONTEXT_TOKENS // (CONTEXT_TOKENS + PREDICTED_TOKENS)
         counted = _counted_tokens(split)
         gradients = _gradients(model, spec, stretch[:split], stretch[split:], mx.random.key(seed + index))
@@ -74,7 +78,7 @@ def sensitivity(
                 sums[name][layer] += np.array(gradient.swapaxes(-1, -2) @ gradient)
                 part = slice(first + counted.start, first + counted.stop)
                 energies[name][layer, :, part] = np.array(mx.square(gradient).sum(axis=-1))
-        count, first = count + len(counted), first + len(stretch)
+        count += len(counted)
         if progress:
             progress(len(stretch))
     means = {name: total / np.float32(count) for name, total in sums.items()}
@@ -92,11 +96,18 @@ def _zeros(spec: CacheSpec, name: str) -> np.ndarray:
     return np.zeros((stream.layers, stream.heads, stream.dim, stream.dim), np.float32)
 
 
-def _stretches(tokens: Sequence[int]) -> Iterator[list[int]]:
-    """Yield complete stretches of text; an incomplete one only if there is no other."""
-    size = CONTEXT_TOKENS + PREDICTED_TOKENS
-    for start in range(0, max(1, len(tokens) - size + 1), size):
-        yield list(tokens[start : start + size])
+def _stretches(tokens: Sequence[int], start: Sequence[int] = ()) -> Iterator[tuple[int, list[int]]]:
+    """Yield the position in the text that each complete stretch begins at, and its tokens; an incomplete one if there is no other.
+
+    A stretch that is given the tokens that every text begins with begins so many positions earlier.
+    """
+    size, first = CONTEXT_TOKENS + PREDICTED_TOKENS, 0
+    start = list(start[:SKIPPED_SINKS])  # those that are never counted
+    while first == 0 or first + size - len(start) <= len(tokens):
+        added = [] if list(tokens[first : first + len(start)]) == start else start
+        part = tokens[first : first + size - len(added)]
+        yield first - len(added), [*added, *part]
+        first += len(part)
 
 
 def _gradients(
@@ -130,11 +141,11 @@ def _perturb(pair: tuple[mx.array, mx.array], error: tuple[mx.array, mx.array], 
 
 
 def _rebuild_cache(model: Any, spec: CacheSpec, cache: list[Any], pairs: Sequence[Any]) -> list[Any]:
-    """Return a new prompt cache that holds these pairs, and the other layers' states of `cache`."""
+    """Return a new prompt cache that holds these pairs, and copies of the other layers of `cache`, whatever they keep."""
     fresh = make_prompt_cache(model)
+    for layer, entry in enumerate(cache):
+        if layer not in spec.attention_layers:
+            fresh[layer] = copy.deepcopy(entry)
     for layer, pair in zip(spec.attention_layers, pairs):
         fresh[layer].update_and_fetch(*pair)
-    for old, new in zip(cache, fresh):
-        if isinstance(old, ArraysCache):
-            new.cache = list(old.cache)
     return fresh

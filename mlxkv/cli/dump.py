@@ -9,7 +9,9 @@ import typer
 
 from mlxkv.cli._checks import Dtype, check_out_file
 from mlxkv.cli._commands import commands
-from mlxkv.cli._output import Json, Model, print_record, progress_bar
+from mlxkv.cli._names import Model, Preset
+from mlxkv.cli._output import Json, print_record, progress_bar
+from mlxkv.cli._work import load_model, working
 
 
 @commands.register("dump")
@@ -24,7 +26,7 @@ def dump_command(
         int, typer.Option(min=0, help="Tokens to generate after the prompt, at most; 0 is prefill only.")
     ] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first so many tokens of the prompt.")] = None,
-    preset: Annotated[str | None, typer.Option(help="Check the model against this model preset.")] = None,
+    preset: Preset = None,
     dtype: Dtype = "auto",
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Also measure what each direction of the cache matters to the model.")
@@ -47,27 +49,30 @@ def dump_command(
     text = _prompt(prompt, prompt_file)
     checked = model_preset(preset) if preset else None
     check_out_file(out)
-    loaded, tokenizer = lm.load(model)
+    loaded, tokenizer = load_model(model)
     if checked:
         checked.check(cache_spec(loaded))
     tokens = tokenizer.encode(text)[:limit]
     if not tokens:
         raise InputError("the prompt has no tokens")
     stop = sorted(tokenizer.eos_token_ids)
-    with progress_bar("running", len(tokens) + max_tokens) as advance:
+    with progress_bar("running the prompt", len(tokens) + max_tokens) as advance:
         taken = lm.dump(loaded, tokens, max_tokens=max_tokens, stop=stop, name=model, dtype=dtype, progress=advance)
     if sensitivity:
         with progress_bar("measuring sensitivity", len(tokens)) as advance:
-            taken = replace(taken, sensitivity=measure(loaded, tokens, progress=advance))
-    write_dump(out, taken)
+            start = lm.text_start(tokenizer)
+            taken = replace(taken, sensitivity=measure(loaded, tokens, start=start, progress=advance))
+    with working(f"writing {out}", f"no part of {out} was written"):
+        write_dump(out, taken)
     facts = {
         "file": str(out),
         "file_bytes": out.stat().st_size,
-        "k": str(taken.k.shape),
-        "v": str(taken.v.shape),
+        "k_shape": taken.k.shape,
+        "v_shape": taken.v.shape,
         "layers": list(taken.spec.attention_layers),
         "tokens": taken.length,
-        "stored_as": f"{taken.k.dtype}{_why(str(taken.k.dtype), taken.dtype, dtype)}",
+        "dtype": str(taken.k.dtype),
+        "dtype_note": _why(str(taken.k.dtype), taken.dtype, dtype),
         "other_states": len(taken.states),
         "sensitivity": "measured" if taken.sensitivity else None,
         "fingerprint": taken.fingerprint,
@@ -86,7 +91,7 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
 
 def _why(stored: str, live: str, asked: str) -> str:
     if stored == live:
-        return ", exactly as in the model"
+        return "exactly as in the model"
     if stored == "float32":
-        return f", because float16 cannot hold every {live} value" if asked == "auto" else f", widened from {live}"
-    return f", exact for every {live} value here" if asked == "auto" else f", rounded from {live}"
+        return f"because float16 cannot hold every {live} value" if asked == "auto" else f"widened from {live}"
+    return f"exact for every {live} value here" if asked == "auto" else f"rounded from {live}"

@@ -12,6 +12,7 @@ from mlxkv.errors import InputError
 from mlxkv.evaluate.evaluation import EvalSample, Record
 from mlxkv.evaluate.sources import Sources
 from mlxkv.io.inputs import read_text
+from mlxkv.lm import text_start
 
 BUILT_IN = Path(__file__).parent / "data" / "essay.txt"
 # Help of options that evaluations share.
@@ -39,21 +40,22 @@ def draw_excerpts(tokenizer: Any, text_file: Path | None, length: int, count: in
     Returns
     -------
     dict of int to list of int
-        Tokens of each excerpt by the position of the first; fewer than `count` where the text has no room for so many.
+        Tokens of each excerpt by its position in the text; fewer than `count` where the text has no room for so many.
+        Each begins with the tokens that the tokenizer puts before every text, which count as tokens of the excerpt.
 
     Raises
     ------
     InputError
         When the text is shorter than one excerpt.
     """
-    tokens = tokenizer.encode(read_text(text_file or BUILT_IN))
+    tokens, first = tokenizer.encode(read_text(text_file or BUILT_IN)), text_start(tokenizer)
     room = len(tokens) - length
     if room < 0:
         name = "the built-in text" if text_file is None else text_file.name
         raise InputError(f"{name} has {len(tokens)} tokens and {length} are needed; give a longer text file")
     random = Random(f"{seed} {length}")
     starts = [random.randint(room * i // count, room * (i + 1) // count) for i in range(count)]
-    return {start: tokens[start : start + length] for start in starts}
+    return {start: [*first, *tokens[start + len(first) : start + length]][:length] for start in starts}
 
 
 def text_samples(

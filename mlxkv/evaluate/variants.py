@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from mlxkv import lm
@@ -28,7 +29,7 @@ from mlxkv.live import live_config
 from mlxkv.live.base import LayerCache
 from mlxkv.live.seam import make_cache
 from mlxkv.models import cache_spec
-from mlxkv.spec import STREAMS
+from mlxkv.spec import STREAMS, Slot
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,13 @@ def codec_variant(codec: CacheCodec, name: str, dtype: str = "auto") -> Variant:
             "compress_seconds": clock[1] - clock[0],
             "decompress_seconds": clock[2] - clock[1],
         }
-        sizes = {key: layout[key] for key in ("tokens", "fp16_bytes", "ratio")} | {"cache_bytes": layout["file_bytes"]}
+        fp16_bytes, file_bytes = cache_sizes(model, cache)["fp16_bytes"], layout["file_bytes"]  # both with other states
+        sizes = {
+            "tokens": layout["tokens"],
+            "fp16_bytes": fp16_bytes,
+            "ratio": fp16_bytes / file_bytes,
+            "cache_bytes": file_bytes,
+        }
         return CachedContext(lm.restore(model, decoded), sizes, details)
 
     settings: dict[str, Any] = {"artifacts": codec.artifacts.fingerprint, "recent": codec.recent, "sinks": codec.sinks}
@@ -247,21 +254,29 @@ def cache_sizes(model: Any, cache: Sequence[Any]) -> dict[str, Any]:
     Returns
     -------
     dict
-        `tokens`, the number that the cache has seen; `cache_bytes` of what attention layers store; `fp16_bytes` that
-        the keys and values of all those tokens take at 16 bits an element; and `ratio`, the latter over the former.
-        States of other layers are in none of them.
+        `tokens`, the number that the cache has seen; `cache_bytes` of all arrays that the entries keep, allocated steps,
+        windows and states of other layers included; `fp16_bytes` that mlx-lm's own cache of these tokens takes at 16 bits
+        an element, where windows hold what they hold now; and `ratio`, the latter over the former.
     """
     spec = cache_spec(model)
-    layers = [i for i in spec.attention_layers if isinstance(cache[i], LayerCache | KVCache)]
-    cache_bytes = sum(cache[i].nbytes for i in layers)
-    slots = [(cache[i].offset, slot) for i in layers for slot in spec.layers[i] or ()]
-    fp16_bytes = sum(2 * offset * slot.heads * slot.dim for offset, slot in slots)
+    fp16_bytes = sum(2 * _elements(entry, slots) for entry, slots in zip(cache, spec.layers))
+    cache_bytes = sum(entry.nbytes for entry in cache)
     return {
-        "tokens": cache[layers[0]].offset,
+        "tokens": cache[spec.attention_layers[0]].offset,
         "fp16_bytes": fp16_bytes,
         "cache_bytes": cache_bytes,
         "ratio": fp16_bytes / cache_bytes,
     }
+
+
+def _elements(entry: Any, slots: Sequence[Slot] | None) -> int:
+    """Return the elements that mlx-lm keeps in the place of an entry, of those tokens that it has seen."""
+    if isinstance(entry, LayerCache | KVCache):
+        return sum(entry.offset * slot.heads * slot.dim for slot in slots or ())
+    rows = getattr(entry, "offset", None)
+    arrays = [array for _, array in tree_flatten(entry.state) if isinstance(array, mx.array)]
+    # A window that is not full yet has room for tokens that it has not seen.
+    return sum(array[:, :, :rows].size if rows is not None and array.ndim == 4 else array.size for array in arrays)
 
 
 def coding_errors(layout: Mapping[str, Any], original: KVDump, decoded: KVDump) -> dict[str, Any]:

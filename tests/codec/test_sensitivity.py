@@ -7,10 +7,19 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import DIFFERENT, tiny_model, tiny_tokens
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlxkv import lm, read_dump, write_dump
 from mlxkv.errors import FormatError, InputError, MismatchError
-from mlxkv.sensitivity import CONTEXT_TOKENS, PREDICTED_TOKENS, _counted_tokens, _stretches, sensitivity
+from mlxkv.models import cache_spec
+from mlxkv.sensitivity import (
+    CONTEXT_TOKENS,
+    PREDICTED_TOKENS,
+    _counted_tokens,
+    _rebuild_cache,
+    _stretches,
+    sensitivity,
+)
 from mlxkv.spec import STREAMS
 
 pytestmark = pytest.mark.slow
@@ -103,11 +112,50 @@ def test_a_model_is_the_same_afterwards(tiny):
 
 def test_a_long_text_is_read_in_whole_stretches_and_its_progress_reported():
     size = CONTEXT_TOKENS + PREDICTED_TOKENS
-    assert [len(part) for part in _stretches(range(3 * size + 1))] == [size] * 3
-    assert [len(part) for part in _stretches(range(size - 1))] == [size - 1]
+    assert [len(part) for _, part in _stretches(range(3 * size + 1))] == [size] * 3
+    assert [len(part) for _, part in _stretches(range(size - 1))] == [size - 1]
     reported = []
     sensitivity(tiny_model("llama", num_hidden_layers=1), tiny_tokens(2 * size), progress=reported.append)
     assert reported == [size, size]
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_every_stretch_begins_as_a_text_of_the_model_does(begins):
+    size, bos = CONTEXT_TOKENS + PREDICTED_TOKENS, -1
+    tokens = [*([bos] if begins else []), *range(3 * size)]
+    found = list(_stretches(tokens, [bos]))
+    assert all(part[0] == bos and part.count(bos) == 1 and len(part) == size for _, part in found)
+    assert len(found) == 3
+    joined = [token for _, part in found for token in part[1:]]
+    assert joined == list(range(len(joined)))  # nothing is left out
+    for position, part in found:
+        assert part[5] == tokens[position + 5]
+
+
+def test_energies_lie_at_the_tokens_of_the_text_though_stretches_were_given_a_start():
+    size, tokens = CONTEXT_TOKENS + PREDICTED_TOKENS, tiny_tokens(2 * (CONTEXT_TOKENS + PREDICTED_TOKENS))
+    model = tiny_model("llama", num_hidden_layers=1)
+    tokens[0] = 5
+    found = sensitivity(model, tokens, start=[5])["k.energy"].sum(axis=(0, 1))
+    counted = _counted_tokens(CONTEXT_TOKENS)
+    expected = np.r_[np.array(counted), size - 1 + np.array(counted)]
+    assert np.array_equal(np.flatnonzero(found), expected)
+    alone = sensitivity(model, [5, *tokens[size : 2 * size - 1]], seed=1)["k.energy"].sum(axis=(0, 1))
+    np.testing.assert_allclose(found[size - 1 + np.array(counted)], alone[np.array(counted)], rtol=1e-4)
+
+
+@pytest.mark.parametrize("length", [20, 60])
+def test_a_rebuilt_cache_predicts_as_the_one_it_was_made_of_whatever_its_layers_are(length):
+    layers = ["sliding_attention", "full_attention"]
+    for model in (tiny_model("llama", layer_types=layers, sliding_window=16), tiny_model("lfm2")):
+        cache, following = make_prompt_cache(model), mx.array([tiny_tokens(12, seed=3)])
+        lm.prefill(model, tiny_tokens(length), cache)
+        spec = cache_spec(model)
+        pairs = [cache[layer].keys_and_values() for layer in spec.attention_layers]
+        rebuilt = [model(following, cache=_rebuild_cache(model, spec, cache, pairs)) for _ in range(2)]
+        exact = model(following, cache=cache)
+        for found in rebuilt:
+            np.testing.assert_allclose(np.array(found), np.array(exact), atol=1e-4)
 
 
 def test_too_short_a_text_is_refused(tiny):

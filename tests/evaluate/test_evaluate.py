@@ -93,8 +93,8 @@ def test_what_follows_goes_in_by_chunks():
 def test_perplexity_is_that_of_one_pass_over_the_text(text_file):
     model = tiny_model("llama")
     options = perplexity.PerplexityOptions(text_file, context_tokens=60, eval_tokens=40, samples=1, chunk=7)
-    compared = [live_variant("full"), live_variant("int4"), zeroed(), shuffled()]
-    exact, full, int4, *damaged = run("perplexity", model, Numbers(), compared, options)["samples"]
+    compared = [live_variant("full"), live_variant("int8"), zeroed(), shuffled()]
+    exact, full, int8, *damaged = run("perplexity", model, Numbers(), compared, options)["samples"]
     tokens = Numbers().encode(text_file.read_text())[exact["start"] :][:101]
     logits = np.array(model(mx.array([tokens]))[0, 60:-1], np.float64)
     losses = np.logaddexp.reduce(logits, axis=-1) - logits[range(40), tokens[61:]]
@@ -103,7 +103,7 @@ def test_perplexity_is_that_of_one_pass_over_the_text(text_file):
     assert full["perplexity_delta"] == pytest.approx(0, abs=1e-2 * exact["perplexity"])
     assert exact["verdict"] == "excellent"
     for broken in damaged:
-        assert abs(int4["perplexity_delta"]) < abs(broken["perplexity_delta"])
+        assert abs(int8["perplexity_delta"]) < abs(broken["perplexity_delta"])
 
 
 def test_stretches_are_drawn_by_seed_and_spread_over_the_text(text_file):

@@ -11,7 +11,7 @@ from synthetic import PLAIN, toy_dump
 from mlxkv import CacheCodec, calibrate, lm, write_dump
 from mlxkv.codec.methods.kvtc import KVTCConfig
 from mlxkv.errors import InputError
-from mlxkv.evaluate import variants as variants
+from mlxkv.evaluate import variants
 
 CONTEXT, QUESTION = tiny_tokens(90), tiny_tokens(5, seed=1)
 
@@ -114,10 +114,40 @@ def test_sizes_are_those_of_the_arrays_held_against_two_bytes_an_element():
 
 
 @pytest.mark.parametrize("name", ["lfm2", "glm4_moe_lite"])
-def test_sizes_count_attention_layers_and_both_slots_alone(name):
+def test_sizes_count_both_slots_and_the_states_of_other_layers(name):
     sizes = variants.live_variant("streaming-llm", sinks=4, recent=26).build(tiny_model(name), CONTEXT).sizes
-    assert sizes["fp16_bytes"] == 2 * 90 * {"lfm2": 2 * 2 * 2 * 16, "glm4_moe_lite": 3 * (16 + 8)}[name]
-    assert sizes["ratio"] == 3
+    elements = {"lfm2": 2 * 2 * 2 * 16, "glm4_moe_lite": 3 * (16 + 8)}[name]
+    states = {"lfm2": 2 * 2 * 64, "glm4_moe_lite": 0}[name]  # two convolutions keep two tokens each, float32
+    assert sizes["fp16_bytes"] == 2 * (90 * elements + states)
+    assert sizes["cache_bytes"] == 2 * 30 * elements + 4 * states
+
+
+WINDOW, ROW = 16, 2 * 2 * 8  # tokens; slots, heads, dims
+
+
+@pytest.mark.parametrize("length", [10, 90])
+@pytest.mark.parametrize("method", ["whole", "full", "sliding-window"])
+def test_sizes_count_the_windows_that_a_method_leaves_to_mlx_lm(method, length):
+    model = tiny_model("llama", layer_types=["sliding_attention", "full_attention"], sliding_window=WINDOW)
+    variant = variants.baseline() if method == "whole" else variants.live_variant(method)
+    cached = variant.build(model, CONTEXT[:length])
+    window, other = cached.cache
+    assert type(window).__name__ == "RotatingKVCache"
+    assert cached.sizes["cache_bytes"] == window.nbytes + other.nbytes
+    kept = window.keys.shape[2]
+    assert cached.sizes["fp16_bytes"] == 2 * ROW * (length + min(length, kept))
+    assert cached.sizes["tokens"] == length
+
+
+@pytest.mark.parametrize("name", ["llama", "lfm2"])
+def test_a_codec_is_held_against_the_same_bytes_as_a_live_cache(name, tmp_path):
+    model = tiny_model(name)
+    write_dump(tmp_path / "a.npz", lm.dump(model, tiny_tokens(300, seed=2)))
+    codec = CacheCodec(calibrate([tmp_path / "a.npz"], KVTCConfig(4)), recent=16)
+    coded = variants.codec_variant(codec, "kvtc").build(model, CONTEXT).sizes
+    live = variants.live_variant("int8").build(model, CONTEXT).sizes
+    assert coded["fp16_bytes"] == live["fp16_bytes"]
+    assert coded["ratio"] == coded["fp16_bytes"] / coded["cache_bytes"]
 
 
 def test_a_question_has_the_tokens_that_it_has_after_its_context():

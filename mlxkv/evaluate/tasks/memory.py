@@ -29,8 +29,8 @@ class MemoryOptions(Config):
 class Memory(Evaluation):
     """Measure the memory that a cache takes, and the peaks while its context is read and a token is decoded.
 
-    - cache_bytes: the arrays of attention layers
-    - resident_bytes: growth of MLX's allocations, which includes copies that a method keeps and states of other layers
+    - cache_bytes: the arrays that the cache keeps, with windows and states of layers that a method leaves to mlx-lm
+    - resident_bytes: growth of MLX's allocations, which includes copies that a method keeps
     - prefill_peak_bytes: peak while the context is read, above the memory before
     - decode_peak_bytes: peak while one token is decoded, above the resident memory
 
