@@ -1,5 +1,6 @@
 """What the tests of live caches share: settings small enough for tiny texts, and caches that check the one rule."""
 
+import copy
 import dataclasses
 
 import mlx.core as mx
@@ -8,6 +9,7 @@ import numpy as np
 from mlxkv.kernels.bits import unpack
 from mlxkv.live import live_config, live_methods, make_cache
 from mlxkv.live.base import LayerCache, cache_class_of
+from mlxkv.live.storage import SMALL_CHUNK
 
 METHODS = live_methods.names()
 # So that texts of a hundred tokens are more than a method keeps exactly; each method has some of these.
@@ -61,6 +63,10 @@ class Checked:
         chunk = [np.array(x.astype(mx.float32)) for x in (keys, values)]
         before, bias = [stored(self.cache, slot) for slot in (0, 1)], self.cache.score_bias()
         self.bias = None if bias is None else np.array(bias)
+        self.twin = None
+        if self.cache.takes_tokens_back and not self.cache.latent and 1 < keys.shape[2] <= SMALL_CHUNK:
+            self.twin, self.chunk = Checked(copy.deepcopy(self.cache)), (keys, values)
+            self.twin.cache.__dict__["_group"] = None  # which would notice that no other layer goes on
         self.seen = [x if old is None else np.concatenate([old, x], axis=2) for old, x in zip(before, chunk)]
         fetched = self.cache.update_and_fetch(keys, values)
         if self.cache.latent:
@@ -70,6 +76,14 @@ class Checked:
         return fetched
 
     def attend(self, queries, keys, values, scale, mask=None):
+        self.attended += 1
+        if self.twin:  # a small chunk is like decoding
+            output = self.cache.attend(queries, keys, values, scale, mask)
+            for i in range(queries.shape[2]):
+                token = self.twin.update_and_fetch(*(part[:, :, i : i + 1] for part in self.chunk))
+                expected = self.twin.attend(queries[:, :, i : i + 1], *token, scale)
+                np.testing.assert_allclose(output[:, :, i : i + 1], expected, atol=1e-5)
+            return output
         if not self.cache.latent:
             keys_seen, values_seen = self.seen
         elif queries.shape[2] == 1:
@@ -79,7 +93,6 @@ class Checked:
         expected = plain_attention(np.array(queries), keys_seen, values_seen, scale, mask, self.bias)
         output = self.cache.attend(queries, keys, values, scale, mask)
         np.testing.assert_allclose(output, expected, atol=2e-4, rtol=2e-4)
-        self.attended += 1
         return output
 
 

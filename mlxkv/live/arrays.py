@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from mlxkv.kernels.bits import UNQUANTIZED, QuantizedArray, pack
 from mlxkv.kernels.decode_attention import Bucket
-
-_QUERY_BLOCK = 64  # queries whose attention weights are held in memory at a time
+from mlxkv.live.storage import to_storage_dtype
 
 
 def unquantized(x: mx.array) -> QuantizedArray:
@@ -27,22 +28,6 @@ def unquantized(x: mx.array) -> QuantizedArray:
         The same values, marked as not quantized.
     """
     return pack(x, UNQUANTIZED, 1, x.shape[-1])
-
-
-def to_storage_dtype(x: mx.array) -> mx.array:
-    """Convert float32 to float16 and leave other types, so that caches take at most 2 bytes per element.
-
-    Parameters
-    ----------
-    x
-        Any shape.
-
-    Returns
-    -------
-    mx.array
-        The converted array, of the same shape.
-    """
-    return x.astype(mx.float16) if x.dtype == mx.float32 else x
 
 
 def copy_without_parent(x: mx.array) -> mx.array:
@@ -96,6 +81,21 @@ class KeysValues(NamedTuple):
             These tokens, then the newer ones.
         """
         return KeysValues(*concat_pairs(self, newer))
+
+    def slice_tokens(self, start: int, stop: int) -> KeysValues:
+        """Return the tokens in a slice, as views.
+
+        Parameters
+        ----------
+        start, stop
+            Bounds of the slice.
+
+        Returns
+        -------
+        KeysValues
+            The tokens.
+        """
+        return KeysValues(self.keys[:, :, start:stop], self.values[:, :, start:stop])
 
     def copy_tokens(self, start: int = 0, stop: int | None = None) -> KeysValues:
         """Return copies of the tokens in a slice, which own their memory.
@@ -190,94 +190,49 @@ def unit_vectors(x: mx.array) -> mx.array:
     return safe_divide(x, mx.linalg.norm(x, axis=-1, keepdims=True))
 
 
-def causal_mask(queries: int, tokens: int) -> mx.array:
-    """Return a causal mask: the last query sees all tokens, the query before it all but the last, and so on.
+def map_arrays(tree: Any, change: Callable[[mx.array], mx.array]) -> Any:
+    """Return nested lists, tuples, dicts and QuantizedArray with every array changed.
 
     Parameters
     ----------
-    queries
-        Number of queries; they belong to the last tokens.
-    tokens
-        Number of tokens, those of the queries included.
+    tree
+        A cache's state; what is no array stays.
+    change
+        Called for each array, in the order of `iter_arrays`.
+
+    Returns
+    -------
+    object
+        A tree of the same form, which shares no list or dict with the old one.
+    """
+    if isinstance(tree, mx.array):
+        return change(tree)
+    if isinstance(tree, QuantizedArray):
+        return dataclasses.replace(tree, words=change(tree.words), bias=change(tree.bias), scale=change(tree.scale))
+    if isinstance(tree, tuple):
+        parts = [map_arrays(item, change) for item in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    if isinstance(tree, list):
+        return [map_arrays(item, change) for item in tree]
+    if isinstance(tree, dict):
+        return {key: map_arrays(item, change) for key, item in tree.items()}
+    return tree
+
+
+def held(array: mx.array) -> mx.array:
+    """Return the array as it is now, which later writes into it do not change.
+
+    Parameters
+    ----------
+    array
+        Any shape.
 
     Returns
     -------
     mx.array
-        Bool `[queries, tokens]`, True where a query sees a token.
-
-    Examples
-    --------
-    >>> causal_mask(2, 4).tolist()
-    [[True, True, True, False], [True, True, True, True]]
+        The same values; no copy is made until one of the two is written to.
     """
-    return mx.arange(tokens - queries, tokens)[:, None] >= mx.arange(tokens)[None]
-
-
-def attention_mass(
-    queries: mx.array, keys: mx.array, scale: float, mask: mx.array | str | None, last: int, kv_heads: int
-) -> mx.array:
-    """Return the total attention that each token gets from the last queries.
-
-    Parameters
-    ----------
-    queries
-        `[B, Hq, L, D]`.
-    keys
-        `[B, H, T, D]`.
-    scale
-        Factor of the scores.
-    mask
-        None, "causal", or an array `[..., L, T]`: bool, or added to the scores.
-    last
-        Number of queries to count, from the end.
-    kv_heads
-        Number of kv heads to return; divides Hq.
-
-    Returns
-    -------
-    mx.array
-        `[B, kv_heads, T]` float32: attention probabilities, summed over the counted queries and over the query
-        heads that share a kv head.
-    """
-    B, Hq, L, _ = queries.shape
-    H, T = keys.shape[1:3]
-    mass = mx.zeros((B, kv_heads, T))
-    for start in range(L - last, L, _QUERY_BLOCK):
-        rows = slice(start, min(start + _QUERY_BLOCK, L))
-        block = (queries[:, :, rows].astype(mx.float32) * scale).reshape(B, H, Hq // H, -1, queries.shape[-1])
-        scores = (block @ keys.astype(mx.float32)[:, :, None].swapaxes(-1, -2)).reshape(B, Hq, -1, T)
-        part = causal_mask(L, T)[rows] if isinstance(mask, str) else mask if mask is None else mask[..., rows, :]
-        if part is not None:
-            scores = mx.where(part, scores, -mx.inf) if part.dtype == mx.bool_ else scores + part
-        mass += mx.softmax(scores, axis=-1).reshape(B, kv_heads, -1, T).sum(axis=2)
-    return mass
-
-
-def mask_with_bias(mask: mx.array | str | None, bias: mx.array | None, queries: mx.array) -> mx.array | str | None:
-    """Combine the mask of a chunk with the score bias of stored entries.
-
-    Parameters
-    ----------
-    mask
-        The mask that is passed to `LayerCache.attend`.
-    bias
-        `[B, 1 or Hkv, kept]`, added to the scores of stored entries, or None.
-    queries
-        `[B, Hq, L, D]`; only shape and type are used.
-
-    Returns
-    -------
-    mx.array, str or None
-        The mask unchanged if there is no bias, else an additive mask `[B, Hq, L, kept + L]`.
-    """
-    if bias is None:
-        return mask
-    Hq, L = queries.shape[1:3]
-    bias = mx.pad(mx.repeat(bias, Hq // bias.shape[1], axis=1), [(0, 0), (0, 0), (0, L)])[:, :, None]
-    if mask is None:
-        return bias.astype(queries.dtype)
-    seen = causal_mask(L, bias.shape[-1]) if isinstance(mask, str) else mask
-    return (mx.where(seen, bias, -mx.inf) if seen.dtype == mx.bool_ else seen + bias).astype(queries.dtype)
+    return copy.copy(array)
 
 
 def iter_arrays(tree: object) -> Iterator[mx.array]:

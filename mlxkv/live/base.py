@@ -10,22 +10,21 @@ import mlx.core as mx
 
 from mlxkv.config import Config
 from mlxkv.errors import InputError, UnsupportedError
-from mlxkv.kernels.bits import unpack
-from mlxkv.kernels.decode_attention import Bucket, decode_attention
+from mlxkv.kernels.decode_attention import Bucket
 from mlxkv.live.arrays import (
     KeysValues,
     append_chunk,
-    attention_mass,
-    causal_mask,
     copy_without_parent,
-    iter_arrays,
-    mask_with_bias,
-    to_storage_dtype,
+    held,
+    map_arrays,
     unquantized,
 )
-from mlxkv.live.group import check_consistent
+from mlxkv.live.attention import AttentionCall, attention_mass, causal_mask, concat_stored, stored_attention
+from mlxkv.live.contract import StateContract
+from mlxkv.live.group import CacheGroup, check_consistent
+from mlxkv.live.storage import SMALL_CHUNK, storage_dtype, to_storage_dtype
 from mlxkv.registry import METHOD_GROUP, Registry
-from mlxkv.spec import CacheSpec
+from mlxkv.spec import CacheSpec, is_int
 
 __all__ = [
     "KeysValues",
@@ -42,22 +41,24 @@ __all__ = [
 ]
 
 
-class LayerCache(ABC):
+class LayerCache(StateContract, ABC):
     """Base class of one layer's cache.
 
     The model processes a text in chunks: some chunks of the prompt, then one token at a time. All methods follow the
     same rule. The queries of a chunk attend to earlier tokens as the cache stores them (quantized, merged, some
     evicted), and to their own chunk exactly, with a causal mask. Only then does the method store the chunk, in
-    `absorb`.
+    `absorb`. Methods that can take tokens back at any time attend to chunks of 2 to 16 tokens token by token instead: such
+    a chunk may be a draft, of which the text must not show (with multi-head latent attention it is only stored so).
 
     Stored tokens are exposed as buckets. A bucket is a pair of keys and values of the same tokens, all stored alike:
     one precision and one tiling for the keys, and one for the values.
 
-    No call synchronises with the device, since mlx-lm builds the graph of the next token while the last one is still
-    being computed. So token counts are Python integers and never depend on the values of arrays.
+    Decoding never synchronises with the device, since mlx-lm builds the graph of the next token while the last one is
+    still being computed. So token counts are Python integers and never depend on the values of arrays.
 
     A method implements `buckets` and `absorb`; also `score_bias` if its entries stand for several tokens, and `_trim`
-    if the last tokens can be removed. It sets the class attributes below and registers itself with `live_methods`.
+    if the last tokens can be removed as if they had never come. It sets the class attributes below and registers itself
+    with `live_methods`.
 
     Parameters
     ----------
@@ -77,6 +78,9 @@ class LayerCache(ABC):
         and dicts of these. `nbytes`, `state` and saving are derived from them.
     state_types
         Classes of the state fields that are NamedTuples of arrays, by name; loading a cache restores them.
+    takes_tokens_back
+        Whether `_trim` works at any time, which a method that ever gives tokens up cannot say. mlx-lm's speculative
+        decoding asks once, before the first token.
     observation_window
         Number of queries, counted from the end of each chunk, whose attention mass is passed to `absorb`; 0 for
         methods that do not use it.
@@ -95,7 +99,7 @@ class LayerCache(ABC):
     """
 
     config_class: ClassVar[type[Config]]
-    state_fields: ClassVar[tuple[str, ...]] = ()
+    takes_tokens_back: ClassVar[bool] = False
     state_types: ClassVar[Mapping[str, Callable[..., tuple[Any, ...]]]] = {}
     observation_window = 0
 
@@ -105,13 +109,43 @@ class LayerCache(ABC):
             raise UnsupportedError(f"layer {layer} of this {spec.model_type} model keeps no keys and values")
         self.config, self.spec, self.layer, self.slots = config, spec, layer, slots
         self.latent = spec.mode == "single_stream"
-        self.offset = 0
+        self._arguments = config, spec, layer
+        self._offset = 0
+        self._group: CacheGroup | None = None
         self._pending_chunk: KeysValues | None = None
+        # The state before each token of the last small chunk, so that `trim` can go back to it.
+        self._checkpoints: list[dict[str, Any]] = []
 
     @property
     def method_name(self) -> str:
         """The name under which the method is registered."""
         return live_methods.name_of(type(self))
+
+    @property  # type: ignore[override]
+    def offset(self) -> int:
+        """Tokens seen so far."""
+        return self._offset
+
+    @offset.setter
+    def offset(self, offset: int) -> None:
+        self._offset = offset
+        self._report_offset()
+
+    def join(self, group: CacheGroup) -> None:
+        """Become one of the entries of a prompt cache.
+
+        Parameters
+        ----------
+        group
+            What the entries share.
+        """
+        self._group = group
+        self._report_offset()
+
+    def _report_offset(self) -> None:
+        """Tell the other layers how far this one is."""
+        if self._group is not None:
+            self._group.offsets[self.layer] = self._offset
 
     # What a method implements
 
@@ -133,7 +167,7 @@ class LayerCache(ABC):
         Parameters
         ----------
         keys, values
-            The chunk `[B, Hkv, L, D]` and `[B, Hkv, L, Dv]`, exact. `offset` already includes it.
+            The chunk `[B, Hkv, L, D]` and `[B, Hkv, L, Dv]`, in the type to store it in. `offset` already includes it.
         mass
             `[B, Hkv, kept + L]` float32: the attention probability of each stored and each new token, in the order of
             `buckets`, summed over the query heads that share a kv head and over the last `observation_window` queries.
@@ -152,8 +186,12 @@ class LayerCache(ABC):
         return None
 
     def _trim(self, count: int) -> None:
-        """Remove the last count >= 1 tokens; called only while no token has been evicted."""
+        """Remove the last count >= 1 tokens; called only while every token is stored."""
         raise UnsupportedError(f"{self.method_name} cannot take tokens back")
+
+    def _only_appended_to(self, state: dict[str, Any]) -> bool:
+        """Return whether `_trim` can undo exactly what came after this state, by the names of its fields."""
+        return False
 
     # What mlx-lm calls
 
@@ -175,16 +213,21 @@ class LayerCache(ABC):
         ------
         UnsupportedError
             When the attention of the previous chunk has not been computed.
+        MismatchError
+            When layers of the prompt cache have seen different numbers of tokens, since a call was interrupted.
         """
         if self._pending_chunk is not None:
             raise UnsupportedError(
                 "a live cache got a chunk before the last one was attended: call mlxkv.attach(model) before running "
                 "the model; after an interrupted call start again with a new cache"
             )
+        if self._group is not None:
+            self._group.check(self.layer, self._offset, keys.shape[2])
         self._pending_chunk = KeysValues(keys, values)
-        self.offset += keys.shape[2]
+        self._offset += keys.shape[2]
         if self.latent:
-            return keys if keys.shape[2] == 1 else self._concat_stored(0, keys), self._concat_stored(1, values)
+            stored = self.buckets()
+            return keys if keys.shape[2] == 1 else concat_stored(stored, 0, keys), concat_stored(stored, 1, values)
         return keys, values
 
     def attend(
@@ -201,7 +244,8 @@ class LayerCache(ABC):
         scale
             Factor of the scores.
         mask
-            None, "causal", bool, or for MLA an additive mask, `[B, Hq, L, kept + L]`.
+            None, "causal", or an array that broadcasts to `[B, Hq, L, kept + L]`: bool, or added to the scores. Its
+            columns are the stored entries in the order of `buckets`, then the chunk.
 
         Returns
         -------
@@ -215,29 +259,54 @@ class LayerCache(ABC):
         """
         if self._pending_chunk is None:
             raise UnsupportedError("a live cache attends once for each update_and_fetch")
-        chunk, self._pending_chunk = self._pending_chunk, None
-        stored = self.buckets()
-        mask = mask_with_bias(mask, self.score_bias(), queries)
-        if queries.shape[2] == 1 and (
-            self.observation_window or not all(k.is_unquantized and v.is_unquantized for k, v in stored)
-        ):
-            tokens = [*stored, chunk.as_bucket()]
-            if self.latent:
-                tokens = [(k, k) for k, _ in tokens]
-            bias = mask[:, :, 0] if isinstance(mask, mx.array) else None
-            output, mass = decode_attention(queries, tokens, scale, bias)
-            self.absorb(*chunk, mass if self.observation_window else None)
-            return mx.depends(output, self.state)
-        if not self.latent:
-            keys, values = self._concat_stored(0, keys), self._concat_stored(1, values)
-        elif queries.shape[2] == 1:
-            keys = values = self._concat_stored(0, keys)
-        output = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
-        last = min(self.observation_window, queries.shape[2])
-        kv_heads = chunk.keys.shape[1]
-        self.absorb(*chunk, attention_mass(queries, keys, scale, mask, last, kv_heads) if last else None)
+        call, chunk = AttentionCall(queries, keys, values, scale, mask), self._pending_chunk
+        self._checkpoints = []
+        small = 1 < chunk.tokens <= SMALL_CHUNK
+        if small and self.takes_tokens_back and not (self.latent and self.observation_window):
+            output = self._attend_small_chunk(call, chunk)
+        else:
+            output, mass = self._attention(call, chunk)
+            self._store(chunk, mass)
+        # Only now: an interrupted call leaves its chunk pending, and the next call is refused.
+        self._pending_chunk = None
+        self._report_offset()
         # Generation evaluates only outputs: state that no output depends on yet would keep all earlier steps in memory.
-        return mx.depends(output, self.state)
+        return mx.depends(output, self._arrays())
+
+    def _attend_small_chunk(self, call: AttentionCall, chunk: KeysValues) -> mx.array:
+        """Take a chunk in token by token, remembering the state before each, as decoding its tokens would do."""
+        seen, kept = self._offset - chunk.tokens, self.kept
+        outputs = [self._attention(call, chunk)[0]] if self.latent else []
+        for i in range(chunk.tokens):
+            self._checkpoints.append({name: map_arrays(getattr(self, name), held) for name in self.state_fields})
+            self._offset = seen + i + 1
+            token, mass = chunk.slice_tokens(i, i + 1), None
+            if not self.latent:
+                output, mass = self._attention(call.of_token(i, token, kept + i + 1), token)
+                outputs.append(output)
+            self._store(token, mass)
+        if self._only_appended_to(self._checkpoints[0]):
+            self._checkpoints = []
+        return mx.concatenate(outputs, axis=2)
+
+    def _attention(self, call: AttentionCall, chunk: KeysValues) -> tuple[mx.array, mx.array | None]:
+        """Return the attention over the stored tokens and the chunk, and the mass for `absorb`."""
+        return stored_attention(
+            call, self.buckets(), chunk, bias=self.score_bias(), latent=self.latent, window=self.observation_window
+        )
+
+    def _store(self, chunk: KeysValues, mass: mx.array | None) -> None:
+        """Let the method absorb a chunk in the type to store it in; what is stored so far may have to change its type."""
+        if chunk.keys.dtype == mx.float32:
+            stored = self.buckets()
+            current = stored[0][0].dtype if stored else None
+            dtype = storage_dtype(*chunk, current)
+            if current is not None and current != dtype:
+                for name in self.state_fields:
+                    field = map_arrays(getattr(self, name), lambda x: x.astype(dtype) if x.dtype == current else x)
+                    setattr(self, name, field)
+            chunk = KeysValues(*(to_storage_dtype(part, dtype) for part in chunk))
+        self.absorb(*chunk, mass)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
         """Return the mask of the next chunk: all stored tokens are visible, and the chunk is causal.
@@ -267,58 +336,44 @@ class LayerCache(ABC):
             return None
         return causal_mask(N, self.kept + N) if return_array else "causal"
 
-    @property
-    def kept(self) -> int:
-        """Number of entries stored; the number of tokens seen is `offset`."""
-        return sum(keys.shape[-2] for keys, _ in self.buckets())
-
-    def size(self) -> int:
-        """Return `kept`, under the name that mlx-lm uses.
-
-        Returns
-        -------
-        int
-            Number of entries stored.
-        """
-        return self.kept
-
-    def empty(self) -> bool:
-        """Return whether no token has been seen.
-
-        Returns
-        -------
-        bool
-            True before the first chunk.
-        """
-        return self.offset == 0
-
-    @property
-    def state(self) -> list[mx.array]:
-        """All arrays held, for `mx.eval`. `mlxkv.save_cache` saves caches, mlx-lm's save_prompt_cache cannot."""
-        return list(iter_arrays([getattr(self, name) for name in self.state_fields]))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays held."""
-        return sum(array.nbytes for array in self.state)
-
     def is_trimmable(self) -> bool:
-        """Return whether the last tokens can be removed.
+        """Return whether the last tokens can be removed now and at any later time.
 
         Returns
         -------
         bool
-            True if the method supports it and has evicted no token yet.
+            True if the method supports it, no entry of mlx-lm's in the same prompt cache drops tokens, and no call of the
+            model was interrupted.
         """
-        return type(self)._trim is not LayerCache._trim and self.kept == self.offset
+        whole = self._pending_chunk is None and (self._group is None or self._group.can_trim)
+        return self.takes_tokens_back and whole
 
-    def trim(self, n: int) -> int:
-        """Remove the last tokens.
+    def can_take_back(self, n: int) -> bool:
+        """Return whether the last tokens can be removed now, which `is_trimmable` promises for later as well.
 
         Parameters
         ----------
         n
-            Number of tokens; all where there are fewer.
+            Number of tokens.
+
+        Returns
+        -------
+        bool
+            True also for a method that gives tokens up, if it removes tokens exactly and has not given up any yet.
+        """
+        removes = type(self)._trim is not LayerCache._trim and self.kept == self.offset
+        return self._pending_chunk is None and (n == 0 or removes or n <= len(self._checkpoints))
+
+    def trim(self, n: int) -> int:
+        """Remove the last tokens, as if they had never come.
+
+        Up to all tokens of a last chunk of 2 to 16 are removed exactly. Where more are removed, quantized tokens that are
+        to become unquantized again keep their rounded values.
+
+        Parameters
+        ----------
+        n
+            Number of tokens, 0 or more; all where there are fewer.
 
         Returns
         -------
@@ -327,20 +382,27 @@ class LayerCache(ABC):
 
         Raises
         ------
+        InputError
+            When n is negative or no integer.
         UnsupportedError
-            When tokens have been evicted already.
+            When the method cannot remove them: see `can_take_back`.
         """
-        if not self.is_trimmable():
-            raise UnsupportedError("this cache has given up tokens and cannot be trimmed: ask is_trimmable() first")
+        if not is_int(n):
+            raise InputError(f"trim takes 0 or more tokens back, not {n!r}")
         count = min(n, self.offset)
-        if count:
+        if not self.can_take_back(count):
+            raise UnsupportedError(
+                f"this {self.method_name} cache cannot take {count} tokens back: ask is_trimmable() or can_take_back first"
+            )
+        checkpoints, self._checkpoints = self._checkpoints, []
+        if 0 < count <= len(checkpoints):
+            for name, field in checkpoints[-count].items():
+                setattr(self, name, field)
+        elif count:
             self._trim(count)
-            self.offset -= count
+        self.offset -= count
+        mx.eval(self._arrays())  # by the thread that can: another one may go on
         return count
-
-    def _concat_stored(self, slot: int, chunk: mx.array) -> mx.array:
-        """Return all stored keys (slot 0) or values (slot 1), unpacked temporarily, followed by the chunk."""
-        return mx.concatenate([*(unpack(pair[slot], chunk.dtype) for pair in self.buckets()), chunk], axis=-2)
 
 
 def _check_method(kind: type[LayerCache]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,19 +23,27 @@ class CacheGroup:
     ----------
     others
         mlx-lm's own entries of the prompt cache, by layer.
+    model
+        The model that the prompt cache is for; only a weak reference is kept.
 
     Attributes
     ----------
     offsets
         Tokens that each live layer has completely taken in, by layer.
-    drops_tokens
-        Whether one of mlx-lm's own entries drops tokens, which it cannot take back.
+    model
+        Weak reference to the model.
     """
 
-    def __init__(self, others: dict[int, Any]) -> None:
+    def __init__(self, others: dict[int, Any], model: Any) -> None:
         self.others = others
+        self.model = weakref.ref(model)
         self.offsets: dict[int, int] = {}
-        self.drops_tokens = any(isinstance(entry, _DROPPING) for entry in others.values())
+
+    @property
+    def can_trim(self) -> bool:
+        """Whether live entries may lose tokens: all are equally far, and mlx-lm's own entries do not drop any."""
+        dropping = any(isinstance(entry, _DROPPING) for entry in self.others.values())
+        return not dropping and len(set(self.offsets.values())) == 1
 
     def check(self, layer: int, offset: int, count: int) -> None:
         """Check, before the first live layer takes a chunk in, that all layers are equally far.

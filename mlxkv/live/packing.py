@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
 from mlxkv.config import Config
+from mlxkv.errors import FormatError
 from mlxkv.kernels.bits import QuantizedArray, pack, unpack
 from mlxkv.kernels.decode_attention import Bucket, slice_rows
 from mlxkv.live.arrays import copy_without_parent
 from mlxkv.live.base import KeysValues, LayerCache, append_chunk
+from mlxkv.live.checks import check_kept, check_like
 from mlxkv.spec import CacheSpec
 
 BLOCK = 64  # tokens packed at a time: few, so that the tail stays small, but enough that `packed` is rarely copied
@@ -47,6 +49,7 @@ class PackingCache(LayerCache):
 
     state_fields = ("packed", "tail")
     state_types: ClassVar = {"tail": KeysValues}
+    takes_tokens_back = True
     recent = 0
 
     def __init__(self, config: Config, spec: CacheSpec, layer: int) -> None:
@@ -74,6 +77,16 @@ class PackingCache(LayerCache):
         packed = [] if self.packed is None else [self.packed]
         return packed if self.tail is None else [*packed, self.tail.as_bucket()]
 
+    def check_state(self) -> None:
+        """Check how the packed tokens are packed, then what every method has; no token may be missing."""
+        if self.packed is not None:
+            block = (mx.zeros((1, slot.heads, BLOCK, slot.dim)) for slot in self.slots)
+            check_like(self.packed, "packed", self.pack(*block))
+            if token_count(self.packed) % BLOCK:
+                raise FormatError(f"{token_count(self.packed)} tokens are packed, which are no blocks of {BLOCK}")
+        super().check_state()
+        check_kept(self, self.offset)
+
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
         """Append the chunk to the tail and pack the blocks that are old enough."""
         tail = append_chunk(self.tail, keys, values)
@@ -83,6 +96,10 @@ class PackingCache(LayerCache):
             self.packed = block if self.packed is None else concat_buckets(self.packed, block)
             tail = tail.copy_tokens(count)
         self.tail = tail
+
+    def _only_appended_to(self, state: dict[str, Any]) -> bool:
+        """Return whether no block was packed since."""
+        return token_count(state["packed"]) == token_count(self.packed)
 
     def _trim(self, count: int) -> None:
         """Drop tokens from the tail, then whole blocks; unpack what remains of a trimmed block."""

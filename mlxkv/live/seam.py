@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlxkv.config import Config
 from mlxkv.errors import InputError, PresetError
 from mlxkv.live.base import LayerCache, cache_class_of, live_methods
+from mlxkv.live.group import CacheGroup
 from mlxkv.models import cache_spec
 from mlxkv.presets import method_preset, preset_names
 
@@ -103,10 +104,36 @@ def make_cache_of(model: Any, cache_class: type[LayerCache], config: Config) -> 
     UnsupportedError
         For a model that live caches do not support, or a method that does not support this model.
     """
+    return assemble_cache(model, dict.fromkeys(cache_spec(model).attention_layers, (cache_class, config)))
+
+
+def assemble_cache(model: Any, methods: Mapping[int, tuple[type[LayerCache], Config]]) -> list[CacheEntry]:
+    """Make a prompt cache whose layers may have different methods, and call `attach(model)`.
+
+    Parameters
+    ----------
+    model
+        A model that mlx-lm loaded.
+    methods
+        Method and settings of each layer that gets a live cache. The others keep mlx-lm's own.
+
+    Returns
+    -------
+    list of CacheEntry
+        One entry per layer.
+
+    Raises
+    ------
+    UnsupportedError
+        For a model that live caches do not support, a method that does not support this model, or a live cache where the
+        model's layer has no keys and values or a sliding window.
+    """
     spec = cache_spec(model)
     caches: list[CacheEntry] = make_prompt_cache(model)
-    for layer in spec.attention_layers:
-        caches[layer] = cache_class(config, spec, layer)
+    group = CacheGroup({i: entry for i, entry in enumerate(caches) if i not in methods}, model)
+    for layer, (cache_class, config) in methods.items():
+        caches[layer] = entry = cache_class(config, spec, layer)
+        entry.join(group)
     attach(model)
     return caches
 

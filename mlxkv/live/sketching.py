@@ -8,9 +8,10 @@ from typing import ClassVar, cast
 import mlx.core as mx
 
 from mlxkv.config import Config, choice, integer, number
-from mlxkv.errors import InputError, UnsupportedError
+from mlxkv.errors import FormatError, InputError, UnsupportedError
 from mlxkv.kernels.decode_attention import Bucket
 from mlxkv.live.base import KeysValues, LayerCache, append_chunk
+from mlxkv.live.checks import check_array, check_ascending, check_values
 from mlxkv.live.sketches import SKETCHES
 from mlxkv.spec import CacheSpec
 
@@ -162,6 +163,50 @@ class SketchingCache(LayerCache):
         """Return the heavy tokens, then the tail."""
         return [part.as_bucket() for part in (self.heavy, self.tail) if part is not None]
 
+    def check_state(self) -> None:
+        """Check what every method has, then the sketch, the positions of heavy tokens and the controller's numbers."""
+        super().check_state()
+        config, stored = self.config, self.buckets()
+        if not MIN_SCALE <= self.size_factor <= MAX_SCALE:
+            raise FormatError(f"size_factor is {self.size_factor}, not {MIN_SCALE} to {MAX_SCALE}")
+        if self.tail is None:
+            if stored or self.offset:
+                raise FormatError("there is no tail")
+            return
+        tables = self.tail.keys.shape[0] * (self.slots[0].heads if config.per == "head" else 1)
+        check_array(self.counters, "counters", (tables, config.depth, config.width), mx.float32)
+        left = self.offset - self.tail.tokens
+        if left % config.interval or (self.heavy is None) != (left == 0):
+            raise FormatError(f"{left} of {self.offset} tokens have left the tail, in intervals of {config.interval}")
+        if self.heavy is not None:
+            self._check_heavy(self.heavy.tokens, tables, left)
+        elif self.positions is not None:
+            raise FormatError("positions are there, but no heavy tokens")
+        for name, value, shape in (
+            ("evicted_attention", self.evicted_attention, (tables,)),
+            ("coverage", self.coverage, ()),
+        ):
+            if value is not None or (config.target and (name != "coverage" or left)):
+                check_array(value, name, shape, mx.float32)
+            if value is not None and not config.target:
+                raise FormatError(f"{name} is there, but the controller is off")
+
+    def _check_heavy(self, heavy: int, tables: int, left: int) -> None:
+        """Check the number of heavy tokens and their positions: each once, and of tokens that have left the tail."""
+        sinks, most = self.config.sinks, round(MAX_SCALE * self.config.heavy)
+        if not sinks < heavy <= min(left, sinks + most):
+            raise FormatError(f"there are {heavy} heavy tokens and sinks, of {left} tokens; {sinks} are sinks")
+        if self.config.sketch == "race":
+            if self.positions is not None:
+                raise FormatError("positions are there, which this sketch does not use")
+            return
+        assert self.tail is not None
+        batch = self.tail.keys.shape[0]
+        check_array(self.positions, "positions", (batch, tables // batch, heavy), mx.int32)
+        assert self.positions is not None
+        check_values(self.positions, "positions", 0, left - 1)
+        check_ascending(self.positions, "positions")
+
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
         """Append the chunk to the tail, count the attention of its queries, and flush complete intervals."""
         assert mass is not None  # since observation_window is never 0
@@ -178,12 +223,6 @@ class SketchingCache(LayerCache):
         if leaving > 0:
             # The chunk's attention is known exactly: the sketch estimates only the attention before it.
             self._flush_tail(leaving, sketch_keys, self.sketch.query(past, sketch_keys) + attention)
-
-    def _trim(self, count: int) -> None:
-        """Drop the last tokens of the tail; the attention that their queries gave stays counted."""
-        assert self.tail is not None
-        assert self.heavy is None  # else tokens have been evicted
-        self.tail = self.tail.copy_tokens(0, -count)
 
     def _target_sizes(self) -> tuple[int, int]:
         """Return the current target numbers of heavy and of recent tokens."""

@@ -106,17 +106,6 @@ def test_a_token_that_everyone_looks_at_outlives_one_that_no_one_does():
     assert float(cache.tokens.attention.max()) > 30 * HQ / H
 
 
-def test_trimming_takes_back_the_last_tokens_until_some_have_been_given_up():
-    queries, keys, values = (numbers(i, B, h, 12, D) for i, h in enumerate((HQ, H, H)))
-    cache = new_cache()
-    run(cache, *(x[:, :, :8] for x in (queries, keys, values)), [8])
-    assert cache.trim(3) == 3
-    assert [part.shape[2] for part in cache.tokens] == [5, 5, 5]
-    run(cache, *(x[:, :, 5:12] for x in (queries, keys, values)), [7])
-    assert cache.kept == HEAVY + RECENT < cache.offset
-    assert not cache.is_trimmable()
-
-
 @pytest.mark.parametrize("name", ["llama", "glm4_moe_lite", "lfm2"])
 def test_with_room_for_every_token_the_model_says_what_it_says_with_the_whole_cache(name):
     model, tokens = tiny_model(name), mx.array([tiny_tokens(30)])

@@ -187,19 +187,21 @@ def test_no_attribute_makes_mlx_lm_take_the_cache_for_its_own_quantized_one():
         assert not hasattr(make_cache(tiny_model("llama"), method)[0], "bits")
 
 
-def test_trimming_takes_back_tokens_unless_some_were_evicted():
+def test_a_method_that_evicts_is_never_trimmable_but_takes_back_what_it_still_can():
     model, tokens = tiny_model("llama"), tiny_tokens(100)
     caches = make_cache(model, "sliding-window", recent=90)
+    assert not caches[0].is_trimmable()
     model(mx.array([tokens[:80]]), cache=caches)
-    assert trim_prompt_cache(caches, 30) == 30
+    assert trim_prompt_cache(caches, 30) == 0
+    assert caches[0].can_take_back(30)
+    assert [entry.trim(30) for entry in caches] == [30, 30]
     assert (caches[0].offset, caches[0].kept) == (50, 50)
     fresh = make_cache(model, "sliding-window", recent=90)
     model(mx.array([tokens[:50]]), cache=fresh)
     following = mx.array([tokens[50:60]])
     assert mx.allclose(model(following, cache=caches), model(following, cache=fresh), atol=1e-2)
     model(mx.array([tokens]), cache=caches)
-    assert not caches[0].is_trimmable()
-    assert trim_prompt_cache(caches, 3) == 0
+    assert not caches[0].can_take_back(3)
     with pytest.raises(UnsupportedError, match="is_trimmable"):
         caches[0].trim(3)
 

@@ -99,6 +99,8 @@ def test_no_view_keeps_a_larger_array_alive(method):
     cache = lone_cache(method, TOY)
     for length in (64, 1, 1, 63, 1, 130, 5):
         step(cache, length, mx.bfloat16)
+        if cache.takes_tokens_back:
+            cache.trim(0)  # forgets the states that a small chunk can be taken back to
         assert active() - before < cache.nbytes + SLACK, length
 
 

@@ -12,6 +12,7 @@ from mlxkv.config import Config
 from mlxkv.kernels.decode_attention import Bucket
 from mlxkv.live.arrays import unquantized
 from mlxkv.live.base import LayerCache, live_methods
+from mlxkv.live.checks import check_array, check_kept
 from mlxkv.spec import CacheSpec
 
 
@@ -47,6 +48,7 @@ class FullCache(LayerCache):
     config: FullConfig
 
     state_fields = ("keys", "values")
+    takes_tokens_back = True
 
     def __init__(self, config: FullConfig, spec: CacheSpec, layer: int) -> None:
         super().__init__(config, spec, layer)
@@ -58,6 +60,21 @@ class FullCache(LayerCache):
         if self.keys is None or self.values is None:
             return []
         return [(unquantized(self.keys[..., : self.offset, :]), unquantized(self.values[..., : self.offset, :]))]
+
+    def state_to_save(self) -> dict[str, Any]:
+        """Return the tokens up to `offset`, without allocated steps and tokens that were taken back."""
+        if self.keys is None or self.values is None or not self.offset:
+            return {"keys": None, "values": None}
+        return {"keys": self.keys[..., : self.offset, :], "values": self.values[..., : self.offset, :]}
+
+    def check_state(self) -> None:
+        """Check keys and values, then what every method has."""
+        if self.keys is not None or self.values is not None:
+            first, second = self.slots
+            check_array(self.keys, "keys", (None, first.heads, None, first.dim))
+            check_array(self.values, "values", (None, second.heads, None, second.dim))
+        super().check_state()
+        check_kept(self, self.offset)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Store a chunk and return all tokens."""
@@ -76,6 +93,7 @@ class FullCache(LayerCache):
     ) -> mx.array:
         """Return mlx-lm's own attention over all tokens."""
         self._pending_chunk = None
+        self._report_offset()
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
     def _trim(self, count: int) -> None:

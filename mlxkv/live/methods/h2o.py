@@ -10,8 +10,10 @@ import mlx.core as mx
 
 from mlxkv.config import Config, integer
 from mlxkv.kernels.decode_attention import Bucket
-from mlxkv.live.arrays import KeysValues, concat_pairs, copy_without_parent, to_storage_dtype
+from mlxkv.live.arrays import KeysValues, concat_pairs
 from mlxkv.live.base import LayerCache, live_methods
+from mlxkv.live.checks import check_array, check_kept
+from mlxkv.live.storage import to_storage_dtype
 from mlxkv.spec import CacheSpec
 
 
@@ -75,7 +77,6 @@ class H2OCache(LayerCache):
     https://arxiv.org/abs/2306.14048. There are two departures. With grouped-query attention, the attention of all query
     heads that share a kv head is summed. In prefill, tokens are evicted once per chunk, not once per token. As in the
     paper, tokens keep their positions, the first tokens are not treated specially, and old attention does not fade.
-    After `trim`, the attention that the removed tokens' queries gave stays counted.
     """
 
     config_class = H2OConfig
@@ -92,6 +93,13 @@ class H2OCache(LayerCache):
     def buckets(self) -> list[Bucket]:
         """Return the tokens kept."""
         return [] if self.tokens is None else [KeysValues(self.tokens.keys, self.tokens.values).as_bucket()]
+
+    def check_state(self) -> None:
+        """Check what every method has, then the sums of attention and how many tokens there are."""
+        super().check_state()
+        if self.tokens is not None:
+            check_array(self.tokens.attention, "tokens.attention", self.tokens.keys.shape[:3], mx.float32)
+        check_kept(self, min(self.offset, self.config.heavy + self.config.recent))
 
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
         """Append the chunk, add its attention to the sums, and evict the tokens with the smallest sums."""
@@ -113,8 +121,3 @@ class H2OCache(LayerCache):
         kept = mx.concatenate([mx.sort(heaviest, axis=-1), recent], axis=-1)
         rows = mx.arange(B)[:, None, None], mx.arange(H)[:, None], kept
         return AttendedTokens(*(part[rows] for part in tokens))
-
-    def _trim(self, count: int) -> None:
-        """Drop the last tokens."""
-        if self.tokens is not None:
-            self.tokens = AttendedTokens(*(copy_without_parent(part[:, :, :-count]) for part in self.tokens))

@@ -10,11 +10,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlxkv.config import choice, integer, number
+from mlxkv.errors import FormatError
 from mlxkv.kernels.decode_attention import Bucket
-from mlxkv.live.arrays import KeysValues, copy_without_parent, to_storage_dtype
+from mlxkv.live.arrays import KeysValues, copy_without_parent
 from mlxkv.live.base import LayerCache, live_methods
+from mlxkv.live.checks import MAX_OFFSET, check_array, check_values
 from mlxkv.live.clustering import ClusteringConfig, Clusters, insert, visible_counts
 from mlxkv.live.importance import update_importance
+from mlxkv.live.storage import to_storage_dtype
 from mlxkv.spec import CacheSpec
 
 WEIGHTS = ("attention", "count")
@@ -172,6 +175,38 @@ class MPKVMCache(LayerCache):
         counts = mx.log(visible_counts(self.centroids.counts, self.config))
         return mx.pad(counts, [(0, 0), (0, 0), (0, self.tail.keys.shape[2])])
 
+    def check_state(self) -> None:
+        """Check what every method has, then counts, positions and attention of centroids and tail."""
+        super().check_state()
+        waiting = 0
+        if self.tail is not None:
+            waiting = self.tail.keys.shape[2]
+            self._check_attention("tail", self.tail)
+        elif self.centroids is not None:
+            raise FormatError("there are centroids but no tail")
+        if self.centroids is not None:
+            shape = self._check_attention("centroids", self.centroids)
+            check_array(self.centroids.positions, "centroids.positions", shape, mx.float32)
+            check_values(self.centroids.positions, "centroids.positions", 0, self.offset - waiting)
+            check_array(self.centroids.counts, "centroids.counts", shape, mx.float32)
+            check_values(self.centroids.counts, "centroids.counts", 0, MAX_OFFSET)
+            if not 0 < shape[-1] <= self.config.centroids:
+                raise FormatError(f"there are {shape[-1]} centroids; the settings say at most {self.config.centroids}")
+        if waiting > self.offset or (self.offset - waiting) % self.config.flush:
+            raise FormatError(
+                f"{waiting} of {self.offset} tokens wait, and others leave in blocks of {self.config.flush}"
+            )
+
+    def _check_attention(self, name: str, part: Tail | Centroids) -> tuple[int, ...]:
+        """Check the attention of centroids or tail; return the shape of what there is of each of their entries."""
+        batch, heads, entries, _ = part.keys.shape
+        shape = batch, 1 if self.config.partition == "shared" else heads, entries
+        if self.config.weights == "attention":
+            check_array(part.attention, f"{name}.attention", shape, mx.float32)
+        elif part.attention is not None:
+            raise FormatError(f"{name}.attention is there, but weights are counts")
+        return shape
+
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
         """Append the chunk to the tail and cluster the blocks that are old enough."""
         attention = None if mass is None else self._update_attention(mass, keys.shape[2])
@@ -182,15 +217,6 @@ class MPKVMCache(LayerCache):
             self._flush_block(_slice(tail, start, start + flush), self.offset - tail.keys.shape[2] + start)
             start += flush
         self.tail = _copy(tail, start, None) if start else tail
-
-    def _trim(self, count: int) -> None:
-        """Drop the last tokens of the tail."""
-        if self.tail is not None:
-            self.tail = _copy(self.tail, 0, -count)
-
-    def is_trimmable(self) -> bool:
-        """Return whether no token has been clustered yet."""
-        return self.centroids is None
 
     def unrotated_clusters(self) -> Clusters | None:
         """Return the centroids in float32, with the rotation of their keys removed.

@@ -9,6 +9,7 @@ import numpy as np
 from mlxkv.config import Config, integer
 from mlxkv.errors import InputError
 from mlxkv.live.base import live_methods
+from mlxkv.live.checks import check_kept
 from mlxkv.live.selection import SelectingCache
 
 
@@ -58,6 +59,11 @@ class RandomCache(SelectingCache):
 
     config_class = RandomConfig
     config: RandomConfig
+
+    def check_state(self) -> None:
+        """Check what every method has, then how many tokens there are."""
+        super().check_state()
+        check_kept(self, min(self.offset, self.config.tokens))
 
     def kept_indices(self, count: int) -> np.ndarray:
         """Choose all tokens except those drawn for eviction."""

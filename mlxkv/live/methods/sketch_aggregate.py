@@ -8,9 +8,11 @@ from typing import ClassVar, NamedTuple
 import mlx.core as mx
 
 from mlxkv.config import integer
+from mlxkv.errors import FormatError
 from mlxkv.kernels import centroids
 from mlxkv.kernels.decode_attention import Bucket
 from mlxkv.live.base import KeysValues, live_methods
+from mlxkv.live.checks import check_array, check_values
 from mlxkv.live.sketching import SketchConfig, SketchingCache, gather_tokens
 from mlxkv.spec import CacheSpec
 
@@ -94,6 +96,19 @@ class SketchAggregateCache(SketchingCache):
         if self.merged is None:
             return None
         return mx.pad(mx.log(self.merged.counts), [(0, 0), (0, 0), (0, self.kept - self.merged_entries)])
+
+    def check_state(self) -> None:
+        """Check what every sketch method has, then the entries of evicted tokens."""
+        super().check_state()
+        if self.merged is None:
+            return
+        if self.heavy is None:
+            raise FormatError("there are merged entries, but no heavy tokens")
+        batch, heads = self.heavy.keys.shape[:2]
+        for name, slot in zip(("keys", "values"), self.slots):
+            check_array(getattr(self.merged, name), f"merged.{name}", (batch, heads, self.merged_entries, slot.dim))
+        check_array(self.merged.counts, "merged.counts", (batch, heads, self.merged_entries), mx.float32)
+        check_values(self.merged.counts, "merged.counts", 0, self.offset)
 
     def evict(self, tokens: KeysValues, indices: mx.array) -> None:
         """Merge the evicted tokens into the entries with the nearest keys."""

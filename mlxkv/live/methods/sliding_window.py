@@ -8,6 +8,7 @@ import numpy as np
 
 from mlxkv.config import Config, integer
 from mlxkv.live.base import live_methods
+from mlxkv.live.checks import check_kept
 from mlxkv.live.selection import SelectingCache
 
 
@@ -42,6 +43,11 @@ class SlidingWindowCache(SelectingCache):
 
     config_class = SlidingWindowConfig
     config: SlidingWindowConfig
+
+    def check_state(self) -> None:
+        """Check what every method has, then how many tokens there are."""
+        super().check_state()
+        check_kept(self, min(self.offset, self.config.recent))
 
     def kept_indices(self, count: int) -> np.ndarray:
         """Choose the newest tokens."""

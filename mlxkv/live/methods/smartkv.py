@@ -9,7 +9,7 @@ from typing import ClassVar
 import mlx.core as mx
 
 from mlxkv.config import Config, choice, integer, number
-from mlxkv.errors import UnsupportedError
+from mlxkv.errors import FormatError, UnsupportedError
 from mlxkv.kernels.bits import pack, unpack
 from mlxkv.kernels.decode_attention import Bucket
 from mlxkv.live.allocation import (
@@ -20,6 +20,7 @@ from mlxkv.live.allocation import (
     layer_budget_factors,
 )
 from mlxkv.live.base import KeysValues, LayerCache, append_chunk, live_methods
+from mlxkv.live.checks import check_array, check_kept, check_like
 from mlxkv.live.importance import update_importance
 from mlxkv.live.methods._smartkv_budget import TILE, TOP, LayerBudget, bits_of, demotion_counts
 from mlxkv.live.packing import concat_buckets, gather_rows, quantize_per_token, token_count
@@ -151,6 +152,24 @@ class SmartKVCache(LayerCache):
         """Return the low-bit buckets, fewest bits first, then the 8-bit bucket, then the tail."""
         packed = [bucket for bucket in (*self.lower, self.top) if bucket is not None]
         return packed if self.tail is None else [*packed, self.tail.as_bucket()]
+
+    def check_state(self) -> None:
+        """Check how each bucket is packed, what every method has, and importance; no token may be missing."""
+        if not isinstance(self.lower, list) or len(self.lower) != TOP:
+            raise FormatError(f"lower should be a list of {TOP} buckets")
+        block = [mx.zeros((1, slot.heads, TILE, slot.dim)) for slot in self.slots]
+        for level, bucket in enumerate((*self.lower, self.top)):
+            if bucket is not None:
+                check_like(bucket, "top" if level == TOP else f"lower[{level}]", self._quantize(level, *block))
+        if any(count % TILE for count in self._lower_counts()):
+            raise FormatError(f"the low-bit buckets have {self._lower_counts()} tokens, which are no tiles of {TILE}")
+        super().check_state()
+        check_kept(self, self.offset)
+        if self.tail is not None:
+            waiting = token_count(self.top) + self.tail.tokens
+            check_array(self.importance, "importance", (*self.tail.keys.shape[:2], waiting), mx.float32)
+        elif self.offset or self.importance is not None:
+            raise FormatError("there is no tail")
 
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
         """Update importance, append the chunk to the tail, and flush the tail if it is too long or over budget."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from mlxkv.config import Config, integer
 from mlxkv.live.base import live_methods
+from mlxkv.live.checks import check_kept
 from mlxkv.live.selection import SelectingCache
 
 
@@ -52,6 +53,11 @@ class StreamingLLMCache(SelectingCache):
 
     config_class = StreamingLLMConfig
     config: StreamingLLMConfig
+
+    def check_state(self) -> None:
+        """Check what every method has, then how many tokens there are."""
+        super().check_state()
+        check_kept(self, min(self.offset, self.config.sinks + self.config.recent))
 
     def kept_indices(self, count: int) -> np.ndarray:
         """Choose the first tokens and the newest."""

@@ -1,0 +1,266 @@
+"""Attention over stored tokens and a chunk: masks, the bias of stored entries, and the attention that tokens get."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlxkv.kernels.bits import unpack
+from mlxkv.kernels.decode_attention import Bucket, decode_attention
+from mlxkv.live.arrays import KeysValues
+
+MASKED = -1e38  # score of what a bool mask hides; finite, so that a query that sees nothing gives no NaN
+_QUERY_BLOCK = 64  # queries whose attention weights are held in memory at a time
+
+
+class AttentionCall(NamedTuple):
+    """What a model passes to attention.
+
+    Parameters
+    ----------
+    queries
+        `[B, Hq, L, D]`.
+    keys, values
+        The chunk, or for MLA the arrays that the model derived from what `update_and_fetch` returned.
+    scale
+        Factor of the scores.
+    mask
+        None, "causal", or an array that broadcasts to `[B, Hq, L, kept + L]`: bool, or added to the scores.
+    """
+
+    queries: mx.array
+    keys: mx.array
+    values: mx.array
+    scale: float
+    mask: mx.array | str | None
+
+    def of_token(self, index: int, token: KeysValues, tokens: int) -> AttentionCall:
+        """Return the call of one token of the chunk, as decoding would make it.
+
+        Parameters
+        ----------
+        index
+            The token's index in the chunk.
+        token
+            Its key and value.
+        tokens
+            Number of tokens that it can see: those stored before the chunk, and those of the chunk up to itself.
+
+        Returns
+        -------
+        AttentionCall
+            Its queries are `[B, Hq, 1, D]`.
+        """
+        rows = slice(index, index + 1)
+        mask = mask_rows(self.mask, rows, tokens) if isinstance(self.mask, mx.array) else None
+        return AttentionCall(self.queries[:, :, rows], *token, self.scale, mask)
+
+
+def stored_attention(
+    call: AttentionCall,
+    stored: Sequence[Bucket],
+    chunk: KeysValues,
+    *,
+    bias: mx.array | None,
+    latent: bool,
+    window: int,
+) -> tuple[mx.array, mx.array | None]:
+    """Return the attention over stored tokens and a chunk, and the attention that each token gets.
+
+    Parameters
+    ----------
+    call
+        What the model passed.
+    stored
+        The tokens before the chunk.
+    chunk
+        The chunk as it came; for MLA latents and k_pe.
+    bias
+        `[B, 1 or Hkv, kept]`, added to the scores of stored entries, or None.
+    latent
+        Whether the model uses MLA.
+    window
+        Number of queries, from the end, whose attention is summed.
+
+    Returns
+    -------
+    tuple
+        The output `[B, Hq, L, Dv]`, and `[B, Hkv, kept + L]` float32, None where the window is 0.
+    """
+    queries, keys, values, scale, mask = call
+    length = queries.shape[2]
+    mask = mask_with_bias(mask, bias, queries)
+    if length == 1 and (window or not all(k.is_unquantized and v.is_unquantized for k, v in stored)):
+        tokens = [*stored, chunk.as_bucket()]
+        if latent:
+            tokens = [(k, k) for k, _ in tokens]
+        added = mask_to_bias(mask, queries, sum(k.shape[2] for k, _ in tokens))
+        output, mass = decode_attention(queries, tokens, scale, added)
+        return output, mass if window else None
+    if not latent:
+        keys, values = concat_stored(stored, 0, keys), concat_stored(stored, 1, values)
+    elif length == 1:
+        keys = values = concat_stored(stored, 0, keys)
+    output = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+    last = min(window, length)
+    return output, attention_mass(queries, keys, scale, mask, last, chunk.keys.shape[1]) if last else None
+
+
+def concat_stored(stored: Sequence[Bucket], slot: int, chunk: mx.array) -> mx.array:
+    """Return all stored keys or values, unpacked temporarily, followed by the chunk.
+
+    Parameters
+    ----------
+    stored
+        Stored tokens.
+    slot
+        0 for keys, 1 for values.
+    chunk
+        `[B, Hkv, L, D]`.
+
+    Returns
+    -------
+    mx.array
+        `[B, Hkv, kept + L, D]` of the chunk's type.
+    """
+    return mx.concatenate([*(unpack(pair[slot], chunk.dtype) for pair in stored), chunk], axis=-2)
+
+
+def causal_mask(queries: int, tokens: int) -> mx.array:
+    """Return a causal mask: the last query sees all tokens, the query before it all but the last, and so on.
+
+    Parameters
+    ----------
+    queries
+        Number of queries; they belong to the last tokens.
+    tokens
+        Number of tokens, those of the queries included.
+
+    Returns
+    -------
+    mx.array
+        Bool `[queries, tokens]`, True where a query sees a token.
+
+    Examples
+    --------
+    >>> causal_mask(2, 4).tolist()
+    [[True, True, True, False], [True, True, True, True]]
+    """
+    return mx.arange(tokens - queries, tokens)[:, None] >= mx.arange(tokens)[None]
+
+
+def attention_mass(
+    queries: mx.array, keys: mx.array, scale: float, mask: mx.array | str | None, last: int, kv_heads: int
+) -> mx.array:
+    """Return the total attention that each token gets from the last queries.
+
+    Parameters
+    ----------
+    queries
+        `[B, Hq, L, D]`.
+    keys
+        `[B, H, T, D]`.
+    scale
+        Factor of the scores.
+    mask
+        None, "causal", or an array that broadcasts to `[B, Hq, L, T]`: bool, or added to the scores.
+    last
+        Number of queries to count, from the end.
+    kv_heads
+        Number of kv heads to return; divides Hq.
+
+    Returns
+    -------
+    mx.array
+        `[B, kv_heads, T]` float32: attention probabilities, summed over the counted queries and over the query
+        heads that share a kv head.
+    """
+    B, Hq, L, _ = queries.shape
+    H, T = keys.shape[1:3]
+    mass = mx.zeros((B, kv_heads, T))
+    for start in range(L - last, L, _QUERY_BLOCK):
+        rows = slice(start, min(start + _QUERY_BLOCK, L))
+        block = (queries[:, :, rows].astype(mx.float32) * scale).reshape(B, H, Hq // H, -1, queries.shape[-1])
+        scores = (block @ keys.astype(mx.float32)[:, :, None].swapaxes(-1, -2)).reshape(B, Hq, -1, T)
+        part = causal_mask(L, T)[rows] if isinstance(mask, str) else None if mask is None else mask_rows(mask, rows)
+        if part is not None:
+            scores = mx.where(part, scores, MASKED) if part.dtype == mx.bool_ else scores + part
+        mass += mx.softmax(scores, axis=-1).reshape(B, kv_heads, -1, T).sum(axis=2)
+    return mass
+
+
+def mask_with_bias(mask: mx.array | str | None, bias: mx.array | None, queries: mx.array) -> mx.array | str | None:
+    """Combine the mask of a chunk with the score bias of stored entries.
+
+    Parameters
+    ----------
+    mask
+        The mask that is passed to `LayerCache.attend`; arrays broadcast to `[B, Hq, L, kept + L]`.
+    bias
+        `[B, 1 or Hkv, kept]`, added to the scores of stored entries, or None.
+    queries
+        `[B, Hq, L, D]`; only shape and type are used.
+
+    Returns
+    -------
+    mx.array, str or None
+        The mask unchanged if there is no bias, else an additive mask `[B, Hq, L, kept + L]`.
+    """
+    if bias is None:
+        return mask
+    Hq, L = queries.shape[1:3]
+    bias = mx.pad(mx.repeat(bias, Hq // bias.shape[1], axis=1), [(0, 0), (0, 0), (0, L)])[:, :, None]
+    if mask is None:
+        return bias.astype(queries.dtype)
+    seen = causal_mask(L, bias.shape[-1]) if isinstance(mask, str) else mask
+    hidden = max(MASKED, mx.finfo(queries.dtype).min)
+    return (mx.where(seen, bias, hidden) if seen.dtype == mx.bool_ else seen + bias).astype(queries.dtype)
+
+
+def mask_rows(mask: mx.array, rows: slice, tokens: int | None = None) -> mx.array:
+    """Return the part of a mask that some queries, and the first tokens, have.
+
+    Parameters
+    ----------
+    mask
+        An array that broadcasts to `[B, Hq, L, T]`.
+    rows
+        The queries.
+    tokens
+        Number of tokens; None for all.
+
+    Returns
+    -------
+    mx.array
+        A mask that broadcasts to `[B, Hq, queries, tokens]`.
+    """
+    if mask.shape[-1] > 1:
+        mask = mask[..., :tokens]
+    return mask if mask.ndim < 2 or mask.shape[-2] == 1 else mask[..., rows, :]
+
+
+def mask_to_bias(mask: mx.array | str | None, queries: mx.array, tokens: int) -> mx.array | None:
+    """Return what the mask of a single query adds to its scores.
+
+    Parameters
+    ----------
+    mask
+        None, "causal" (which hides nothing from the last token), or an array that broadcasts to `[B, Hq, 1, T]`.
+    queries
+        `[B, Hq, 1, D]`; only the shape is used.
+    tokens
+        T.
+
+    Returns
+    -------
+    mx.array or None
+        `[B, 1 or Hq, T]` float32.
+    """
+    if not isinstance(mask, mx.array):
+        return None
+    if mask.dtype == mx.bool_:
+        mask = mx.where(mask, 0.0, MASKED)
+    mask = mask.astype(mx.float32).reshape(*(1,) * (4 - mask.ndim), *mask.shape)
+    return mx.broadcast_to(mask, (queries.shape[0], mask.shape[1], 1, tokens))[:, :, 0]
