@@ -7,6 +7,7 @@ tiles of 32 or more tokens x 1 dim are KIVI's per-channel keys (https://arxiv.or
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import mlx.core as mx
 from mlxkv.errors import InputError, MismatchError
 from mlxkv.kernels import metal
 from mlxkv.kernels._layout import codes_to_words, from_tiles, to_tiles, words_to_codes
+from mlxkv.kernels._rotation import rotate, rotate_back
 from mlxkv.kernels.metal import Kernel
 from mlxkv.kernels.operations import Example, Operation, register
 
@@ -51,6 +53,8 @@ class QuantizedArray:
         Tokens of a tile, at least 1.
     tile_dims
         Dims of a tile, at least 1.
+    rotated
+        Whether the codes are of rotated rows: `unpack` and attention rotate back.
 
     Raises
     ------
@@ -80,6 +84,7 @@ class QuantizedArray:
     dim: int
     tile_tokens: int
     tile_dims: int
+    rotated: bool = False
 
     def __post_init__(self) -> None:
         if min(self.dim, self.tile_tokens, self.tile_dims) < 1:
@@ -138,17 +143,19 @@ def bias_and_scale(x: mx.array, bits: int, tile_tokens: int, tile_dims: int) -> 
     Returns
     -------
     tuple[mx.array, mx.array]
-        Bias and scale, each `[..., ceil(T / tile_tokens), ceil(D / tile_dims)]` of x's type. A constant tile has scale
-        0. A tile that holds NaN or an infinity, or spreads beyond float32, has scale NaN and so decodes as NaN: damage
+        Bias and scale, each `[..., ceil(T / tile_tokens), ceil(D / tile_dims)]` of x's type. Only a constant tile has
+        scale 0. A tile that holds NaN or an infinity, or spreads beyond float32, has scale NaN and so decodes as NaN: damage
         stays visible.
     """
     tiles = to_tiles(x.astype(mx.float32), tile_tokens, tile_dims)  # float16 minima take ten times as long on a CPU
     low, high = tiles.min(axis=(-3, -1)), tiles.max(axis=(-3, -1))
     scale = (high - low) / (2**bits - 1)
+    if x.dtype == mx.float16:  # subnormal numbers are far apart: rounded up, no step vanishes and no value is out of reach
+        scale = mx.where(scale < 2.0**-14, mx.ceil(scale * 2.0**24) * 2.0**-24, scale)
     return low.astype(x.dtype), mx.where(mx.isfinite(scale), scale, mx.nan).astype(x.dtype)
 
 
-def pack(x: mx.array, bits: int, tile_tokens: int, tile_dims: int) -> QuantizedArray:
+def pack(x: mx.array, bits: int, tile_tokens: int, tile_dims: int, rotated: bool = False) -> QuantizedArray:
     """Quantize an array, with a bias and a scale for each tile of tile_tokens x tile_dims.
 
     Parameters
@@ -161,6 +168,9 @@ def pack(x: mx.array, bits: int, tile_tokens: int, tile_dims: int) -> QuantizedA
         Tokens of a tile, at least 1.
     tile_dims
         Dims of a tile, at least 1.
+    rotated
+        Whether to rotate rows first, which makes all their dims alike: outliers and constant means of single dims then
+        widen no tile. Unquantized values are left as they are.
 
     Returns
     -------
@@ -178,15 +188,15 @@ def pack(x: mx.array, bits: int, tile_tokens: int, tile_dims: int) -> QuantizedA
     >>> f"{quantized.words.item():b}"
     '11100100'
     """
-    return (metal_pack if metal.available() else reference_pack)(x, bits, tile_tokens, tile_dims)
+    return (metal_pack if metal.available() else reference_pack)(x, bits, tile_tokens, tile_dims, rotated)
 
 
-def reference_pack(x: mx.array, bits: int, tile_tokens: int, tile_dims: int) -> QuantizedArray:
+def reference_pack(x: mx.array, bits: int, tile_tokens: int, tile_dims: int, rotated: bool = False) -> QuantizedArray:
     """Quantize by the array operations that define `pack`.
 
     Parameters
     ----------
-    x, bits, tile_tokens, tile_dims
+    x, bits, tile_tokens, tile_dims, rotated
         See `pack`.
 
     Returns
@@ -197,23 +207,23 @@ def reference_pack(x: mx.array, bits: int, tile_tokens: int, tile_dims: int) -> 
     _check(x, bits, tile_tokens, tile_dims)
     if bits == UNQUANTIZED:
         return _pack_unquantized(x, tile_tokens, tile_dims)
-    bias, scale = bias_and_scale(x, bits, tile_tokens, tile_dims)
+    dtype, x = x.dtype, rotate(x) if rotated else x
+    bias, scale = (part.astype(dtype) for part in bias_and_scale(x, bits, tile_tokens, tile_dims))
     step = mx.where(scale == 0, 1, scale).astype(mx.float32)[..., :, None, :, None]
     steps = (
         to_tiles(x.astype(mx.float32), tile_tokens, tile_dims) - bias.astype(mx.float32)[..., :, None, :, None]
     ) / step
     rounded = mx.where(steps > 0, mx.minimum(mx.round(steps), 2**bits - 1), 0)  # NaN becomes 0
-    return QuantizedArray(
-        codes_to_words(from_tiles(rounded, x.shape), bits), bias, scale, bits, x.shape[-1], tile_tokens, tile_dims
-    )
+    words = codes_to_words(from_tiles(rounded, x.shape), bits)
+    return QuantizedArray(words, bias, scale, bits, x.shape[-1], tile_tokens, tile_dims, rotated)
 
 
-def metal_pack(x: mx.array, bits: int, tile_tokens: int, tile_dims: int) -> QuantizedArray:
+def metal_pack(x: mx.array, bits: int, tile_tokens: int, tile_dims: int, rotated: bool = False) -> QuantizedArray:
     """Quantize by the kernel, one thread for each word.
 
     Parameters
     ----------
-    x, bits, tile_tokens, tile_dims
+    x, bits, tile_tokens, tile_dims, rotated
         See `pack`.
 
     Returns
@@ -224,11 +234,12 @@ def metal_pack(x: mx.array, bits: int, tile_tokens: int, tile_dims: int) -> Quan
     _check(x, bits, tile_tokens, tile_dims)
     if bits == UNQUANTIZED:
         return _pack_unquantized(x, tile_tokens, tile_dims)
-    bias, scale = bias_and_scale(x, bits, tile_tokens, tile_dims)
+    dtype, x = x.dtype, rotate(x) if rotated else x
+    bias, scale = (part.astype(dtype) for part in bias_and_scale(x, bits, tile_tokens, tile_dims))
     shape = (*x.shape[:-1], -(-x.shape[-1] * bits // 32))
     template = [("BITS", bits), ("TOKENS", tile_tokens), ("DIMS", tile_dims)]
     words = _call(_PACK, (x, bias, scale), template, shape, mx.uint32)
-    return QuantizedArray(words, bias, scale, bits, x.shape[-1], tile_tokens, tile_dims)
+    return QuantizedArray(words, bias, scale, bits, x.shape[-1], tile_tokens, tile_dims, rotated)
 
 
 def unpack(packed: QuantizedArray, dtype: mx.Dtype) -> mx.array:
@@ -271,9 +282,9 @@ def reference_unpack(packed: QuantizedArray, dtype: mx.Dtype) -> mx.array:
     if packed.is_unquantized:
         return _unquantized_values(packed).astype(dtype)
     bias, scale = (part.astype(mx.float32)[..., :, None, :, None] for part in (packed.bias, packed.scale))
-    return from_tiles(
-        scale * to_tiles(unpack_codes(packed), packed.tile_tokens, packed.tile_dims) + bias, packed.shape
-    ).astype(dtype)
+    tiles = scale * to_tiles(unpack_codes(packed), packed.tile_tokens, packed.tile_dims) + bias
+    x = from_tiles(tiles, packed.shape)
+    return (rotate_back(x) if packed.rotated else x).astype(dtype)
 
 
 def unpack_codes(packed: QuantizedArray) -> mx.array:
@@ -287,7 +298,7 @@ def unpack_codes(packed: QuantizedArray) -> mx.array:
     Returns
     -------
     mx.array
-        float32 `[..., T, D]`, whole numbers.
+        float32 `[..., T, D]`, whole numbers; of rotated rows where `packed.rotated`.
     """
     return words_to_codes(packed.words, packed.bits, packed.dim).astype(mx.float32)
 
@@ -307,6 +318,8 @@ def metal_unpack(packed: QuantizedArray, dtype: mx.Dtype) -> mx.array:
     """
     if packed.is_unquantized:
         return _unquantized_values(packed).astype(dtype)
+    if packed.rotated:
+        return rotate_back(metal_unpack(dataclasses.replace(packed, rotated=False), mx.float32)).astype(dtype)
     template = [("T", dtype), ("BITS", packed.bits), ("TOKENS", packed.tile_tokens), ("DIMS", packed.tile_dims)]
     return _call(_UNPACK, (packed.words, packed.bias, packed.scale), template, packed.shape, dtype)
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from mlxkv.errors import InputError, MismatchError
 from mlxkv.kernels import metal
+from mlxkv.kernels._rotation import rotate, rotate_back
 from mlxkv.kernels.bits import UNQUANTIZED, QuantizedArray, reference_pack, reference_unpack, unpack_codes
 from mlxkv.kernels.metal import Kernel
 from mlxkv.kernels.operations import Example, Operation, register
@@ -106,11 +107,13 @@ def reference_decode_attention(
     if T == 0:
         return _empty_result(queries, Hkv, Dv)
     grouped = (queries.astype(mx.float32) * scale).reshape(B, Hkv, G, -1)
+    rotated = rotate(grouped) if any(k.rotated for k, _ in buckets) else grouped
     tiles = [tile for bucket in buckets for tile in _tiles(bucket)]
     in_turn = B * Hkv * T * max(queries.shape[-1], Dv) > TILE_FLOATS
     parts: list[mx.array] = []
     for k, _ in tiles:
-        parts.append(_scores(grouped, _wait_for(k, parts[-1:]) if in_turn else k))
+        x = rotated if k.rotated else grouped
+        parts.append(_scores(x, _wait_for(k, parts[-1:]) if in_turn else k))
     scores = mx.concatenate(parts, axis=-1)
     if bias is None:
         weights = mx.softmax(scores, axis=-1)
@@ -119,11 +122,13 @@ def reference_decode_attention(
         weights = mx.exp(scores - mx.maximum(scores.max(axis=-1, keepdims=True), LOWEST))
         total = weights.sum(axis=-1, keepdims=True)
         weights /= mx.where(total == 0, 1, total)
-    output, start = mx.zeros((B, Hkv, G, Dv)), 0
+    sums, start = {False: mx.zeros((B, Hkv, G, Dv))}, 0
     for _, v in tiles:
-        stop = start + v.shape[-2]
-        output += _weighted_sum(weights[..., start:stop], _wait_for(v, [output]) if in_turn else v)
+        stop, before = start + v.shape[-2], list(sums.values())
+        part = _weighted_sum(weights[..., start:stop], _wait_for(v, before) if in_turn else v)
+        sums[v.rotated] = sums[v.rotated] + part if v.rotated in sums else part
         start = stop
+    output = sums[False] + rotate_back(sums[True]) if True in sums else sums[False]
     return output.reshape(B, Hkv * G, 1, Dv).astype(queries.dtype), weights.sum(axis=2)
 
 
@@ -142,7 +147,7 @@ def _wait_for(packed: QuantizedArray, before: list[mx.array]) -> QuantizedArray:
 
 
 def _scores(x: mx.array, packed: QuantizedArray) -> mx.array:
-    """Multiply `[B, H, G, D]` float32 by the transpose of rows `[B, H, T, D]`: `[B, H, G, T]`.
+    """Multiply `[B, H, G, D]` float32 by the transpose of rows `[B, H, T, D]`, rotated if they are: `[B, H, G, T]`.
 
     A row is scale * code + bias. Scales shared by all of a token or all of a dim are factored out of the sum, so that the
     large array is never scaled. Other tiles are unpacked.
@@ -150,7 +155,7 @@ def _scores(x: mx.array, packed: QuantizedArray) -> mx.array:
     *lead, G, D = x.shape
     T = packed.shape[-2]
     if _scaled_by_token(packed):
-        scale, bias = _scales(packed.scale), _scales(packed.bias)  # [B, H, groups, T]
+        scale, bias = _scales(packed, "scale"), _scales(packed, "bias")  # [B, H, groups, T]
         split = x[..., None, :] * _groups(packed)  # [B, H, G, groups, D], each row zero outside its group
         products = split.reshape(*lead, -1, D) @ unpack_codes(packed).swapaxes(-1, -2)
         scaled = products.reshape(*split.shape[:-1], T) * scale[..., None, :, :]
@@ -161,31 +166,37 @@ def _scores(x: mx.array, packed: QuantizedArray) -> mx.array:
         products = (x[..., None, :, :] * scale[..., None, :]) @ tiles.swapaxes(-1, -2)  # [B, H, tiles, G, tokens]
         products += (x @ bias.swapaxes(-1, -2)).swapaxes(-1, -2)[..., None]
         return products.swapaxes(-2, -3).reshape(*lead, G, T)
-    return x @ reference_unpack(packed, mx.float32).swapaxes(-1, -2)
+    return x @ _rows(packed).swapaxes(-1, -2)
 
 
 def _weighted_sum(weights: mx.array, packed: QuantizedArray) -> mx.array:
-    """Multiply weights `[B, H, G, T]` float32 by rows `[B, H, T, D]`: `[B, H, G, D]`."""
+    """Multiply weights `[B, H, G, T]` float32 by rows `[B, H, T, D]`, rotated if they are: `[B, H, G, D]`."""
     *lead, G, T = weights.shape
     D = packed.dim
     if _scaled_by_token(packed):
-        groups, scale = _groups(packed), _scales(packed.scale)
+        groups, scale, bias = _groups(packed), _scales(packed, "scale"), _scales(packed, "bias")
         split = weights[..., None, :] * scale[..., None, :, :]  # [B, H, G, groups, T]
         products = (split.reshape(*lead, -1, T) @ unpack_codes(packed)).reshape(*split.shape[:-1], D)
-        return (products * groups).sum(axis=-2) + weights @ packed.bias.astype(mx.float32) @ groups
+        return (products * groups).sum(axis=-2) + weights @ bias.swapaxes(-1, -2) @ groups
     if _scaled_by_dim(packed):
         scale, bias = packed.scale.astype(mx.float32), packed.bias.astype(mx.float32)
         tiles = unpack_codes(packed).reshape(*lead, -1, packed.tile_tokens, D)
         split = weights.reshape(*lead, G, -1, packed.tile_tokens).swapaxes(-2, -3)  # [B, H, tiles, G, tokens]
         products = (split @ tiles) * scale[..., None, :] + split.sum(axis=-1, keepdims=True) * bias[..., None, :]
         return products.sum(axis=-3)
-    return weights @ reference_unpack(packed, mx.float32)
+    return weights @ _rows(packed)
+
+
+def _rows(packed: QuantizedArray) -> mx.array:
+    """Return the rows as they were packed, rotated or not, `[..., T, D]` float32."""
+    return reference_unpack(dataclasses.replace(packed, rotated=False), mx.float32)
 
 
 def _scaled_by_token(packed: QuantizedArray) -> bool:
     return (
         not packed.is_unquantized
-        and packed.tile_tokens == 1
+        and packed.tile_tokens <= packed.tile_dims
+        and packed.shape[-2] % packed.tile_tokens == 0
         and packed.shape[-2] > 0
         and packed.dim % packed.tile_dims == 0
     )
@@ -205,9 +216,10 @@ def _groups(packed: QuantizedArray) -> mx.array:
     return mx.array(np.eye(packed.dim // packed.tile_dims, dtype=np.float32).repeat(packed.tile_dims, axis=1))
 
 
-def _scales(part: mx.array) -> mx.array:
-    """Transpose bias or scale `[B, H, T, groups]` to `[B, H, groups, T]` float32."""
-    return part.astype(mx.float32).swapaxes(-1, -2)
+def _scales(packed: QuantizedArray, name: str) -> mx.array:
+    """Return bias or scale of every token, `[B, H, groups, T]` float32."""
+    part = getattr(packed, name).astype(mx.float32).swapaxes(-1, -2)
+    return part if packed.tile_tokens == 1 else mx.repeat(part, packed.tile_tokens, axis=-1)
 
 
 def slice_rows(packed: QuantizedArray, start: int, stop: int) -> QuantizedArray:
@@ -256,11 +268,15 @@ def metal_decode_attention(
         return _empty_result(queries, Hkv, Dv)
     bias = mx.zeros((B, 1, T)) if bias is None else bias.astype(mx.float32)
     flat = (queries.astype(mx.float32) * scale).reshape(B, Hq, -1)
+    rotated = rotate(flat) if any(k.rotated for k, _ in buckets) else flat
     parts, start = [], 0
     for k, v in buckets:
         stop = start + k.shape[-2]
         if stop > start:
-            parts.append(_attend(flat, k, v, bias[..., start:stop]))
+            part = _attend(rotated if k.rotated else flat, k, v, bias[..., start:stop])
+            if v.rotated:
+                part[1] = rotate_back(part[1])
+            parts.append(part)
         start = stop
     scores, partials, tops, totals = (mx.concatenate(list(same), axis=2) for same in zip(*parts))
     top = tops.max(axis=-1, keepdims=True)
