@@ -1,77 +1,92 @@
 """Save and load live caches: one checksummed container file, validated on reading, without pickle.
 
-The header describes the model's cache, the method, its settings and, per layer, the state as a tree. Each array of the
-tree is a section of its own.
+The header describes the model's cache, the methods with their settings and, per layer, the state as a tree. Each array
+of the tree is a section of its own.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlxkv.config import Config
-from mlxkv.errors import FormatError, InputError, MismatchError
+from mlxkv.errors import ChecksumError, FormatError, InputError, MismatchError, MlxkvError
 from mlxkv.io import container
 from mlxkv.io.atomic import atomic_write
 from mlxkv.io.container import Reader, encode_section
-from mlxkv.kernels.bits import QuantizedArray
-from mlxkv.live.base import LayerCache, live_methods
-from mlxkv.live.seam import CacheEntry, make_cache_of
+from mlxkv.live import stock
+from mlxkv.live.arrays import iter_arrays
+from mlxkv.live.base import LayerCache, check_consistent, live_methods
+from mlxkv.live.seam import CacheEntry, assemble_cache
+from mlxkv.live.trees import array_bytes, array_type, describe_state, read_array, rebuild_state
 from mlxkv.models import cache_spec
 from mlxkv.spec import fingerprint, is_int
 from mlxkv.version import __version__
 
 KIND = "live cache"
-_TYPES = {
-    str(kind).removeprefix("mlx.core."): kind
-    for kind in (mx.float32, mx.float16, mx.bfloat16, mx.int32, mx.int64, mx.uint8, mx.uint32, mx.bool_)
-}
-_MAX_AXES = 8
+# What a malformed header or state makes Python or MLX raise, in our code or in a method's.
+_MALFORMED = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)  # fmt: skip
+Method = tuple[type[LayerCache], Config]
 
 
 def save_cache(path: str | Path, model: Any, caches: Sequence[CacheEntry]) -> None:
     """Write a model's prompt cache: its live caches, and the states of other layers.
+
+    Tokens that were taken back, and rows that mlx-lm allocates in advance, are not written.
 
     Parameters
     ----------
     path
         The file to write; a failed write leaves no partial file.
     model
-        The model that the caches belong to.
+        The model that the caches were made for.
     caches
-        The entries that `make_cache` returned, one per layer.
+        The entries that `make_cache` returned, one per layer, in their order. Layers may have different methods and
+        settings.
 
     Raises
     ------
     InputError
-        If none of the caches is live, or a state has something other than arrays and plain values in it.
+        If none of the caches is live, or one is of a kind or in a state that could not be read back.
+    MismatchError
+        If the caches are of another model, of other layers, or have seen different numbers of tokens.
     """
-    live = [entry for entry in caches if isinstance(entry, LayerCache)]
-    if not live:
+    caches = list(caches)
+    if not any(isinstance(entry, LayerCache) for entry in caches):
         raise InputError("none of these caches is a live one: mlxkv.make_cache makes them")
+    check_consistent(caches)
+    _check_model(model, caches)
+    examples = _examples(model, caches)
+    methods: dict[Method, int] = {}
     arrays: list[mx.array] = []
-    layers = [
-        [entry.offset, _describe_state([_to_plain_type(entry, name) for name in entry.state_fields], arrays)]
-        if isinstance(entry, LayerCache)
-        else [None, _describe_state(entry.state, arrays)]
-        for entry in caches
-    ]
+    layers: list[list[Any]] = []
+    for layer, entry in enumerate(caches):
+        with _errors_as(InputError, f"layer {layer} cannot be saved"):
+            if isinstance(entry, LayerCache):
+                entry.check_state()
+                index = methods.setdefault((type(entry), entry.config), len(methods))
+                fields = {name: _to_plain_type(value) for name, value in entry.state_to_save().items()}
+                layers.append([index, entry.offset, describe_state(fields, arrays)])
+            else:
+                kind = type(entry).__name__
+                used = stock.used_state(kind, getattr(entry, "state", None), examples[layer])
+                layers.append([kind, None, describe_state(used, arrays)])
+    _check_batches(caches)
     header = {
         "kind": KIND,
         "writer": __version__,
-        "method": live[0].method_name,
-        "settings": live[0].config.to_dict(),
-        "spec": live[0].spec.to_json(),
+        "methods": [[live_methods.name_of(kind), config.to_dict()] for kind, config in methods],
+        "spec": cache_spec(model).to_json(),
         "fingerprint": fingerprint(model),
         "layers": layers,
-        "arrays": [[str(array.dtype).removeprefix("mlx.core."), array.shape] for array in arrays],
+        "arrays": [[array_type(array), array.shape] for array in arrays],
     }
-    sections = [encode_section(str(i), _to_bytes(array), "raw") for i, array in enumerate(arrays)]
+    sections = [encode_section(str(i), array_bytes(array), "raw") for i, array in enumerate(arrays)]
     with atomic_write(path) as file:
         container.write(file, header, sections)
 
@@ -89,14 +104,16 @@ def load_cache(path: str | Path, model: Any) -> list[CacheEntry]:
     Returns
     -------
     list of CacheEntry
-        A prompt cache that continues exactly as the saved one would have.
+        A prompt cache that continues exactly as the saved one would have. All its arrays are computed: any thread can
+        use it.
 
     Raises
     ------
     MismatchError
         For a file that was made with another model or other weights.
     FormatError
-        For a damaged file (ChecksumError), or a method that is not installed.
+        For a damaged file (ChecksumError), a state that the file's method cannot have, or a method that is not
+        installed.
     """
     with Reader(path) as reader:
         header = reader.header
@@ -104,50 +121,122 @@ def load_cache(path: str | Path, model: Any) -> list[CacheEntry]:
             raise FormatError(f"{reader.name} is no saved live cache; it says {str(header.get('kind'))[:80]!r}")
         if header.get("fingerprint") != fingerprint(model) or header.get("spec") != cache_spec(model).to_json():
             raise MismatchError(f"{reader.name} was made with another model or other weights than this one")
-        try:
-            caches = make_cache_of(model, *_read_method(reader))
-            arrays = [_read_array(reader, str(i), *row) for i, row in enumerate(header["arrays"])]
-            for entry, (offset, tree) in zip(caches, header["layers"], strict=True):
-                _restore(entry, offset, _rebuild_state(tree, arrays))
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError) as error:
-            raise FormatError(f"{reader.name} does not describe a live cache: {error!r}") from None
+        with _errors_as(FormatError, f"{reader.name} does not describe a live cache"):
+            return _read_caches(reader, model)
+
+
+def _read_caches(reader: Reader, model: Any) -> list[CacheEntry]:
+    """Return the caches that a file describes, every part checked and computed."""
+    methods, rows = _read_methods(reader), _read_rows(reader, model)
+    caches = assemble_cache(model, {i: methods[row[0]] for i, row in enumerate(rows) if is_int(row[0])})
+    examples = _examples(model, caches)
+    arrays = {i: read_array(reader, str(i), *row) for i, row in enumerate(reader.header["arrays"])}
+    if len(reader.sections) != len(arrays):
+        raise FormatError(f"there are {len(reader.sections)} sections for {len(arrays)} arrays")
+    for layer, (entry, (kind, offset, tree)) in enumerate(zip(caches, rows)):
+        with _errors_as(FormatError, f"layer {layer}"):
+            state = rebuild_state(tree, arrays)
+            if isinstance(entry, LayerCache):
+                _restore(entry, offset, state)
+            else:
+                stock.restore(entry, stock.used_state(kind, state, examples[layer]))
+    if arrays:
+        raise FormatError(f"{len(arrays)} arrays belong to no layer")
+    check_consistent(caches)
+    _check_batches(caches)
+    mx.eval([list(_held_arrays(entry)) for entry in caches])
     return caches
 
 
-def _read_method(reader: Reader) -> tuple[type[LayerCache], Config]:
-    """Return the method that the header names, and its settings; the name is only looked up in the registry."""
-    name = reader.header["method"]
-    cache_class = live_methods.find(name)
-    if cache_class is None:
-        raise FormatError(f"{reader.name} is of method {str(name)[:80]!r}, which is not installed here")
-    return cache_class, cache_class.config_class.from_dict(reader.header["settings"])
+def _read_methods(reader: Reader) -> list[Method]:
+    """Return the methods that the header names, and their settings; names are only looked up in the registry."""
+    header = reader.header
+    found: list[Method] = []
+    # Files of before layers could differ have one method for all.
+    for name, settings in header["methods"] if "methods" in header else [[header["method"], header["settings"]]]:
+        cache_class = live_methods.find(name)
+        if cache_class is None:
+            raise FormatError(f"{reader.name} is of method {str(name)[:80]!r}, which is not installed here")
+        found.append((cache_class, cache_class.config_class.from_saved(settings)))
+    return found
 
 
-def _restore(entry: Any, offset: Any, state: Any) -> None:
-    """Set a new cache's state to the file's, checked against the model."""
-    if not isinstance(entry, LayerCache):
-        entry.state = state
-        return
-    if not is_int(offset) or len(state) != len(entry.state_fields):
-        raise FormatError(
-            f"layer {entry.layer} has offset {offset!r} and {len(state)} of {len(entry.state_fields)} parts"
-        )
-    entry.offset = offset
-    for name, value in zip(entry.state_fields, state):
+def _read_rows(reader: Reader, model: Any) -> list[list[Any]]:
+    """Return each layer's row of the header: its method's index or the class of mlx-lm's cache, offset and state."""
+    header, kinds = reader.header, [type(entry).__name__ for entry in make_prompt_cache(model)]
+    rows = header["layers"]
+    if "methods" not in header:
+        rows = [
+            [kind, None, tree] if offset is None else [0, offset, tree] for (offset, tree), kind in zip(rows, kinds)
+        ]
+    if len(header["layers"]) != len(kinds):
+        raise FormatError(f"there are {len(header['layers'])} layers, but the model has {len(kinds)}")
+    for layer, row in enumerate(rows):
+        if len(row) != 3 or not (is_int(row[0]) or (type(row[0]) is str and row[1] is None)):
+            raise FormatError(f"layer {layer} is described by {str(row)[:80]}")
+    return rows
+
+
+def _restore(entry: LayerCache, offset: Any, state: Any) -> None:
+    """Set a new cache's state to the file's, checked against method, settings and model."""
+    if isinstance(state, list) and len(state) <= len(entry.state_fields):
+        state = dict(zip(entry.state_fields, state))  # files had no names once: new fields come last
+    if not isinstance(state, dict) or set(state) - set(entry.state_fields) or not state:
+        raise FormatError(f"the state should have the parts {', '.join(entry.state_fields)}")
+    if not is_int(offset):
+        raise FormatError(f"the offset is {str(offset)[:40]!r}, no number of tokens")
+    for name, value in state.items():
         setattr(entry, name, _to_state_type(entry, name, value))
-    first, second = entry.slots
-    for keys, values in entry.buckets():
-        found = [(x.shape[1], x.shape[3], len(x.shape)) for x in (keys, values)]
-        if found != [(first.heads, first.dim, 4), (second.heads, second.dim, 4)] or keys.shape[2] != values.shape[2]:
-            raise FormatError(f"layer {entry.layer} stores {keys.shape} and {values.shape}, which do not fit the model")
-    if entry.kept > offset:
-        raise FormatError(f"layer {entry.layer} stores {entry.kept} of {offset} tokens")
+    entry.offset = offset
+    entry.check_state()
 
 
-def _to_plain_type(entry: LayerCache, name: str) -> Any:
+def _examples(model: Any, caches: Sequence[Any]) -> list[Any]:
+    """Return mlx-lm's own prompt cache to compare states with; nothing where no layer has one."""
+    return [] if all(isinstance(entry, LayerCache) for entry in caches) else stock.example_caches(model)
+
+
+def _check_model(model: Any, caches: Sequence[Any]) -> None:
+    """Check that each entry is of this model and of the layer where it stands."""
+    spec = cache_spec(model)
+    if len(caches) != len(spec.layers):
+        raise MismatchError(f"there are {len(caches)} caches, but the model has {len(spec.layers)} layers")
+    for layer, entry in enumerate(caches):
+        if not isinstance(entry, LayerCache):
+            continue
+        if entry.layer != layer:
+            raise MismatchError(f"the cache of layer {entry.layer} stands at layer {layer}: keep make_cache's order")
+        if entry.spec != spec or (entry.group is not None and not _are_equal(entry.group.model(), model)):
+            raise MismatchError(
+                f"the cache of layer {layer} was made for another model than this one, or for one that is gone: save it with "
+                "the model that filled it"
+            )
+
+
+def _are_equal(made_for: Any, model: Any) -> bool:
+    """Return whether two models have the same weights; the first is None if it is gone, and cannot be compared."""
+    return made_for is model or (made_for is not None and fingerprint(made_for) == fingerprint(model))
+
+
+def _check_batches(caches: Sequence[Any]) -> None:
+    """Check that all layers hold equally many sequences."""
+    batches = set()
+    for entry in caches:
+        parts = [pair[0] for pair in entry.buckets()] if isinstance(entry, LayerCache) else _held_arrays(entry)
+        batches |= {part.shape[0] for part in parts}
+    if len(batches) > 1:
+        raise MismatchError(f"the layers hold {' and '.join(map(str, sorted(batches)))} sequences")
+
+
+def _held_arrays(entry: Any) -> Iterator[mx.array]:
+    """Return all arrays of an entry."""
+    fields = [getattr(entry, name) for name in entry.state_fields] if isinstance(entry, LayerCache) else entry.state
+    return iter_arrays(fields)
+
+
+def _to_plain_type(value: Any) -> Any:
     """Return a field of the state; a NamedTuple becomes a tuple without trailing fields that are None."""
-    value = getattr(entry, name)
-    if name not in entry.state_types or not isinstance(value, tuple):
+    if not hasattr(value, "_fields"):
         return value
     used = [i for i, part in enumerate(value) if part is not None]
     return tuple(value[: used[-1] + 1])
@@ -157,56 +246,19 @@ def _to_state_type(entry: LayerCache, name: str, value: Any) -> Any:
     """Return a field of the state, as the NamedTuple that was saved."""
     if name not in entry.state_types or value is None:
         return value
-    if not all(isinstance(part, mx.array) for part in value):
-        raise FormatError(f"layer {entry.layer} should have arrays as its {name}")
+    if not isinstance(value, tuple) or not all(isinstance(part, mx.array) for part in value):
+        raise FormatError(f"{name} should be a tuple of arrays, not {str(value)[:40]!r}")
     return entry.state_types[name](*value)
 
 
-def _describe_state(tree: Any, arrays: list[mx.array]) -> Any:
-    """Return a state as JSON; its arrays are appended to `arrays` and replaced by their index there."""
-    if isinstance(tree, mx.array):
-        arrays.append(tree)
-        return {"array": len(arrays) - 1}
-    if isinstance(tree, QuantizedArray):
-        parts = [_describe_state(part, arrays) for part in (tree.words, tree.bias, tree.scale)]
-        return {"packed": [*parts, tree.bits, tree.dim, tree.tile_tokens, tree.tile_dims]}
-    if type(tree) in (list, tuple):
-        return {type(tree).__name__: [_describe_state(item, arrays) for item in tree]}
-    if isinstance(tree, dict):
-        return {"dict": [[key, _describe_state(item, arrays)] for key, item in tree.items()]}
-    if tree is None or type(tree) in (bool, int, float, str):
-        return tree
-    raise InputError(f"a cache's state cannot be saved with a {type(tree).__name__} in it")
-
-
-def _rebuild_state(tree: Any, arrays: Sequence[mx.array]) -> Any:
-    """Return the state that `_describe_state` described."""
-    if not isinstance(tree, dict):
-        return tree
-    ((kind, content),) = tree.items()
-    if kind == "array":
-        return arrays[content]
-    if kind == "dict":
-        return {key: _rebuild_state(item, arrays) for key, item in content}
-    kinds: dict[str, Callable[[list[Any]], Any]] = {
-        "packed": lambda parts: QuantizedArray(*parts),
-        "list": list,
-        "tuple": tuple,
-    }
-    return kinds[kind]([_rebuild_state(item, arrays) for item in content])
-
-
-def _to_bytes(array: mx.array) -> bytes:
-    """Return an array's elements as bytes, in memory order."""
-    return np.array(array.reshape(-1).view(mx.uint8)).tobytes()  # NumPy has no bfloat16
-
-
-def _read_array(reader: Reader, name: str, kind: str, shape: list[int]) -> mx.array:
-    """Read an array of a stated type and shape from its section."""
-    section = reader.sections.get(name)
-    if section is None or section.coding != "raw":
-        raise FormatError(f"{reader.name}: array {name} must be there, stored plain")
-    if len(shape) > _MAX_AXES or not all(map(is_int, shape)):
-        raise FormatError(f"{reader.name}: array {name} has the impossible shape {shape}")
-    data = reader.read(name, math.prod(shape) * _TYPES[kind].size)
-    return mx.array(np.frombuffer(data, np.uint8)).view(_TYPES[kind]).reshape(shape)
+@contextmanager
+def _errors_as(kind: type[MlxkvError], what: str) -> Iterator[None]:
+    """Name what was read or written in errors, and make errors of Python's own typed ones."""
+    try:
+        yield
+    except (ChecksumError, MismatchError):
+        raise
+    except MlxkvError as error:
+        raise kind(f"{what}: {error}") from error
+    except _MALFORMED as error:
+        raise kind(f"{what}: {str(error)[:200] or type(error).__name__}") from error

@@ -1,0 +1,189 @@
+"""Saving of mlx-lm's own caches, which prompt caches have for layers without a live one.
+
+Each class is listed here with what its state may be. From a state only the tokens that the cache still uses are taken:
+mlx-lm's caches allocate many rows at once, and rows of tokens that were taken back stay in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import (
+    ArraysCache,
+    CacheList,
+    ChunkedKVCache,
+    KVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
+
+from mlxkv.errors import FormatError
+from mlxkv.live.checks import FLOATS, MAX_OFFSET, check_array
+from mlxkv.spec import is_int
+
+
+def example_caches(model: Any) -> list[Any]:
+    """Return mlx-lm's own prompt cache as it is after one token, to compare states with.
+
+    Parameters
+    ----------
+    model
+        A model that mlx-lm loaded.
+
+    Returns
+    -------
+    list
+        One entry per layer. Shapes and types are known, but nothing is ever computed.
+    """
+    caches: list[Any] = make_prompt_cache(model)
+    model(mx.zeros((1, 1), mx.int32), cache=caches)
+    return caches
+
+
+def used_state(kind: str, state: Any, example: Any) -> Any:
+    """Check the state of one of mlx-lm's caches, and return only what it still uses.
+
+    Parameters
+    ----------
+    kind
+        Name of the cache's class.
+    state
+        Its `state`, from any source.
+    example
+        The same layer's entry of `example_caches`.
+
+    Returns
+    -------
+    object
+        A state of the same form. A cache with it goes on exactly as one with the old state.
+
+    Raises
+    ------
+    FormatError
+        For a class that this layer does not have or that cannot be saved, and for an impossible state.
+    """
+    if kind != type(example).__name__:
+        raise FormatError(f"there is a {kind[:40]}, where this model has a {type(example).__name__}")
+    use = _USED.get(type(example))
+    if use is None:
+        raise FormatError(f"a {kind[:40]} cannot be saved, only {', '.join(each.__name__ for each in _USED)}")
+    if not isinstance(state, list | tuple) or len(state) != len(example.state):
+        raise FormatError(f"the state of a {kind} should have {len(example.state)} parts")
+    return use(state, example)
+
+
+def restore(entry: Any, state: Any) -> None:
+    """Give a new entry a state.
+
+    Parameters
+    ----------
+    entry
+        An entry of mlx-lm's prompt cache.
+    state
+        What `used_state` returned for it.
+    """
+    if isinstance(entry, CacheList):
+        for child, (part, _) in zip(entry.caches, state):
+            restore(child, part)
+    else:
+        entry.state = state
+
+
+def _kv_state(state: Any, example: Any) -> Any:
+    keys, values, offset = state
+    _check_counts(offset=offset)
+    if not _check_pair(keys, values, example, offset):
+        return None, None, 0
+    return *_rows(keys, values, offset), offset
+
+
+def _chunked_state(state: Any, example: Any) -> Any:
+    keys, values, offset, chunk_size, start = state
+    _check_counts(offset=offset, start=start)
+    if chunk_size != example.chunk_size or type(chunk_size) is not type(example.chunk_size) or start > offset:
+        raise FormatError(f"chunks of {str(chunk_size)[:20]} from token {start} of {offset} do not fit the model")
+    pair = _rows(keys, values, offset - start) if _check_pair(keys, values, example, offset - start) else (None, None)
+    return *pair, offset, chunk_size, start
+
+
+def _rotating_state(state: Any, example: Any) -> Any:
+    """Return the rows of the window. Up to `index` they are in use; once the window is full all are."""
+    keys, values, offset, keep, window, index = state
+    _check_counts(offset=offset, index=index)
+    if (keep, window) != (example.keep, example.max_size) or not (is_int(keep) and is_int(window)):
+        raise FormatError(f"a window of {str(window)[:20]} that keeps {str(keep)[:20]} tokens does not fit the model")
+    if not _check_pair(keys, values, example, index):
+        if offset:
+            raise FormatError(f"nothing is stored of {offset} tokens")
+        return None, None, 0, keep, window, 0
+    length = keys.shape[2]
+    if index == offset:  # nothing was overwritten yet
+        keys, values = _rows(keys, values, index)
+    elif offset < index or length < window or index < keep or (length > window and index != length):
+        raise FormatError(f"row {index} of {length} cannot be the next after {offset} tokens in a window of {window}")
+    if index > window:  # after a chunk of several tokens: the next one drops the oldest
+        keys, values = (
+            mx.concatenate([x[..., :keep, :], x[..., index - window + keep :, :]], axis=2) for x in (keys, values)
+        )
+        index = window
+    return keys, values, offset, keep, window, index
+
+
+def _arrays_state(state: Any, example: Any) -> Any:
+    arrays, padding, lengths = state
+    if not isinstance(arrays, list | tuple) or len(arrays) != len(example.cache):
+        raise FormatError(f"there should be {len(example.cache)} arrays")
+    batch = {array.shape[0] for array in arrays if isinstance(array, mx.array) and array.ndim}
+    for i, (array, like) in enumerate(zip(arrays, example.cache)):
+        if array is not None and like is not None:
+            check_array(array, f"array {i}", (None, *like.shape[1:]), *(() if like.dtype in FLOATS else (like.dtype,)))
+        elif array is not None:
+            raise FormatError(f"array {i} is there, which this model does not use")
+    for name, numbers in (("left padding", padding), ("lengths", lengths)):
+        if numbers is not None:
+            check_array(numbers, name, (None,), mx.int32)
+            batch.add(numbers.shape[0])
+    if len(batch) > 1 or 0 in batch:
+        raise FormatError(f"the arrays are of {' and '.join(map(str, sorted(batch)))} sequences")
+    return list(arrays), padding, lengths
+
+
+def _list_state(state: Any, example: Any) -> Any:
+    parts = []
+    for part, child in zip(state, example.caches):
+        if not isinstance(part, list | tuple) or len(part) != 2 or not isinstance(part[1], str):
+            raise FormatError("a part of a CacheList should be a state and the name of its class")
+        parts.append((used_state(part[1], part[0], child), part[1]))
+    return parts
+
+
+_USED: dict[type, Callable[[Any, Any], Any]] = {
+    KVCache: _kv_state,
+    RotatingKVCache: _rotating_state,
+    ChunkedKVCache: _chunked_state,
+    ArraysCache: _arrays_state,
+    CacheList: _list_state,
+}
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, count in counts.items():
+        if not is_int(count, 0, MAX_OFFSET):
+            raise FormatError(f"{name} is {str(count)[:40]!r}, no number of tokens up to {MAX_OFFSET}")
+
+
+def _check_pair(keys: Any, values: Any, example: Any, rows: int) -> bool:
+    """Check keys and values against the example's; return whether rows of them are in use."""
+    if keys is None and values is None and not rows:
+        return False
+    check_array(keys, "keys", (None, example.keys.shape[1], None, example.keys.shape[3]))
+    check_array(values, "values", (*keys.shape[:1], example.values.shape[1], keys.shape[2], example.values.shape[3]))
+    if not keys.shape[0] or keys.shape[2] < rows:
+        raise FormatError(f"keys {list(keys.shape)} do not hold {rows} tokens")
+    return rows > 0
+
+
+def _rows(keys: mx.array, values: mx.array, stop: int) -> tuple[mx.array, mx.array]:
+    return keys[..., :stop, :], values[..., :stop, :]
