@@ -171,7 +171,12 @@ def _locked_journal(target: Path) -> IO[bytes]:
         file = open_journal(path, write=True)
         assert file is not None
         try:
-            if not lock(file.fileno(), exclusive=True, wait=max(0.0, deadline - time.monotonic())):
+            try:
+                locked = lock(file.fileno(), exclusive=True, wait=max(0.0, deadline - time.monotonic()))
+            except OSError:
+                os.unlink(path)  # no locks here, so nothing is appended
+                raise
+            if not locked:
                 raise InputError(f"another process has been writing {target} for {WRITER_WAIT:g} s: try again later")
             if is_at(file.fileno(), path):
                 journal = read_journal(file)

@@ -1,12 +1,15 @@
 """A file that a conversation is appended to is what compressing all of it makes, whatever is killed on the way."""
 
 import os
+import resource
 import struct
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from forging import forge, header_of
+from killing import nothing_written
 from synthetic import toy_artifacts, toy_dump
 
 from mlxkv.codec import writing
@@ -19,6 +22,17 @@ from mlxkv.io.container import Reader, digest
 from mlxkv.io.growing import Append, finish_interrupted_append
 
 BLOCK = 8
+
+
+@contextmanager
+def limited(size):
+    """No file may be longer, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +143,11 @@ def test_an_interrupted_append_is_read_through_its_journal_and_nothing_is_writte
     whole, new = journal.read_bytes(), codec.compress_dump(dump)
     for state in torn_states(codec, dump):
         path.write_bytes(state)
-        assert np.array_equal(codec.decompress_dump(path).tokens, dump.tokens)
-        with Reader(path) as reader:
-            reader.verify()
-            assert reader.size == len(new)
+        with nothing_written():  # as on a read-only disk
+            assert np.array_equal(codec.decompress_dump(path).tokens, dump.tokens)
+            with Reader(path) as reader:
+                reader.verify()
+                assert reader.size == len(new)
         assert (path.read_bytes(), journal.read_bytes()) == (state, whole)
         codec.append_dump(path, dump)
         assert path.read_bytes() == new
@@ -243,6 +258,43 @@ def test_a_second_append_waits_for_the_first_and_then_says_who_is_writing(codec,
     codec.append_dump(path, dump, append_too)
     assert refused
     assert path.read_bytes() == codec.compress_dump(dump)
+
+
+def test_a_disk_with_room_for_the_journal_only_keeps_the_append_there(codec, tmp_path):
+    dump, path = toy_dump(length=40), tmp_path / "a.mlxkv"
+    path.write_bytes(old := codec.compress_dump(beginning(dump, 30)))
+    new = codec.compress_dump(dump)
+    with limited(len(new) - 1):
+        with pytest.raises(InputError, match=r"cannot write .*; what was appended is kept in .*\.a\.mlxkv\.rest"):
+            codec.append_dump(path, dump)
+        assert path.read_bytes() == old
+        assert codec.decompress_dump(path).length == 40
+        with pytest.raises(InputError, match="cannot write"):
+            codec.append_dump(path, dump)
+        assert codec.decompress_dump(path).length == 40
+    codec.append_dump(path, dump)
+    assert (path.read_bytes(), os.listdir(tmp_path)) == (new, ["a.mlxkv"])
+
+
+@pytest.mark.parametrize("room", [0, 10, 500])
+def test_a_disk_without_room_for_the_journal_leaves_the_old_file(codec, tmp_path, room):
+    dump, path = toy_dump(length=40), tmp_path / "a.mlxkv"
+    path.write_bytes(old := codec.compress_dump(beginning(dump, 30)))
+    with limited(room), pytest.raises(InputError, match=r"cannot write .*\.a\.mlxkv\.rest"):
+        codec.append_dump(path, dump)
+    assert (path.read_bytes(), os.listdir(tmp_path)) == (old, ["a.mlxkv"])
+
+
+def test_who_may_read_the_file_may_read_its_journal_and_no_one_else(interrupted, codec, monkeypatch):
+    path, dump = interrupted
+    codec.append_dump(path, dump)
+    monkeypatch.setattr(growing, "_apply", lambda *_: False)
+    for mode in (0o600, 0o644, 0o664):
+        path.chmod(mode)
+        codec.append_dump(path, dump)
+        journal = path.with_name(".a.mlxkv.rest")
+        assert journal.stat().st_mode & 0o777 == mode
+        journal.unlink()
 
 
 def test_what_does_not_exist_gets_no_journal(codec, tmp_path):

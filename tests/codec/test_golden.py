@@ -84,7 +84,7 @@ def regenerated():
     if os.environ.get("MLXKV_REGENERATE_GOLDEN") != "1":
         return
     dump, artifacts = golden_dump(), golden_artifacts()
-    artifacts.save(FOLDER / "artifacts")
+    artifacts.save(FOLDER / "artifacts", overwrite=True)
     with pytest.MonkeyPatch.context() as patch:
         (FOLDER / "cache.mlxkv").write_bytes(encode(patch, artifacts, dump))
     np.savez(FOLDER / "expected.npz", k=dump.k, v=dump.v, tokens=dump.tokens, state=dump.states["0.0"])

@@ -30,7 +30,7 @@ def regenerated(tmp_path_factory):
         rd_artifacts(tmp_path_factory.mktemp("golden"), basis_bytes=74_500),
         toy_dump(PLAIN, length=LENGTH, seed=9),
     )
-    artifacts.save(FOLDER / "artifacts")
+    artifacts.save(FOLDER / "artifacts", overwrite=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writing, "BLOCK_ROWS", BLOCK)
         blob = CacheCodec(artifacts, recent=RECENT, sinks=SINKS, quality=QUALITY).compress_dump(dump)

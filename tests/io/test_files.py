@@ -1,19 +1,26 @@
+import errno
 import io
 import json
 import os
+import re
+import resource
 import signal
+import stat
 import subprocess
 import sys
+import time
 import tracemalloc
 import warnings
 import zipfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mlxkv.dump import KVDump, read_dump, write_dump
 from mlxkv.errors import FormatError, InputError, MismatchError, VersionError
+from mlxkv.io import atomic, container, disk, growing
 from mlxkv.io.atomic import atomic_write
 from mlxkv.io.inputs import parse_json
 from mlxkv.io.npz import read_npy, read_npz
@@ -286,8 +293,131 @@ def test_a_killed_process_leaves_the_old_file(tmp_path, old):
     assert child.returncode == -signal.SIGKILL
     assert (target.read_bytes() if target.exists() else None) == old
     left = [name for name in os.listdir(tmp_path) if name != "file"]
-    assert [(name[:6], name[-4:]) for name in left] == [(".file.", ".tmp")]
+    assert [bool(re.fullmatch(r"\.file\.[0-9a-f]{16}\.tmp", name)) for name in left] == [True]
     assert (tmp_path / left[0]).stat().st_size == 2**20
+    with atomic_write(target) as file:
+        file.write(b"new")
+    assert (target.read_bytes(), os.listdir(tmp_path)) == (b"new", ["file"])
+
+
+def test_litter_of_the_dead_is_swept_and_nothing_else(tmp_path):
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    ended, hour_ago = int(dead.stdout), time.time() - 4000
+    swept = [".file.0123456789abcdef.tmp", f".file.{ended}.tmp"]
+    kept = [".file.x.0123456789abcdef.tmp", ".file.notes.tmp", f".file.{os.getpid()}.tmp", ".file.7.7.tmp", "x.tmp"]
+    for name in (*swept, *kept):
+        (tmp_path / name).write_bytes(b"left")
+        os.utime(tmp_path / name, (hour_ago, hour_ago))
+    (tmp_path / ".file.00000000000000aa.tmp").symlink_to("x.tmp")
+    (tmp_path / ".file.00000000000000bb.tmp").mkdir()
+    with atomic_write(tmp_path / "file") as file:
+        file.write(b"new")
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "file", ".file.00000000000000aa.tmp"])
+    assert (tmp_path / "x.tmp").read_bytes() == b"left"
+    (tmp_path / f".file.{ended}.tmp").write_bytes(b"of another machine, now")
+    with atomic_write(tmp_path / "file") as file:
+        file.write(b"new")
+    assert (tmp_path / f".file.{ended}.tmp").exists()
+
+
+def test_a_file_that_is_being_written_is_no_litter(tmp_path):
+    with atomic_write(tmp_path / "file") as first:
+        first.write(b"first")
+        with atomic_write(tmp_path / "file") as second:
+            second.write(b"second")
+        assert (tmp_path / "file").read_bytes() == b"second"
+    assert ((tmp_path / "file").read_bytes(), os.listdir(tmp_path)) == (b"first", ["file"])
+
+
+def test_a_name_that_someone_planted_is_neither_followed_nor_written(tmp_path, monkeypatch):
+    names = iter(["planted", "free"])
+    monkeypatch.setattr(atomic, "temporary_path", lambda target: target.with_name(next(names)))
+    (tmp_path / "victim").write_bytes(b"mine")
+    (tmp_path / "planted").symlink_to("victim")
+    with pytest.raises(InputError, match="File exists"), atomic_write(tmp_path / "file") as file:
+        file.write(b"new")
+    assert sorted(os.listdir(tmp_path)) == ["planted", "victim"]
+    assert (tmp_path / "victim").read_bytes() == b"mine"
+
+
+def test_temporary_names_cannot_be_guessed():
+    names = {disk.temporary_path(Path("/a/file")).name for _ in range(100)}
+    assert len(names) == 100
+    assert all(re.fullmatch(r"\.file\.[0-9a-f]{16}\.tmp", name) for name in names)
+
+
+def test_a_new_file_has_the_permissions_of_any_and_another_one_the_old_ones(tmp_path):
+    (tmp_path / "plain").touch()
+    for mode in (None, 0o640, 0o600, 0o444):
+        if mode is not None:
+            (tmp_path / "file").chmod(mode)
+        with atomic_write(tmp_path / "file") as file:
+            file.write(b"new")
+        assert (tmp_path / "file").stat().st_mode == (
+            stat.S_IFREG | mode if mode else (tmp_path / "plain").stat().st_mode
+        )
+
+
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real/file")
+    with atomic_write(tmp_path / "link") as file:
+        file.write(b"new")
+    assert (os.readlink(tmp_path / "link"), (tmp_path / "real" / "file").read_bytes()) == ("real/file", b"new")
+    assert (sorted(os.listdir(tmp_path)), os.listdir(tmp_path / "real")) == (["link", "real"], ["file"])
+
+
+def test_file_and_folder_are_flushed_the_file_before_it_has_its_name(tmp_path, monkeypatch):
+    flushed = []
+
+    def sync(file):
+        is_folder = stat.S_ISDIR(os.fstat(file).st_mode)
+        flushed.append((is_folder, (tmp_path / "file").exists()))
+
+    monkeypatch.setattr(disk.os, "fsync", sync)
+    monkeypatch.delattr(disk.fcntl, "F_FULLFSYNC", raising=False)
+    with atomic_write(tmp_path / "file") as file:
+        file.write(b"new")
+    assert flushed == [(False, False), (True, True)]
+
+
+def test_a_mac_flushes_its_drive_too(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(disk.fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(disk.fcntl, "fcntl", lambda file, command: called.append(command))
+    with atomic_write(tmp_path / "file") as file:
+        file.write(b"new")
+    assert called == [51, 51]
+
+
+def test_a_file_system_without_locks_is_written_and_read_but_not_appended_to(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(disk.fcntl, "flock", unsupported)
+    for text in (b"one", b"two"):
+        blob = io.BytesIO()
+        container.write(blob, {}, [container.encode_section("a", text)])
+        with atomic_write(tmp_path / "file") as file:
+            file.write(blob.getvalue())
+        with container.Reader(tmp_path / "file") as reader:
+            assert reader.read("a") == text
+    with pytest.raises(InputError, match=r"cannot append to .*: Operation not supported"):
+        growing.replace_tail(tmp_path / "file", 12, b"")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("room", [0, 100, 5000])
+def test_a_disk_that_is_full_leaves_the_old_file_and_one_error(tmp_path, room):
+    (tmp_path / "file").write_bytes(b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(InputError, match=r"cannot write .*File too large"), atomic_write(tmp_path / "file") as file:
+            file.write(bytes(2**16))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert ((tmp_path / "file").read_bytes(), os.listdir(tmp_path)) == (b"old", ["file"])
 
 
 HALF_A_WRITE = """

@@ -1,0 +1,55 @@
+"""Every write path, killed after each of its operations on files: readers find the old or the new, and the next write goes through."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+WRITES = ("write", "overwrite", "overwrite-pending", "overwrite-same", "dump", "dump-overwrite", "eval")
+APPENDS = ("append", "append-shorter", "append-to-pending", "finish-pending")
+FOLDERS = ("artifacts", "artifacts-overwrite")
+LIVE = ("save-cache", "save-cache-overwrite")
+BROKEN = ("in-place", "hasty")
+COMMANDS = ("compress-command", "append-command", "calibrate-command")
+
+
+def killed(folder, names):
+    """Operations and mistakes of each scenario, found by a process of its own, which never uses MLX and so may fork."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    command = [sys.executable, str(TESTS / "killing.py"), str(folder), *names]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return killed(tmp_path_factory.mktemp("killed"), WRITES + APPENDS + FOLDERS + BROKEN)
+
+
+@pytest.mark.parametrize("name", WRITES + APPENDS + FOLDERS)
+def test_a_write_killed_at_any_operation_leaves_the_old_or_the_new_and_the_next_one_goes_through(files, name):
+    operations, wrong = files[name]
+    assert operations > 5
+    assert wrong == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [LIVE, COMMANDS], ids=["live caches", "commands"])
+def test_whole_commands_and_live_caches_keep_that_promise(tmp_path, names):
+    for name, (operations, wrong) in killed(tmp_path, names).items():
+        assert operations > 5, name
+        assert wrong == [], name
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_write_that_keeps_no_promise_is_found_out(files, name):
+    assert any("neither the old nor the new" in line or "Error" in line for line in files[name][1])

@@ -1,0 +1,232 @@
+"""Write paths killed after each of their operations on files, one after the other, in processes forked from this one.
+
+`python killing.py FOLDER SCENARIO...` prints a JSON object: for each scenario how many operations it has, and what went wrong.
+The forking process itself never uses MLX, whose threads a fork would not take along.
+"""
+
+import builtins
+import fcntl
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import sys
+import traceback
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+
+from mlxkv.io import folders
+
+really_open = builtins.open
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+CALLS = ("ftruncate", "fsync", "replace", "rename", "unlink", "mkdir", "rmdir", "chmod", "fchmod")
+
+
+class Operations:
+    """Counts operations on files, and ends the process before one of them, or in the middle of it if it writes."""
+
+    def __init__(self, last=None, half=False):
+        self.last, self.half, self.count, self.writes = last, half, 0, []
+
+    def step(self, half_of=None):
+        self.count += 1
+        if half_of:
+            self.writes.append(self.count)
+        if self.count == self.last:
+            if self.half and half_of:
+                half_of()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(self, call):
+        def counting(*arguments, **named):
+            self.step()
+            return call(*arguments, **named)
+
+        return counting
+
+    def install(self):
+        """Replace what changes files in this process, which is a forked one."""
+        really_os_open, really_fdopen, pwrite = os.open, os.fdopen, os.pwrite
+        operations = self
+
+        class Counted(io.FileIO):
+            def write(self, data):
+                first = memoryview(data)[: len(data) // 2]
+                operations.step(lambda: super(Counted, self).write(first))
+                return super().write(data)
+
+        def os_open(path, flags, *arguments, **named):
+            if flags & WRITES:
+                operations.step()
+            return really_os_open(path, flags, *arguments, **named)
+
+        def any_open(file, mode="r", buffering=-1, *arguments, **named):
+            if not set(mode) & set("wax+"):
+                return really_open(file, mode, buffering, *arguments, **named)
+            operations.step()
+            assert "b" in mode, "text is not counted"
+            return fdopen(file, mode, buffering)
+
+        def fdopen(file, mode="r", buffering=-1):
+            if not set(mode) & set("wax+"):
+                return really_fdopen(file, mode, buffering)
+            raw = Counted(file, mode)
+            return raw if buffering == 0 else io.BufferedWriter(raw)
+
+        def half_pwrite(file, data, offset):
+            operations.step(lambda: pwrite(file, memoryview(data)[: len(data) // 2], offset))
+            return pwrite(file, data, offset)
+
+        builtins.open = io.open = any_open
+        os.open, os.fdopen, os.pwrite = os_open, fdopen, half_pwrite
+        for name in CALLS:
+            setattr(os, name, self.counted(getattr(os, name)))
+        fcntl.flock, folders.exchange = self.counted(fcntl.flock), self.counted(folders.exchange)
+
+
+@contextmanager
+def nothing_written():
+    """Make this process a reader of a read-only disk."""
+
+    def refused(*_, **__):
+        raise AssertionError("a reader wrote")
+
+    kept = {name: getattr(os, name) for name in (*CALLS, "pwrite", "write", "open")}
+
+    def os_open(path, flags, *arguments, **named):
+        return refused() if flags & WRITES else kept["open"](path, flags, *arguments, **named)
+
+    try:
+        for name in kept:
+            setattr(os, name, refused)
+        os.open = os_open
+        yield
+    finally:
+        for name, call in kept.items():
+            setattr(os, name, call)
+
+
+def in_child(function, *arguments, operations=None):
+    """Run a function in a forked process; return its result, or None where it was killed."""
+    reads, writes = os.pipe()
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            os.close(reads)
+            sys.stdout = really_open(os.devnull, "w")
+            write = os.write
+            if operations:
+                operations.install()
+            try:
+                result = function(*arguments), None
+            except BaseException:  # noqa: BLE001  # told by the process that forked
+                result = None, traceback.format_exc()
+            data = pickle.dumps((result, operations and (operations.count, operations.writes)))
+            while data:
+                data = data[write(writes, data) :]
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writes)
+    with open(reads, "rb") as pipe:
+        data = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        return None
+    (result, error), operations = pickle.loads(data)
+    if error:
+        raise RuntimeError(error)
+    return result, operations
+
+
+class Scenario:
+    """A write path: `prepare` makes the state before, `write` writes, `read` tells what a reader finds."""
+
+    names = ("a",)  # in the folder after a complete write
+    changes = True  # what a reader finds
+    uses_mlx = False
+    every = 1  # of how many operations one is killed
+
+    def prepare(self, folder):
+        """Make the state that the write begins with."""
+
+    def write(self, folder):
+        """Write, as a user's process does."""
+        raise NotImplementedError
+
+    def write_again(self, folder):
+        """Write in the process that follows a killed one."""
+        self.write(folder)
+
+    def read(self, folder):
+        """Return what a reader finds, as anything that can be compared; it must write nothing."""
+        raise NotImplementedError
+
+
+def quiet(function, *arguments):
+    """Run a function in this process, without what it prints."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        function(*arguments)
+
+
+def fresh(folder):
+    """Return a new, empty folder in place of the one before."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+def every_kill(scenario, folder):
+    """Kill a scenario's write after each operation; return the number of operations, and all that is wrong."""
+    wrong = []
+    scenario.prepare(fresh(folder))
+    before = scenario.read(folder)
+    _, (count, writes) = in_child(scenario.write, folder, operations=Operations())
+    writes = set(writes)
+    after = scenario.read(folder)
+    if sorted(os.listdir(folder)) != sorted(scenario.names):
+        wrong.append(f"uninterrupted, it leaves {os.listdir(folder)}")
+    if (before != after) != scenario.changes:
+        wrong.append("it changes nothing, or something")
+    seen = set()
+    for last in range(1, count + 1, scenario.every):
+        for half in (False, True)[: 1 + (last in writes)]:
+            scenario.prepare(fresh(folder))
+            if in_child(scenario.write, folder, operations=Operations(last, half)) is not None:
+                wrong.append(f"it was not killed at {last} of {count}")
+            for step in ("the kill", "the next write"):
+                try:
+                    with nothing_written():
+                        found = scenario.read(folder)
+                    if found not in (before, after)[step != "the kill" :]:
+                        wrong.append(f"{last}: after {step} a reader finds neither the old nor the new: {found!r:.200}")
+                    seen.add(found == after)
+                    if step == "the kill":
+                        in_child(scenario.write_again, folder) if scenario.uses_mlx else quiet(
+                            scenario.write_again, folder
+                        )
+                except Exception:  # noqa: BLE001  # told at the end, with all others
+                    wrong.append(f"{last}: after {step}: {traceback.format_exc()}")
+            if sorted(os.listdir(folder)) != sorted(scenario.names):
+                wrong.append(f"{last}: the next write leaves {os.listdir(folder)}")
+    if scenario.changes and seen != {False, True}:
+        wrong.append("no kill left the old, or none the new")
+    return count, wrong
+
+
+def main(folder, names):
+    from kill_scenarios import SCENARIOS
+
+    # What a killed process has written is there with or without a flush, which would take nearly all of the time.
+    os.fsync = lambda file: None
+    vars(fcntl).pop("F_FULLFSYNC", None)
+    found = {name: every_kill(SCENARIOS[name](folder), folder / "killed") for name in names}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
