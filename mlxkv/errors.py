@@ -127,3 +127,7 @@ def suggest(name: object, known: Iterable[str], listing: str = "") -> str:
     elif not close:
         parts.append(f"there are {', '.join(names)}")
     return " ".join(parts)
+
+
+class WeakFingerprintWarning(UserWarning):
+    """Two fingerprints agree, but one is of an earlier version, which names only the first values of every weight."""

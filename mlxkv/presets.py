@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from mlxkv import _deprecated
 from mlxkv.bundled.resources import resource_dir
 from mlxkv.config import Config
-from mlxkv.errors import InputError, MismatchError, MlxkvError, PresetError
+from mlxkv.errors import InputError, MismatchError, MlxkvError, PresetError, suggest
 from mlxkv.spec import MODES, CacheSpec, Rope, check_rope
 
 C = TypeVar("C", bound=Config)
@@ -237,10 +238,36 @@ def preset_names(kind: str) -> list[str]:
     return sorted(path.stem for path in (resource_dir("presets") / kind).glob("*.toml"))
 
 
+def presets_of(methods: Collection[str]) -> list[str]:
+    """Return the method presets that are of certain methods.
+
+    Parameters
+    ----------
+    methods
+        Names of methods.
+
+    Returns
+    -------
+    list of str
+        Names of presets, sorted; those that cannot be read are left out.
+
+    Examples
+    --------
+    >>> presets_of(["kivi"])
+    ['kivi-2', 'kivi-4']
+    """
+    found = []
+    for name in preset_names("methods"):
+        with suppress(PresetError):
+            found += [name] if method_preset(name).method in methods else []
+    return found
+
+
 def _read(kind: str, name: str) -> dict[str, Any]:
     """Read a preset's file."""
     if name not in preset_names(kind):
-        raise PresetError(f"no preset {name!r} in presets/{kind}; there are {', '.join(preset_names(kind))}")
+        hint = suggest(name, preset_names(kind), "mlxkv presets --all")
+        raise PresetError(f"no preset {name[:80]!r} of {'a model family' if kind == 'models' else 'a method'}", hint)
     try:
         return tomllib.loads((resource_dir("presets") / kind / f"{name}.toml").read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
-from mlxkv.errors import InputError
+from mlxkv.errors import InputError, suggest
 
 T = TypeVar("T")
 METHOD_GROUP = "mlxkv.methods"
@@ -131,11 +131,11 @@ class Registry(Generic[T]):
         Raises
         ------
         InputError
-            When nothing has that name; the message lists the names there are.
+            When nothing has that name; the message names those that are near.
         """
         found = self.find(name)
         if found is None:
-            raise InputError(f"no {self.kind} {name!r}; there are {', '.join(self.names())}")
+            raise InputError(f"no {self.kind} {str(name)[:80]!r}", suggest(name, self.names()))
         return found
 
     def name_of(self, thing: T) -> str:

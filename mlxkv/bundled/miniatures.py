@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlxkv.errors import ModelNotFoundError
+from mlxkv.errors import ModelNotFoundError, suggest
 
 PREFIX = "miniature/"
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "checkpoints"
@@ -44,9 +44,9 @@ def model_path(name: str) -> Path:
         When it is not trained; the message lists those that are, or says how to train one.
     """
     if name not in names():
-        there_are = f"there are {', '.join(names())}" if names() else f"{FOLDER} holds none"
+        found = suggest(name, names()) if names() else f"{FOLDER} holds none"
         raise ModelNotFoundError(
-            f"no trained model {name!r}: {there_are}; train one in a checkout of the tag studies-2026-11:"
-            " python -m benchmarks.miniature_training NAME"
+            f"no trained model {name[:80]!r}",
+            f"{found}; train one in a checkout of the tag studies-2026-11: python -m benchmarks.miniature_training NAME",
         )
     return FOLDER / name.removeprefix(PREFIX)

@@ -18,6 +18,7 @@ from rich.console import Console
 from mlxkv.cli._arguments import asks_for_json, with_new_names
 from mlxkv.cli._commands import commands
 from mlxkv.cli._failures import INTERRUPTED, Failure, UsageError, failure_of
+from mlxkv.cli._output import warnings_as_notes
 from mlxkv.cli._work import begin
 from mlxkv.errors import MlxkvError
 from mlxkv.version import __version__
@@ -87,14 +88,17 @@ def _run(words: list[str]) -> int:
         renamed, found = with_new_names(app, words)
         for old, new in found.items():
             Console(stderr=True).print(f"note: {old} is called {new} now", soft_wrap=True, highlight=False)
-        code = app(renamed, prog_name="mlxkv", standalone_mode=False) or 0
+        with warnings_as_notes():
+            code = app(renamed, prog_name="mlxkv", standalone_mode=False) or 0
         if code != INTERRUPTED:  # which Typer makes of Ctrl-C
             return code
         failure = failure_of(KeyboardInterrupt())
-    except (MlxkvError, UsageError, KeyboardInterrupt, typer.Abort) as error:
+    except UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.ctx.get_help())
-            return 2
+            return error.exit_code
+        failure = failure_of(error)
+    except (MlxkvError, KeyboardInterrupt, typer.Abort) as error:
         failure = failure_of(error)
     failure.show(asks_for_json(app, words))
     return failure.code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +23,31 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+from mlxkv.cli._work import working
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, of the result or of the error.")]
 Artifacts = Annotated[Path, typer.Option("--artifacts", help="Folder written by mlxkv calibrate.", show_default=False)]
-Model = Annotated[
-    str, typer.Option("--model", help="Local mlx-lm directory, hub id, or smollm2-135m.", show_default=False)
-]
+
+
+def note(text: str) -> None:
+    """Say something beside the result, on standard error."""
+    Console(stderr=True).print(_cell(f"note: {text}"), soft_wrap=True)
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """Print what the library warns users of as notes, without the line of code that warned."""
+    from mlxkv.errors import WeakFingerprintWarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, WeakFingerprintWarning):
+            note(str(message))
+        else:
+            usual(message, category, *place, **more)
+
+    with warnings.catch_warnings():
+        usual, warnings.showwarning = warnings.showwarning, show
+        yield
 
 
 def print_record(facts: Mapping[str, Any], as_json: bool, title: str = "") -> None:
@@ -67,9 +88,29 @@ def format_value(key: str, value: Any) -> str:
         return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key.endswith("shape"):
+        return " x ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item}" for name, item in value.items()) or "-"
     if isinstance(value, list | tuple):
-        return ", ".join(str(item) for item in value)
+        return ", ".join(_ranges(value)) or "-"
     return f"{value:,}" if type(value) is int else str(value)
+
+
+def _ranges(values: list[Any] | tuple[Any, ...]) -> list[str]:
+    """Return items as text; three whole numbers or more that follow each other are a range, such as 0-29."""
+    texts: list[str] = []
+    runs: list[list[Any]] = []
+    for value in values:
+        if runs and type(value) is type(runs[-1][-1]) is int and value == runs[-1][-1] + 1:
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    for run in runs:
+        texts += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run)
+    return texts
 
 
 def _cell(value: str) -> Text:
@@ -95,15 +136,17 @@ def counter(description: str, total: int | None = None) -> Iterator[tuple[Progre
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    with working(description, spin=False), bar as progress:
         yield progress, progress.add_task(description, total=total)
 
 
 @contextmanager
-def steps(count: int) -> Iterator[Callable[[str], None]]:
+def steps(description: str, count: int) -> Iterator[Callable[[str], None]]:
     """Show a progress bar over named steps; yield a function to call as each step starts."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    with working(description, spin=False), bar as progress:
         task = progress.add_task("starting", total=count, completed=-1)
 
         def start(step: str) -> None:

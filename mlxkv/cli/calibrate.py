@@ -9,6 +9,8 @@ import typer
 
 from mlxkv.cli._checks import check_out_folder
 from mlxkv.cli._commands import commands
+from mlxkv.cli._files import DUMP, check_kind
+from mlxkv.cli._names import Method, Preset
 from mlxkv.cli._output import Json, print_record, steps
 
 if TYPE_CHECKING:
@@ -21,10 +23,8 @@ def calibrate_command(
     npz: Annotated[list[Path] | None, typer.Option(help="Dumps to calibrate on: one flag with several files.")] = None,
     more: Annotated[list[Path] | None, typer.Argument(help="Further dumps.", metavar="[NPZ]...")] = None,
     compression_ratio: Annotated[float | None, typer.Option(help="Sets the bits: 16 / ratio per element.")] = None,
-    method: Annotated[
-        str | None, typer.Option(help="A method preset, such as kvtc-16 or kvtc-rd, in place of a ratio.")
-    ] = None,
-    preset: Annotated[str | None, typer.Option(help="Check the dumps against this model preset.")] = None,
+    method: Method = None,
+    preset: Preset = None,
     rank: Annotated[int | None, typer.Option(help="Components to consider; follows from the ratio by default.")] = None,
     max_bit_budget: Annotated[
         int | None, typer.Option(help="Bits per token, for keys and for values each, at most.")
@@ -51,6 +51,8 @@ def calibrate_command(
     from mlxkv.presets import model_preset
 
     files = [*(npz or []), *(more or [])]
+    for file in files:
+        check_kind(file, DUMP)
     if (compression_ratio is None) == (method is None):
         raise InputError("give either --compression-ratio or --method")
     base: CodecConfig = codec_config(method) if method else KVTCConfig(compression_ratio or 0)
@@ -61,7 +63,7 @@ def calibrate_command(
     check_artifacts_folder(out, overwrite)
     if checked and files:
         checked.check(read_dump(files[0]).spec)  # calibrate() holds the other files against the first
-    with steps(3 * len(files) + 5) as start:
+    with steps("calibrating", 3 * len(files) + 5) as start:
         artifacts = calibrate(files, config, start)
     artifacts.save(out, overwrite)
     facts = {

@@ -11,7 +11,9 @@ import typer
 
 from mlxkv.cli._checks import Limit, check_out_file, read_size
 from mlxkv.cli._commands import commands
+from mlxkv.cli._files import COMPRESSED, check_kind
 from mlxkv.cli._output import Artifacts, Json, print_record, progress_bar
+from mlxkv.cli._work import working
 
 
 @commands.register("decompress")
@@ -37,6 +39,7 @@ def decompress_command(
     from mlxkv.io.container import Reader
 
     check_out_file(out, source=file)
+    check_kind(file, COMPRESSED)
     allowed = read_size(limit)
     codec = CacheCodec(CalibrationArtifacts.from_dir(artifacts))
     with Reader(file) as reader:
@@ -46,8 +49,10 @@ def decompress_command(
     with progress_bar("decompressing", part[1] - part[0] if part else length) as advance:
         dump = codec.decompress_dump(file, advance, tokens=part, limit=allowed)
     seconds = time.perf_counter() - start
-    write_dump(out, dump)
-    facts = {"file": str(out), "file_bytes": out.stat().st_size, "k": str(dump.k.shape), "v": str(dump.v.shape)}
+    with working(f"writing {out}"):
+        write_dump(out, dump)
+    facts = {"file": str(out), "file_bytes": out.stat().st_size}
+    facts |= {"k_shape": dump.k.shape, "v_shape": dump.v.shape}
     print_record({**facts, "tokens": dump.length, "decompress_seconds": seconds}, json)
 
 

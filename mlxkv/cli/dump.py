@@ -75,7 +75,7 @@ def dump_command(
         "dtype_note": _why(str(taken.k.dtype), taken.dtype, dtype),
         "other_states": len(taken.states),
         "sensitivity": "measured" if taken.sensitivity else None,
-        "fingerprint": taken.fingerprint,
+        "model_fingerprint": taken.fingerprint,
     }
     print_record(facts, json)
 

@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 from mlxkv.cli._checks import Dtype, check_out_file
 from mlxkv.cli._commands import commands
-from mlxkv.cli._output import Json, Model, counter, print_record, print_table
+from mlxkv.cli._names import Model, live_names
+from mlxkv.cli._output import Json, counter, note, print_record, print_table
+from mlxkv.cli._work import load_model, working
 
 if TYPE_CHECKING:
     from mlxkv.evaluate.journal import Journal
     from mlxkv.evaluate.variants import Variant
 
+FEWEST_FOR_P = 6  # of n paired differences no p is below 2 ** (1 - n), so that of 5 none is below 0.05
 PARTIAL = ".partial"  # beside the result, until it is complete
 
 
@@ -104,7 +106,9 @@ def _paragraphs(text: str) -> str:
 def _shared(
     *,
     model: Model,
-    cache: Annotated[list[str] | None, typer.Option(help="Live preset or method. May be repeated.")] = None,
+    cache: Annotated[
+        list[str] | None, typer.Option(help="Live preset or method. May be repeated.", autocompletion=live_names)
+    ] = None,
     artifacts: Annotated[
         list[Path] | None,
         typer.Option(help="Folder written by mlxkv calibrate; evaluates that codec. May be repeated."),
@@ -175,10 +179,11 @@ def _evaluate(
     # Samples of another text, commit or machine are not gone on with.
     same: dict[str, Any] = {"files": texts, "machine": describe()}
     with _journal(out, same) as journal:  # before the work, in case another run has it
-        loaded, tokenizer = lm.load(model)
+        loaded, tokenizer = load_model(model)
         facts = {"model": model, "fingerprint": lm.fingerprint(loaded), "quantization": lm.quantization(loaded)}
         same |= facts
-        with counter(name) as (progress, task):
+        left = f"finished samples are in {journal.path}; the same command goes on from there" if journal else ""
+        with working(name, left, spin=False), counter(f"measuring {name}") as (progress, task):
             result = run(
                 name, loaded, tokenizer, variants, options, seeds=seeds, limit=limit, journal=journal,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
@@ -191,14 +196,25 @@ def _evaluate(
     if json:
         print_record(record, as_json=True)
     else:
-        rows = result["summary"]
-        if any("group" in row for row in rows):
-            rows = [{"group": "all", **row} for row in rows]
-        scores, samples = evaluations.get(name).scores, rows[0]["samples"]
-        title = f"{name} of {model}, {samples} sample{'s' * (samples > 1)}"
-        if samples > 1:
-            title += f"; p: of a difference in {scores[0].replace('_', ' ')}"
-        print_table([_row(row, scores, with_p=samples > 1) for row in rows], as_json=False, title=title)
+        _show(name, model, result["summary"], evaluations.get(name).scores)
+
+
+def _show(name: str, model: str, rows: list[dict[str, Any]], scores: tuple[str, ...]) -> None:
+    """Print the table, and what its numbers do not say by themselves."""
+    import mlx.core as mx
+
+    samples = rows[0]["samples"]
+    title = f"{name} of {model}, {samples} sample{'s' * (samples > 1)}"
+    with_p = samples >= FEWEST_FOR_P
+    if with_p:
+        title += f"; p: of a difference in {scores[0].replace('_', ' ')}"
+    if any("group" in row for row in rows):
+        rows = [{"group": "all", **row} for row in rows]
+    print_table([_row(row, scores, with_p) for row in rows], as_json=False, title=title)
+    if 1 < samples < FEWEST_FOR_P:
+        note(f"{samples} samples cannot show a difference at p < 0.05; {FEWEST_FOR_P} or more can")
+    if "ratio" in rows[0] and mx.default_device() == mx.cpu:
+        note("ratios are against float16; on a CPU the untouched cache holds float32, twice as much")
 
 
 def _variants(
@@ -221,27 +237,23 @@ def _variants(
 
 @contextmanager
 def _journal(out: Path | None, facts: dict[str, Any]) -> Iterator[Journal | None]:
-    """Keep finished samples until the result is complete; say so when the run is interrupted."""
+    """Keep finished samples until the result is complete."""
     from mlxkv.evaluate.journal import Journal
 
     if out is None:
         yield None
         return
     with Journal(out.with_name(out.name + PARTIAL), facts) as journal:
-        try:
-            yield journal
-        except KeyboardInterrupt:
-            Console(stderr=True).print(f"finished samples are in {journal.path}; the same command goes on from there")
-            raise
+        yield journal
 
 
 def _row(row: dict[str, Any], scores: tuple[str, ...], with_p: bool) -> dict[str, Any]:
     """Return the cells of a summary's row that fit into a terminal.
 
-    Means with their deviation over seeds, and the first score's p, which of a single sample says nothing.
+    Means with their deviation over seeds, and the first score's p, which of few samples says nothing.
     """
     cells: dict[str, Any] = {key: row[key] for key in ("variant", "group", "ratio") if key in row}
     for score in scores:
         deviation = row.get(f"{score}_deviation")
         cells[score] = row[score] if deviation is None else f"{row[score]:.4g} ± {deviation:.2g}"
-    return cells | ({"p": row.get(f"{scores[0]}_p") if row["samples"] > 1 else None} if with_p else {})
+    return cells | ({"p": row.get(f"{scores[0]}_p") if row["samples"] >= FEWEST_FOR_P else None} if with_p else {})

@@ -2,71 +2,95 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mlxkv.cli._checks import Limit, read_size
 from mlxkv.cli._commands import commands
-from mlxkv.cli._output import Json, Model, format_value, print_record
+from mlxkv.cli._names import Cache, Model
+from mlxkv.cli._output import Json, format_value, note, print_record
+from mlxkv.cli._work import load_model, working
 
-if TYPE_CHECKING:
-    from mlxkv.dump import KVDump
+Reading = Callable[[Any], list[Any]]  # from a model to its prompt cache
 
 
 @commands.register("generate")
 def generate_command(
     model: Model,
     prompt: Annotated[str, typer.Option(help="Text to go on from, after what a FILE has read.", show_default=False)],
-    file: Annotated[Path | None, typer.Argument(help="A cache to go on from: compressed, or a dump.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="A cache to go on from: compressed, a dump, a saved live cache, or mlx-lm's own file."),
+    ] = None,
     artifacts: Annotated[Path | None, typer.Option(help="Artifacts of a compressed FILE.")] = None,
-    cache: Annotated[str | None, typer.Option(help="Or start in this live cache: a preset or method.")] = None,
+    cache: Cache = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate, at most.")] = 128,
     limit: Limit = None,
     json: Json = False,
 ) -> None:
-    """Generate text from a compressed file or a dump, or in a live cache that stays small.
+    """Generate text from a cache in a file, or in a live cache that stays small.
 
     Example: mlxkv generate notes.mlxkv --artifacts artifacts --model smollm2-135m --prompt "In short:"
 
     Example: mlxkv generate --model smollm2-135m --cache int8 --prompt "Once upon a time"
     """
-    from mlx_lm import stream_generate
-
-    from mlxkv import lm
     from mlxkv.errors import InputError
-    from mlxkv.evaluate.variants import cache_sizes
-    from mlxkv.live.seam import make_cache
 
     _check(file, artifacts, cache)
-    dump = None if file is None else _read(file, artifacts, read_size(limit))
-    loaded, tokenizer = lm.load(model)
+    reading = None if file is None else _read(file, artifacts, read_size(limit), model)
+    loaded, tokenizer = load_model(model)
     # A restored cache already holds the start of the text, so no start token then.
-    tokens = tokenizer.encode(prompt, add_special_tokens=dump is None)
+    tokens = tokenizer.encode(prompt, add_special_tokens=reading is None)
     if not tokens:
         raise InputError("the prompt has no tokens")
-    caches = make_cache(loaded, str(cache)) if dump is None else lm.restore(loaded, dump)
-    written = ""
-    for response in stream_generate(loaded, tokenizer, tokens, max_tokens, prompt_cache=caches):
-        written += response.text
-        if not json:
-            print(response.text, end="", flush=True)
+    with working("making the cache"):
+        caches = _live(loaded, str(cache)) if reading is None else reading(loaded)
+    cached = max(getattr(entry, "offset", 0) for entry in caches)
+    written, last = _generate(loaded, tokenizer, tokens, max_tokens, caches, show=not json)
     facts = {
-        "prompt_tokens": response.prompt_tokens,
-        "prompt_tokens_per_second": response.prompt_tps,
-        "generated_tokens": response.generation_tokens,
-        "tokens_per_second": response.generation_tps,
+        "prompt_tokens": last.prompt_tokens,
+        "prompt_tokens_per_second": last.prompt_tps,
+        "generated_tokens": last.generation_tokens,
+        "tokens_per_second": last.generation_tps,
+        **(_held(loaded, caches) if reading is None else {"cached_tokens": cached}),
     }
-    if dump is not None:
-        facts["cached_tokens"] = dump.length
-    else:
-        held = cache_sizes(loaded, caches)
-        facts |= {key: held[key] for key in ("cache_bytes", "fp16_bytes", "ratio")}
     if json:
         print_record({"text": written, **facts}, as_json=True)
     else:
         print("\n\n" + ", ".join(f"{key.replace('_', ' ')} {format_value(key, value)}" for key, value in facts.items()))
+
+
+def _generate(model: Any, tokenizer: Any, tokens: list[int], most: int, caches: list[Any], show: bool) -> Any:
+    """Generate, and print the text as it comes; return it, and mlx-lm's last response."""
+    from mlx_lm import stream_generate
+
+    responses = stream_generate(model, tokenizer, tokens, most, prompt_cache=caches)
+    with working("reading the prompt"):
+        first = next(responses)
+    written = ""
+    with working("generating", spin=False):
+        for last in chain([first], responses):
+            written += last.text
+            if show:
+                print(last.text, end="", flush=True)
+    return written, last
+
+
+def _live(model: Any, method: str) -> list[Any]:
+    from mlxkv.live.seam import make_cache
+
+    return list(make_cache(model, method))
+
+
+def _held(model: Any, caches: list[Any]) -> dict[str, Any]:
+    from mlxkv.evaluate.variants import cache_sizes
+
+    held = cache_sizes(model, caches)
+    return {key: held[key] for key in ("cache_bytes", "fp16_bytes", "ratio")}
 
 
 def _check(file: Path | None, artifacts: Path | None, cache: str | None) -> None:
@@ -82,18 +106,66 @@ def _check(file: Path | None, artifacts: Path | None, cache: str | None) -> None
         live_config(cache)
 
 
-def _read(file: Path, artifacts: Path | None, limit: int | None) -> KVDump:
+def _read(file: Path, artifacts: Path | None, limit: int | None, model: str) -> Reading:
+    """Return how a file becomes a prompt cache; what can be wrong without the model is found now."""
+    from mlxkv.cli._files import COMPRESSED, DUMP, LIVE, kind_of
+    from mlxkv.errors import InputError
+
+    kind = kind_of(file)
+    if kind == COMPRESSED:
+        if artifacts is None:
+            raise InputError(f"{file} is compressed: name its artifacts folder with --artifacts")
+        return _read_compressed(file, artifacts, limit)
+    if kind == DUMP:
+        return _read_dump(file, artifacts)
+    if artifacts is not None:
+        raise InputError(f"{file} is {kind}, which takes no --artifacts", "leave them out")
+    return _read_live(file) if kind == LIVE else _read_prompt(file, model)
+
+
+def _read_compressed(file: Path, artifacts: Path, limit: int | None) -> Reading:
+    from mlxkv import lm
     from mlxkv.codec.artifacts import CalibrationArtifacts
     from mlxkv.codec.session import CacheCodec
-    from mlxkv.dump import read_dump
-    from mlxkv.errors import InputError
-    from mlxkv.io.container import MAGIC
-    from mlxkv.io.inputs import open_input
 
-    with open_input(file) as opened:
-        compressed = opened.read(len(MAGIC)) == MAGIC
-    if not compressed:
-        return read_dump(file)
-    if artifacts is None:
-        raise InputError(f"{file} is compressed: name its artifacts folder with --artifacts")
-    return CacheCodec(CalibrationArtifacts.from_dir(artifacts)).decompress_dump(file, limit=limit)
+    codec = CacheCodec(CalibrationArtifacts.from_dir(artifacts))
+    with working(f"decompressing {file}"):
+        dump = codec.decompress_dump(file, limit=limit)
+    return lambda model: lm.restore(model, dump)
+
+
+def _read_dump(file: Path, artifacts: Path | None) -> Reading:
+    """Return a dump's; artifacts are of no use to it, and those of another model are a mistake."""
+    from mlxkv import lm
+    from mlxkv.codec.artifacts import CalibrationArtifacts
+    from mlxkv.dump import read_dump
+    from mlxkv.errors import MismatchError
+    from mlxkv.identity import same_model
+
+    with working(f"reading {file}"):
+        dump = read_dump(file)
+    if artifacts is not None:
+        of = CalibrationArtifacts.from_dir(artifacts).meta.get("model_fingerprint", "")
+        if not same_model(str(of), dump.fingerprint):
+            raise MismatchError(
+                f"{artifacts} are artifacts of another model than {file} is from",
+                "a dump is not compressed and needs none: leave --artifacts out",
+            )
+        note(f"{file} is a dump, not compressed: --artifacts is not needed")
+    return lambda model: lm.restore(model, dump)
+
+
+def _read_live(file: Path) -> Reading:
+    from mlxkv.live.serialization import load_cache
+
+    return lambda model: list(load_cache(file, model))
+
+
+def _read_prompt(file: Path, model: str) -> Reading:
+    from mlxkv.live.prompt_files import describe_prompt_cache, read_prompt_cache
+
+    facts = describe_prompt_cache(file)
+    maker = facts["metadata"].get("model")
+    says = f"says it is of {maker!r}" if maker and maker != model else "does not say of which weights it is"
+    note(f"{file}, a prompt cache of mlx-lm, {says}; only its layers and shapes are compared with {model}")
+    return lambda loaded: read_prompt_cache(file, loaded)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlxkv.cli._commands import commands
+from mlxkv.cli._files import COMPRESSED, DUMP, LIVE, PROMPT, kind_of
 from mlxkv.cli._output import Json, print_record
+from mlxkv.cli._work import working
 
 if TYPE_CHECKING:
     from mlxkv.io.container import Reader
@@ -19,30 +21,21 @@ def inspect_command(
     file: Annotated[
         Path,
         typer.Argument(
-            help="A dump, an artifacts folder, a compressed file or a saved live cache.", show_default=False
+            help="A dump, a folder of artifacts, a compressed file, a saved live cache or mlx-lm's own file.",
+            show_default=False,
         ),
     ],
     json: Json = False,
 ) -> None:
-    """Explain a file or folder that mlxkv wrote, and verify its checksums.
+    """Explain a file or folder that mlxkv wrote, and verify its checksums; mlx-lm's prompt caches, which have none, too.
 
     Example: mlxkv inspect notes.mlxkv
     """
-    from mlxkv.errors import FormatError
-    from mlxkv.io.container import MAGIC
-    from mlxkv.io.inputs import open_input
-
-    if file.is_dir():
-        print_record(_artifacts(file), json, f"artifacts {file}")
-        return
-    with open_input(file) as opened:
-        start = opened.read(8)
-    if start == MAGIC:
-        print_record(_container(file), json, f"compressed cache {file}")
-    elif start[:4] == b"PK\x03\x04":
-        print_record(_dump(file), json, f"dump {file}")
-    else:
-        raise FormatError(f"{file} is neither a dump (.npz), an artifacts folder nor a compressed cache")
+    describe = {DUMP: _dump, COMPRESSED: _container, LIVE: _container, PROMPT: _prompt_cache}
+    kind = "artifacts" if file.is_dir() else kind_of(file)
+    with working(f"reading {file}"):
+        facts = _artifacts(file) if file.is_dir() else describe[kind](file)
+    print_record(facts, json, str(file))
 
 
 def _dump(file: Path) -> dict[str, Any]:
@@ -50,14 +43,16 @@ def _dump(file: Path) -> dict[str, Any]:
 
     dump = read_dump(file)
     return {
+        "kind": "dump",
         "model": dump.model,
-        "fingerprint": dump.fingerprint,
+        "model_fingerprint": dump.fingerprint,
         "model_type": dump.spec.model_type,
         "mode": dump.spec.mode,
         "layers": list(dump.spec.attention_layers),
         "of_layers": len(dump.spec.layers),
-        "k": f"{dump.k.shape} {dump.k.dtype}",
-        "v": f"{dump.v.shape} {dump.v.dtype}",
+        "k_shape": dump.k.shape,
+        "v_shape": dump.v.shape,
+        "dtype": str(dump.k.dtype),
         "live_dtype": dump.dtype,
         "tokens": dump.length,
         "start": dump.start,
@@ -74,7 +69,7 @@ def _artifacts(folder: Path) -> dict[str, Any]:
     artifacts = CalibrationArtifacts.from_dir(folder)
     keys = ("method", "mlxkv", "model", "model_fingerprint", "mode", "calibration_tokens")
     facts = {key: artifacts.meta.get(key) for key in keys} | artifacts.explain()
-    return {**facts, "artifact_bytes": artifacts.nbytes, "fingerprint": artifacts.fingerprint}
+    return {"kind": "artifacts", **facts, "artifact_bytes": artifacts.nbytes, "fingerprint": artifacts.fingerprint}
 
 
 def _live_cache(reader: Reader) -> dict[str, Any]:
@@ -95,13 +90,20 @@ def _live_cache(reader: Reader) -> dict[str, Any]:
     return {
         "kind": "live cache",
         **methods,
-        **{key: reader.header.get(key) for key in ("writer", "fingerprint")},
+        "writer": reader.header.get("writer"),
+        "model_fingerprint": reader.header.get("fingerprint"),
         "model_type": spec.get("model_type") if isinstance(spec, dict) else None,
         "live_layers": len(offsets),
         "tokens": max(offsets, default=0),
         "file_bytes": reader.size,
         "checksums": "all match",
     }
+
+
+def _prompt_cache(file: Path) -> dict[str, Any]:
+    from mlxkv.live.prompt_files import describe_prompt_cache
+
+    return {**describe_prompt_cache(file), "checksums": None}
 
 
 def _container(file: Path) -> dict[str, Any]:
@@ -116,10 +118,11 @@ def _container(file: Path) -> dict[str, Any]:
         facts = {key: header.get(key) for key in ("method", "quality", "window_quality", "mlxkv", "dtype", "artifacts")}
         origin = header.get("meta")
         return {
+            "kind": "compressed cache",
             **facts,
             "model": origin.get("model") if isinstance(origin, dict) else None,
             **summary(reader),
             "sections": len(reader.sections),
-            "codings": ", ".join(sorted({section.coding for section in reader.sections.values()})),
+            "codings": sorted({section.coding for section in reader.sections.values()}),
             "checksums": "all match",
         }

@@ -8,8 +8,8 @@ from pathlib import Path
 from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.codec.methods.base import CodecConfig, CodecMethod, codec_methods
 from mlxkv.codec.samples import Progress, Samples
-from mlxkv.errors import InputError, PresetError
-from mlxkv.presets import method_preset
+from mlxkv.errors import InputError, PresetError, suggest
+from mlxkv.presets import method_preset, preset_names, presets_of
 from mlxkv.version import __version__
 
 
@@ -51,6 +51,7 @@ def calibrate(
         "model_fingerprint": samples.origin.fingerprint,
         **config.to_dict(),
         **method.facts(streams),
+        **samples.facts,
         "calibration_tokens": samples.tokens,
         "calibration_files": len(files),
     }
@@ -80,6 +81,8 @@ def codec_config(preset: str) -> CodecConfig:
     >>> codec_config("kvtc-16").compression_ratio
     16.0
     """
+    if preset not in preset_names("methods"):
+        raise PresetError(f"no preset {preset[:80]!r} of a codec", suggest(preset, presets_of(codec_methods.names())))
     named = method_preset(preset)
     if (method := codec_methods.find(named.method)) is None:
         raise PresetError(f"{preset!r} is of the live method {named.method}: it takes no calibration; use --cache")

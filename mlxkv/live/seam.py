@@ -12,12 +12,13 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxkv.config import Config
-from mlxkv.errors import InputError, PresetError
+from mlxkv.errors import InputError, PresetError, suggest
 from mlxkv.live.base import LayerCache, cache_class_of, live_methods
 from mlxkv.live.group import CacheGroup
 from mlxkv.models import cache_spec
-from mlxkv.presets import method_preset, preset_names
+from mlxkv.presets import method_preset, preset_names, presets_of
 
+_LISTING = "mlxkv presets --all"
 _ATTENTION = "scaled_dot_product_attention"
 
 
@@ -179,16 +180,21 @@ def _named_method(name: str) -> tuple[type[LayerCache], Config]:
     """Return the class and the settings of a preset, or of the live method of that name."""
     if name not in preset_names("methods"):
         if (found := live_methods.find(name)) is None:
-            known = ", ".join(sorted({*preset_names("methods"), *live_methods.names()}))
-            raise PresetError(f"no preset or live method {name!r}; there are {known}")
+            raise PresetError(f"no preset or live method {name[:80]!r}", suggest(name, _live_names(), _LISTING))
         return found, found.config_class()
     preset = method_preset(name)
     if (found := live_methods.find(preset.method)) is None:
         raise PresetError(
-            f"preset {name!r} is of method {preset.method!r}, which is not a live method: those are "
-            f"{', '.join(live_methods.names())}"
+            f"preset {name!r} is of method {preset.method!r}, which is not a live method",
+            suggest(preset.method, _live_names(), _LISTING),
         )
     return found, preset.config(found.config_class)
+
+
+def _live_names() -> list[str]:
+    """Return what `make_cache` takes: presets of live methods, and the methods themselves."""
+    methods = live_methods.names()
+    return [*methods, *presets_of(methods)]
 
 
 def attach(model: Any) -> None:

@@ -60,7 +60,7 @@ def test_method_settings_survive_a_round_trip(name):
 
 
 def test_an_unknown_preset_lists_the_known_ones():
-    with pytest.raises(PresetError, match=r"no preset 'lfm3'.*gpt2.*qwen3"):
+    with pytest.raises(PresetError, match=r"no preset 'lfm3'.*did you mean lfm2.*gpt2.*qwen3"):
         presets.model_preset("lfm3")
 
 
@@ -96,7 +96,7 @@ def test_bad_values_and_bad_toml_fail(preset_folder):
     for load, name, reason in (
         (used, "a", "preset 'a': compression_ratio must be .*not -1.0"),
         (presets.method_preset, "b", "not valid TOML"),
-        (live_config, "c", "preset 'c' is of method 'nothing', which is not a live method: those are full"),
+        (live_config, "c", "preset 'c' is of method 'nothing', which is not a live method"),
         (live_config, "d", "preset 'd' is of method 'plan', which is not a live method"),
         (live_config, "e", "preset 'e': recent must be 0 or more"),
     ):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxkv.config import Config
-from mlxkv.errors import FormatError, InputError
+from mlxkv.errors import FormatError, InputError, suggest
 from mlxkv.evaluate import answer_scores as scores
 from mlxkv.evaluate.evaluation import EvalSample, Evaluation, Record, evaluations, option
 from mlxkv.evaluate.variants import Variant, generate_answer, iter_variants, split_tokens
@@ -93,7 +93,9 @@ class LongBenchOptions(Config):
         super().__post_init__()
         unknown = [name for name in self.tasks if name not in TASKS]
         if unknown or not self.tasks:
-            raise InputError(f"unknown LongBench tasks {', '.join(unknown) or '(none)'}; known: {', '.join(TASKS)}")
+            raise InputError(
+                f"unknown LongBench tasks {', '.join(unknown) or '(none)'}", suggest((unknown or [""])[0], TASKS)
+            )
 
 
 @evaluations.register("longbench")

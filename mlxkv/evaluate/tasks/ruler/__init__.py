@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxkv.config import Config
-from mlxkv.errors import InputError
+from mlxkv.errors import InputError, suggest
 from mlxkv.evaluate.evaluation import EvalSample, Evaluation, Record, evaluations, option
 from mlxkv.evaluate.sources import Sources
 from mlxkv.evaluate.tasks.ruler.niah import NeedleInHaystack
@@ -61,7 +61,9 @@ class RulerOptions(Config):
             raise InputError("rows are asked as they are: essays, squad and hotpotqa are for rows that are made here")
         unknown = [name for name in self.tasks if name not in TASKS]
         if unknown or not self.tasks:
-            raise InputError(f"unknown RULER tasks {', '.join(unknown) or '(none)'}; known: {', '.join(TASKS)}")
+            raise InputError(
+                f"unknown RULER tasks {', '.join(unknown) or '(none)'}", suggest((unknown or [""])[0], TASKS)
+            )
 
 
 @evaluations.register("ruler")

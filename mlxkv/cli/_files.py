@@ -1,0 +1,64 @@
+"""What a file is, by its first bytes: so that one of another kind is named, and not called damaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlxkv.errors import FormatError, InputError
+
+DUMP, COMPRESSED, LIVE, PROMPT = "a dump (.npz)", "a compressed cache", "a saved live cache", "a .safetensors file"
+_ADVICE = {
+    DUMP: "mlxkv compress makes a compressed file of it, mlxkv generate goes on from it",
+    COMPRESSED: "mlxkv decompress makes a dump of it, mlxkv generate goes on from it",
+    LIVE: "mlxkv generate goes on from it",
+    PROMPT: "mlxkv generate goes on from a prompt cache of mlx-lm",
+}
+_OURS = (".npz", ".mlxkv", ".safetensors")  # of a file with such a name, strange bytes are damage
+
+
+def kind_of(path: Path) -> str:
+    """Return what a file is.
+
+    Raises InputError for a file of something else, FormatError for one that is damaged at its beginning.
+    """
+    from mlxkv.io.container import MAGIC
+    from mlxkv.io.inputs import open_input
+
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, not a file", "mlxkv inspect describes a folder of artifacts")
+    with open_input(path) as file:
+        start = file.read(512)
+    if start.startswith(MAGIC):
+        return LIVE if _is_live(path) else COMPRESSED
+    if start.startswith(b"PK\x03\x04"):
+        return DUMP
+    if start[8:9] == b"{" and not any(start[5:8]):  # a length of eight bytes, then JSON
+        return PROMPT
+    if not start or (path.suffix in _OURS and not _is_text(start)):
+        what = "is empty" if not start else f"begins with {start[:8]!r}, as no {path.suffix} file does"
+        raise FormatError(f"{path} {what}: it is damaged", "take another copy, or make it again")
+    looks = "it looks like text" if _is_text(start) else f"it begins with {start[:8]!r}"
+    raise InputError(
+        f"{path} is no file of mlxkv: {looks}",
+        "files of mlxkv are dumps (.npz), compressed caches, saved live caches and folders of artifacts",
+    )
+
+
+def check_kind(path: Path, expected: str) -> None:
+    """Raise InputError for a file of another kind than a command takes."""
+    if (found := kind_of(path)) != expected:
+        raise InputError(f"{path} is {found}, and {expected} is needed here", _ADVICE[found])
+
+
+def _is_live(path: Path) -> bool:
+    from mlxkv.io.container import Reader
+
+    with Reader(path) as reader:
+        return reader.header.get("kind") == "live cache"
+
+
+def _is_text(start: bytes) -> bool:
+    """Return whether bytes are UTF-8 without control characters; the last character may be cut."""
+    text = start.decode("utf-8", "replace")
+    odd = [char for char in text[:-1] if char == "\ufffd" or not (char.isprintable() or char.isspace())]
+    return bool(text) and not odd

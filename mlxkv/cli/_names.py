@@ -1,0 +1,65 @@
+"""Options that take a name, with completion: of models, of presets and of live methods."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def model_names() -> list[str]:
+    """Return names of models that need no hub."""
+    from mlxkv.bundled import miniatures, smollm2
+
+    return [smollm2.NAME, *miniatures.names()]
+
+
+def live_names() -> list[str]:
+    """Return what --cache takes: presets of live methods, and those methods themselves."""
+    from mlxkv.live.base import live_methods
+    from mlxkv.presets import presets_of
+
+    methods = live_methods.names()
+    return sorted({*methods, *presets_of(methods)})
+
+
+def codec_names() -> list[str]:
+    """Return what --method takes: presets of codecs."""
+    from mlxkv.presets import preset_names
+
+    return sorted({*preset_names("methods")} - {*live_names()})
+
+
+def family_names() -> list[str]:
+    """Return what --preset takes: presets of model families."""
+    from mlxkv.presets import preset_names
+
+    return preset_names("models")
+
+
+def preset_and_method_names() -> list[str]:
+    """Return all names that mlxkv presets explains."""
+    return [*family_names(), *codec_names(), *live_names()]
+
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="Local mlx-lm directory, hub id, or smollm2-135m.",
+        show_default=False,
+        autocompletion=model_names,
+    ),
+]
+Cache = Annotated[
+    str | None,
+    typer.Option(help="Or start in this live cache: a preset or method.", autocompletion=live_names),
+]
+Method = Annotated[
+    str | None,
+    typer.Option(help="A method preset, such as kvtc-16 or kvtc-rd, in place of a ratio.", autocompletion=codec_names),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="Check the model against this model preset.", autocompletion=family_names),
+]
