@@ -17,6 +17,12 @@ from mlxkv.io.npz import read_npz
 from mlxkv.spec import STREAMS, CacheSpec, is_int
 
 DUMP_VERSION = 1
+# NumPy's types of what other layers keep, by MLX's names; NumPy has no bfloat16, and float32 holds it exactly.
+STATE_TYPES = {
+    **{name: np.dtype(name) for name in ("float16", "float32", "bool")},
+    **{f"{sign}int{bits}": np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)},
+    "bfloat16": np.dtype("float32"),
+}
 _STATE, _SENSITIVITY = "state.", "sensitivity."
 _SENSITIVITY_KEYS = {*STREAMS, *(f"{name}.energy" for name in STREAMS)}
 
@@ -37,15 +43,18 @@ class KVDump:
     model
         Name that the model was loaded by.
     fingerprint
-        `mlxkv.spec.fingerprint` of its weights; empty when unknown.
+        `mlxkv.identity.fingerprint` of its weights; empty when unknown.
     dtype
         Type of the live cache: "bfloat16" has no NumPy type and is stored in a wider one.
     states
-        Arrays of layers that keep other state (convolutions), keyed "layer.index".
+        Arrays of layers that keep other state (convolutions, recurrences), keyed "layer.index"; bfloat16 as float32.
     sensitivity
         Result of `mlxkv.sensitivity.sensitivity` for this text or its beginning; empty where it was not computed.
     start
         Position of the first token; above 0 only in a part of a decompressed cache.
+    state_types
+        MLX's type of each of the `states`, such as "bfloat16"; empty in files of before it, whose states have the live
+        cache's type.
 
     Raises
     ------
@@ -73,6 +82,7 @@ class KVDump:
     states: dict[str, np.ndarray] = field(default_factory=dict)
     sensitivity: dict[str, np.ndarray] = field(default_factory=dict)
     start: int = 0
+    state_types: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         batch, length = self.tokens.shape if self.tokens.ndim == 2 else (0, 0)
@@ -89,6 +99,9 @@ class KVDump:
                 found = self.sensitivity[key].shape if key in self.sensitivity else None
                 if self.sensitivity and found != needed:
                     raise MismatchError(f"the sensitivity of {key} has shape {found}; its description says {needed}")
+        held = {key: STATE_TYPES.get(name) for key, name in self.state_types.items()}
+        if held and held != {key: array.dtype for key, array in self.states.items()}:
+            raise MismatchError(f"the states are not of the types {str(self.state_types)[:200]}")
 
     def stream(self, name: str) -> np.ndarray:
         """Return one stream's array.
@@ -143,6 +156,7 @@ def write_dump(path: str | Path, dump: KVDump) -> None:
         "dtype": dump.dtype,
         "spec": dump.spec.to_json(),
         "start": dump.start,
+        "state_types": dump.state_types,
     }
     arrays: dict[str, Any] = {_STATE + key: value for key, value in dump.states.items()}
     arrays |= {_SENSITIVITY + key: value for key, value in dump.sensitivity.items()}
@@ -197,7 +211,36 @@ def read_dump(path: str | Path) -> KVDump:
         raise FormatError(f"{path}: its sensitivity is not finite float32 of k, v and their energies")
     if not is_int(start := meta.get("start", 0)):
         raise FormatError(f"{path}: its first token is at position {start!r}")
-    return KVDump(k, v, spec, tokens, model, fingerprint, dtype, _with_prefix(arrays, _STATE), sensitivity, start)
+    states, types = _with_prefix(arrays, _STATE), read_state_types(meta, str(path))
+    if wrong := [array.dtype for array in states.values() if array.dtype not in STATE_TYPES.values()]:
+        raise FormatError(f"{path}: no layer keeps a state of {wrong[0]}")
+    return KVDump(k, v, spec, tokens, model, fingerprint, dtype, states, sensitivity, start, types)
+
+
+def read_state_types(meta: Mapping[str, Any], name: str) -> dict[str, str]:
+    """Return the types of other layers' states that a file's description names.
+
+    Parameters
+    ----------
+    meta
+        The description, from any source.
+    name
+        Name of the file for messages.
+
+    Returns
+    -------
+    dict[str, str]
+        Names of `STATE_TYPES` by state; empty where the file, of an earlier version, names none.
+
+    Raises
+    ------
+    FormatError
+        For anything else.
+    """
+    types = meta.get("state_types", {})
+    if not isinstance(types, dict) or not all(isinstance(kind, str) and kind in STATE_TYPES for kind in types.values()):
+        raise FormatError(f"{name}: {str(types)[:80]} are no types of states")
+    return types
 
 
 def _with_prefix(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -18,11 +18,12 @@ from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 
 from mlxkv import _deprecated
 from mlxkv.bundled import miniatures, smollm2
-from mlxkv.dump import KVDump
-from mlxkv.errors import InputError, MismatchError, MlxkvError, ModelNotFoundError, UnsupportedError
+from mlxkv.dump import STATE_TYPES, KVDump
+from mlxkv.errors import InputError, MismatchError, MlxkvError, ModelNotFoundError, UnsupportedError, suggest
+from mlxkv.identity import fingerprint as fingerprint
+from mlxkv.identity import same_model
 from mlxkv.models import cache_spec
 from mlxkv.spec import CacheSpec
-from mlxkv.spec import fingerprint as fingerprint
 
 PREFILL_CHUNK = 256
 CACHE_DTYPES = ("float16", "bfloat16", "float32")
@@ -52,8 +53,10 @@ def load(name: str) -> tuple[Any, Any]:
         path = miniatures.model_path(name)
     looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if not path.exists() and not looks_like_hub_id:
+        near = suggest(name, [smollm2.NAME, *miniatures.names()]).partition("? ")
         raise ModelNotFoundError(
-            f"no model directory {name!r}; give a local path, a hub id such as org/name, or {smollm2.NAME}"
+            f"no model directory {name[:200]!r}",
+            f"{''.join(near[:2]) if near[1] else ''}give a local path, a hub id such as org/name, or {smollm2.NAME}",
         )
     try:
         model, tokenizer = mlx_lm_load(str(path))[:2]
@@ -216,7 +219,7 @@ def extract_cache(cache: list[Any], spec: CacheSpec, tokens: Sequence[Sequence[i
     model
         Name that the model was loaded by.
     fingerprint
-        `mlxkv.spec.fingerprint` of its weights.
+        `mlxkv.identity.fingerprint` of its weights.
     dtype
         Type of the arrays: "float16", "float32", or "auto" for float16 when that loses nothing and float32 otherwise.
 
@@ -241,19 +244,29 @@ def extract_cache(cache: list[Any], spec: CacheSpec, tokens: Sequence[Sequence[i
         if entry.offset != token_array.shape[1]:
             raise MismatchError(f"layer {index} holds {entry.offset} tokens, but {token_array.shape[1]} were given")
     pairs = [entry.keys_and_values() for entry in live]
-    source = str(pairs[0][0].dtype).removeprefix("mlx.core.")
+    source = _type_name(pairs[0][0])
     if spec.mode == "single_stream":
         pairs = [(mx.concatenate(pair, axis=-1), pair[1][..., :0]) for pair in pairs]
     store = _storage_type([array for pair in pairs for array in pair], dtype)
     k, v = (_stack([pair[i] for pair in pairs], store) for i in (0, 1))
-    states = {
-        f"{index}.{slot}": np.array(cast(mx.array, state).astype(mx.float32))
+    states: dict[str, mx.array] = {
+        f"{index}.{slot}": cast(mx.array, state)
         for index, entry in enumerate(cache)
         if isinstance(entry, ArraysCache)
         for slot, state in enumerate(entry.cache)
         if state is not None
     }
-    return KVDump(k, v, spec, token_array, model, fingerprint, source, states)
+    types = {key: _type_name(state) for key, state in states.items()}
+    if unknown := set(types.values()) - set(STATE_TYPES):
+        raise UnsupportedError(f"a layer keeps a state of {unknown.pop()}, which a dump cannot hold")
+    arrays = {
+        key: np.array(state.astype(mx.float32) if types[key] == "bfloat16" else state) for key, state in states.items()
+    }
+    return KVDump(k, v, spec, token_array, model, fingerprint, source, arrays, state_types=types)
+
+
+def _type_name(array: mx.array) -> str:
+    return str(array.dtype).removeprefix("mlx.core.")
 
 
 def _check_full_cache(cache: list[Any], spec: CacheSpec) -> None:
@@ -306,7 +319,7 @@ def restore(model: Any, dump: KVDump) -> list[Any]:
         When the dump comes from other weights or another geometry, or starts at a later position.
     """
     found, spec = fingerprint(model), cache_spec(model)
-    if dump.fingerprint and dump.fingerprint != found:
+    if dump.fingerprint and not same_model(dump.fingerprint, found):
         raise MismatchError(
             f"the cache was made by {dump.model or 'a model'} with fingerprint {dump.fingerprint}, this model is {found}"
         )
@@ -324,7 +337,9 @@ def restore(model: Any, dump: KVDump) -> list[Any]:
         for slot in range(len(entry.cache))
     }
     if expected != set(dump.states):
-        raise MismatchError(f"the dump and this model disagree about the states {sorted(expected ^ set(dump.states))}")
+        differing = str(sorted(expected ^ set(dump.states)))[:200]
+        raise MismatchError(f"the dump and this model disagree about the states {differing}")
+    _check_states(model, dump)
     kind = getattr(mx, dump.dtype)
     limit = mx.finfo(kind).max
     first_dim = spec.layers[spec.attention_layers[0]][0].dim  # type: ignore[index]
@@ -336,9 +351,25 @@ def restore(model: Any, dump: KVDump) -> list[Any]:
         cache[index].update_and_fetch(keys, values)
     for key, state in dump.states.items():
         layer, slot = key.split(".")
-        cache[int(layer)][int(slot)] = mx.array(state).astype(kind)
+        own = dump.state_types.get(key, dump.dtype)
+        cache[int(layer)][int(slot)] = mx.array(state).astype(getattr(mx, {"bool": "bool_"}.get(own, own)))
     mx.eval([entry.state for entry in cache])
     return cache
+
+
+def _check_states(model: Any, dump: KVDump) -> None:
+    """Compare a dump's states with those that the model makes of one token, of which only the shapes are computed."""
+    if not dump.states:
+        return
+    example = make_prompt_cache(model)
+    model(mx.zeros((1, 1), mx.int32), cache=example)
+    for key, state in dump.states.items():
+        layer, slot = key.split(".")
+        like = example[int(layer)][int(slot)]
+        needed = None if like is None else (dump.tokens.shape[0], *like.shape[1:])
+        alike = needed and np.issubdtype(state.dtype, np.floating) == mx.issubdtype(like.dtype, mx.floating)
+        if state.shape != needed or state.dtype not in STATE_TYPES.values() or not alike:
+            raise MismatchError(f"state {key} of the dump is {state.dtype} {state.shape}; this model has {needed}")
 
 
 def quantization(model: Any) -> str:

@@ -1,4 +1,4 @@
-"""Descriptions of a cache, outside any model: rotation, slots, layers, and the fingerprint of the weights that made it.
+"""Descriptions of a cache, outside any model: rotation, slots, layers.
 
 It depends neither on mlx-lm nor on files or codecs.
 """
@@ -9,13 +9,12 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
+from mlxkv import _deprecated
 from mlxkv.errors import FormatError, MismatchError, UnsupportedError
 
 MODES = ("dual_stream", "single_stream")
@@ -444,30 +443,6 @@ def check_rope(spec: CacheSpec, stated: Rope | Mapping[str, Any]) -> None:
             )
 
 
-def fingerprint(model: Any) -> str:
-    """Return a short name for a model's weights.
-
-    Parameters
-    ----------
-    model
-        A loaded mlx-lm model.
-
-    Returns
-    -------
-    str
-        Sixteen hexadecimal digits: BLAKE2b of every parameter's name, shape and first 64 values. Equal for float16 or
-        bfloat16 weights and the same weights widened to float32.
-    """
-    digest = blake2b(digest_size=8)
-    parameters = cast(dict[str, mx.array], tree_flatten(model.parameters(), destination={}))
-    for name, value in sorted(parameters.items()):
-        head = value.reshape(-1)[:64]
-        if mx.issubdtype(head.dtype, mx.floating):
-            head = head.astype(mx.float32)
-        digest.update(f"{name} {value.shape} ".encode() + np.array(head).tobytes())
-    return digest.hexdigest()
-
-
 def is_int(value: object, least: int = 0, most: int | None = None) -> bool:
     """Check whether a value is an int, and not a bool, in a range.
 
@@ -491,3 +466,6 @@ def is_int(value: object, least: int = 0, most: int | None = None) -> bool:
     (True, False, False, False, False)
     """
     return type(value) is int and value >= least and (most is None or value <= most)
+
+
+__getattr__ = _deprecated.renamed(__name__, {"fingerprint": "identity:fingerprint"})

@@ -106,6 +106,7 @@ def tiny_config(name, **overrides):
 def tiny_model(name, *, seed=0, **overrides):
     """A random float32 model of this mlx-lm model_type; overrides replace entries of its config."""
     module = import_module(f"mlx_lm.models.{name}")
+    mx.random.seed(seed)  # biases keep a part of what the constructor draws
     model = module.Model(module.ModelArgs.from_dict(tiny_config(name, **overrides)))
     mx.random.seed(seed)
     model.update(tree_map(_random_like, model.parameters()))

@@ -42,7 +42,7 @@ def rotated(spec, k):
     return np.array(turned).reshape(k.shape)
 
 
-def toy_dump(spec=DUAL, length=300, batch=1, seed=0, dtype=np.float16, fingerprint="f00d", states=False):
+def toy_dump(spec=DUAL, length=300, batch=1, seed=0, dtype=np.float16, fingerprint="f00d.cafe", states=False):
     k = rotated(spec, stream_values(spec.stream("k"), batch, length, seed)).astype(dtype)
     v = stream_values(spec.stream("v"), batch, length, seed + 1000).astype(dtype)
     random = np.random.default_rng(seed)

@@ -15,6 +15,7 @@ from mlxkv.codec.methods.base import BlockCoder
 from mlxkv.codec.stages.rows import from_rows
 from mlxkv.dump import KVDump
 from mlxkv.errors import FormatError, InputError, MismatchError
+from mlxkv.identity import same_model
 from mlxkv.io.container import Reader, Section
 from mlxkv.io.inputs import check_decoded_size
 from mlxkv.spec import STREAMS, CacheSpec
@@ -346,7 +347,14 @@ def read_continued_layout(
         raise FormatError(f"{reader.name} has {tokens.dtype} tokens of shape {tokens.shape}: not those of its layout")
     if not np.array_equal(tokens, dump.tokens[:, : layout.length]):
         raise MismatchError(f"{reader.name} is of other tokens than those that the dump begins with")
+    meta = header_object(reader, "meta")
+    if not same_model(str(meta.get("fingerprint", "")), dump.fingerprint):
+        raise MismatchError(f"{reader.name} is of another model than the dump: compress the dump anew")
+    # States are written anew, so what the old ones were does not matter.
+    changing = {key: meta[key] for key in ("fingerprint", "state_types") if key in meta}
+    lasting = {key: value for key, value in header["meta"].items() if key != "state_types"}
     expected = {**header, "layout": {**header["layout"], "length": layout.length}, "raw": header_object(reader, "raw")}
+    expected["meta"] = {**lasting, **changing}
     if changed := [key for key in {**expected, **reader.header} if reader.header.get(key) != expected.get(key)]:
         shown = ", ".join(changed)[:200]
         raise MismatchError(f"{reader.name} was made with another {shown}: compress the dump anew")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,9 +12,12 @@ from mlxkv.codec.layout import BLOCK_ROWS
 from mlxkv.codec.stages.rows import to_rows
 from mlxkv.dump import KVDump, read_dump
 from mlxkv.errors import InputError, MismatchError
+from mlxkv.identity import same_model
 from mlxkv.spec import STREAMS, CacheSpec
 
 Progress = Callable[[str], None]
+# Of a file's tokens, held out from training: one in 16, of all files together about 512.
+_HELD_OUT_DIVISOR, _MAX_HELD_OUT = 16, 512
 
 
 class Origin(NamedTuple):
@@ -25,7 +28,7 @@ class Origin(NamedTuple):
     model
         Name that the model was loaded by.
     fingerprint
-        `mlxkv.spec.fingerprint` of its weights.
+        `mlxkv.identity.fingerprint` of its weights.
     spec
         Description of its cache.
     """
@@ -76,7 +79,11 @@ class Samples:
     origin
         Model of the first dump.
     tokens
-        Number of rows that `rows` returned last; 0 before its first call.
+        Number of tokens that `rows` read last, those held out included; 0 before its first call.
+    held_out, trained
+        Rows `[n, p]` by stream that `rows` left out, and as many of those that it returned; to measure with.
+    facts
+        Facts that training finds, for meta.json.
 
     Raises
     ------
@@ -93,9 +100,14 @@ class Samples:
         self.files, self.sinks, self.per_file, self.progress = files, sinks, per_file, progress
         self.origin = _origin(read_dump(files[0]))
         self.spec, self.tokens = self.origin.spec, 0
+        self.held_out: dict[str, np.ndarray] = {}
+        self.trained: dict[str, np.ndarray] = {}
+        self.facts: dict[str, Any] = {}
 
     def rows(self, name: str) -> np.ndarray:
-        """Return the rows of one stream from all dumps, with the rotation undone; sets `tokens` to their number.
+        """Return the rows of one stream from all dumps, with the rotation undone, but for those that are held out.
+
+        The last sixteenth of each file is held out, of many files less, so that it is at most about 512 tokens in all.
 
         Parameters
         ----------
@@ -105,7 +117,7 @@ class Samples:
         Returns
         -------
         np.ndarray
-            Rows `[tokens, p]` float32.
+            Rows `[N, p]` float32.
 
         Raises
         ------
@@ -114,15 +126,19 @@ class Samples:
         MismatchError
             For dumps of different models.
         """
-        rows = np.concatenate([self._rows_of_file(path, name) for path in self.files])
-        self.tokens = len(rows)
+        parts = [self._rows_of_file(path, name) for path in self.files]
+        self.tokens = sum(len(rows) for rows in parts)
         if self.tokens < 2:
             raise InputError(
                 f"{self.tokens} tokens are left after the first {self.sinks} of each file: dump longer texts"
             )
-        if not np.isfinite(rows).all():
+        if not all(np.isfinite(rows).all() for rows in parts):
             raise InputError(f"the dumps hold NaN or infinite values in {name}")
-        return rows
+        most = max(1, _MAX_HELD_OUT // len(parts))
+        ends = [len(rows) - min(most, len(rows) // _HELD_OUT_DIVISOR) for rows in parts]
+        self.held_out[name] = np.concatenate([rows[end:] for rows, end in zip(parts, ends)])
+        self.trained[name] = np.concatenate([rows[2 * end - len(rows) : end] for rows, end in zip(parts, ends)])
+        return np.concatenate([rows[:end] for rows, end in zip(parts, ends)])
 
     def _rows_of_file(self, path: str | Path, name: str) -> np.ndarray:
         """Return the evenly spaced rows of one file, made block by block so that no others stay in memory."""
@@ -203,7 +219,7 @@ class Samples:
         """
         dump, first = read_dump(path), self.origin
         origin = _origin(dump)
-        if (origin.spec, origin.fingerprint) != (first.spec, first.fingerprint):
+        if origin.spec != first.spec or not same_model(origin.fingerprint, first.fingerprint):
             raise MismatchError(
                 f"{path} was dumped from {origin.model} ({origin.fingerprint}),"
                 f" the first file from {first.model} ({first.fingerprint})"

@@ -20,8 +20,9 @@ from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.codec.layout import Layers
 from mlxkv.codec.unquantized import CACHE_SECTIONS
 from mlxkv.codec.writing import CacheEncoder, Progress
-from mlxkv.dump import KVDump
-from mlxkv.errors import FormatError, InputError, MismatchError
+from mlxkv.dump import KVDump, read_state_types
+from mlxkv.errors import FormatError, InputError, MismatchError, suggest
+from mlxkv.identity import same_model
 from mlxkv.io import container
 from mlxkv.io.container import Reader, Source
 from mlxkv.io.growing import appending
@@ -81,7 +82,7 @@ class CacheCodec:
         if not is_int(recent) or not is_int(sinks):
             raise InputError(f"recent and sinks must be 0 or more, got {recent} and {sinks}")
         if lossless not in CODINGS:
-            raise InputError(f"the lossless coding must be one of {', '.join(CODINGS)}, not {lossless!r}")
+            raise InputError(f"there is no lossless coding {str(lossless)[:80]!r}", suggest(lossless, CODINGS))
         if mode not in (None, artifacts.spec.mode):
             raise MismatchError(f"the artifacts are {artifacts.spec.mode}, not {mode}")
         if rope_cfg is not None:
@@ -139,7 +140,7 @@ class CacheCodec:
         meta
             JSON values to store in the header, unchanged.
         extras
-            Arrays of float16, float32 or int32 to store by name, unchanged. Names beginning with "k." or "v." are
+            Arrays of float16, float32, integers or bool to store by name, unchanged. Names beginning with "k." or "v." are
             reserved.
         progress
             Called with the number of tokens of each block that is done.
@@ -221,6 +222,10 @@ class CacheCodec:
         with appending(path) as append:
             with Reader(path) as reader:
                 old = reading.read_continued_layout(reader, self.artifacts, dump, header)
+                # The file is no surer of its model than the tokens that it already holds.
+                header["meta"]["fingerprint"] = min(
+                    str(reader.header["meta"].get("fingerprint", "")), dump.fingerprint, key=len
+                )
                 complete = old.complete_blocks
                 same_sinks = old.middle.start == layout.middle.start
                 kept = reading.first_sections(reader, self.artifacts, complete) if same_sinks else []
@@ -317,7 +322,9 @@ class CacheCodec:
         ids = extras.pop("tokens", None)
         if ids is None or ids.dtype != np.int32 or ids.shape[1:] != (length,):
             raise FormatError(f"{reader.name} holds no tokens: it was made by compress(), open it with decompress()")
+        types = read_state_types(meta, reader.name)
         states = {name.removeprefix("state."): array for name, array in extras.items() if name.startswith("state.")}
+        states = {key: unquantized.to_type(array, types.get(key), reader.name) for key, array in states.items()}
         return KVDump(
             arrays["k"],
             arrays["v"],
@@ -328,6 +335,7 @@ class CacheCodec:
             dtype=str(meta.get("dtype", "")),
             states=states if stop == length else {},
             start=start,
+            state_types=types if stop == length else {},
         )
 
     def fixed_bytes(self, dump: KVDump) -> int:
@@ -382,10 +390,10 @@ class CacheCodec:
             self.artifacts, self.coder, self.recent, self.sinks, self.lossless, self.quality, self.window_quality
         )
 
-    def _dump_metadata(self, dump: KVDump) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    def _dump_metadata(self, dump: KVDump) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Check that a dump fits the artifacts and return the arrays and facts stored with it."""
         expected = self.artifacts.meta.get("model_fingerprint", "")
-        if dump.fingerprint != expected:
+        if not same_model(dump.fingerprint, str(expected)):
             raise MismatchError(
                 f"the cache is of {dump.model} ({dump.fingerprint}), the artifacts of {self.artifacts.meta.get('model')} ({expected})"
             )
@@ -393,5 +401,7 @@ class CacheCodec:
             raise MismatchError("the cache's layers, heads or rotation differ from the artifacts'")
         if dump.start:
             raise InputError(f"the dump starts at token {dump.start}: compress a complete one")
-        meta = {"model": dump.model, "fingerprint": dump.fingerprint, "dtype": dump.dtype}
+        meta: dict[str, Any] = {"model": dump.model, "fingerprint": dump.fingerprint, "dtype": dump.dtype}
+        if dump.state_types:
+            meta["state_types"] = dump.state_types
         return {"tokens": dump.tokens, **{f"state.{key}": value for key, value in dump.states.items()}}, meta

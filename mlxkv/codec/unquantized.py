@@ -11,13 +11,15 @@ import math
 import mlx.core as mx
 import numpy as np
 
+from mlxkv.dump import STATE_TYPES
 from mlxkv.errors import FormatError, InputError
 from mlxkv.io.container import Reader
 from mlxkv.spec import is_int
 
 SINK_SECTIONS = ("k.sink", "v.sink")
 CACHE_SECTIONS = (*SINK_SECTIONS, "k.window", "v.window")
-_STORED_TYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "int32": "<i4"}
+_INTEGERS = {str(np.dtype(f"{sign}{size}")): f"<{sign}{size}" for sign in "iu" for size in (1, 2, 4, 8)}
+_STORED_TYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "bool": "<u1", **_INTEGERS}
 _MAX_AXES, _MAX_AXIS = 8, 2**48
 
 
@@ -45,12 +47,12 @@ def encode_array(array: np.ndarray) -> tuple[str, bytes]:
     Parameters
     ----------
     array
-        Array of float16, float32 or int32.
+        Array of float16, float32, integers or bool.
 
     Returns
     -------
     tuple[str, bytes]
-        The stored type ("float16", "bfloat16", "float32" or "int32") and the bytes.
+        The stored type, such as "float16" or "int32", and the bytes.
 
     Raises
     ------
@@ -62,10 +64,11 @@ def encode_array(array: np.ndarray) -> tuple[str, bytes]:
     >>> encode_array(np.array([0.5, 1.0], np.float32))
     ('float16', b'\x008\x00<')
     """
-    if array.dtype == np.int32:
-        return "int32", array.astype("<i4").tobytes()
+    name = str(array.dtype)
+    if name == "bool" or name in _INTEGERS:
+        return name, array.astype(_STORED_TYPES[name]).tobytes()
     if array.dtype not in (np.float16, np.float32):
-        raise InputError(f"only float16, float32 and int32 arrays can be stored, not {array.dtype}")
+        raise InputError(f"only float16, float32, integer and bool arrays can be stored, not {array.dtype}")
     with np.errstate(over="ignore"):
         half = array.astype(np.float16)
     if np.array_equal(half, array):
@@ -130,10 +133,41 @@ def read_array(reader: Reader, name: str) -> np.ndarray:
     flat = np.frombuffer(reader.read(name, size), dtype=_STORED_TYPES[kind])
     if kind == "bfloat16":
         flat = (flat.astype("<u4") << 16).view("<f4")
+    if kind == "bool":
+        flat = flat != 0
     try:
         return flat.reshape(shape)
     except (ValueError, OverflowError):  # no bytes at all, and one axis beyond NumPy's reach
         raise FormatError(f"{reader.name}: {name} has an impossible shape") from None
+
+
+def to_type(array: np.ndarray, kind: str | None, name: str) -> np.ndarray:
+    """Return a state as the type that it had before it was stored.
+
+    Parameters
+    ----------
+    array
+        The array, in the narrowest type that holds it.
+    kind
+        Its type, one of `mlxkv.dump.STATE_TYPES`; None where the file, of an earlier version, does not say.
+    name
+        Name of the file for messages.
+
+    Returns
+    -------
+    np.ndarray
+        The same values in that type.
+
+    Raises
+    ------
+    FormatError
+        When the type does not hold the values.
+    """
+    if kind is None:
+        return array
+    if not np.can_cast(array.dtype, STATE_TYPES[kind], "safe"):
+        raise FormatError(f"{name} stores a state of {kind} as {array.dtype}")
+    return array.astype(STATE_TYPES[kind], copy=False)
 
 
 def read_plain_array(reader: Reader, name: str) -> np.ndarray:

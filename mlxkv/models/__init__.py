@@ -110,7 +110,7 @@ def kv_slots(heads: int, dim: int, rope: Rope | None) -> tuple[Slot, Slot]:
 
 
 def head_dim(attention: Any) -> int:
-    """Return the width of one key head, from the key projection itself, plain or quantized.
+    """Return the width of one key head, from the key projection itself: plain, quantized, or within an adapter (LoRA, DoRA).
 
     Parameters
     ----------
@@ -121,8 +121,16 @@ def head_dim(attention: Any) -> int:
     -------
     int
         The width.
+
+    Raises
+    ------
+    UnsupportedError
+        For a projection without a weight.
     """
-    return attention.k_proj.weight.shape[0] // attention.n_kv_heads
+    for module in attention.k_proj.modules():  # the projection first, then what it wraps
+        if "weight" in module:
+            return module.weight.shape[0] // attention.n_kv_heads
+    raise UnsupportedError(f"{type(attention.k_proj).__name__} of the keys has no weight to read their width from")
 
 
 __getattr__ = _deprecated.renamed(__name__, {"keys_and_values": "kv_slots"})

@@ -225,7 +225,7 @@ def test_a_dump_comes_back_whole(either):
     assert again.tokens.dtype == np.int32
     assert again.states.keys() == {"0.0"}
     assert again.states["0.0"].tobytes() == dump.states["0.0"].tobytes()
-    assert (again.model, again.fingerprint, again.dtype) == ("a/toy", "f00d", "float16")
+    assert (again.model, again.fingerprint, again.dtype) == ("a/toy", "f00d.cafe", "float16")
     assert again.spec == dump.spec
     assert relative_error(again.k, dump.k) < 0.1
 
@@ -237,7 +237,7 @@ def test_a_container_without_tokens_is_no_dump(codec):
 
 def test_arrays_that_would_lose_bits_are_refused_as_extras(codec):
     dump = toy_dump()
-    for array in (dump.tokens.astype(np.int64), np.array([0.1]), np.array([True]), np.array(["text"])):
+    for array in (np.array([0.1]), np.array([1j]), np.array(["text"])):
         with pytest.raises(InputError, match=str(array.dtype)):
             codec.compress(*layers(dump), extras={"tokens": array})
 
