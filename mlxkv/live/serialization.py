@@ -16,6 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlxkv.config import Config
 from mlxkv.errors import ChecksumError, FormatError, InputError, MismatchError, MlxkvError
+from mlxkv.identity import fingerprint, same_model
 from mlxkv.io import container
 from mlxkv.io.atomic import atomic_write
 from mlxkv.io.container import Reader, encode_section
@@ -25,7 +26,7 @@ from mlxkv.live.base import LayerCache, check_consistent, live_methods
 from mlxkv.live.seam import CacheEntry, assemble_cache
 from mlxkv.live.trees import array_bytes, array_type, describe_state, read_array, rebuild_state
 from mlxkv.models import cache_spec
-from mlxkv.spec import fingerprint, is_int
+from mlxkv.spec import is_int
 from mlxkv.version import __version__
 
 KIND = "live cache"
@@ -119,7 +120,8 @@ def load_cache(path: str | Path, model: Any) -> list[CacheEntry]:
         header = reader.header
         if header.get("kind") != KIND:
             raise FormatError(f"{reader.name} is no saved live cache; it says {str(header.get('kind'))[:80]!r}")
-        if header.get("fingerprint") != fingerprint(model) or header.get("spec") != cache_spec(model).to_json():
+        stated = str(header.get("fingerprint", ""))
+        if not same_model(stated, fingerprint(model)) or header.get("spec") != cache_spec(model).to_json():
             raise MismatchError(f"{reader.name} was made with another model or other weights than this one")
         with _errors_as(FormatError, f"{reader.name} does not describe a live cache"):
             return _read_caches(reader, model)
@@ -248,7 +250,10 @@ def _to_state_type(entry: LayerCache, name: str, value: Any) -> Any:
         return value
     if not isinstance(value, tuple) or not all(isinstance(part, mx.array) for part in value):
         raise FormatError(f"{name} should be a tuple of arrays, not {str(value)[:40]!r}")
-    return entry.state_types[name](*value)
+    try:
+        return entry.state_types[name](*value)
+    except TypeError:
+        raise FormatError(f"{name} cannot have {len(value)} parts") from None
 
 
 @contextmanager
@@ -256,7 +261,7 @@ def _errors_as(kind: type[MlxkvError], what: str) -> Iterator[None]:
     """Name what was read or written in errors, and make errors of Python's own typed ones."""
     try:
         yield
-    except (ChecksumError, MismatchError):
+    except ChecksumError:
         raise
     except MlxkvError as error:
         raise kind(f"{what}: {error}") from error

@@ -109,12 +109,14 @@ def _rebuild_dict(content: list[Any], arrays: dict[int, mx.array]) -> dict[str, 
 
 def _rebuild_packed(parts: list[Any]) -> QuantizedArray:
     words, bias, scale, *numbers = parts
-    rotated = numbers[4:] == [True] and type(numbers.pop()) is bool
+    rotated = len(numbers) == 5 and numbers[4] is True
+    numbers = numbers[:4] if rotated else numbers
     if not all(isinstance(part, mx.array) and part.ndim >= 2 for part in (words, bias, scale)):
         raise FormatError("words, biases and scales of packed tokens must be arrays of two axes or more")
     if len(numbers) != 4 or not all(is_int(number, 1, _MAX_SIZE) for number in numbers):
         raise FormatError(f"packed tokens need bits, dims and tiles, not {str(numbers)[:80]}")
-    return QuantizedArray(words, bias, scale, *numbers, rotated=rotated)
+    bits, dim, tile_tokens, tile_dims = numbers
+    return QuantizedArray(words, bias, scale, bits, dim, tile_tokens, tile_dims, rotated)
 
 
 def array_type(array: mx.array) -> str:

@@ -98,17 +98,16 @@ class SketchAggregateCache(SketchingCache):
         return mx.pad(mx.log(self.merged.counts), [(0, 0), (0, 0), (0, self.kept - self.merged_entries)])
 
     def check_state(self) -> None:
-        """Check what every sketch method has, then the entries of evicted tokens."""
+        """Check the entries of evicted tokens, then what every sketch method has."""
+        if self.merged is not None:
+            shape = None, self.slots[0].heads, self.merged_entries
+            for name, slot in zip(("keys", "values"), self.slots):
+                check_array(getattr(self.merged, name), f"merged.{name}", (*shape, slot.dim))
+            check_array(self.merged.counts, "merged.counts", shape, mx.float32)
+            check_values(self.merged.counts, "merged.counts", 0, self.offset)
         super().check_state()
-        if self.merged is None:
-            return
-        if self.heavy is None:
+        if self.merged is not None and self.heavy is None:
             raise FormatError("there are merged entries, but no heavy tokens")
-        batch, heads = self.heavy.keys.shape[:2]
-        for name, slot in zip(("keys", "values"), self.slots):
-            check_array(getattr(self.merged, name), f"merged.{name}", (batch, heads, self.merged_entries, slot.dim))
-        check_array(self.merged.counts, "merged.counts", (batch, heads, self.merged_entries), mx.float32)
-        check_values(self.merged.counts, "merged.counts", 0, self.offset)
 
     def evict(self, tokens: KeysValues, indices: mx.array) -> None:
         """Merge the evicted tokens into the entries with the nearest keys."""
