@@ -10,7 +10,9 @@ import typer
 
 from mlxkv.cli._checks import check_out_file
 from mlxkv.cli._commands import commands
+from mlxkv.cli._files import DUMP, check_kind
 from mlxkv.cli._output import Artifacts, Json, print_record, progress_bar
+from mlxkv.cli._work import load_model, working
 
 if TYPE_CHECKING:
     from mlxkv.codec.session import CacheCodec
@@ -73,10 +75,13 @@ def compress_command(
     codec = CacheCodec(found, recent=recent, sinks=sinks, lossless=lossless, quality=quality, raw_window=raw_window)
     if given.keys() - {"quality"}:
         check_target(codec, *given.values())
-    dump = read_dump(npz)
+    check_kind(npz, DUMP)
+    with working(f"reading {npz}"):
+        dump = read_dump(npz)
     start = time.perf_counter()
     if append:
-        with progress_bar("appending", dump.length) as advance:
+        left = f"{out} is as it was, or the next command that opens it completes it"
+        with working("appending", left, spin=False), progress_bar("appending", dump.length) as advance:
             codec.append_dump(out, dump, advance)
     else:
         codec, blob = _compressed(codec, dump, given, model)
@@ -106,13 +111,14 @@ def _compressed(codec: CacheCodec, dump: KVDump, given: dict[str, Any], model: s
     from mlxkv import lm
     from mlxkv.errors import InputError
     from mlxkv.evaluate.targets import compress_to_bytes, quality_for_kl
+    from mlxkv.identity import same_model
 
     if model is not None:
         batch = dump.tokens.shape[0]
         if batch != 1:
             raise InputError(f"--target-kl needs a dump of one text, not a batch of {batch}")
-        loaded, _ = lm.load(model)
-        if lm.fingerprint(loaded) != dump.fingerprint:
+        loaded, _ = load_model(model)
+        if not same_model(lm.fingerprint(loaded), dump.fingerprint):
             raise InputError(f"--target-kl needs the model that made the dump, {dump.model}")
         with progress_bar("measuring divergence", 1):
             codec = codec.with_quality(quality_for_kl(codec, loaded, dump.tokens[0].tolist(), given["kl"]))
