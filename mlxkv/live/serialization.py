@@ -203,21 +203,18 @@ def _check_model(model: Any, caches: Sequence[Any]) -> None:
     spec = cache_spec(model)
     if len(caches) != len(spec.layers):
         raise MismatchError(f"there are {len(caches)} caches, but the model has {len(spec.layers)} layers")
-    for layer, entry in enumerate(caches):
-        if not isinstance(entry, LayerCache):
-            continue
+    live = {layer: entry for layer, entry in enumerate(caches) if isinstance(entry, LayerCache)}
+    for layer, entry in live.items():
         if entry.layer != layer:
             raise MismatchError(f"the cache of layer {entry.layer} stands at layer {layer}: keep make_cache's order")
-        if entry.spec != spec or (entry.group is not None and not _are_equal(entry.group.model(), model)):
-            raise MismatchError(
-                f"the cache of layer {layer} was made for another model than this one, or for one that is gone: save it with "
-                "the model that filled it"
-            )
-
-
-def _are_equal(made_for: Any, model: Any) -> bool:
-    """Return whether two models have the same weights; the first is None if it is gone, and cannot be compared."""
-    return made_for is model or (made_for is not None and fingerprint(made_for) == fingerprint(model))
+    made_for = {id(group): group.model() for entry in live.values() if (group := entry.group) is not None}
+    others = {id(other): other for other in made_for.values() if other is not model}.values()  # None for one that is gone
+    same = all(entry.spec == spec for entry in live.values())
+    if not same or any(other is None or fingerprint(other) != fingerprint(model) for other in others):
+        raise MismatchError(
+            "these caches were made for another model than this one, or for one that is gone: save them with the model that "
+            "filled them"
+        )
 
 
 def _check_batches(caches: Sequence[Any]) -> None:

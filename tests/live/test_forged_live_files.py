@@ -135,7 +135,8 @@ def whole(name):
 
 # Method and settings, then which array is changed how, then what the error names.
 ARRAYS = [
-    ("full", {}, whole("keys"), shorter, "keys"),
+    ("full", {}, whole("keys"), shorter, "values"),
+    ("full", {}, whole("values"), lambda x: np.tile(x, (1, 1, 2, 1)), "values"),
     ("int8", {}, first_part("tail"), shorter, "tail"),
     ("int4", {}, first_part("tail", 1), one_head, "tail.values"),
     ("kivi", {}, first_part("tail"), lambda x: x[..., :-1], "tail.keys"),

@@ -267,9 +267,9 @@ def shorter_plain_cache(model):
 OTHERS = []
 REFUSED = {
     swapped: (MismatchError, "the cache of layer 1 stands at layer 0"),
-    of_another_model: (MismatchError, "layer 0 was made for another model"),
-    other_kept_alive: (MismatchError, "layer 0 was made for another model"),
-    of_another_rotation: (MismatchError, "layer 0 was made for another model"),
+    of_another_model: (MismatchError, "made for another model"),
+    other_kept_alive: (MismatchError, "made for another model"),
+    of_another_rotation: (MismatchError, "made for another model"),
     too_few: (MismatchError, "1 caches, but the model has 2 layers"),
     of_unequal_lengths: (MismatchError, "97 and 100 tokens"),
     interrupted: (MismatchError, "interrupted"),

@@ -72,7 +72,9 @@ class FullCache(LayerCache):
         if self.keys is not None or self.values is not None:
             first, second = self.slots
             check_array(self.keys, "keys", (None, first.heads, None, first.dim))
-            check_array(self.values, "values", (None, second.heads, None, second.dim))
+            assert self.keys is not None
+            batch, _, allocated, _ = self.keys.shape
+            check_array(self.values, "values", (batch, second.heads, allocated, second.dim))
         super().check_state()
         check_kept(self, self.offset)
 
