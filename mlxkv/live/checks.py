@@ -124,11 +124,14 @@ def check_like(bucket: Any, name: str, like: Bucket) -> None:
     if not isinstance(bucket, tuple) or len(bucket) != 2 or not all(isinstance(x, QuantizedArray) for x in bucket):
         raise FormatError(f"{name} should be packed keys and values")
     for part, found, want in zip(("keys", "values"), bucket, like):
-        forms = [(x.bits, x.dim, x.tile_tokens, x.tile_dims, len(x.shape), x.shape[1]) for x in (found, want)]
+        forms = [
+            (x.bits, x.dim, x.tile_tokens, x.tile_dims, x.rotated, len(x.shape), x.shape[1]) for x in (found, want)
+        ]
         if forms[0] != forms[1]:
             raise FormatError(
                 f"{part} of {name} have {found.bits} bits in tiles of {found.tile_tokens} x {found.tile_dims} and shape "
-                f"{list(found.shape)}; this method packs {want.bits} bits, {want.tile_tokens} x {want.tile_dims}"
+                f"{list(found.shape)}, rotated {found.rotated}; this method packs {want.bits} bits, {want.tile_tokens} x "
+                f"{want.tile_dims}, rotated {want.rotated}"
             )
 
 
@@ -153,11 +156,11 @@ def check_fields(cache: Any) -> None:
         if name in cache.state_types:
             if value is not None:
                 _check_parts(cache, value, name)
-        elif plain is not None and type(value) is not type(plain):
+        elif plain is not None and type(value) is not type(plain) and not {type(value), type(plain)} <= {int, float}:
             raise FormatError(f"{name} should be {type(plain).__name__}, not {str(value)[:40]!r}")
         elif isinstance(value, float) and not math.isfinite(value):
             raise FormatError(f"{name} is {value}")
-        if not cache.offset and isinstance(value, mx.array | QuantizedArray) and not cache.buckets():
+        if plain is None and value is not None and not cache.offset and not cache.buckets():
             raise FormatError(f"{name} is there before the first token")
 
 

@@ -188,7 +188,7 @@ FIELDS = [
     ("h2o", "tokens", {"tuple": []}),
     ("mp-kvm", "centroids", {"tuple": [5, "much", None, {"list": []}]}),
     ("sketch-topk", "size_factor", 1e300),
-    ("sketch-topk", "size_factor", 1),
+    ("sketch-topk", "size_factor", True),
     ("sketch-topk", "size_factor", float("nan")),
     ("sketch-topk", "coverage", 0.5),
     ("sketch-topk", "counters", None),
