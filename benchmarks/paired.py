@@ -44,8 +44,12 @@ def compare(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def holm(ps: Sequence[float]) -> list[float]:
-    """Return p of several comparisons made at once, corrected as Holm does (https://www.jstor.org/stable/4615733)."""
+def holm(found: Sequence[float | None]) -> list[float]:
+    """Return p of several comparisons made at once, corrected as Holm does (https://www.jstor.org/stable/4615733).
+
+    A p that too few samples leave open, None, counts as 1.
+    """
+    ps = [1.0 if p is None else p for p in found]
     order = np.argsort(ps)
     steps = np.maximum.accumulate(np.array(ps)[order] * np.arange(len(ps), 0, -1))
     corrected = np.empty(len(ps))

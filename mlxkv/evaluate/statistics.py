@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 10_000
+SIGNIFICANT = 0.05  # p-values that cannot come down to this are not given
 MAX_EXACT_SAMPLES = 16  # samples up to which all sign flips are tried; above, RESAMPLES of them
 
 
@@ -30,7 +31,8 @@ def summarise(records: Sequence[dict[str, Any]], scores: Sequence[str]) -> list[
 
         - `<score>_deviation`, the standard deviation of the means of seeds, where there are several;
         - `<score>_change`, the mean difference from the first variant, `<score>_interval`, its 95 % bootstrap interval
-          over samples, and `<score>_p`, as `sign_flip_test` returns it; not for the first variant.
+          over samples, and `<score>_p`, as `sign_flip_test` returns it, or None where no differences of so few samples
+          could bring it down to 0.05; not for the first variant.
 
     Examples
     --------
@@ -68,7 +70,7 @@ def _row(
             differences = (values - np.array([record[score] for record in baseline], float)) * weights
             row[f"{score}_change"] = float(differences.mean())
             row[f"{score}_interval"] = bootstrap_interval(differences)
-            row[f"{score}_p"] = sign_flip_test(differences)
+            row[f"{score}_p"] = sign_flip_test(differences) if smallest_p(len(differences)) <= SIGNIFICANT else None
     return row
 
 
@@ -100,6 +102,27 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0) -> list[float]:
     """
     draws = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
     return np.quantile(values[draws].mean(axis=1), (0.025, 0.975)).tolist()
+
+
+def smallest_p(samples: int) -> float:
+    """Return the smallest p that `sign_flip_test` can give.
+
+    Parameters
+    ----------
+    samples
+        Number of differences; 1 or more.
+
+    Returns
+    -------
+    float
+        Above 0 to 1.
+
+    Examples
+    --------
+    >>> smallest_p(3), smallest_p(6)
+    (0.25, 0.03125)
+    """
+    return 2.0 ** (1 - min(samples, 1000))
 
 
 def sign_flip_test(differences: np.ndarray, seed: int = 0) -> float:

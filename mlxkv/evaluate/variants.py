@@ -12,7 +12,7 @@ import operator
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -274,7 +274,8 @@ def _elements(entry: Any, slots: Sequence[Slot] | None) -> int:
     if isinstance(entry, LayerCache | KVCache):
         return sum(entry.offset * slot.heads * slot.dim for slot in slots or ())
     rows = getattr(entry, "offset", None)
-    arrays = [array for _, array in tree_flatten(entry.state) if isinstance(array, mx.array)]
+    leaves = cast(list[tuple[str, Any]], tree_flatten(entry.state))
+    arrays = [array for _, array in leaves if isinstance(array, mx.array)]
     # A window that is not full yet has room for tokens that it has not seen.
     return sum(array[:, :, :rows].size if rows is not None and array.ndim == 4 else array.size for array in arrays)
 

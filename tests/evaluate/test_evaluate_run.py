@@ -324,7 +324,18 @@ def test_a_row_has_the_mean_the_deviation_of_seeds_and_the_change_from_the_first
     assert other["score_deviation"] == pytest.approx(0.5 / 2**0.5)  # of 0.25 and 0.75
     assert other["score_change"] == -0.5
     assert other["score_interval"][0] < -0.5 < other["score_interval"][1] <= 0
-    assert other["score_p"] == 0.25  # of 16 flips, no sign changes where nothing changed
+    assert other["score_p"] is None  # of so few samples none could be below 0.05
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 6, 8, 40])
+def test_a_p_is_given_only_where_it_could_show_something(count):
+    records = [record(variant, score) for variant, score in (("whole", 1), ("other", 0.5)) for _ in range(count)]
+    _, other = statistics.summarise(records, ("score",))
+    assert other["samples"] == count
+    if count < 6:
+        assert other["score_p"] is None
+    else:
+        assert other["score_p"] == pytest.approx(statistics.smallest_p(count) if count <= 16 else 1e-4, rel=0.01)
 
 
 def test_groups_count_alike_in_the_row_of_all_and_have_rows_of_their_own():
