@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test test-fast faults check lint types fmt docs bench clean
+.PHONY: demo test test-fast faults fuzz check lint types fmt docs bench clean
 
 demo: .venv/ready
 	$(BIN)/python -m benchmarks.demo
@@ -16,6 +16,10 @@ test-fast: .venv/ready
 
 faults: .venv/ready
 	$(PYTEST) -m faults
+
+FUZZ_MINUTES ?= 1
+fuzz: .venv/ready
+	FUZZ_MINUTES=$(FUZZ_MINUTES) $(PYTEST) tests/fuzz
 
 lint: .venv/ready
 	$(BIN)/ruff check .

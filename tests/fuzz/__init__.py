@@ -1,0 +1,1 @@
+"""Files damaged or forged at random: recipes (`strategies`), what they make (`formats`, `mutations`), limits (`guard`)."""

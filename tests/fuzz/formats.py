@@ -1,0 +1,444 @@
+"""Every format that mlxkv reads: how a recipe damages an intact example, with right checksums, and how it is then read."""
+
+import contextlib
+import io
+import json
+import shutil
+import tempfile
+import zipfile
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from conftest import tiny_model, tiny_tokens
+from forging import forge, header_of
+from synthetic import DUAL, LATENT, PLAIN, rd_artifacts, toy_artifacts, toy_dump, toy_sensitivity
+
+from fuzz.mutations import edit_array, edit_bytes, edit_json
+from mlxkv import lm, presets
+from mlxkv.cli import main
+from mlxkv.codec import artifacts as artifact_files
+from mlxkv.codec import writing
+from mlxkv.codec.artifacts import CalibrationArtifacts
+from mlxkv.codec.calibrate import calibrate
+from mlxkv.codec.methods.kvtc_weighted import KVTCWeightedConfig
+from mlxkv.codec.session import CacheCodec
+from mlxkv.dump import read_dump, write_dump
+from mlxkv.errors import MlxkvError
+from mlxkv.evaluate.journal import Journal
+from mlxkv.io import growing, lossless
+from mlxkv.io.container import digest
+from mlxkv.live.base import live_methods
+from mlxkv.live.seam import make_cache
+from mlxkv.live.serialization import load_cache, save_cache
+from mlxkv.spec import CacheSpec
+
+LENGTH, LONGER = 30, 40
+LIVE = {"int8": {}, "int4": {}, "kivi": {}, "full": {}, "h2o": {"heavy": 8, "recent": 8}}
+LIVE |= {"sliding-window": {"recent": 16}, "streaming-llm": {"recent": 16}, "random": {"tokens": 16, "recent": 4}}
+LIVE |= {"smartkv": {}, "sketch-topk": {"heavy": 8, "recent": 8}, "sketch-aggregate": {"heavy": 8, "recent": 8}}
+LIVE |= {"mp-kvm": {"centroids": 8, "recent": 8, "flush": 4}}
+CODECS = ("kvtc", "kvtc rans", "kvtc-weighted", "kvtc-rd", "kvtc-rd mla")
+
+
+@cache
+def room():
+    """A folder for examples, for as long as the process lives."""
+    found = tempfile.TemporaryDirectory()
+    return found, Path(found.name)
+
+
+def fresh(folder):
+    """The folder, emptied."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+def inspect(path):
+    """What the command prints of it goes nowhere; a typed error becomes an exit code."""
+    out = io.StringIO()
+    for words in (["inspect", str(path)], ["inspect", str(path), "--json"]):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            try:
+                main(words)
+            except SystemExit as error:
+                if error.code not in (None, 0, 2, 3, 4, 5):
+                    raise AssertionError(out.getvalue()[-2000:]) from error
+
+
+def by_kind(recipe, kind):
+    return [(one["part"], one["edit"]) for one in recipe["edits"] if one["kind"] == kind]
+
+
+# Codec
+
+
+@cache
+def codec(variant):
+    method, folder = variant.partition(" ")[0], room()[1] / variant
+    folder.mkdir()
+    spec = DUAL if method == "kvtc" else LATENT if variant.endswith("mla") else PLAIN
+    if method == "kvtc":
+        made = toy_artifacts(folder, spec, seeds=(0,))
+    elif method == "kvtc-rd":
+        made = rd_artifacts(folder, spec, seeds=(0,))
+    else:
+        dump = toy_dump(spec)
+        write_dump(folder / "a.npz", replace(dump, sensitivity=toy_sensitivity(dump)))
+        made = calibrate([folder / "a.npz"], KVTCWeightedConfig(4))
+    made.save(folder / "artifacts")
+    return CacheCodec(made, recent=5, sinks=2, lossless="rans" if "rans" in variant else "deflate")
+
+
+@contextlib.contextmanager
+def small_blocks():
+    """Writers make blocks of 8 rows, so that small files have several."""
+    before, writing.BLOCK_ROWS = writing.BLOCK_ROWS, 8
+    try:
+        yield
+    finally:
+        writing.BLOCK_ROWS = before
+
+
+@cache
+def longer_dump(variant):
+    return toy_dump(codec(variant).artifacts.spec, length=LONGER, states=True)
+
+
+@cache
+def codec_file(variant):
+    dump = longer_dump(variant)
+    short = replace(dump, k=dump.k[..., :LENGTH, :], v=dump.v[..., :LENGTH, :], tokens=dump.tokens[:, :LENGTH])
+    with small_blocks():
+        blob = codec(variant).compress_dump(short)
+    return blob, codec(variant).decompress_dump(blob)
+
+
+def sections_of(blob):
+    header, body = header_of(blob)
+    parts, position = [], 0
+    for row in header["sections"]:
+        parts.append(body[position : position + row[3]])
+        position += row[3]
+    return header, parts
+
+
+def signed(header, parts):
+    """A container of these sections, whose table says what is there."""
+    for row, part in zip(header["sections"], parts):
+        row[3:] = [len(part), digest(part).hex()]
+        if row[1] == "raw":
+            row[2] = len(part)
+    return forge(header, b"".join(parts))
+
+
+def damaged_container(blob, recipe):
+    """Sections edited as they are stored or before they are coded; then the header, with right checksums in any case."""
+    header, parts = sections_of(blob)
+    for part, edit in by_kind(recipe, "bytes"):
+        row = header["sections"][part % len(parts)]
+        place = part % len(parts)
+        if edit["value"] % 2:
+            parts[place] = edit_bytes(parts[place], edit)
+        else:
+            plain = edit_bytes(lossless.decode(row[1], parts[place], row[2]), edit)
+            parts[place], row[2] = lossless.encode(row[1], plain), len(plain)
+    signed_blob = signed(header, parts)
+    header, body = header_of(signed_blob)
+    for _, edit in by_kind(recipe, "json"):
+        header = edit_json(header, edit)
+    return forge(header, body)
+
+
+def container(recipe, folder):
+    """Compressed caches with right checksums."""
+    variant, path = recipe["variant"], folder / "a.mlxkv"
+    path.write_bytes(damaged_container(codec_file(variant)[0], recipe))
+    read_compressed(variant, codec(variant), path)
+
+
+def read_compressed(variant, reader, path):
+    inspect(path)
+    results = []
+    for call in (
+        lambda: reader.decompress_dump(path),
+        lambda: reader.decompress(path, tokens=(1, 9)),
+        lambda: append(reader, path, longer_dump(variant)),
+    ):
+        try:
+            results.append(call())
+        except MlxkvError as error:
+            results.append(error)
+    if isinstance(results[0], MlxkvError):
+        raise results[0]
+
+
+def append(reader, path, dump):
+    with small_blocks():
+        reader.append_dump(path, dump)
+    reader.decompress_dump(path)
+
+
+def damage(recipe, folder):
+    """Compressed caches whose bytes have changed under their checksums: refused, or read as what was written."""
+    variant, path = recipe["variant"], folder / "a.mlxkv"
+    blob, expected = codec_file(variant)
+    for _, edit in by_kind(recipe, "bytes"):
+        blob = edit_bytes(blob, edit)
+    path.write_bytes(blob)
+    inspect(path)
+    found = codec(variant).decompress_dump(path)
+    assert same(found, expected), "silently other values"
+
+
+def same(found, expected):
+    pairs = [(found.k, expected.k), (found.v, expected.v), (found.tokens, expected.tokens)]
+    pairs += [(found.states[key], expected.states[key]) for key in expected.states]
+    return all(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in pairs)
+
+
+# Artifacts
+
+
+def artifacts(recipe, folder):
+    """Calibration artifacts with right checksums and, where anything can be made of them, the right fingerprint."""
+    variant = recipe["variant"]
+    target = folder / "artifacts"
+    codec(variant)
+    shutil.copytree(room()[1] / variant / "artifacts", target)
+    meta = json.loads((target / "meta.json").read_text())
+    arrays, plans = sorted(target.glob("*.npy")), sorted(target.glob("*_plan.json"))
+    for part, edit in by_kind(recipe, "array"):
+        path = arrays[part % len(arrays)]
+        with contextlib.suppress(ValueError):  # one that was made unreadable before
+            path.write_bytes(edit_array(np.load(path), edit))
+    for part, edit in by_kind(recipe, "bytes"):
+        path = arrays[part % len(arrays)]
+        path.write_bytes(edit_bytes(path.read_bytes(), edit))
+    for part, edit in by_kind(recipe, "json"):
+        if plans and part % 3 == 0:
+            path = plans[part // 3 % len(plans)]
+            path.write_text(json.dumps(edit_json(json.loads(path.read_text()), edit)))
+        else:
+            meta = edit_json(meta, edit)
+    if isinstance(meta.get("checksums"), dict):
+        meta["checksums"] |= {path.name: digest(path.read_bytes()).hex() for path in (*arrays, *plans)}
+    with contextlib.suppress(MlxkvError):
+        meta["fingerprint"] = fingerprint_of(target, meta)
+    (target / "meta.json").write_text(json.dumps(meta))
+    inspect(target)
+    found = CalibrationArtifacts.from_dir(target)
+    header, body = header_of(codec_file(variant)[0])
+    path = folder / "a.mlxkv"
+    path.write_bytes(forge({**header, "artifacts": found.fingerprint, "method": found.method_name}, body))
+    read_compressed(variant, CacheCodec(found, recent=5, sinks=2), path)
+
+
+def fingerprint_of(target, meta):
+    """The fingerprint that artifacts have whatever is in them, as an attacker would make it."""
+    method = artifact_files._method(meta, str(target)).artifacts_class
+    k, v = (artifact_files._read_stream(method, target, name, meta.get("checksums") or {}) for name in "kv")
+    return CalibrationArtifacts(k, v, CacheSpec.from_json(meta.get("spec", {})), meta).fingerprint
+
+
+# Dumps
+
+
+@cache
+def model(name):
+    return tiny_model(name)
+
+
+@cache
+def dump_file(name):
+    path = room()[1] / f"{name}.npz"
+    taken = lm.dump(model(name), tiny_tokens(12), name=name)
+    write_dump(path, replace(taken, sensitivity=toy_sensitivity(taken)))
+    return path
+
+
+def npz(recipe, folder):
+    """Dumps whose members or bytes have changed; the zip's own checksums are right but for changed bytes."""
+    name, path = recipe["variant"], folder / "a.npz"
+    with zipfile.ZipFile(dump_file(name)) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    names = list(members)
+    for part, edit in by_kind(recipe, "array"):
+        chosen = names[part % len(names)]
+        with contextlib.suppress(ValueError):
+            members[chosen] = edit_array(np.load(io.BytesIO(members[chosen])), edit)
+    for _, edit in by_kind(recipe, "json"):
+        with contextlib.suppress(ValueError):
+            meta = edit_json(json.loads(str(np.load(io.BytesIO(members["meta.npy"])))), edit)
+            file = io.BytesIO()
+            np.save(file, np.array(json.dumps(meta)))
+            members["meta.npy"] = file.getvalue()
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, data in members.items():
+            archive.writestr(member, data)
+    for _, edit in by_kind(recipe, "bytes"):
+        path.write_bytes(edit_bytes(path.read_bytes(), edit))
+    inspect(path)
+    dump = read_dump(path)
+    caches = lm.restore(model(name), dump)
+    go_on(model(name), caches)
+
+
+def go_on(loaded, caches):
+    """Two tokens."""
+    for token in (3, 5):
+        mx.eval(loaded(mx.array([[token]]), cache=caches))
+
+
+# Live caches
+
+
+@cache
+def live_file(variant):
+    method, _, architecture = variant.partition(" ")
+    loaded = model(architecture or "llama")
+    path = room()[1] / f"{variant}.cache"
+    config = live_methods.get(method).config_class(**LIVE[method])
+    caches = make_cache(loaded, config)
+    for chunk in (tiny_tokens(40), tiny_tokens(90), [7]):
+        mx.eval(loaded(mx.array([chunk]), cache=caches))
+    save_cache(path, loaded, caches)
+    return path.read_bytes()
+
+
+def live(recipe, folder):
+    """Saved live caches with right checksums."""
+    variant, path = recipe["variant"], folder / "a.cache"
+    loaded = model(variant.partition(" ")[2] or "llama")
+    path.write_bytes(damaged_container(live_file(variant), recipe))
+    inspect(path)
+    go_on(loaded, load_cache(path, loaded))
+
+
+# Journals
+
+
+@cache
+def interrupted():
+    """A file, and the journal of an append that was interrupted before the file itself was written."""
+    path, kept = room()[1] / "j.mlxkv", growing._apply
+    path.write_bytes(codec_file("kvtc")[0])
+    growing._apply = lambda *_: False
+    try:
+        with small_blocks():
+            codec("kvtc").append_dump(path, longer_dump("kvtc"))
+    finally:
+        growing._apply = kept
+    return path.read_bytes(), path.with_name(".j.mlxkv.rest").read_bytes(), codec("kvtc").decompress_dump(path)
+
+
+def journal(recipe, folder):
+    """Journals of appends whose bytes have changed: the old file, the new one, or an error."""
+    blob, rest, new = interrupted()
+    for _, edit in by_kind(recipe, "bytes"):
+        rest = edit_bytes(rest, edit)
+    path = folder / "j.mlxkv"
+    path.write_bytes(blob)
+    path.with_name(".j.mlxkv.rest").write_bytes(rest)
+    inspect(path)
+    found = codec("kvtc").decompress_dump(path)
+    assert same(found, new) or same(found, codec_file("kvtc")[1]), "silently other values"
+    append(codec("kvtc"), path, longer_dump("kvtc"))
+    assert same(codec("kvtc").decompress_dump(path), new), "silently other values"
+
+
+@cache
+def eval_lines():
+    rows = [{"model": "m", "seeds": 1}]
+    rows += [{"sample": f"s {i}", "records": [{"variant": "full", "kl": 0.1 * i}]} for i in range(4)]
+    return rows
+
+
+def eval_journal(recipe, folder):
+    """Journals of evaluations."""
+    rows, path = eval_lines(), folder / "a.json.partial"
+    for part, edit in by_kind(recipe, "json"):
+        place = part % len(rows)
+        rows = [*rows[:place], edit_json([rows[place]], edit), *rows[place + 1 :]]
+        rows[place] = rows[place][0] if rows[place] else {}
+    data = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    for _, edit in by_kind(recipe, "bytes"):
+        data = edit_bytes(data, edit)
+    path.write_bytes(data)
+    with Journal(path, {"model": "m"}) as opened:
+        opened.begin({"seeds": 1})
+        opened.add("another", [{"variant": "full"}])
+
+
+# Presets
+
+
+@cache
+def preset_texts():
+    """Presets of methods and models as JSON trees, by kind and name."""
+    import tomllib
+
+    found = {}
+    for path in sorted(presets.resource_dir("presets").glob("*/*.toml")):
+        found[path.parent.name, path.stem] = tomllib.loads(path.read_text())
+    return found
+
+
+def toml_of(value):
+    """A value as TOML, which has no null and knows dates, so that some of them come out odd."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(str(key))} = {toml_of(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml_of, value)) + "]"
+    if isinstance(value, float):
+        return repr(value)
+    return "1979-05-27" if value is None else json.dumps(value)
+
+
+def preset(recipe, folder):
+    """Presets with other values, and broken TOML."""
+    kinds = sorted(preset_texts())
+    kind, name = kinds[recipe["edits"][0]["part"] % len(kinds)]
+    tree = preset_texts()[kind, name]
+    for _, edit in by_kind(recipe, "json"):
+        tree = edit_json(tree, edit)
+    text = "\n".join(f"{json.dumps(str(key))} = {toml_of(value)}" for key, value in tree.items()).encode(
+        "utf-8", "replace"
+    )
+    for _, edit in by_kind(recipe, "bytes"):
+        text = edit_bytes(text, edit)
+    for each in ("models", "methods"):
+        (folder / "presets" / each).mkdir(parents=True)
+    (folder / "presets" / kind / f"{name}.toml").write_bytes(text)
+    before, presets.resource_dir = presets.resource_dir, lambda _: folder / "presets"
+    try:
+        if kind == "models":
+            presets.model_preset(name).check(DUAL)
+            return
+        found = presets.method_preset(name)
+        method = live_methods.find(found.method)
+        if method is not None:
+            config = found.config(method.config_class)
+            go_on(model("llama"), make_cache(model("llama"), config))
+    finally:
+        presets.resource_dir = before
+
+
+FORMATS = {
+    "container": (container, CODECS, {}),
+    "damage": (damage, CODECS, {"json": False}),
+    "artifacts": (artifacts, CODECS, {"arrays": True}),
+    "npz": (npz, ("llama", "lfm2"), {"arrays": True}),
+    "live": (live, (*LIVE, "int8 lfm2", "kivi glm4_moe_lite", "mp-kvm glm4_moe_lite"), {}),
+    "journal": (journal, ("kvtc",), {"json": False}),
+    "eval journal": (eval_journal, ("eval",), {}),
+    "preset": (preset, ("toml",), {}),
+}
+
+
+def read(recipe, folder):
+    """Make what the recipe says, in the folder, and read it; raises what the reader raises."""
+    FORMATS[recipe["format"]][0](recipe, fresh(folder))
