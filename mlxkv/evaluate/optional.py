@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from mlxkv.errors import MlxkvError
-
-_CHECKOUT = Path(__file__).parents[2]
 
 
 def import_optional(name: str) -> Any:
@@ -32,9 +29,5 @@ def import_optional(name: str) -> Any:
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        # Of a checkout that is installed in place, by its path: pip has no other way to it.
-        package = _CHECKOUT if (_CHECKOUT / "pyproject.toml").is_file() else "mlxkv"
-        place = "-e " if package is _CHECKOUT else ""
-        raise MlxkvError(
-            f"no module {error.name}, which this evaluation needs", f"pip install {place}'{package}[eval]'"
-        ) from None
+        # Which pip takes as an extra of the mlxkv that is installed, from a checkout or not.
+        raise MlxkvError(f"no module {error.name}, which this evaluation needs", 'pip install "mlxkv[eval]"') from None

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 from conftest import run
@@ -125,3 +127,17 @@ def test_a_package_that_lies_in_the_current_folder_is_not_loaded(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, preexec_fn=default)
     assert done.returncode == 0
     assert not (tmp_path / "loaded").exists()
+
+
+def test_the_extra_for_evaluations_is_named_alike_everywhere(monkeypatch):
+    from mlxkv.errors import MlxkvError
+    from mlxkv.evaluate.optional import import_optional
+
+    with pytest.raises(MlxkvError) as raised:
+        import_optional("no_such_package")
+    assert raised.value.hint == 'pip install "mlxkv[eval]"'
+    root = Path(__file__).parents[2]
+    texts = [path.read_text() for path in (root / "README.md", *(root / "docs").glob("*.md"))]
+    assert {found for text in texts for found in re.findall(r'pip install [^`\n]*\[eval\]"?', text)} == {
+        raised.value.hint
+    }

@@ -12,7 +12,8 @@ from urllib.request import Request, urlopen
 
 import mlx.core as mx
 import pytest
-from mlx_lm import generate
+from conftest import tiny_model, tiny_tokens
+from mlx_lm import generate, server
 
 from mlxkv import lm
 from mlxkv.live.seam import make_cache
@@ -66,3 +67,20 @@ def test_the_server_answers_as_generate_does_and_takes_up_a_conversation(address
     again = completed(address, prompt + expected + " It")
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= len(prompt)
     assert len(again["choices"][0]["text"]) > 20
+
+
+def test_the_script_bounds_the_bytes_of_kept_conversations(monkeypatch):
+    for name in ("make_prompt_cache", "LRUPromptCache", "main"):
+        monkeypatch.setattr(server, name, getattr(server, name))
+    monkeypatch.setattr(server, "main", lambda: None)
+    exec(SCRIPT.replace("4_000_000_000", "20_000"), {})
+    kept = server.LRUPromptCache(10)  # as mlx-lm's main calls it: with the number of conversations alone
+    model = tiny_model("llama")
+    for seed in range(4):
+        cache, tokens = server.make_prompt_cache(model), tiny_tokens(60, seed=seed)
+        lm.prefill(model, tokens, cache)
+        kept.insert_cache("tiny", tokens, cache)
+    size = sum(layer.nbytes for layer in cache)
+    assert 0 < size < 20_000 < 4 * size
+    assert len(kept) == 20_000 // size
+    assert kept.nbytes <= 20_000
