@@ -121,18 +121,18 @@ def exchange(first: Path, second: Path) -> None:
 
 def _can_exchange(target: Path) -> bool:
     """Return whether folders beside a folder can be exchanged."""
-    made: list[Path] = []
+    made: list[tuple[Path, int]] = []
     try:
-        for _ in range(2):
-            made.append(temporary_path(target))
-            os.mkdir(made[-1])
-        exchange(*made)
+        made += [_new_folder(target)]
+        made += [_new_folder(target)]
+        exchange(made[0][0], made[1][0])
         return True
     except OSError:
         return False
     finally:
-        for path in made:
+        for path, folder in made:
             shutil.rmtree(path, ignore_errors=True)
+            os.close(folder)
 
 
 def _new_folder(target: Path) -> tuple[Path, int]:

@@ -22,7 +22,7 @@ from mlxkv.io.journal import Journal, State, open_journal, read_journal, state_o
 WRITER_WAIT = 60.0  # seconds that a writer waits for another one
 PENDING_WAIT = 10.0  # seconds that it waits for readers, to put an earlier append into the file
 APPLY_WAIT = 2.0  # and its own: if they take longer, the next writer does that
-_POLL_SECONDS = 0.01
+_POLL_SECONDS = 0.002
 
 
 class Append:

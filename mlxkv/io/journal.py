@@ -172,7 +172,7 @@ class _Joined(io.RawIOBase):
 
 
 def open_through_journal(path: str | Path, is_intact: Callable[[IO[bytes]], bool]) -> IO[bytes]:
-    """Open a file for reading as its last append left it, and keep writers from changing it until it is closed.
+    """Open a file for reading as its last append left it, and as it stays until it is closed, whoever writes it meanwhile.
 
     Parameters
     ----------
@@ -194,25 +194,36 @@ def open_through_journal(path: str | Path, is_intact: Callable[[IO[bytes]], bool
     for _ in range(_ATTEMPTS):
         data = open_input(path)
         try:
-            with suppress(OSError):  # where there are no locks, no one appends either
-                if not lock(data.fileno(), exclusive=False, wait=READER_WAIT):
-                    raise InputError(f"cannot read {path}: another process has been writing it for {READER_WAIT:g} s")
-            opened = open_journal(journal_path(path))
+            # What stays of a file is never written again, so who reads the rest from a journal needs no lock, and
+            # readers one after the other do not keep a writer waiting.
+            joined = _join(path, data, is_intact)
+            if joined is None:
+                with suppress(OSError):  # where there are no locks, no one appends either
+                    if not lock(data.fileno(), exclusive=False, wait=READER_WAIT):
+                        raise InputError(
+                            f"cannot read {path}: another process has been writing it for {READER_WAIT:g} s"
+                        )
+                joined = _join(path, data, is_intact)
             if is_at(data.fileno(), path):
-                journal = opened and read_journal(opened)
-                if journal and journal.fits(data, is_intact):
-                    return journal.joined(data)
-                if opened:
-                    opened.close()
                 data.seek(0)
-                return data
-            if opened:
-                opened.close()
+                return joined or data
         except BaseException:
             data.close()
             raise
-        data.close()
+        (joined or data).close()
     raise InputError(f"cannot read {path}: other files keep taking its place")
+
+
+def _join(path: str | Path, data: IO[bytes], is_intact: Callable[[IO[bytes]], bool]) -> IO[bytes] | None:
+    """Return an open file joined with its journal, or None where none belongs to it."""
+    opened = open_journal(journal_path(path))
+    if opened is None:
+        return None
+    journal = read_journal(opened)
+    if journal and journal.fits(data, is_intact):
+        return journal.joined(data)
+    opened.close()
+    return None
 
 
 def read_journal(file: IO[bytes]) -> Journal | None:
