@@ -395,7 +395,9 @@ class CacheCodec:
         expected = self.artifacts.meta.get("model_fingerprint", "")
         if not same_model(dump.fingerprint, str(expected)):
             raise MismatchError(
-                f"the cache is of {dump.model} ({dump.fingerprint}), the artifacts of {self.artifacts.meta.get('model')} ({expected})"
+                f"the cache is of {dump.model or 'a model'} ({dump.fingerprint}),"
+                f" the artifacts of {self.artifacts.meta.get('model') or 'a model'} ({expected})",
+                "calibrate on dumps of the model itself, with the same arguments and adapters",
             )
         if dump.spec != self.artifacts.spec:
             raise MismatchError("the cache's layers, heads or rotation differ from the artifacts'")
