@@ -32,12 +32,16 @@ def begin() -> None:
     _unfinished.clear()
 
 
+def promise(left: str) -> None:
+    """Say what an interruption from here on leaves behind, where `working` says nothing else."""
+    _unfinished.append(("", left))
+
+
 def interrupted() -> tuple[str, str]:
-    """Return what was interrupted, and what is left of it."""
-    if not _unfinished:
-        return "interrupted", "nothing was written"
-    left = next((left for _, left in reversed(_unfinished) if left), "nothing was written")
-    return f"interrupted while {_unfinished[-1][0]}", left
+    """Return what was interrupted, and what is left of it, if anything is to be said."""
+    left = next((left for _, left in reversed(_unfinished) if left), "")
+    what = next((what for what, _ in reversed(_unfinished) if what), "")
+    return f"interrupted while {what}" if what else "interrupted", left
 
 
 def load_model(name: str) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from mlxkv.cli._checks import check_out_file
 from mlxkv.cli._commands import commands
 from mlxkv.cli._files import DUMP, check_kind
 from mlxkv.cli._output import Artifacts, Json, print_record, progress_bar
-from mlxkv.cli._work import load_model, working
+from mlxkv.cli._work import load_model, promise, working
 
 if TYPE_CHECKING:
     from mlxkv.codec.session import CacheCodec
@@ -76,6 +76,7 @@ def compress_command(
     if given.keys() - {"quality"}:
         check_target(codec, *given.values())
     check_kind(npz, DUMP)
+    promise(f"{out} is as it was before" if append else f"{out} was not written")
     with working(f"reading {npz}"):
         dump = read_dump(npz)
     start = time.perf_counter()

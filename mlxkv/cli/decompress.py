@@ -13,7 +13,7 @@ from mlxkv.cli._checks import Limit, check_out_file, read_size
 from mlxkv.cli._commands import commands
 from mlxkv.cli._files import COMPRESSED, check_kind
 from mlxkv.cli._output import Artifacts, Json, print_record, progress_bar
-from mlxkv.cli._work import working
+from mlxkv.cli._work import promise, working
 
 
 @commands.register("decompress")
@@ -41,6 +41,7 @@ def decompress_command(
     check_out_file(out, source=file)
     check_kind(file, COMPRESSED)
     allowed = read_size(limit)
+    promise(f"{out} was not written")
     codec = CacheCodec(CalibrationArtifacts.from_dir(artifacts))
     with Reader(file) as reader:
         length = summary(reader)["tokens"]

@@ -11,7 +11,7 @@ from mlxkv.cli._checks import Dtype, check_out_file
 from mlxkv.cli._commands import commands
 from mlxkv.cli._names import Model, Preset
 from mlxkv.cli._output import Json, print_record, progress_bar
-from mlxkv.cli._work import load_model, working
+from mlxkv.cli._work import load_model, promise, working
 
 
 @commands.register("dump")
@@ -49,6 +49,7 @@ def dump_command(
     text = _prompt(prompt, prompt_file)
     checked = model_preset(preset) if preset else None
     check_out_file(out)
+    promise(f"{out} was not written")
     loaded, tokenizer = load_model(model)
     if checked:
         checked.check(cache_spec(loaded))
@@ -62,7 +63,7 @@ def dump_command(
         with progress_bar("measuring sensitivity", len(tokens)) as advance:
             start = lm.text_start(tokenizer)
             taken = replace(taken, sensitivity=measure(loaded, tokens, start=start, progress=advance))
-    with working(f"writing {out}", f"no part of {out} was written"):
+    with working(f"writing {out}"):
         write_dump(out, taken)
     facts = {
         "file": str(out),

@@ -92,7 +92,7 @@ def test_ctrl_c_says_what_was_being_done(monkeypatch, capsys):
         "error": "interrupted while loading some-model",
         "kind": "Interrupted",
         "code": 130,
-        "hint": "nothing was written",
+        "hint": None,
     }
 
 
@@ -105,6 +105,18 @@ def test_what_was_done_in_time_is_not_said_to_be_interrupted():
         raise KeyboardInterrupt
     assert _work.interrupted() == ("interrupted while counting", "b is as it was")
     _work.begin()
+
+
+def test_ctrl_c_says_what_is_left_of_a_file(monkeypatch, tmp_path, capsys):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlxkv.lm.load", stopped)
+    out = tmp_path / "x.npz"
+    assert run("dump", "--model", "some-model", "--prompt", "a", "--out", out) == 130
+    error = " ".join(capsys.readouterr().err.split())
+    assert error == f"error: interrupted while loading some-model {out} was not written"
+    assert not out.exists()
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import sys
 import time
 from functools import partial
 
+import mlx.core as mx
 import pytest
 from conftest import run
 
@@ -134,6 +135,26 @@ def test_samples_of_a_folder_that_has_changed_are_not_gone_on_with(model_dir, tm
     capsys.readouterr()
     assert run(*words) == 4
     assert "another files; remove it" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(("seeds", "shown"), [(1, False), (2, True)])
+def test_p_is_shown_where_it_can_say_something(seeds, shown, model_dir, capsys):
+    words = ["--lengths", "100", "--depths", "0.1,0.5,0.9", "--seeds", seeds, "--cache", "int8"]
+    assert run("eval", "needle", "--model", model_dir, *words) == 0
+    out, err = capsys.readouterr()
+    assert f"{3 * seeds} samples" in " ".join(out.split())
+    assert ("p: of a difference" in " ".join(out.split())) == shown
+    assert ("3 samples cannot show a difference at p < 0.05; 6 or more can" in err) != shown
+
+
+def test_the_untouched_caches_ratio_on_a_cpu_is_explained(model_dir, capsys):
+    words = ["--lengths", "100", "--depths", "0.5", "--cache", "int8"]
+    assert run("eval", "needle", "--model", model_dir, *words) == 0
+    out, err = capsys.readouterr()
+    whole = next(line for line in out.splitlines() if " whole " in line)
+    on_a_cpu = mx.default_device() == mx.cpu
+    assert (float(whole.split("│")[2].strip(" x")) <= 0.5) == on_a_cpu
+    assert ("on a CPU the untouched cache holds float32" in err) == on_a_cpu
 
 
 @pytest.mark.parametrize("words", [["--lengths", "a"], ["--depths", "0.5,x"]])
