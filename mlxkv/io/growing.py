@@ -113,6 +113,8 @@ def appending(path: str | Path) -> Iterator[Append]:
     try:
         append = Append(target, journal)
     except BaseException:
+        with suppress(OSError):
+            os.unlink(journal_path(target))
         journal.close()
         raise
     try:
