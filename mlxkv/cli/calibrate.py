@@ -12,9 +12,13 @@ from mlxkv.cli._commands import commands
 from mlxkv.cli._files import DUMP, check_kind
 from mlxkv.cli._names import Method, Preset
 from mlxkv.cli._output import Json, print_record, steps
+from mlxkv.cli._work import promise
 
 if TYPE_CHECKING:
     from mlxkv.codec.methods.base import CodecConfig
+
+
+_COUNTS = ("calibration_tokens", "calibration_tokens_needed", "predicted_heads", "saturated_gains")
 
 
 @commands.register("calibrate")
@@ -44,7 +48,7 @@ def calibrate_command(
     Example: mlxkv calibrate --npz a.npz b.npz --compression-ratio 16 --out artifacts
     """
     from mlxkv.codec.artifacts import check_artifacts_folder
-    from mlxkv.codec.calibrate import calibrate, codec_config
+    from mlxkv.codec.calibrate import calibrate, calibration_warning, codec_config
     from mlxkv.codec.methods.kvtc import KVTCConfig
     from mlxkv.dump import read_dump
     from mlxkv.errors import InputError
@@ -63,18 +67,27 @@ def calibrate_command(
     check_artifacts_folder(out, overwrite)
     if checked and files:
         checked.check(read_dump(files[0]).spec)  # calibrate() holds the other files against the first
+    promise(f"no artifacts were written to {out}")
     with steps("calibrating", 3 * len(files) + 5) as start:
         artifacts = calibrate(files, config, start)
     artifacts.save(out, overwrite)
+    meta = artifacts.meta
+    errors = {
+        f"{name}_{kind}": error
+        for kind in ("held_out_error", "trained_error")
+        for name, error in meta.get(kind, {}).items()
+    }
+    counts = {key: meta[key] for key in _COUNTS if key in meta}
     facts = {
         "folder": str(out),
         "method": artifacts.method_name,
         "artifact_bytes": artifacts.nbytes,
-        "calibration_tokens": artifacts.meta["calibration_tokens"],
-        **artifacts.explain(),
-        "fingerprint": artifacts.fingerprint,
+        **counts,
+        **errors,
     }
-    print_record(facts, json)
+    facts |= {**artifacts.explain(), "fingerprint": artifacts.fingerprint}
+    warning = calibration_warning(meta)
+    print_record(facts | ({"warning": warning} if warning else {}), json)
 
 
 def _with_given(config: CodecConfig, given: dict[str, Any]) -> CodecConfig:

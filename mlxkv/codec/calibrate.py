@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
 
 from mlxkv.codec.artifacts import CalibrationArtifacts
-from mlxkv.codec.methods.base import CodecConfig, CodecMethod, codec_methods
+from mlxkv.codec.methods.base import BlockCoder, CodecConfig, CodecMethod, codec_methods
 from mlxkv.codec.samples import Progress, Samples
 from mlxkv.errors import InputError, PresetError, suggest
 from mlxkv.presets import method_preset, preset_names, presets_of
@@ -31,7 +35,8 @@ def calibrate(
     Returns
     -------
     CalibrationArtifacts
-        The artifacts, to be saved and shared by all files of the model.
+        The artifacts, to be saved and shared by all files of the model. Their `meta` has what `measure_errors` found, and
+        `calibration_warning` says of it whether tokens were too few.
 
     Raises
     ------
@@ -52,10 +57,71 @@ def calibrate(
         **config.to_dict(),
         **method.facts(streams),
         **samples.facts,
+        **measure_errors(method.coder(streams), samples),
+        "calibration_tokens_needed": method.tokens_needed(streams, config),
         "calibration_tokens": samples.tokens,
         "calibration_files": len(files),
     }
     return CalibrationArtifacts(streams["k"], streams["v"], samples.spec, meta)
+
+
+def measure_errors(coder: BlockCoder, samples: Samples) -> dict[str, Any]:
+    """Code held-out tokens at the method's default quality, and as many that were trained on.
+
+    Parameters
+    ----------
+    coder
+        A coder with the artifacts that were learnt.
+    samples
+        What they were learnt from.
+
+    Returns
+    -------
+    dict
+        `held_out_error` and `trained_error`, by stream: squared errors relative to squared values. An error of held-out
+        tokens far above that of trained ones tells of too few texts. Empty where there are too few tokens to hold any out.
+    """
+    found = {}
+    for label, parts in (("held_out_error", samples.held_out), ("trained_error", samples.trained)):
+        rows = {name: mx.array(x) for name, x in parts.items() if x.size}
+        if rows:
+            count = len(next(iter(rows.values())))
+            back = coder.decode(coder.encode(rows, coder.default_quality), count, coder.default_quality)
+            found[label] = {name: _relative_error(x, back[name]) for name, x in rows.items()}
+    return found
+
+
+def _relative_error(rows: mx.array, back: mx.array) -> float:
+    """Return the squared error over the squared rows, rounded for reading."""
+    error, energy = (float(np.square(np.array(x), dtype=np.float64).sum()) for x in (rows - back, rows))
+    return float(f"{error / max(energy, 1e-300):.3g}")
+
+
+def calibration_warning(meta: Mapping[str, Any]) -> str | None:
+    """Say whether artifacts were learnt from too few tokens.
+
+    Parameters
+    ----------
+    meta
+        The artifacts' `meta`.
+
+    Returns
+    -------
+    str or None
+        The number of tokens found and needed; None where there are enough, and for artifacts that do not tell.
+
+    Examples
+    --------
+    >>> calibration_warning({"calibration_tokens": 992, "calibration_tokens_needed": 5760})[:57]
+    '992 tokens are few to learn 5,760 directions from: dump m'
+    """
+    found, needed = meta.get("calibration_tokens"), meta.get("calibration_tokens_needed")
+    if not (isinstance(found, int) and isinstance(needed, int) and found < needed):
+        return None
+    return (
+        f"{found:,} tokens are few to learn {needed:,} directions from: dump more or longer texts, at least {needed:,} tokens in"
+        " all, or files become larger and predictions from them less exact"
+    )
 
 
 def codec_config(preset: str) -> CodecConfig:

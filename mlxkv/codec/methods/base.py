@@ -286,6 +286,23 @@ class CodecMethod(ABC):
             For artifacts that do not belong together.
         """
 
+    def tokens_needed(self, streams: Mapping[str, StreamArtifacts], config: CodecConfig) -> int:
+        """Return how many tokens a calibration should have at least: one for each direction of rows that it learns.
+
+        Parameters
+        ----------
+        streams
+            Artifacts of "k" and "v".
+        config
+            Settings, of `config_class`.
+
+        Returns
+        -------
+        int
+            Tokens; the width of the wider stream for a method that does not know better.
+        """
+        return max(part.width for part in streams.values())
+
     @abstractmethod
     def facts(self, streams: Mapping[str, StreamArtifacts]) -> dict[str, Any]:
         """Return facts about artifacts to be stored in meta.json, in addition to the settings.

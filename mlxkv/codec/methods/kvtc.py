@@ -221,6 +221,11 @@ class KVTC(CodecMethod):
         """Return a `KVTCCoder`."""
         return KVTCCoder(checked_streams(KVTCStream, streams))
 
+    def tokens_needed(self, streams: Mapping[str, StreamArtifacts], config: CodecConfig) -> int:
+        """Return the number of components of the stream that has more of them."""
+        checked = checked_config(KVTCConfig, config)
+        return max(min(part.width, checked.components(part.width)) for part in streams.values())
+
     def facts(self, streams: Mapping[str, StreamArtifacts]) -> dict[str, Any]:
         """Return the plans' ranks."""
         return plan_ranks(checked_streams(KVTCStream, streams))

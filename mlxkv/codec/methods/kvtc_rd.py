@@ -32,6 +32,7 @@ from mlxkv.codec.samples import Samples
 from mlxkv.codec.stages import basis, entropy, weighting
 from mlxkv.codec.stages.basis import Basis
 from mlxkv.codec.stages.dead_zone import dequantize, quantize
+from mlxkv.codec.stages.shrinkage import covariance_share
 from mlxkv.config import integer
 from mlxkv.errors import FormatError, InputError
 from mlxkv.kernels import rans
@@ -301,7 +302,9 @@ class KVTCRD(CodecMethod):
             stored_weights = (unit * head_weights).astype(np.float16)
             fixed = mu.nbytes + stored_weights.nbytes + predictor.nbytes + 2 * 256 * entropy.CLASSES
             finest = step_size(BASIS_QUALITY, name) / np.sqrt(mu.size)
-            learnt = basis.learn_basis(rows, finest, budget and budget - fixed, config.seed)
+            share = covariance_share(rows, dim)
+            samples.facts[f"{name}_shrinkage"] = round(share, 4)
+            learnt = basis.learn_basis(rows, finest, budget and budget - fixed, config.seed, dim, share)
             samples.progress(f"tables of {name}")
             tables = _learn_tables(rows, learnt, name, config.seed)
             codes, scale, spread = learnt.codes, learnt.scale, learnt.spread

@@ -118,6 +118,11 @@ class KVTCWeighted(CodecMethod):
         """Return a `KVTCWeightedCoder`."""
         return KVTCWeightedCoder(checked_streams(KVTCWeightedStream, streams))
 
+    def tokens_needed(self, streams: Mapping[str, StreamArtifacts], config: CodecConfig) -> int:
+        """Return the number of components of the stream that has more of them."""
+        checked = checked_config(kvtc.KVTCConfig, config)
+        return max(min(part.width, checked.components(part.width)) for part in streams.values())
+
     def facts(self, streams: Mapping[str, StreamArtifacts]) -> dict[str, Any]:
         """Return the plans' ranks."""
         return kvtc.plan_ranks(checked_streams(KVTCWeightedStream, streams))

@@ -13,7 +13,8 @@ from functools import cached_property
 import mlx.core as mx
 import numpy as np
 
-from mlxkv.codec.stages.pca import principal_components
+from mlxkv.codec.stages import shrinkage
+from mlxkv.codec.stages.pca import components_of_centred, principal_components
 from mlxkv.errors import FormatError, InputError
 from mlxkv.io import lossless
 from mlxkv.io.inputs import FREE_BYTES, MAX_RATIO
@@ -160,7 +161,9 @@ class Basis:
         return coefficients @ self.matrix[: coefficients.shape[1]]
 
 
-def learn_basis(rows: np.ndarray, step: float, budget: int | None, seed: int) -> Basis:
+def learn_basis(
+    rows: np.ndarray, step: float, budget: int | None, seed: int, dim: int | None = None, share: float = 0.0
+) -> Basis:
     """Learn the basis of rows, which are centred in place.
 
     Parameters
@@ -173,6 +176,9 @@ def learn_basis(rows: np.ndarray, step: float, budget: int | None, seed: int) ->
         Most bytes of the basis; None for no bound.
     seed
         Seed of the principal components.
+    dim, share
+        Width of a head, and the share of the heads' own covariance in that of rows (`mlxkv.codec.stages.shrinkage`). With
+        no share, rows have no components beyond their own span.
 
     Returns
     -------
@@ -184,8 +190,15 @@ def learn_basis(rows: np.ndarray, step: float, budget: int | None, seed: int) ->
     InputError
         For a budget too small for one component.
     """
-    _, components = principal_components(rows, rows.shape[1], seed)
-    spread = np.sqrt(np.square(rows @ components, dtype=np.float64).mean(axis=0)).astype(np.float32)
+    if dim and share:
+        rows -= rows.mean(axis=0, dtype=np.float64).astype(np.float32)
+        weight = (1 - share) / len(rows)
+        rows = np.concatenate([rows, shrinkage.head_rows(rows, dim, share)])
+        components = components_of_centred(rows, min(rows.shape), seed)
+    else:
+        weight = 1 / len(rows)
+        _, components = principal_components(rows, rows.shape[1], seed)
+    spread = np.sqrt(np.square(rows @ components, dtype=np.float64).sum(axis=0) * weight).astype(np.float32)
     entries = components.T * spread[:, None]
     if budget is not None:
         step = _step_within_budget(entries, step, budget)

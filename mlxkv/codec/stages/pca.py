@@ -41,11 +41,30 @@ def principal_components(rows: np.ndarray, rank: int, seed: int = 0) -> tuple[np
     """
     mean = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
     rows -= mean
-    rank = max(1, min(rank, rows.shape[0] - 1, rows.shape[1]))
+    return mean, components_of_centred(rows, max(1, min(rank, rows.shape[0] - 1, rows.shape[1])), seed)
+
+
+def components_of_centred(rows: np.ndarray, rank: int, seed: int = 0) -> np.ndarray:
+    """Return the principal components of rows whose mean counts as zero.
+
+    Parameters
+    ----------
+    rows
+        Rows `[N, p]` float32.
+    rank
+        Number of components r, at most `min(N, p)`.
+    seed
+        Seed of the randomised method.
+
+    Returns
+    -------
+    np.ndarray
+        Orthonormal components `[p, r]`, strongest first.
+    """
     small = min(rows.shape)
     exact = small <= EXACT_SIDE or rank > EXACT_SHARE * small
     basis = _exact(rows, rank) if exact else _randomised(rows, rank, seed)
-    return mean, np.ascontiguousarray(basis * _signs(basis))
+    return np.ascontiguousarray(basis * _signs(basis))
 
 
 def _exact(rows: np.ndarray, rank: int) -> np.ndarray:

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxkv.codec.samples import Samples
+from mlxkv.codec.stages.shrinkage import shrink_fisher
 from mlxkv.errors import FormatError, InputError
 from mlxkv.spec import STREAMS
 
@@ -22,9 +23,10 @@ POWER = 0.6  # exponent on the matrix: 1 would trust it, 0 would ignore it
 TEMPER = 0.5  # exponent on the predicted energy: 1 would trust the prediction
 MAX_LOG_GAIN = 1.0  # gains lie within exp(-MAX_LOG_GAIN) .. exp(MAX_LOG_GAIN)
 # Settings of the regression that predicts attention.
-_RIDGE_PENALTY = 0.1  # per token
+_PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1)  # on slopes, per token; the one that predicts held-out tokens best is taken
+_FOLDS = 3  # of neighbouring tokens, each held out in turn
 _MIN_ENERGY = 1e-3  # added to energies, in units of a head's mean: keeps the logarithm bounded
-_NEWTON_ROUNDS = 15
+_NEWTON_ROUNDS, _WARM_ROUNDS = 15, 5  # from nothing, and from the solution for another penalty
 _MAX_STEP = 2.0  # largest step of Newton's method, in the logarithm of energy
 
 
@@ -50,6 +52,7 @@ def learn_weights(samples: Samples, predict_attention: bool = True) -> tuple[dic
         For dumps without a sensitivity, or one that is zero everywhere.
     """
     fisher, energies, keys = samples.sensitivity()
+    fisher = {name: shrink_fisher(part, energies[name]) for name, part in fisher.items()}
     streams = [samples.spec.stream(name) for name in STREAMS if samples.spec.stream(name).width]
     attention = np.zeros((0, 0), np.float32)
     if predict_attention and len(streams) == 2:
@@ -58,7 +61,10 @@ def learn_weights(samples: Samples, predict_attention: bool = True) -> tuple[dic
         relative = [energy / np.maximum(energy.mean(axis=0), 1e-30) for energy in energies.values()]
         attention = learn_attention_predictor(keys, (relative[0] + relative[1]) / 2)
         # Energy that the gains account for must not be counted again in the weights.
-        remaining = energies["v"] / attention_gains(keys, attention) ** 2
+        gains = attention_gains(keys, attention)
+        samples.facts["predicted_heads"] = int(attention[:, :-1].any(axis=1).sum())
+        samples.facts["saturated_gains"] = round(float((np.abs(np.log(gains)) >= MAX_LOG_GAIN - 1e-3).mean()), 4)
+        remaining = energies["v"] / gains**2
         share = remaining.mean(axis=0) / np.maximum(energies["v"].mean(axis=0), 1e-30)
         fisher["v"] = fisher["v"] * share[:, None, None]
     mean = float(np.mean([np.trace(fisher[s.name], axis1=1, axis2=2).mean() / s.dim for s in streams]))
@@ -112,24 +118,59 @@ def learn_attention_predictor(keys: np.ndarray, energy: np.ndarray) -> np.ndarra
     Notes
     -----
     Ridge-penalised gamma regression with a logarithmic link, solved by Newton's method for all heads at once (McCullagh and
-    Nelder, Generalized Linear Models, chapter 8).
+    Nelder, Generalized Linear Models, chapter 8). The penalty is chosen by cross-validation; slopes of a head whose held-out
+    tokens are not predicted better than by their mean are zero.
     """
     mean, spread = keys.mean(axis=0), keys.std(axis=0) + 1e-6
     x = np.concatenate([(keys - mean) / spread, np.ones((*keys.shape[:2], 1), np.float32)], axis=-1).swapaxes(0, 1)
     y = energy.T + np.float32(_MIN_ENERGY)
+    penalty, kept = _cross_validate(x, y)
     coefficients = np.zeros((x.shape[0], x.shape[2]), np.float32)
     coefficients[:, -1] = np.log(y.mean(axis=1))
-    penalty = _RIDGE_PENALTY * x.shape[1] * np.eye(x.shape[2], dtype=np.float32)
-    penalty[-1, -1] = 0
-    for _ in range(_NEWTON_ROUNDS):
-        ratio = y * np.exp(-np.clip(x @ coefficients[..., None], -30, 30)[..., 0])
-        gradient = ((1 - ratio)[:, None] @ x)[:, 0] + coefficients @ penalty
-        hessian = (x * np.maximum(ratio, 0.3)[..., None]).swapaxes(1, 2) @ x + penalty
-        change = np.linalg.solve(hessian, gradient[..., None])
-        coefficients -= change[..., 0] * np.minimum(1, _MAX_STEP / np.abs(x @ change).max(axis=1))
+    if kept.any():
+        coefficients[kept] = _fit(x[kept], y[kept], penalty, coefficients[kept], _NEWTON_ROUNDS)
     slopes = coefficients[:, :-1] / spread
     bias = coefficients[:, -1] - (slopes * mean).sum(axis=1)
     return (TEMPER / 2 * np.concatenate([slopes, bias[:, None]], axis=1)).astype(np.float32)
+
+
+def _fit(x: np.ndarray, y: np.ndarray, penalty: float, first: np.ndarray, rounds: int) -> np.ndarray:
+    """Return the coefficients `[n, D + 1]` of all heads' regressions, from those of a first guess."""
+    coefficients = first.copy()
+    ridge = penalty * x.shape[1] * np.eye(x.shape[2], dtype=np.float32)
+    ridge[-1, -1] = 0
+    for _ in range(rounds):
+        ratio = y * np.exp(-np.clip(x @ coefficients[..., None], -30, 30)[..., 0])
+        gradient = ((1 - ratio)[:, None] @ x)[:, 0] + coefficients @ ridge
+        hessian = (x * np.maximum(ratio, 0.3)[..., None]).swapaxes(1, 2) @ x + ridge
+        change = np.linalg.solve(hessian, gradient[..., None])
+        coefficients -= change[..., 0] * np.minimum(1, _MAX_STEP / np.abs(x @ change).max(axis=1))
+    return coefficients
+
+
+def _cross_validate(x: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
+    """Return the penalty whose predictions of held-out tokens are best, and the heads `[n]` where they beat the mean."""
+    tokens = x.shape[1]
+    loss, without = np.zeros((len(_PENALTIES), len(x))), np.zeros(len(x))
+    for held in np.array_split(np.arange(tokens), min(_FOLDS, tokens)):
+        others = np.setdiff1d(np.arange(tokens), held)
+        if not len(others):
+            return _PENALTIES[0], np.zeros(len(x), dtype=bool)
+        known, wanted = (x[:, others], y[:, others]), (x[:, held], y[:, held])
+        found = np.zeros((x.shape[0], x.shape[2]), np.float32)
+        found[:, -1] = np.log(known[1].mean(axis=1))
+        without += _gamma_loss(*wanted, found)
+        for index, penalty in enumerate(_PENALTIES):  # each from the solution of a stronger one
+            found = _fit(*known, penalty, found, _WARM_ROUNDS)
+            loss[index] += _gamma_loss(*wanted, found)
+    best = int(loss.sum(axis=1).argmin())
+    return _PENALTIES[best], loss[best] < without
+
+
+def _gamma_loss(x: np.ndarray, y: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+    """Return the summed loss `[n]` of each head's predictions under the gamma distribution."""
+    logs = np.clip((x @ coefficients[..., None])[..., 0], -30, 30)
+    return np.asarray((y * np.exp(-logs) + logs).sum(axis=1, dtype=np.float64))
 
 
 def attention_gains(keys: np.ndarray, attention: np.ndarray) -> np.ndarray:
