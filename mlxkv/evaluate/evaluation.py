@@ -6,9 +6,11 @@ Every file of mlxkv/evaluate/tasks/ is an evaluation.
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from mlxkv.config import Config
@@ -132,8 +134,8 @@ def option(default: Any, text: str, *, least: float | None = None) -> Any:
     Parameters
     ----------
     default
-        The default; `dataclasses.MISSING` for an option that has to be given. A tuple is given with commas on the
-        command line.
+        The default; `dataclasses.MISSING` for an option that has to be given. Values are of its type; with None or MISSING
+        they are a Path, or a number where there is a smallest one. A tuple is given with commas on the command line.
     text
         Help of the command line, without a capital at the start and a full stop at the end.
     least
@@ -147,7 +149,7 @@ def option(default: Any, text: str, *, least: float | None = None) -> Any:
     Raises
     ------
     InputError
-        When options are made with a smaller number, or with an empty tuple.
+        When options are made with a value of another type, with a smaller number, or with an empty tuple.
 
     Examples
     --------
@@ -160,9 +162,33 @@ def option(default: Any, text: str, *, least: float | None = None) -> Any:
     mlxkv.errors.InputError: length must be 1 or more, not 0
     """
 
+    items = default if isinstance(default, tuple) else (default,)
+    kind = int if least is not None else Path
+    if items and items[0] is not None and items[0] is not dataclasses.MISSING:
+        kind = type(items[0])
+    wanted = (
+        f"a tuple, each item {_NAMES.get(kind, kind.__name__)}"
+        if isinstance(default, tuple)
+        else _NAMES.get(kind, kind.__name__)
+    )
+
     def check(name: str, value: Any) -> None:
+        if default is None and value is None:
+            return
         numbers = value if isinstance(value, tuple) else (value,)
+        if isinstance(value, tuple) is not isinstance(default, tuple) or not all(_is_a(kind, item) for item in numbers):
+            raise InputError(f"{name} must be {wanted}, not {str(value)[:80]!r}")
         if least is not None and (not numbers or any(number < least for number in numbers)):
             raise InputError(f"{name} must be {least:g} or more, not {value}")
 
     return dataclasses.field(default=default, metadata={"help": text, "check": check})
+
+
+_NAMES: dict[type, str] = {int: "a whole number", float: "a finite number", str: "text", Path: "a Path", bool: "a bool"}
+
+
+def _is_a(kind: type, value: object) -> bool:
+    """Check the type of an option's value; whole numbers are numbers too, and a bool is neither."""
+    if kind is float:
+        return type(value) in (int, float) and -math.inf < value < math.inf  # type: ignore[operator]
+    return type(value) is kind if kind in (int, bool) else isinstance(value, kind)

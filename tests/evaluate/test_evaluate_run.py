@@ -3,7 +3,8 @@
 import json
 import os
 import resource
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -308,6 +309,23 @@ def test_fields_are_checked_with_what_was_given():
     for wrong in ((), (3, 0)):
         with pytest.raises(InputError, match="depths must be 1 or more, not"):
             Deep(depths=wrong)
+
+
+WRONG_VALUES = [True, "8", 2.5, None, b"8", [1], float("nan"), (True,), ("a", 3), (None,), object()]
+
+
+@pytest.mark.parametrize("name", evaluations.names())
+def test_an_option_of_another_type_is_refused_by_every_evaluation(name):
+    kind = evaluations.get(name).options_class
+    for field in fields(kind):
+        given = {f.name: Path(".") for f in fields(kind) if f.default is MISSING}
+        plain = field.default if isinstance(field.default, int | tuple) else None
+        for wrong in WRONG_VALUES:
+            if wrong is None and field.default is None:
+                continue
+            with pytest.raises(InputError, match=field.name):
+                kind(**(given | {field.name: wrong}))
+        assert getattr(kind(**(given | ({field.name: plain} if plain else {}))), field.name) in (plain, None, Path("."))
 
 
 def record(variant, score, group="", seed=0):
