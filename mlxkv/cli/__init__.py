@@ -92,13 +92,13 @@ def _run(words: list[str]) -> int:
             code = app(renamed, prog_name="mlxkv", standalone_mode=False) or 0
         if code != INTERRUPTED:  # which Typer makes of Ctrl-C
             return code
-        failure = failure_of(KeyboardInterrupt())
+        failure = failure_of(KeyboardInterrupt(), words)
     except UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.ctx.get_help())
             return error.exit_code
-        failure = failure_of(error)
+        failure = failure_of(error, words)
     except (MlxkvError, KeyboardInterrupt, typer.Abort) as error:
-        failure = failure_of(error)
+        failure = failure_of(error, words)
     failure.show(asks_for_json(app, words))
     return failure.code

@@ -36,29 +36,34 @@ class Failure:
             print(json.dumps({"error": self.error, "kind": self.kind, "code": self.code, "hint": self.hint or None}))
 
 
-def failure_of(error: BaseException) -> Failure:
+def failure_of(error: BaseException, words: list[str]) -> Failure:
     """Return what to say of an error of ours, of a wrong command line, or of an interruption."""
     if isinstance(error, MlxkvError):
         return Failure(error.message, type(error).__name__, error.exit_code, error.hint)
     if isinstance(error, UsageError):
-        return _usage(error)
+        return _usage(error, words)
     message, left = interrupted()
     return Failure(message, "Interrupted", INTERRUPTED, left)
 
 
-def _usage(error: Any) -> Failure:
+def _usage(error: Any, words: list[str]) -> Failure:
     """Return a mistake on the command line in plain words."""
-    command = error.ctx.command_path if error.ctx else "mlxkv"
+    asked = words[: 1 + (words[:1] == ["eval"])]
+    command = error.ctx.command_path if error.ctx else " ".join(["mlxkv", *asked])
     everything = f"{command} --help"
     option, message = getattr(error, "option_name", ""), error.message
     if type(error).__name__ == "NoSuchOption":
         known = {name for parameter in error.ctx.command.params for name in parameter.opts if name.startswith("--")}
-        return Failure(f"{command} has no option {option}", "Usage", 2, suggest(option, known, everything))
+        hint = suggest(option, known, everything)
+        if hasattr(error.ctx.command, "list_commands"):
+            hint = f"options of a command come after it; {everything} lists the commands"
+        return Failure(f"{command} has no option {option}", "Usage", 2, hint)
     if message.startswith("No such command"):
         name, group = message.split("'")[1], error.ctx.command
         known = set(group.list_commands(error.ctx))
         return Failure(f"{command} has no command {name!r}", "Usage", 2, suggest(name, known, everything))
     text = error.format_message().rstrip(".").replace("Value error, ", "")
+    text = text.replace("Got unexpected extra argument(s)", "there are more words than the command takes:")
     return Failure(text, "Usage", 2, f"{everything} explains it")
 
 

@@ -214,7 +214,9 @@ def _show(name: str, model: str, rows: list[dict[str, Any]], scores: tuple[str, 
     if 1 < samples < FEWEST_FOR_P:
         note(f"{samples} samples cannot show a difference at p < 0.05; {FEWEST_FOR_P} or more can")
     if "ratio" in rows[0] and mx.default_device() == mx.cpu:
-        note("ratios are against float16; on a CPU the untouched cache holds float32, twice as much")
+        note(
+            "ratios are against float16; on a CPU the untouched cache holds float32, and room for 256 tokens at a time"
+        )
 
 
 def _variants(

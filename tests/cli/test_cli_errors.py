@@ -72,6 +72,9 @@ def test_json_as_the_value_of_an_option_asks_for_no_json(tmp_path, capsys):
         (["comprss"], "did you mean compress"),
         (["eval", "fidelty"], "did you mean fidelity?"),
         (["compress"], "mlxkv compress --help explains it"),
+        (["compress", "--out"], "mlxkv compress --help explains it"),
+        (["--json", "inspect"], "options of a command come after it"),
+        (["inspect", "a", "b"], "more words than the command takes"),
     ],
 )
 def test_a_wrong_command_line_is_told_what_is_near(given, hint, capsys):
