@@ -235,7 +235,7 @@ class SaveCacheOverwrite(SaveCache):
 
 def toy(length):
     k, v = (stream_values(PLAIN.stream(name), 1, length, 0).astype(np.float16) for name in "kv")
-    return KVDump(k, v, PLAIN, np.arange(length, dtype=np.int32)[None], "a/toy", "f00d", "float16")
+    return KVDump(k, v, PLAIN, np.arange(length, dtype=np.int32)[None], "a/toy", "f00d.cafe", "float16")
 
 
 class Command(ContainerWrite):

@@ -43,6 +43,7 @@ def test_a_write_killed_at_any_operation_leaves_the_old_or_the_new_and_the_next_
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "darwin", reason="a forked process cannot use Metal")
 @pytest.mark.parametrize("names", [LIVE, COMMANDS], ids=["live caches", "commands"])
 def test_whole_commands_and_live_caches_keep_that_promise(tmp_path, names):
     for name, (operations, wrong) in killed(tmp_path, names).items():
