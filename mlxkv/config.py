@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from mlxkv.errors import InputError
+from mlxkv.errors import InputError, suggest
 from mlxkv.spec import is_int
 
 Check = Callable[[str, Any], None]
@@ -68,6 +68,29 @@ class Config:
         return {key: getattr(self, name) for name, key in self.stored_keys().items()}
 
     @classmethod
+    def from_saved(cls, data: Mapping[str, Any]) -> Self:
+        """Make settings from the header of a file; missing keys are settings that there were not when it was written.
+
+        Parameters
+        ----------
+        data
+            The output of `to_dict`, perhaps of an earlier version.
+
+        Returns
+        -------
+        Config
+            The settings that have the effect of the earlier version's.
+
+        Raises
+        ------
+        InputError
+            As `from_dict`.
+        """
+        fields = dataclasses.fields(cls)
+        absent = {field.metadata.get("key") or field.name: field.metadata.get("absent") for field in fields}
+        return cls.from_dict({**{key: value for key, value in absent.items() if value is not None}, **data})
+
+    @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Make settings from the output of `to_dict` or from a TOML preset; missing keys mean defaults.
 
@@ -116,7 +139,7 @@ class Config:
         keys = self.stored_keys()
         renamed = {key: name for name, key in keys.items() if key != name and key not in keys}
         if unknown := [name for name in changes if name not in keys and name not in renamed]:
-            raise InputError(f"unknown settings {', '.join(unknown)}; there are {', '.join(keys)}")
+            raise InputError(f"unknown settings {', '.join(unknown)}", suggest(unknown[0], keys))
         for old in changes.keys() & renamed.keys():
             if renamed[old] in changes:
                 raise InputError(f"{renamed[old]} is given twice, once by its old name {old}")
@@ -126,7 +149,9 @@ class Config:
         return dataclasses.replace(self, **{renamed.get(name, name): value for name, value in changes.items()})
 
 
-def integer(default: int | None, least: int = 0, *, most: int = MAX_INTEGER, key: str | None = None) -> Any:
+def integer(
+    default: int | None, least: int = 0, *, most: int = MAX_INTEGER, key: str | None = None, absent: int | None = None
+) -> Any:
     """Make a field for a whole number.
 
     Parameters
@@ -139,6 +164,8 @@ def integer(default: int | None, least: int = 0, *, most: int = MAX_INTEGER, key
         The largest number allowed.
     key
         The field's name in TOML presets and headers, where it is another one.
+    absent
+        Value in effect in files that were saved before there was this setting; None for the default.
 
     Returns
     -------
@@ -159,7 +186,7 @@ def integer(default: int | None, least: int = 0, *, most: int = MAX_INTEGER, key
         if value > most:
             raise InputError(f"{name} must be at most {most}, not {value}")
 
-    return dataclasses.field(default=default, metadata={"check": check, "key": key})
+    return dataclasses.field(default=default, metadata={"check": check, "key": key, "absent": absent})
 
 
 def number(
@@ -195,7 +222,8 @@ def number(
     def check(name: str, value: Any) -> None:
         if default is None and value is None:
             return
-        fits = type(value) in (int, float) and abs(value) <= sys.float_info.max  # comparing is safe for any int
+        # Comparing is safe for any int; MLX takes none beyond 64 bits, and a float has all up to 2^53.
+        fits = type(value) in (int, float) and abs(value) <= (2**53 if type(value) is int else sys.float_info.max)
         fits = fits and (above is None or value > above) and (least is None or value >= least)
         if not fits or (most is not None and value > most) or (below is not None and value >= below):
             raise InputError(f"{name} must be {allowed}, not {repr(value)[:80]}")
@@ -203,7 +231,7 @@ def number(
     return dataclasses.field(default=default, metadata={"check": check, "key": key})
 
 
-def choice(default: Any, options: Iterable[Any], *, key: str | None = None) -> Any:
+def choice(default: Any, options: Iterable[Any], *, key: str | None = None, absent: Any = None) -> Any:
     """Make a field for one of some values.
 
     Parameters
@@ -214,6 +242,8 @@ def choice(default: Any, options: Iterable[Any], *, key: str | None = None) -> A
         All values allowed; for a dict, its keys.
     key
         The field's name in TOML presets and headers, where it is another one.
+    absent
+        Value in effect in files that were saved before there was this setting; None for the default.
 
     Returns
     -------
@@ -231,7 +261,7 @@ def choice(default: Any, options: Iterable[Any], *, key: str | None = None) -> A
         if value not in known or type(value) is not type(known[known.index(value)]):
             raise InputError(f"{name} must be one of {', '.join(map(str, known))}, not {repr(value)[:80]}")
 
-    return dataclasses.field(default=default, metadata={"check": check, "key": key})
+    return dataclasses.field(default=default, metadata={"check": check, "key": key, "absent": absent})
 
 
 def _levels_to_caller() -> int:

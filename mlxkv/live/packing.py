@@ -1,4 +1,4 @@
-"""Base class of methods that quantize old tokens and keep the newest tokens unquantized."""
+"""Base class of methods that quantize old tokens and keep the first and the newest tokens unquantized."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ BLOCK = 64  # tokens packed at a time: few, so that the tail stays small, but en
 
 
 class PackingCache(LayerCache):
-    """Base class of methods that quantize old tokens and keep the newest unquantized, in a tail.
+    """Base class of methods that quantize old tokens and keep the first ones, sinks, and the newest unquantized.
 
-    While fewer than `recent + BLOCK` tokens have come, all are in the tail; after that the tail has at least `recent`
-    and fewer than `recent + BLOCK` tokens. Tokens leave it in blocks of BLOCK, so the stored values do not depend on
-    how the text was split into chunks. If `trim` removes part of a block, the rest of the block returns to the tail
-    with its quantized values. A method implements `pack`.
+    All tokens come into a tail and leave it in blocks as soon as `recent` tokens remain. So the tail has fewer than
+    `recent + block` tokens, and the stored values do not depend on how the text
+    was split into chunks. The sinks leave the tail with the first block, and stay unquantized. If `trim` removes part of a
+    block, the rest of the block returns to the tail with its quantized values. A method implements `pack`.
 
     Parameters
     ----------
@@ -42,20 +42,29 @@ class PackingCache(LayerCache):
     packed
         Keys and values of the quantized tokens, None while there are none.
     tail
-        The newest tokens.
+        The newest tokens; also the sinks, while no token is quantized.
+    first
+        The sinks, once tokens are quantized; None where there are none.
+    sinks
+        Number of first tokens that stay unquantized.
     recent
         Minimal number of tokens that stay in the tail.
+    block
+        Number of tokens that are packed at a time.
     """
 
-    state_fields = ("packed", "tail")
-    state_types: ClassVar = {"tail": KeysValues}
+    state_fields = ("packed", "tail", "first")
+    state_types: ClassVar = {"tail": KeysValues, "first": KeysValues}
     takes_tokens_back = True
+    sinks = 0
     recent = 0
+    block = BLOCK
 
     def __init__(self, config: Config, spec: CacheSpec, layer: int) -> None:
         super().__init__(config, spec, layer)
         self.packed: Bucket | None = None
         self.tail: KeysValues | None = None
+        self.first: KeysValues | None = None
 
     @abstractmethod
     def pack(self, keys: mx.array, values: mx.array) -> Bucket:
@@ -64,38 +73,49 @@ class PackingCache(LayerCache):
         Parameters
         ----------
         keys, values
-            `[B, Hkv, n * BLOCK, D]` and `[B, Hkv, n * BLOCK, Dv]`.
+            `[B, Hkv, n * block, D]` and `[B, Hkv, n * block, Dv]`.
 
         Returns
         -------
         Bucket
-            Quantized keys and values. The number of tokens per tile divides BLOCK.
+            Quantized keys and values. The number of tokens per tile divides `block`.
         """
 
     def buckets(self) -> list[Bucket]:
-        """Return the packed tokens, then the tail."""
-        packed = [] if self.packed is None else [self.packed]
-        return packed if self.tail is None else [*packed, self.tail.as_bucket()]
+        """Return the sinks, the packed tokens, then the tail."""
+        first, tail = ([] if part is None else [part.as_bucket()] for part in (self.first, self.tail))
+        return [*first, *([] if self.packed is None else [self.packed]), *tail]
 
     def check_state(self) -> None:
         """Check how the packed tokens are packed, then what every method has; no token may be missing."""
         if self.packed is not None:
-            block = (mx.zeros((1, slot.heads, BLOCK, slot.dim)) for slot in self.slots)
+            block = (mx.zeros((1, slot.heads, self.block, slot.dim)) for slot in self.slots)
             check_like(self.packed, "packed", self.pack(*block))
-            if token_count(self.packed) % BLOCK:
-                raise FormatError(f"{token_count(self.packed)} tokens are packed, which are no blocks of {BLOCK}")
+            count = token_count(self.packed)
+            if count % self.block:
+                raise FormatError(f"{count} tokens are packed, which are no blocks of {self.block}")
         super().check_state()
+        sinks = self.sinks if self.packed is not None else 0
+        if sinks != (self.first.tokens if self.first is not None else 0):
+            raise FormatError(f"first should have {sinks} tokens")
         check_kept(self, self.offset)
 
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
         """Append the chunk to the tail and pack the blocks that are old enough."""
         tail = append_chunk(self.tail, keys, values)
-        count = max(0, tail.tokens - self.recent) // BLOCK * BLOCK
-        if count:
-            block = self.pack(tail.keys[..., :count, :], tail.values[..., :count, :])
+        packed, start = token_count(self.packed), 0 if self.packed is not None else self.sinks
+        stop = start + self._in_blocks(packed + tail.tokens - start - self.recent) - packed
+        if stop > start:
+            block = self.pack(tail.keys[..., start:stop, :], tail.values[..., start:stop, :])
+            if start:
+                self.first = tail.copy_tokens(0, start)
             self.packed = block if self.packed is None else concat_buckets(self.packed, block)
-            tail = tail.copy_tokens(count)
+            tail = tail.copy_tokens(stop)
         self.tail = tail
+
+    def _in_blocks(self, count: int) -> int:
+        """Return how many of so many tokens after the sinks are in whole blocks."""
+        return max(0, count // self.block * self.block)
 
     def _only_appended_to(self, state: dict[str, Any]) -> bool:
         """Return whether no block was packed since."""
@@ -103,14 +123,17 @@ class PackingCache(LayerCache):
 
     def _trim(self, count: int) -> None:
         """Drop tokens from the tail, then whole blocks; unpack what remains of a trimmed block."""
-        left = self.kept - count
+        sinks = 0 if self.first is None else self.first.tokens
+        left = self.kept - count - sinks
         packed_tokens = token_count(self.packed)
         if self.packed is not None and left < packed_tokens:
             keys, values = self.packed
-            start = left // BLOCK * BLOCK
-            rest = copy_rows(keys, start, left), copy_rows(values, start, left)
-            self.tail = KeysValues(unpack(rest[0], keys.dtype), unpack(rest[1], values.dtype))
-            self.packed = copy_rows(keys, 0, start), copy_rows(values, 0, start)
+            start = self._in_blocks(left)
+            rest = (copy_rows(part, start, max(start, left)) for part in self.packed)
+            self.tail = KeysValues(*(unpack(part, part.dtype) for part in rest))
+            self.packed = (copy_rows(keys, 0, start), copy_rows(values, 0, start)) if start else None
+            if self.first is not None and self.packed is None:
+                self.tail, self.first = self.first.copy_tokens(0, min(sinks, sinks + left)).append(self.tail), None
         elif self.tail is not None:
             self.tail = self.tail.copy_tokens(0, left - packed_tokens)
 

@@ -9,6 +9,7 @@ from live_checks import METHODS, feed, lone_cache
 from mlx_lm.generate import generate_step, generation_stream
 
 from mlxkv.kernels import metal
+from mlxkv.kernels._rotation import rotation
 from mlxkv.kernels.decode_attention import TILE_FLOATS
 from mlxkv.live import live_config, make_cache
 from mlxkv.live.base import cache_class_of
@@ -56,6 +57,7 @@ def active():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bytes_at_2048_tokens_are_those_the_allocator_holds(method):
+    rotation(64)  # which all caches share
     before = active()
     cache = default_cache(method)
     for _ in range(4):

@@ -11,6 +11,7 @@ import pytest
 from conftest import tiny_model
 from live_checks import METHODS, feed, lone_cache, small, stored
 
+from mlxkv.kernels._rotation import rotation
 from mlxkv.live.arrays import iter_arrays
 from mlxkv.live.packing import BLOCK
 from mlxkv.live.seam import make_cache
@@ -35,24 +36,25 @@ def coded(x, bits, tokens, dims):
 
 
 class PlainPacking:
-    """All tokens `[H, T, D]`; the first `packed` of them went through codes."""
+    """All tokens `[H, T, D]`; `packed` of them, after the sinks, went through codes, rotated or not."""
 
-    def __init__(self, recent, key_tile, value_tile):
-        self.recent, self.tiles, self.packed = recent, (key_tile, value_tile), 0
+    def __init__(self, recent, key_tile, value_tile, *, sinks=0, block=BLOCK, rotated=False):
+        self.recent, self.tiles, self.packed, self.sinks, self.block = recent, (key_tile, value_tile), 0, sinks, block
+        self.rotation = np.array(rotation(16)) if rotated else np.eye(16, dtype=np.float32)
         self.slots = [np.zeros((2, 0, 16), np.float32)] * 2
 
     def append(self, keys, values, offset):
         self.slots = [np.concatenate(pair, axis=1) for pair in zip(self.slots, (keys, values))]
-        while self.slots[0].shape[1] - self.packed >= self.recent + BLOCK:
-            rows = slice(self.packed, self.packed + BLOCK)
+        while self.slots[0].shape[1] - self.sinks - self.packed >= self.recent + self.block:
+            rows = slice(self.sinks + self.packed, self.sinks + self.packed + self.block)
             for x, tile in zip(self.slots, self.tiles):
-                x[:, rows] = coded(x[:, rows], *tile)
-            self.packed += BLOCK
+                x[:, rows] = coded(x[:, rows] @ self.rotation, *tile) @ self.rotation.T
+            self.packed += self.block
 
     def trim(self, count):
         left = self.slots[0].shape[1] - count
         self.slots = [x[:, :left].astype(np.float16).astype(np.float32) for x in self.slots]
-        self.packed = min(self.packed, left // BLOCK * BLOCK)
+        self.packed = min(self.packed, max(0, left - self.sinks) // self.block * self.block)
 
 
 class PlainSelection:
@@ -85,8 +87,8 @@ def random_victims(tokens, sinks, recent, layer):
 PLAIN = {
     "full": lambda: PlainSelection(lambda count, offset: []),
     "int8": lambda: PlainPacking(0, (8, 1, 16), (8, 1, 16)),
-    "int4": lambda: PlainPacking(0, (4, 1, 16), (4, 1, 16)),
-    "kivi": lambda: PlainPacking(8, (2, 32, 1), (2, 1, 16)),
+    "int4": lambda: PlainPacking(0, (4, 60, 1), (4, 2, 16), sinks=2, block=60, rotated=True),
+    "kivi": lambda: PlainPacking(8, (2, 32, 1), (2, 1, 16), sinks=2, rotated=True),
     "streaming-llm": lambda: PlainSelection(window_victims(2, 20)),
     "sliding-window": lambda: PlainSelection(window_victims(0, 20)),
     "random": lambda: PlainSelection(random_victims(24, 2, 8, 0)),

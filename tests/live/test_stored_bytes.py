@@ -44,9 +44,12 @@ def layer_bytes(config, tokens, elements, heads, wide):
         return math.ceil(tokens / STEP) * STEP * elements * wide
     if method == "smartkv":
         return config.budget * 2 * elements * tokens
-    if method in ("int8", "int4", "kivi"):
+    if method == "int4":  # keys in groups of 60 tokens, values of 128 elements, half of the elements each
+        packed = max(0, tokens - config.sinks) // 60 * 60
+        return elements * (packed * (4 / 8 + (4 / 60 + 4 / 128) / 2) + 2 * (tokens - packed))
+    if method in ("int8", "kivi"):
         kivi = method == "kivi"
-        bits, group, newest = (config.bits, config.group, config.recent) if kivi else (int(method[3:]), 64, 0)
+        bits, group, newest = (config.bits, config.group, config.recent + config.sinks) if kivi else (8, 64, 0)
         packed = max(0, tokens - newest) // BLOCK * BLOCK
         return elements * (packed * (bits / 8 + 4 / group) + 2 * (tokens - packed))
     if method == "streaming-llm":

@@ -27,20 +27,28 @@ class KIVIConfig(Config):
         divides 64.
     recent
         Minimal number of newest tokens that stay unquantized.
+    sinks
+        Number of first tokens that stay unquantized.
+    rotate
+        Whether keys and values are quantized rotated; not in the paper.
     """
 
     bits: int = choice(2, CODE_BITS)
     group: int = choice(32, [size for size in range(1, BLOCK + 1) if BLOCK % size == 0])
-    recent: int = integer(128, key="residual")
+    recent: int = integer(124, key="residual")
+    sinks: int = integer(4, absent=0)
+    rotate: bool = choice(True, (True, False), absent=False)
 
 
 @live_methods.register("kivi")
 class KIVICache(PackingCache):
-    """KIVI: quantize keys by channel and values by token, and leave the newest tokens unquantized.
+    """KIVI: quantize keys by channel and values by token, and leave sinks and the newest tokens unquantized.
 
     A few channels (dims) of the keys have large values in all tokens. So keys are quantized by channel: each group of
     consecutive tokens in a channel has its own minimum and step. Values have no such channels. They are quantized by
     token: each group of dims in a token has its own minimum and step.
+
+    By default both are rotated before, by a fixed rotation that spreads large channels over all dims.
 
     Parameters
     ----------
@@ -53,11 +61,11 @@ class KIVICache(PackingCache):
 
     Notes
     -----
-    Paper: "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", https://arxiv.org/abs/2402.02750. It differs
-    in which tokens stay unquantized. Here keys and values are quantized together, 64 tokens at a time, so `recent` to
-    `recent + 63` tokens stay unquantized; in the paper up to `recent` keys and exactly `recent` values do. With
-    multi-head latent attention, which the paper does not treat, the latent (both key and value) is quantized by
-    channel, and k_pe by token.
+    Paper: "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", https://arxiv.org/abs/2402.02750. It neither
+    rotates nor keeps sinks: `rotate=False, sinks=0, recent=128`. Still it differs in which tokens stay unquantized. Here
+    keys and values are quantized together, 64 tokens at a time, so `recent` to `recent + 63` tokens stay unquantized; in
+    the paper up to `recent` keys and exactly `recent` values do. With multi-head latent attention, which the paper does
+    not treat, the latent (both key and value) is quantized by channel, and k_pe by token, as it is.
     """
 
     config_class = KIVIConfig
@@ -65,9 +73,11 @@ class KIVICache(PackingCache):
 
     def __init__(self, config: KIVIConfig, spec: CacheSpec, layer: int) -> None:
         super().__init__(config, spec, layer)
-        self.recent = config.recent
+        self.recent, self.sinks = config.recent, config.sinks
 
     def pack(self, keys: mx.array, values: mx.array) -> Bucket:
         """Quantize keys by channel and values by token."""
-        bits, group = self.config.bits, self.config.group
-        return pack(keys, bits, group, 1), pack(values, bits, 1, min(group, values.shape[-1]))
+        bits, group, rotated = self.config.bits, self.config.group, self.config.rotate
+        packed = pack(keys, bits, group, 1, rotated)
+        # With multi-head latent attention k_pe is unpacked for every token, so that rotating it back would cost most there.
+        return packed, pack(values, bits, 1, min(group, values.shape[-1]), rotated and not self.latent)
