@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from mlxkv.errors import WeakFingerprintWarning
 
-PIECE = 1 << 22  # values that are widened and hashed at a time
+PIECE = 1 << 22  # values that are widened at a time
 # Plain numbers of modules that change what the weights mean. Other attributes come and go with mlx-lm's versions.
 SETTINGS = {"lora_a": ("scale",), "scales": ("bits", "group_size", "mode"), "weight": ("eps",)}
 WEAK = (
@@ -49,14 +49,12 @@ def fingerprint(model: Any) -> str:
     mistakes, and no protection against forgery.
     """
     parameters = cast(dict[str, mx.array], tree_flatten(model.parameters(), destination={}))
-    names = sorted(parameters)
+    parameters = dict(sorted(parameters.items()))
     digest = xxhash.xxh3_128()
-    for name in names:
-        digest.update(f"{name} {list(parameters[name].shape)} ".encode())
-        for piece in _pieces(parameters[name]):
-            digest.update(piece)
+    for part in _all_values(parameters):
+        digest.update(part)
     digest.update(json.dumps([_plain(getattr(model, "args", None)), _settings(model)], sort_keys=True).encode())
-    return f"{_first_values({name: parameters[name] for name in names})}.{digest.hexdigest()}"
+    return f"{_first_values(parameters)}.{digest.hexdigest()}"
 
 
 def same_model(found: str, stated: str) -> bool:
@@ -101,14 +99,37 @@ def _first_values(parameters: Mapping[str, mx.array]) -> str:
     return digest.hexdigest()
 
 
-def _pieces(value: mx.array) -> Iterator[memoryview]:
-    """Yield an array's values in order: floats as float32, whatever they are kept in, and all others as they are."""
-    flat = value.reshape(-1)
-    mx.eval(flat)  # once: of a transposed array this is a copy
-    floating = mx.issubdtype(flat.dtype, mx.floating)
+def _all_values(parameters: Mapping[str, mx.array]) -> Iterator[bytes | memoryview]:
+    """Yield every parameter's name, shape and values: floats as float32, whatever they are kept in, others as they are."""
+    waiting: list[bytes | mx.array] = []
+    size = 0
+    for name, value in parameters.items():
+        waiting.append(f"{name} {list(value.shape)} ".encode())
+        for piece in _pieces(value.reshape(-1)):
+            waiting.append(piece)
+            size += piece.size
+            if size >= PIECE:
+                yield from _computed(waiting)
+                waiting, size = [], 0
+    yield from _computed(waiting)
+
+
+def _pieces(flat: mx.array) -> Iterator[mx.array]:
+    """Yield an array in pieces where it has to be widened, so that these need little memory."""
+    if flat.dtype == mx.float32 or not mx.issubdtype(flat.dtype, mx.floating):
+        yield flat
+        return
+    if flat.size > PIECE:
+        mx.eval(flat)  # once: of a transposed array it is a copy
     for start in range(0, flat.size, PIECE):
-        piece = flat[start : start + PIECE]
-        yield np.array(piece.astype(mx.float32) if floating else piece, copy=False).data
+        yield flat[start : start + PIECE].astype(mx.float32)
+
+
+def _computed(parts: list[bytes | mx.array]) -> Iterator[bytes | memoryview]:
+    """Compute all arrays of a list at once, as waiting for each would take longer than hashing it, and yield their bytes."""
+    mx.eval([part for part in parts if isinstance(part, mx.array)])
+    for part in parts:
+        yield part if isinstance(part, bytes) else np.array(part, copy=False).data
 
 
 def _settings(model: Any) -> dict[str, dict[str, Any]]:

@@ -150,8 +150,10 @@ def test_the_same_model_made_twice_has_it_twice(name):
     assert fingerprint(tiny_model(name)) == fingerprint(tiny_model(name))
 
 
-def test_pieces_and_the_order_in_memory_do_not_matter(monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pieces_and_the_order_in_memory_do_not_matter(dtype, monkeypatch):
     model = tiny_model("llama")
+    model.set_dtype(getattr(mx, dtype))
     whole = fingerprint(model)
     weight = model.layers[0].self_attn.k_proj.weight
     model.layers[0].self_attn.k_proj.weight = mx.contiguous(weight.T).T
