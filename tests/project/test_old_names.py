@@ -146,6 +146,7 @@ CHANGED = {
     "mlxkv.lm": {"LIVE_TYPES": "mlxkv.lm.CACHE_DTYPES", "take": "mlxkv.lm.extract_cache"},
     "mlxkv.models": {"keys_and_values": "mlxkv.models.kv_slots"},
     "mlxkv.presets": {"live_settings": "mlxkv.live.seam.live_config", "names": "mlxkv.presets.preset_names"},
+    "mlxkv.spec": {"fingerprint": "mlxkv.identity.fingerprint"},
 }
 METHODS = {
     "full": "Full", "h2o": "H2O", "int4": "Int4", "int8": "Int8", "kivi": "KIVI", "mp_kvm": "MPKVM", "random": "Random",
@@ -200,7 +201,7 @@ def used(use):
 
 def test_tables_name_every_module_that_has_moved():
     names = {f"mlxkv.{name}" for name in _deprecated.MODULES} - {"mlxkv.methods"}
-    assert names == set(MOVED) | set(CHANGED) - {"mlxkv.lm", "mlxkv.models", "mlxkv.presets"}
+    assert names == set(MOVED) | set(CHANGED) - {"mlxkv.lm", "mlxkv.models", "mlxkv.presets", "mlxkv.spec"}
 
 
 def test_every_public_name_is_there():
