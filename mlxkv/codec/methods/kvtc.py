@@ -29,6 +29,7 @@ from mlxkv.codec.stages.payload import decode_block, encode_block, payload_size
 from mlxkv.codec.stages.pca import principal_components
 from mlxkv.codec.stages.plan import CODED_TYPES, GROUP_SIZES, Plan, allocate_bits
 from mlxkv.codec.stages.quantize import quantization_round_trip
+from mlxkv.codec.stages.weighting import MAX_MEAN, within
 from mlxkv.config import integer, number
 from mlxkv.errors import FormatError, InputError
 from mlxkv.spec import STREAMS, is_int
@@ -133,8 +134,8 @@ class KVTCStream(StreamArtifacts):
             raise FormatError(f"expected a float32 mean and a float16 basis, found {self.mu.dtype} and {self.V.dtype}")
         if self.plan.rank > self.mu.size:
             raise FormatError(f"artifacts disagree: {self.plan.rank} components of rows {self.mu.size} wide")
-        if not (np.isfinite(self.mu).all() and np.isfinite(self.V).all()):
-            raise FormatError("the mean or the basis has NaN or infinite values: calibrate again")
+        if not (within(self.mu, MAX_MEAN) and np.isfinite(self.V).all()):
+            raise FormatError("the mean or the basis has NaN, infinite or enormous values: calibrate again")
         if self.mu.size and not self.plan.bits:
             raise FormatError("the plan codes nothing: calibrate with a lower compression ratio")
 

@@ -33,6 +33,7 @@ from mlxkv.codec.stages import basis, entropy, weighting
 from mlxkv.codec.stages.basis import Basis
 from mlxkv.codec.stages.dead_zone import dequantize, quantize
 from mlxkv.codec.stages.shrinkage import covariance_share
+from mlxkv.codec.stages.weighting import MAX_INVERSE, MAX_MEAN, MAX_SLOPE, within
 from mlxkv.config import integer
 from mlxkv.errors import FormatError, InputError
 from mlxkv.kernels import rans
@@ -106,6 +107,8 @@ class KVTCRDStream(StreamArtifacts):
         fits = fits and self.attention.shape[0] in (0, heads) and self.tables.shape == (entropy.CLASSES, 256)
         if not fits or not all(np.isfinite(part).all() for part in parts.values()):
             raise FormatError(f"artifacts disagree: {[part.shape for part in parts.values()]}, or are not finite")
+        if not (within(self.mu, MAX_MEAN) and within(self.attention, MAX_SLOPE)):
+            raise FormatError("the mean or the attention has enormous values: calibrate again")
         if not min(1, self.mu.size) <= self.basis.rank <= self.mu.size:
             raise FormatError(f"artifacts disagree: {self.basis.rank} components of rows {self.mu.size} wide")
         if self.mu.size and (self.tables.sum(axis=1, dtype=np.int64) != rans.TOTAL).any():
@@ -124,7 +127,10 @@ class KVTCRDStream(StreamArtifacts):
     @cached_property
     def unweighted_basis(self) -> mx.array:
         """Basis times the inverse weights, `[rank, p]` float32: coefficients times this matrix are unweighted rows."""
-        return mx.contiguous(weighting.apply_weights(self.basis.matrix, weighting.invert_weights(self.weights)))
+        matrix = mx.contiguous(weighting.apply_weights(self.basis.matrix, weighting.invert_weights(self.weights)))
+        if not within(np.array(matrix), MAX_INVERSE):
+            raise FormatError("the basis has enormous values: calibrate again")
+        return matrix
 
 
 def _checked_quality(quality: object) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 
 from mlxkv.codec.stages.plan import Plan
 from mlxkv.codec.stages.quantize import FLOAT16_MAX, fit
-from mlxkv.errors import InputError
+from mlxkv.errors import FormatError, InputError
 from mlxkv.kernels import groups
 
 
@@ -57,8 +57,27 @@ def decode_block(plan: Plan, data: bytes, tokens: int) -> mx.array:
     -------
     mx.array
         Coefficients `[r, n]` float32, zero where the plan codes nothing.
+
+    Raises
+    ------
+    FormatError
+        When the data holds NaN or infinite values.
     """
-    return groups.unpack(mx.array(np.frombuffer(data, np.uint8)), list(plan.runs()), plan.rank, tokens)
+    payload, runs = np.frombuffer(data, np.uint8), list(plan.runs())
+    _check_finite(payload, runs, tokens)
+    return groups.unpack(mx.array(payload), runs, plan.rank, tokens)
+
+
+def _check_finite(payload: np.ndarray, runs: list[groups.Run], tokens: int) -> None:
+    """Look at the exponents of shifts and scales, and at fp8 codes: few bytes, where rows would be many."""
+    start = 0
+    for run in runs:
+        count, stop = run.count * tokens, start + run.payload_bytes(tokens)
+        sides = payload[start : start + 4 * count].reshape(4, count)[1::2]  # high bytes of shifts, then of scales
+        codes = payload[start + 4 * count : stop] if run.kind == "fp8" else payload[:0]
+        if ((sides & 0x7C) == 0x7C).any() or ((codes & 0x7F) == 0x7F).any():
+            raise FormatError("a block holds NaN or infinite values")
+        start = stop
 
 
 def payload_size(plan: Plan, tokens: int) -> int:

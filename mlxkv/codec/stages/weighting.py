@@ -22,12 +22,32 @@ RIDGE = 0.5  # added to the matrix, in units of a head's mean eigenvalue
 POWER = 0.6  # exponent on the matrix: 1 would trust it, 0 would ignore it
 TEMPER = 0.5  # exponent on the predicted energy: 1 would trust the prediction
 MAX_LOG_GAIN = 1.0  # gains lie within exp(-MAX_LOG_GAIN) .. exp(MAX_LOG_GAIN)
+# Largest numbers of artifacts from any source: with these, whatever else is in a file decodes to finite float32 rows.
+MAX_MEAN, MAX_INVERSE, MAX_SLOPE = 1e15, 1e12, 1e6
 # Settings of the regression that predicts attention.
 _PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1)  # on slopes, per token; the one that predicts held-out tokens best is taken
 _FOLDS = 3  # of neighbouring tokens, each held out in turn
 _MIN_ENERGY = 1e-3  # added to energies, in units of a head's mean: keeps the logarithm bounded
 _NEWTON_ROUNDS, _WARM_ROUNDS = 15, 5  # from nothing, and from the solution for another penalty
 _MAX_STEP = 2.0  # largest step of Newton's method, in the logarithm of energy
+
+
+def within(array: np.ndarray, most: float) -> bool:
+    """Check that numbers of artifacts are finite and not enormous.
+
+    Parameters
+    ----------
+    array
+        Floats of any shape.
+    most
+        Largest magnitude allowed.
+
+    Returns
+    -------
+    bool
+        False where one is larger, or NaN.
+    """
+    return bool(np.abs(array).max(initial=0) <= most)
 
 
 def learn_weights(samples: Samples, predict_attention: bool = True) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -235,6 +255,6 @@ def invert_weights(weights: np.ndarray) -> np.ndarray:
             inverse = np.linalg.inv(weights.astype(np.float64)).astype(np.float32)
     except np.linalg.LinAlgError:
         inverse = np.full(1, np.nan, np.float32)
-    if not np.isfinite(inverse).all():
+    if not within(inverse, MAX_INVERSE):
         raise FormatError("the artifacts' weights have no inverse; calibrate again")
     return inverse
