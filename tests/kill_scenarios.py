@@ -92,7 +92,7 @@ class InPlace(ContainerWrite):
 
 
 class Hasty(Overwrite):
-    """As no one should either: the journal's end is put into the file before the journal is complete."""
+    """As no one should either: a part of the new end is put into the file before the journal is complete."""
 
     new = NEW
 
@@ -100,7 +100,7 @@ class Hasty(Overwrite):
         really = growing.write_journal
 
         def hasty(file, data, *arguments):
-            (folder / "a").write_bytes(NEW)
+            (folder / "a").write_bytes(NEW[: KEPT + 100])
             return really(file, data, *arguments)
 
         growing.write_journal = hasty

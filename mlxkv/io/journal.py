@@ -60,25 +60,25 @@ class Journal:
     old: State | None
 
     def fits(self, data: IO[bytes], is_intact: Callable[[IO[bytes]], bool]) -> bool:
-        """Return whether an open file is the one that the journal was made for, before, during or after the rewrite.
+        """Return whether an open file is the one that the journal was made for, before or during the rewrite.
 
         Parameters
         ----------
         data
             The file.
         is_intact
-            Tells of an open file whether it is complete by itself; then it is another one, unless its state is known.
+            Tells of an open file whether it is complete by itself; unless it is the old one, no journal is needed then.
 
         Returns
         -------
         bool
-            False where the journal is left over from a file that has been replaced.
+            False where the journal is left over: the file has been rewritten, or another one is in its place.
         """
         found = state_of(data)
         if found[0] < self.keep or digest_start(data, self.keep) != self.kept:
             return False
         if self.old is not None:
-            if found in (self.old, self._new_state(data)):
+            if found == self.old:
                 return True
             if found[0] > max(self.old[0], self.keep + self.size):
                 return False
@@ -122,14 +122,6 @@ class Journal:
         self._copy(file, 0, inside)
         os.ftruncate(file, self.keep + self.size)
         sync(file)
-
-    def _new_state(self, data: IO[bytes]) -> State:
-        """Return the state of the file after the append."""
-        length = min(_END_BYTES, self.keep + self.size)
-        added = min(length, self.size)
-        end = os.pread(data.fileno(), length - added, self.keep - length + added)
-        end += os.pread(self.file.fileno(), added, self.start + self.size - added)
-        return self.keep + self.size, _digest(end)
 
     def _copy(self, file: int, first: int, last: int) -> None:
         """Copy bytes `first` to `last` of the new end into the file."""
