@@ -311,15 +311,20 @@ def restore(model: Any, dump: KVDump) -> list[Any]:
     Returns
     -------
     list
-        A fresh prompt cache for `generate(..., prompt_cache=...)`.
+        A fresh prompt cache for `generate(..., prompt_cache=...)`. All its arrays are computed: any thread can use it.
 
     Raises
     ------
     MismatchError
-        When the dump comes from other weights or another geometry, or starts at a later position.
+        When the dump comes from other weights, arguments or adapters, or another geometry, or starts at a later position.
+
+    Warns
+    -----
+    WeakFingerprintWarning
+        When the dump, of an earlier version, names only the first values of every weight.
     """
-    found, spec = fingerprint(model), cache_spec(model)
-    if dump.fingerprint and not same_model(dump.fingerprint, found):
+    spec = cache_spec(model)
+    if dump.fingerprint and not same_model(dump.fingerprint, found := fingerprint(model)):
         raise MismatchError(
             f"the cache was made by {dump.model or 'a model'} with fingerprint {dump.fingerprint}, this model is {found}"
         )

@@ -191,7 +191,10 @@ def codec_variant(codec: CacheCodec, name: str, dtype: str = "auto") -> Variant:
             "ratio": fp16_bytes / file_bytes,
             "cache_bytes": file_bytes,
         }
-        return CachedContext(lm.restore(model, decoded), sizes, details)
+        unnamed = dataclasses.replace(
+            decoded, fingerprint=""
+        )  # it is this model's: hashing that again may take a second
+        return CachedContext(lm.restore(model, unnamed), sizes, details)
 
     settings: dict[str, Any] = {"artifacts": codec.artifacts.fingerprint, "recent": codec.recent, "sinks": codec.sinks}
     if codec.quality is not None:
