@@ -64,11 +64,33 @@ class StateContract:
                 setattr(cls, name, None)
 
     def buckets(self) -> list[Bucket]:
-        """Return all stored tokens; see `LayerCache.buckets`."""
+        """Return all stored tokens.
+
+        Returns
+        -------
+        list of Bucket
+            As `LayerCache.buckets` describes them.
+
+        Raises
+        ------
+        NotImplementedError
+            Unless a method implements it.
+        """
         raise NotImplementedError
 
     def score_bias(self) -> mx.array | None:
-        """Return the bias of the scores of stored entries; see `LayerCache.score_bias`."""
+        """Return the bias of the scores of stored entries.
+
+        Returns
+        -------
+        mx.array or None
+            As `LayerCache.score_bias` describes it.
+
+        Raises
+        ------
+        NotImplementedError
+            Unless a method implements it.
+        """
         raise NotImplementedError
 
     def _arrays(self) -> list[mx.array]:

@@ -40,7 +40,7 @@ class Sketch(Config, ABC):
     """
 
     width: int = integer(512, least=1, most=2**20)
-    depth: int = integer(4, least=1, most=64)
+    depth: int = integer(4, least=1, most=2**12)
     seed: int = integer(0, most=2**63 - 1)
 
     @abstractmethod

@@ -147,9 +147,9 @@ def test_old_names_of_settings_work_and_warn_where_they_are_used(method, old, ne
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("h3o", {}, r"no preset or live method 'h3o'.*full.*streaming-llm-256"),
+        ("h3o", {}, "no preset or live method 'h3o'"),
         ("_packing", {}, "no preset or live method"),
-        ("kvtc-8", {}, r"not a live method.*int8"),
+        ("kvtc-8", {}, "not a live method"),
         ("int8", {"window": 3}, "window"),
         ("int8", {"recent": 3}, "recent"),
         ("streaming-llm", {"recent": 0}, "recent must be 1 or more"),

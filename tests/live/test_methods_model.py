@@ -152,7 +152,8 @@ def test_saving_and_loading_at_random_times_changes_nothing(method, tmp_path):
         if random.random() < 0.5:
             save_cache(tmp_path / "cache", model, moves)
             moves = load_cache(tmp_path / "cache", model)
-            assert (moves[0].offset, moves[0].nbytes) == (stays[0].offset, stays[0].nbytes)
+            assert moves[0].offset == stays[0].offset
+            assert moves[0].nbytes == stays[0].nbytes or method == "full"  # which saves no rows that are only allocated
         assert mx.array_equal(model(tokens, cache=stays), model(tokens, cache=moves))
         if stays[0].offset > 400:
             stays, moves = (make_cache(model, method, **small(method)) for _ in range(2))
