@@ -46,6 +46,17 @@ def random_sizes(rng, total):
     return sizes
 
 
+@pytest.mark.parametrize("prompt", [[512], [1024], [2048], [2048, 2048]], ids=sum)
+@pytest.mark.parametrize("budget", [0.3, 0.5, 0.7])
+def test_the_budget_holds_right_after_a_prompt_and_for_every_token_from_there(budget, prompt):
+    cache = lone_cache("smartkv", spec(64, 64, 3), budget=budget)
+    sizes = [*prompt, *[1] * 20]
+    for step, _ in enumerate(fill(cache, sizes)):
+        share = cache.nbytes / (2 * 3 * (64 + 64) * cache.offset)
+        assert share <= budget or step < len(prompt) - 1
+    assert share > 0.9 * budget
+
+
 @pytest.mark.parametrize(("dims", "heads", "budget"), [
     ((64, 64), 3, 0.3), ((64, 64), 1, 0.5), ((64, 64), 2, 0.7), ((128, 128), 1, 0.22), ((64, 64), 2, 0.21),
     ((16, 8), 2, 0.5), ((8, 8), 2, 0.5), ((48, 80), 1, 0.4), ((64, 64), 1, 1.0)])  # fmt: skip
