@@ -10,7 +10,7 @@ import numpy as np
 
 from mlxkv.codec import unquantized
 from mlxkv.codec.artifacts import CalibrationArtifacts
-from mlxkv.codec.layout import CodedBlock, Layout
+from mlxkv.codec.layout import DECODE_ROWS, CodedBlock, Layout
 from mlxkv.codec.methods.base import BlockCoder
 from mlxkv.codec.stages.rows import from_rows
 from mlxkv.dump import KVDump
@@ -21,6 +21,7 @@ from mlxkv.io.inputs import check_decoded_size
 from mlxkv.spec import STREAMS, CacheSpec
 
 Progress = Callable[[int], None]
+WORKING_BYTES = 40  # for each number of a block that is being decoded, at most
 _DTYPES = {"float16": np.float16, "float32": np.float32, "bfloat16": np.float32}
 
 
@@ -277,9 +278,7 @@ def decode_tokens(
     if not 0 <= first < last <= layout.length:
         raise InputError(f"{reader.name} holds tokens 0 to {layout.length}; {first} to {last} is no part of them")
     width = sum(spec.stream(name).width for name in STREAMS)
-    # A part is cut out of whole blocks, sinks and recent tokens, which may be larger.
-    largest = max(last - first, layout.block_tokens, layout.length - len(layout.middle))
-    decoded = width * layout.batch * min(largest, layout.length) * dtype.itemsize
+    decoded = width * _decoded_bytes(layout, last - first, dtype.itemsize)
     check_decoded_size(reader.name, decoded, reader.size, limit)
     outputs: dict[str, np.ndarray] = {}
 
@@ -308,6 +307,16 @@ def decode_tokens(
             if progress:
                 progress(block.stop - block.start)
     return DecodedTokens(outputs, first, last)
+
+
+def _decoded_bytes(layout: Layout, tokens: int, item_bytes: int) -> int:
+    """Return how many bytes some tokens decode to, for each number of a row, before any of them is decoded."""
+    # A part is cut out of whole blocks, sinks and recent tokens, which may be larger.
+    largest = max(tokens, layout.block_tokens, layout.length - len(layout.middle))
+    # Writers' blocks are small, but a file can be one block, which takes far more while it is decoded.
+    block_rows = layout.batch * min(layout.block_tokens, layout.length)
+    working = WORKING_BYTES * max(0, block_rows - DECODE_ROWS)
+    return layout.batch * min(largest, layout.length) * item_bytes + working
 
 
 def read_continued_layout(

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import tracemalloc
 
 import mlx.core as mx
 import numpy as np
@@ -15,10 +16,12 @@ from fuzz.guard import SECONDS, alarm
 from synthetic import DUAL, PLAIN, rd_artifacts, toy_artifacts, toy_dump, toy_sensitivity
 
 from mlxkv.cli._checks import read_size
+from mlxkv.codec import writing
 from mlxkv.codec.artifacts import CalibrationArtifacts
-from mlxkv.codec.layout import Layout
+from mlxkv.codec.layout import DECODE_ROWS, MAX_BLOCK_ROWS, Layout
 from mlxkv.codec.methods.kvtc import KVTCStream
 from mlxkv.codec.methods.kvtc_rd import KVTCRDStream
+from mlxkv.codec.reading import WORKING_BYTES
 from mlxkv.codec.session import CacheCodec
 from mlxkv.codec.stages.basis import Basis
 from mlxkv.codec.stages.plan import MAX_RUNS, Group, Plan
@@ -283,6 +286,29 @@ def test_a_file_that_grows_out_of_proportion_needs_leave(method, tmp_path, monke
     assert len(codec.decompress(path, limit=decoded)[0]) == 2
     with pytest.raises(InputError, match="limit"):
         codec.decompress(path, limit=decoded - 1)
+
+
+@pytest.mark.parametrize("method", ["kvtc", "kvtc-rd"])
+def test_memory_for_a_block_counts_towards_the_limit(method, tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "BLOCK_ROWS", MAX_BLOCK_ROWS)
+    spec, make = CacheSpec("thin", ((Slot("keys", 1, 16), Slot("values", 1, 16)),)), (toy_artifacts, rd_artifacts)
+    codec = CacheCodec(make[method == "kvtc-rd"](tmp_path, spec, seeds=(0,)), recent=0, sinks=0)
+    dump = toy_dump(spec, length=MAX_BLOCK_ROWS)
+    blob = codec.compress(list(dump.k), list(dump.v))
+    codec.decompress(codec.compress([dump.k[0, :, :, :9]], [dump.v[0, :, :, :9]]))  # what is made once
+    del dump
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    tracemalloc.start()
+    codec.decompress(blob)
+    used = tracemalloc.get_traced_memory()[1] + mx.get_peak_memory() - before
+    tracemalloc.stop()
+    width = 2 * 16
+    assert used < (2 + WORKING_BYTES) * width * MAX_BLOCK_ROWS
+    counted = 2 * width * MAX_BLOCK_ROWS + WORKING_BYTES * width * (MAX_BLOCK_ROWS - DECODE_ROWS)
+    with pytest.raises(InputError, match="limit"):
+        codec.decompress(blob, limit=counted - 1)
 
 
 def test_a_part_counts_as_the_blocks_that_it_is_cut_from(tmp_path):

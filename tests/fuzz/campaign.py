@@ -4,6 +4,10 @@ Prints one JSON object: how many were read and refused, and those that were read
 untyped error, took too long or took too much memory, with their recipes.
 """
 
+# isort: off
+import mlxkv  # noqa: F401  # before mlx.core: it loads OpenBLAS
+
+# isort: on
 import collections
 import json
 import sys

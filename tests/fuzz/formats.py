@@ -60,13 +60,13 @@ def fresh(folder):
 def inspect(path):
     """What the command prints of it goes nowhere; a typed error becomes an exit code."""
     out = io.StringIO()
-    for words in (["inspect", str(path)], ["inspect", str(path), "--json"]):
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            try:
-                main(words)
-            except SystemExit as error:
-                if error.code not in (None, 0, 2, 3, 4, 5):
-                    raise AssertionError(out.getvalue()[-2000:]) from error
+    form = ["--json"] if path.stat().st_size % 2 else []
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            main(["inspect", str(path), *form])
+        except SystemExit as error:
+            if error.code not in (None, 0, 2, 3, 4, 5):
+                raise AssertionError(out.getvalue()[-2000:]) from error
 
 
 def by_kind(recipe, kind):
@@ -213,7 +213,7 @@ def artifacts(recipe, folder):
     arrays, plans = sorted(target.glob("*.npy")), sorted(target.glob("*_plan.json"))
     for part, edit in by_kind(recipe, "array"):
         path = arrays[part % len(arrays)]
-        with contextlib.suppress(ValueError):  # one that was made unreadable before
+        with contextlib.suppress(Exception):  # one that was made unreadable before
             path.write_bytes(edit_array(np.load(path), edit))
     for part, edit in by_kind(recipe, "bytes"):
         path = arrays[part % len(arrays)]
@@ -268,10 +268,10 @@ def npz(recipe, folder):
     names = list(members)
     for part, edit in by_kind(recipe, "array"):
         chosen = names[part % len(names)]
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(Exception):
             members[chosen] = edit_array(np.load(io.BytesIO(members[chosen])), edit)
     for _, edit in by_kind(recipe, "json"):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(Exception):
             meta = edit_json(json.loads(str(np.load(io.BytesIO(members["meta.npy"])))), edit)
             file = io.BytesIO()
             np.save(file, np.array(json.dumps(meta)))
