@@ -38,7 +38,7 @@ class UniformConfig(Config):
 
 
 class UniformCache(PackingCache):
-    """int4 and int8 with another number of bits: the curve that others must beat."""
+    """int8 with another number of bits: the curve that others must beat."""
 
     config_class = UniformConfig
     config: UniformConfig
@@ -60,14 +60,14 @@ def presets() -> dict[str, Config]:
 def references() -> dict[str, Config]:
     """Return settings that the curves of uniform quantization and KIVI have besides presets."""
     return {
-        **{f"uniform-{bits}": UniformConfig(bits=bits) for bits in (2, 3, 16)},
+        **{f"uniform-{bits}": UniformConfig(bits=bits) for bits in (2, 3, 4, 16)},
         **{f"kivi-{bits}": live_config("kivi", bits=bits) for bits in (3, 8)},
     }
 
 
 def method_of(name: str) -> str:
     """Return the line of a picture that a variant is a point of."""
-    if name.startswith(("int", "uniform")):
+    if name == "int8" or name.startswith("uniform"):
         return "uniform"
     if name.startswith("kvtc"):
         return name.rpartition("-")[0]

@@ -148,7 +148,7 @@ def test_means_over_texts_are_also_geometric():
     (row,) = live_methods.fidelity([{**base, "kl": 1e-2}, {**base, "kl": 1e-4}])
     assert row["kl"] == pytest.approx(5.05e-3)
     assert row["kl_geometric"] == pytest.approx(exp((log(1e-2) + log(1e-4)) / 2))
-    assert (row["method"], row["texts"]) == ("uniform", 2)
+    assert (row["method"], row["texts"]) == ("int4", 2)
 
 
 def test_a_method_that_a_model_cannot_have_is_left_out_and_named(capsys):
