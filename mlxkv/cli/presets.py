@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mlxkv.cli._commands import commands
-from mlxkv.cli._names import codec_names, family_names, live_names, preset_and_method_names
+from mlxkv.cli._names import family_names, live_names, preset_and_method_names
 from mlxkv.cli._output import Json, print_record, print_table
 from mlxkv.errors import PresetError, suggest
 
@@ -116,15 +116,16 @@ def _method_rows() -> list[dict[str, Any]]:
     from mlxkv.presets import method_preset, preset_names
 
     rows: list[dict[str, Any]] = []
-    for name in (*live_names(), *codec_names()):
-        option = "--method" if name in codec_names() else "--cache"
-        if name in preset_names("methods"):
+    live, presets = live_names(), preset_names("methods")
+    for name in (*live, *sorted({*presets} - {*live})):
+        option = "--cache" if name in live else "--method"
+        if name in presets:
             preset = method_preset(name)
             kind = (live_methods.find(preset.method) or codec_methods.get(preset.method)).config_class
             config, method, description = preset.config(kind), preset.method, preset.description
         else:
-            live = live_methods.get(name)
-            config, method, description = live.config_class(), name, (getdoc(live) or "").split("\n")[0]
+            found = live_methods.get(name)
+            config, method, description = found.config_class(), name, (getdoc(found) or "").split("\n")[0]
         rows.append(_row(name, "method", option, description, method=method, settings=_settings(config)))
         rows[-1]["changed"] = _changed(config)
     return rows
