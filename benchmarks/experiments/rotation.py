@@ -63,7 +63,7 @@ def gemma_spec() -> CacheSpec:
 
 
 def variants() -> dict[str, Config]:
-    """Return the settings of int8, of each preset as it is and with neither part, and of int4 with one of them."""
+    """Return the settings of int8, of each preset as it is and with neither part, and of others with one of them."""
     found = {"int8": live_config("int8")}
     for preset in PRESETS:
         for part, changes in PARTS.items():
@@ -71,6 +71,8 @@ def variants() -> dict[str, Config]:
                 # kivi's 4 sinks and 124 recent tokens were 128 recent tokens.
                 more = {"recent": 128} if preset != "int4" and part else {}
                 found[f"{preset}, {part}" if part else preset] = live_config(preset, **changes, **more)
+        if preset != "int4":
+            found[f"{preset}, keys rotated too"] = live_config(preset, rotate_keys=True)
     return found
 
 

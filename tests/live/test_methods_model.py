@@ -38,17 +38,17 @@ def coded(x, bits, tokens, dims):
 class PlainPacking:
     """All tokens `[H, T, D]`; `packed` of them, after the sinks, went through codes, rotated or not."""
 
-    def __init__(self, recent, key_tile, value_tile, *, sinks=0, block=BLOCK, rotated=False):
+    def __init__(self, recent, key_tile, value_tile, *, sinks=0, block=BLOCK, rotated=(False, False)):
         self.recent, self.tiles, self.packed, self.sinks, self.block = recent, (key_tile, value_tile), 0, sinks, block
-        self.rotation = np.array(rotation(16)) if rotated else np.eye(16, dtype=np.float32)
+        self.rotations = [np.array(rotation(16)) if turn else np.eye(16, dtype=np.float32) for turn in rotated]
         self.slots = [np.zeros((2, 0, 16), np.float32)] * 2
 
     def append(self, keys, values, offset):
         self.slots = [np.concatenate(pair, axis=1) for pair in zip(self.slots, (keys, values))]
         while self.slots[0].shape[1] - self.sinks - self.packed >= self.recent + self.block:
             rows = slice(self.sinks + self.packed, self.sinks + self.packed + self.block)
-            for x, tile in zip(self.slots, self.tiles):
-                x[:, rows] = coded(x[:, rows] @ self.rotation, *tile) @ self.rotation.T
+            for x, tile, turn in zip(self.slots, self.tiles, self.rotations):
+                x[:, rows] = coded(x[:, rows] @ turn, *tile) @ turn.T
             self.packed += self.block
 
     def trim(self, count):
@@ -87,8 +87,8 @@ def random_victims(tokens, sinks, recent, layer):
 PLAIN = {
     "full": lambda: PlainSelection(lambda count, offset: []),
     "int8": lambda: PlainPacking(0, (8, 1, 16), (8, 1, 16)),
-    "int4": lambda: PlainPacking(0, (4, 60, 1), (4, 2, 16), sinks=2, block=60, rotated=True),
-    "kivi": lambda: PlainPacking(8, (2, 32, 1), (2, 1, 16), sinks=2, rotated=True),
+    "int4": lambda: PlainPacking(0, (4, 60, 1), (4, 2, 16), sinks=2, block=60, rotated=(True, True)),
+    "kivi": lambda: PlainPacking(8, (2, 32, 1), (2, 1, 16), sinks=2, rotated=(False, True)),
     "streaming-llm": lambda: PlainSelection(window_victims(2, 20)),
     "sliding-window": lambda: PlainSelection(window_victims(0, 20)),
     "random": lambda: PlainSelection(random_victims(24, 2, 8, 0)),

@@ -132,7 +132,7 @@ def test_a_file_whose_settings_and_tokens_differ_in_rotation_is_refused(method, 
     header, body = header_of((tmp_path / "cache").read_bytes())
     for _, part in header["layers"][0][2]["dict"]:
         for packed in part["tuple"] if part and "packed" in part["tuple"][0] else []:
-            assert packed["packed"].pop() is True
+            packed["packed"] = packed["packed"][:7]
     (tmp_path / "forged").write_bytes(forge(header, body))
     with pytest.raises(FormatError, match="rotated"):
         load_cache(tmp_path / "forged", model)
@@ -152,7 +152,7 @@ def test_a_copy_goes_on_alike_and_alone(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_latents_are_rotated_and_the_part_that_is_unpacked_for_every_token_is_not(method):
     model = tiny_model("glm4_moe_lite")
-    caches = make_cache(model, method)
+    caches = make_cache(model, method, **({"rotate_keys": True} if method == "kivi" else {}))
     for chunk in (300, 1, 1):
         output = model(mx.array([tiny_tokens(chunk)]), cache=caches)
     assert mx.isfinite(output).all()

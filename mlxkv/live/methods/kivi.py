@@ -30,7 +30,9 @@ class KIVIConfig(Config):
     sinks
         Number of first tokens that stay unquantized.
     rotate
-        Whether keys and values are quantized rotated; not in the paper.
+        Whether values are quantized rotated; not in the paper.
+    rotate_keys
+        Whether keys are, too. With 2 bits it lowered the divergence much on SmolLM2 and raised it much on Gemma 3.
     """
 
     bits: int = choice(2, CODE_BITS)
@@ -38,6 +40,7 @@ class KIVIConfig(Config):
     recent: int = integer(124, key="residual")
     sinks: int = integer(4, absent=0)
     rotate: bool = choice(True, (True, False), absent=False)
+    rotate_keys: bool = choice(False, (True, False))
 
 
 @live_methods.register("kivi")
@@ -48,7 +51,7 @@ class KIVICache(PackingCache):
     consecutive tokens in a channel has its own minimum and step. Values have no such channels. They are quantized by
     token: each group of dims in a token has its own minimum and step.
 
-    By default both are rotated before, by a fixed rotation that spreads large channels over all dims.
+    By default values are rotated before, by a fixed rotation that makes their dims alike.
 
     Parameters
     ----------
@@ -78,6 +81,6 @@ class KIVICache(PackingCache):
     def pack(self, keys: mx.array, values: mx.array) -> Bucket:
         """Quantize keys by channel and values by token."""
         bits, group, rotated = self.config.bits, self.config.group, self.config.rotate
-        packed = pack(keys, bits, group, 1, rotated)
+        packed = pack(keys, bits, group, 1, self.config.rotate_keys)
         # With multi-head latent attention k_pe is unpacked for every token, so that rotating it back would cost most there.
         return packed, pack(values, bits, 1, min(group, values.shape[-1]), rotated and not self.latent)
