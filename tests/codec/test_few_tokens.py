@@ -70,18 +70,17 @@ def test_a_stream_too_wide_gets_the_strongest_directions_that_fit(monkeypatch):
     assert shrinkage.head_rows(rows, DIM, 0.5).shape == (0, HEADS * DIM)
 
 
-def test_the_share_of_heads_alone_falls_with_tokens_and_is_all_where_heads_are_apart():
+def test_the_share_of_heads_alone_falls_with_tokens_and_is_larger_where_heads_are_apart():
     random = np.random.default_rng(0)
     common = random.standard_normal((3000, 4)) @ random.standard_normal((4, HEADS * DIM))
     together = (common + random.standard_normal(common.shape)).astype(np.float32)
     apart = random.standard_normal(common.shape).astype(np.float32)
-    shares = [shrinkage.covariance_share(together[:count], DIM) for count in (48, 200, 3000)]
+    shares = [shrinkage.covariance_share(together[:count], DIM) for count in (12, 24, 40, 48, 3000)]
     assert shares == sorted(shares, reverse=True)
     assert shares[0] > 0.1
-    assert shares[-1] < 0.02
-    assert all(shrinkage.covariance_share(apart[:count], DIM) > 0.6 for count in (48, 200, 3000))
-    repeated = np.repeat(together[:20], 10, axis=0)  # tokens that say the same again tell nothing new
-    assert shrinkage.covariance_share(repeated, DIM) > shrinkage.covariance_share(together[:200], DIM)
+    assert shares[-2:] == [0, 0]  # as many tokens as directions
+    for count in (12, 24, 40):
+        assert shrinkage.covariance_share(apart[:count], DIM) > shrinkage.covariance_share(together[:count], DIM)
 
 
 def test_a_basis_with_a_share_has_every_component_and_without_only_those_of_its_rows():
@@ -110,7 +109,7 @@ def test_fisher_information_of_few_tokens_is_nearer_to_the_truth_when_shrunk():
     random = np.random.default_rng(0)
     half = random.standard_normal((10, 16, 16)) / 4 + np.eye(16)
     truth, errors = half @ half.swapaxes(1, 2), []
-    for tokens in (8, 40, 10_000):
+    for tokens in (8, 40, 160):
         gradients = np.einsum("tnd,ned->tne", random.standard_normal((tokens, 10, 16)), half)
         found = np.einsum("tnd,tne->nde", gradients, gradients) / tokens
         shrunk = shrinkage.shrink_fisher(found, np.square(gradients).sum(axis=-1))
@@ -118,7 +117,7 @@ def test_fisher_information_of_few_tokens_is_nearer_to_the_truth_when_shrunk():
         errors.append([np.square(f - truth).sum() for f in (found, shrunk)])
     assert errors[0][1] < 0.7 * errors[0][0]
     assert errors[1][1] < errors[1][0]
-    assert errors[2][1] == pytest.approx(errors[2][0], rel=0.05)
+    assert errors[2][1] == errors[2][0]  # as many tokens as directions
 
 
 @pytest.mark.parametrize("method", CONFIGS)

@@ -279,15 +279,22 @@ class KVTCRDCoder(BlockCoder):
 
 @codec_methods.register("kvtc-rd")
 class KVTCRD(CodecMethod):
-    """The rate-distortion method."""
+    """The rate-distortion method.
 
+    Attributes
+    ----------
+    shrinks
+        Whether training shrinks what few tokens tell; False to measure what that is worth.
+    """
+
+    shrinks: ClassVar[bool] = True
     config_class = KVTCRDConfig
     artifacts_class = KVTCRDStream
 
     def train(self, samples: Samples, config: CodecConfig) -> dict[str, KVTCRDStream]:
         """Learn weights, a basis and tables of each stream, and the predictor of attention that scales the values."""
         config = checked_config(KVTCRDConfig, config)
-        weights, attention = weighting.learn_weights(samples)
+        weights, attention = weighting.learn_weights(samples, shrink=self.shrinks)
         budget = config.basis_bytes and config.basis_bytes // len(weights)
         parts: dict[str, KVTCRDStream] = {}
         value_gains: np.ndarray | None = None
@@ -308,7 +315,7 @@ class KVTCRD(CodecMethod):
             stored_weights = (unit * head_weights).astype(np.float16)
             fixed = mu.nbytes + stored_weights.nbytes + predictor.nbytes + 2 * 256 * entropy.CLASSES
             finest = step_size(BASIS_QUALITY, name) / np.sqrt(mu.size)
-            share = covariance_share(rows, dim)
+            share = covariance_share(rows, dim) if self.shrinks else 0.0
             samples.facts[f"{name}_shrinkage"] = round(share, 4)
             learnt = basis.learn_basis(rows, finest, budget and budget - fixed, config.seed, dim, share)
             samples.progress(f"tables of {name}")

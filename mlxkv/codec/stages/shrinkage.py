@@ -30,7 +30,7 @@ def covariance_share(rows: np.ndarray, dim: int) -> float:
     Returns
     -------
     float
-        0, for many tokens, to MAX_SHARE.
+        0, for as many tokens as directions, to MAX_SHARE.
 
     Notes
     -----
@@ -49,7 +49,8 @@ def covariance_share(rows: np.ndarray, dim: int) -> float:
         for part in batches
     )
     error = (scatter / len(batches) - total) / (len(batches) - 1)
-    return float(np.clip(error / max(total, 1e-30), 0, MAX_SHARE))
+    # With a token for every direction none is lost, and rows tell best themselves.
+    return float(np.clip(error / max(total, 1e-30), 0, MAX_SHARE)) * max(0.0, 1 - len(rows) / rows.shape[1])
 
 
 def head_rows(rows: np.ndarray, dim: int, share: float) -> np.ndarray:
@@ -94,7 +95,8 @@ def shrink_fisher(fisher: np.ndarray, energies: np.ndarray) -> np.ndarray:
     Returns
     -------
     np.ndarray
-        `[heads, D, D]`. The share of the identity is that which is expected to have the least squared error.
+        `[heads, D, D]`. The share of the identity is that which is expected to have the least squared error, less where
+        there are about as many tokens as directions of all heads.
     """
     tokens, dim = len(energies), fisher.shape[-1]
     squares = np.square(fisher, dtype=np.float64).sum(axis=(1, 2))
@@ -103,7 +105,8 @@ def shrink_fisher(fisher: np.ndarray, energies: np.ndarray) -> np.ndarray:
     # The squared norm of g g' is (g'g)^2, and the mean of g'g is the trace.
     error = traces**2 * np.square(relative).sum(axis=0) / tokens**2 - squares / tokens
     beyond = np.maximum(squares - traces**2 / max(1, dim), 1e-30 + 1e-12 * squares)
-    share = np.clip(error / beyond, 0, MAX_SHARE)[:, None, None]
+    fewness = max(0.0, 1 - tokens / (len(fisher) * max(1, dim)))  # 0 for as many tokens as directions of rows
+    share = fewness * np.clip(error / beyond, 0, MAX_SHARE)[:, None, None]
     return ((1 - share) * fisher + share * (traces / max(1, dim))[:, None, None] * np.eye(dim)).astype(fisher.dtype)
 
 

@@ -50,7 +50,9 @@ def within(array: np.ndarray, most: float) -> bool:
     return bool(np.abs(array).max(initial=0) <= most)
 
 
-def learn_weights(samples: Samples, predict_attention: bool = True) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def learn_weights(
+    samples: Samples, predict_attention: bool = True, shrink: bool = True
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Learn the weights of each stream, and the predictor of attention.
 
     Parameters
@@ -59,6 +61,8 @@ def learn_weights(samples: Samples, predict_attention: bool = True) -> tuple[dic
         Dumps with a sensitivity.
     predict_attention
         False to learn no predictor.
+    shrink
+        False to take estimates as they are, however few the tokens.
 
     Returns
     -------
@@ -72,14 +76,15 @@ def learn_weights(samples: Samples, predict_attention: bool = True) -> tuple[dic
         For dumps without a sensitivity, or one that is zero everywhere.
     """
     fisher, energies, keys = samples.sensitivity()
-    fisher = {name: shrink_fisher(part, energies[name]) for name, part in fisher.items()}
+    if shrink:
+        fisher = {name: shrink_fisher(part, energies[name]) for name, part in fisher.items()}
     streams = [samples.spec.stream(name) for name in STREAMS if samples.spec.stream(name).width]
     attention = np.zeros((0, 0), np.float32)
     if predict_attention and len(streams) == 2:
         samples.progress("attention from keys")
         keys = keys.reshape(len(keys), -1, streams[0].dim)
         relative = [energy / np.maximum(energy.mean(axis=0), 1e-30) for energy in energies.values()]
-        attention = learn_attention_predictor(keys, (relative[0] + relative[1]) / 2)
+        attention = learn_attention_predictor(keys, (relative[0] + relative[1]) / 2, shrink)
         # Energy that the gains account for must not be counted again in the weights.
         gains = attention_gains(keys, attention)
         samples.facts["predicted_heads"] = int(attention[:, :-1].any(axis=1).sum())
@@ -115,7 +120,7 @@ def head_weights(fisher: np.ndarray, mean: float) -> np.ndarray:
     return (vectors * powers[:, None]) @ vectors.swapaxes(1, 2)
 
 
-def learn_attention_predictor(keys: np.ndarray, energy: np.ndarray) -> np.ndarray:
+def learn_attention_predictor(keys: np.ndarray, energy: np.ndarray, shrink: bool = True) -> np.ndarray:
     """Regress each token's gradient energy on its key, and return the logarithm of the gains that follow.
 
     For each head, the energy of a token (the squared norm of the loss gradient with respect to its cached keys and values,
@@ -128,6 +133,8 @@ def learn_attention_predictor(keys: np.ndarray, energy: np.ndarray) -> np.ndarra
         Un-rotated keys `[N, n, D]`.
     energy
         Energy `[N, n]` of each token and head, relative to the head's mean.
+    shrink
+        False for the smallest penalty, and a prediction for every head.
 
     Returns
     -------
@@ -144,7 +151,7 @@ def learn_attention_predictor(keys: np.ndarray, energy: np.ndarray) -> np.ndarra
     mean, spread = keys.mean(axis=0), keys.std(axis=0) + 1e-6
     x = np.concatenate([(keys - mean) / spread, np.ones((*keys.shape[:2], 1), np.float32)], axis=-1).swapaxes(0, 1)
     y = energy.T + np.float32(_MIN_ENERGY)
-    penalty, kept = _cross_validate(x, y)
+    penalty, kept = _cross_validate(x, y) if shrink else (_PENALTIES[-1], np.ones(len(x), dtype=bool))
     coefficients = np.zeros((x.shape[0], x.shape[2]), np.float32)
     coefficients[:, -1] = np.log(y.mean(axis=1))
     if kept.any():
@@ -188,9 +195,13 @@ def _cross_validate(x: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 def _gamma_loss(x: np.ndarray, y: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
-    """Return the summed loss `[n]` of each head's predictions under the gamma distribution."""
-    logs = np.clip((x @ coefficients[..., None])[..., 0], -30, 30)
-    return np.asarray((y * np.exp(-logs) + logs).sum(axis=1, dtype=np.float64))
+    """Return the summed loss `[n]` of each head's predictions under the gamma distribution, trusted as far as gains do.
+
+    Each head's bias is that which suits these tokens best: it scales the head's gains alike.
+    """
+    logs = TEMPER * np.clip((x @ coefficients[..., None])[..., 0], -30, 30)
+    scale = (y * np.exp(-logs)).mean(axis=1, dtype=np.float64)
+    return np.asarray(len(y[0]) * np.log(scale) + logs.sum(axis=1, dtype=np.float64))
 
 
 def attention_gains(keys: np.ndarray, attention: np.ndarray) -> np.ndarray:
