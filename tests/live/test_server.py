@@ -28,7 +28,7 @@ MODEL = ROOT / "benchmarks" / "checkpoints" / "qwen3"
 def address(tmp_path_factory):
     script = tmp_path_factory.mktemp("server") / "serve.py"
     assert 'method="int8"' in SCRIPT
-    script.write_text(SCRIPT.replace('"int8"', '"kivi", recent=0'))  # which changes the text
+    script.write_text(SCRIPT.replace('"int8"', '"kivi", recent=0, sinks=0'))  # which changes the text
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process = subprocess.Popen(
@@ -59,7 +59,7 @@ def test_the_server_answers_as_generate_does_and_takes_up_a_conversation(address
     model, tokenizer = lm.load(str(MODEL))
     model.set_dtype(mx.float16)  # as the server loads it
     prompt = "This module defines functions and classes. " * 3
-    cache = make_cache(model, "kivi", recent=0)
+    cache = make_cache(model, "kivi", recent=0, sinks=0)
     expected = generate(model, tokenizer, prompt, max_tokens=40, prompt_cache=cache)
     assert expected != generate(model, tokenizer, prompt, max_tokens=40)
     first = completed(address, prompt)
