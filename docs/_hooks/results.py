@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,12 @@ def _points(points: Mapping[str, Sequence[Row]]) -> list[Row]:
     return [{"label": name, **row} for name, rows in points.items() for row in rows]
 
 
+def _of_both_models(preset: str, summary: Sequence[Row]) -> list[Row]:
+    return [
+        {"label": f"{row['model']}, {row['variant']}", **row} for row in summary if row["variant"].startswith(preset)
+    ]
+
+
 def _bd_rates(rates: Mapping[str, Row]) -> list[Row]:
     return [
         {"label": name, **row, "low": row["interval"][0], "high": row["interval"][1]} for name, row in rates.items()
@@ -118,6 +124,16 @@ TABLES = {
          ("perplexity", "perplexity_delta", "signed")),
         "SmolLM2-135M after {context:,} tokens of {texts} held-out texts; the next {predict} are read through each cache.",
     ),
+    **{
+        name: ResultTable(
+            partial(_of_both_models, preset),
+            (("bytes", "share_of_fp16", "percent"), ("KL", "kl", "number"), ("times neither", "kl_of_before", "two")),
+            "{context:,} tokens of each text are held, and the next {predict} read (texts: {texts}). Bytes are those held then, as a share of "
+            "float16's; Gemma's are those of its 3 global layers, and its local ones keep mlx-lm's own cache.",
+            "model, cache",
+        )
+        for name, preset in (("rotation", "int4"), ("rotation_kivi", "kivi"))
+    },
     "rate_distortion": ResultTable(
         lambda s: _points(s["long"]), POINT_COLUMNS,
         "Whole files of {tokens:,.0f} tokens of SmolLM2-135M. \"At\" is the ratio that `kvtc` was calibrated for, or the quality "
@@ -177,7 +193,7 @@ TABLES = {
         "SmolLM2-135M after {context:,} tokens of {texts} texts, and {keys} pass keys; KL is a geometric mean.",
     ),
 }  # fmt: skip
-SOURCES = {"rate_points": "rate_distortion"}
+SOURCES = {"rate_points": "rate_distortion", "rotation_kivi": "rotation"}
 
 
 def result_table(name: str, labels: Sequence[str], up: str) -> str:
