@@ -55,7 +55,8 @@ def load() -> tuple[Any, Any]:
             # Norms are stored as what they multiply by; the model adds 1 to its weights.
             weights[".".join(["model", *parts, kind])] = mx.array(values - 1 if "norm" in parts[-1] else values)
         fields = {key: field.contents() for key, field in reader.fields.items() if key.startswith("tokenizer.")}
-    args = ModelArgs.from_dict({**CONFIG, "vocab_size": weights["model.embed_tokens.weight"].shape[0]})
+    sizes = {"vocab_size": weights["model.embed_tokens.weight"].shape[0]}
+    args = ModelArgs.from_dict({**CONFIG, **sizes})  # type: ignore[no-untyped-call]
     model = Model(args)
     model.tie_word_embeddings = True
     model.pop("lm_head", None)

@@ -102,7 +102,7 @@ def cached(whole: Sequence[Any], spec: CacheSpec, config: Config | None) -> list
     for layer in spec.attention_layers:
         keys, values = (x[:, :, :CONTEXT] for x in (whole[layer].keys, whole[layer].values))
         if config is None:
-            held[layer] = KVCache()
+            held[layer] = KVCache()  # type: ignore[no-untyped-call]
             held[layer].update_and_fetch(keys, values)
             continue
         held[layer] = cache_class_of(config)(config, spec, layer)

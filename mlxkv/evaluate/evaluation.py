@@ -161,7 +161,6 @@ def option(default: Any, text: str, *, least: float | None = None) -> Any:
         ...
     mlxkv.errors.InputError: length must be 1 or more, not 0
     """
-
     items = default if isinstance(default, tuple) else (default,)
     kind = int if least is not None else Path
     if items and items[0] is not None and items[0] is not dataclasses.MISSING:
