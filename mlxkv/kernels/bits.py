@@ -150,7 +150,8 @@ def bias_and_scale(x: mx.array, bits: int, tile_tokens: int, tile_dims: int) -> 
     tiles = to_tiles(x.astype(mx.float32), tile_tokens, tile_dims)  # float16 minima take ten times as long on a CPU
     low, high = tiles.min(axis=(-3, -1)), tiles.max(axis=(-3, -1))
     scale = (high - low) / (2**bits - 1)
-    if x.dtype == mx.float16:  # subnormal numbers are far apart: rounded up, no step vanishes and no value is out of reach
+    if x.dtype == mx.float16:
+        # Subnormal numbers are far apart: rounded up, no step vanishes and no value is out of reach.
         scale = mx.where(scale < 2.0**-14, mx.ceil(scale * 2.0**24) * 2.0**-24, scale)
     return low.astype(x.dtype), mx.where(mx.isfinite(scale), scale, mx.nan).astype(x.dtype)
 

@@ -208,7 +208,8 @@ def _check_model(model: Any, caches: Sequence[Any]) -> None:
         if entry.layer != layer:
             raise MismatchError(f"the cache of layer {entry.layer} stands at layer {layer}: keep make_cache's order")
     made_for = {id(group): group.model() for entry in live.values() if (group := entry.group) is not None}
-    others = {id(other): other for other in made_for.values() if other is not model}.values()  # None for one that is gone
+    # None stands for a model that is gone.
+    others = {id(other): other for other in made_for.values() if other is not model}.values()
     same = all(entry.spec == spec for entry in live.values())
     if not same or any(other is None or fingerprint(other) != fingerprint(model) for other in others):
         raise MismatchError(

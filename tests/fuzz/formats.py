@@ -240,7 +240,9 @@ def artifacts(recipe, folder):
 def fingerprint_of(target, meta):
     """The fingerprint that artifacts have whatever is in them, as an attacker would make it."""
     method = artifact_files._method(meta, str(target)).artifacts_class
-    k, v = (artifact_files._read_stream(method, target, name, meta.get("checksums") or {}) for name in "kv")
+    checksums = meta.get("checksums")
+    known = checksums if isinstance(checksums, dict) else {}
+    k, v = (artifact_files._read_stream(method, target, name, known) for name in "kv")
     return CalibrationArtifacts(k, v, CacheSpec.from_json(meta.get("spec", {})), meta).fingerprint
 
 
