@@ -289,7 +289,7 @@ def test_every_file_without_an_underscore_is_an_evaluation():
         assert found.options_class
         assert callable(found.samples)
         assert found.__module__ == f"mlxkv.evaluate.tasks.{name}"
-    with pytest.raises(InputError, match="no evaluation 'runner'; did you mean ruler?"):
+    with pytest.raises(InputError, match="no evaluation 'runner'; did you mean ruler"):
         evaluations.get("runner")
 
 
