@@ -65,7 +65,7 @@ def test_caches_are_made_saved_and_loaded_and_the_shared_tests_take_the_method(s
 @pytest.mark.slow
 def test_commands_list_and_evaluate_the_method(site, model_dir):
     (row,) = [row for row in command(site, "presets", "--json") if row["preset"] == "every-other"]
-    assert (row["option"], row["for"]) == ("--cache", "every-other")
+    assert (row["option"], row["method"]) == ("--cache", "every-other")
     assert row["settings"] == {"sinks": 4, "recent": 128, "step": 2}
     assert row["description"].startswith("Every other: the first tokens")
     words = ["--cache", "every-other", "--context-tokens", "200", "--eval-tokens", "20", "--samples", "1"]
