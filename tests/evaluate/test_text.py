@@ -19,7 +19,7 @@ class Words:
     eos_token_ids = ()
 
     def encode(self, text):
-        return [int(word[1:]) for word in text.split()]
+        return [int(word.removeprefix("w")) for word in text.split()]
 
     def decode(self, tokens):
         return " ".join(f"w{token}" for token in tokens)
