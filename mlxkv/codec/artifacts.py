@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields, is_dataclass
@@ -21,7 +20,7 @@ import numpy as np
 from mlxkv.codec.methods.base import BlockCoder, CodecMethod, StreamArtifacts, codec_methods
 from mlxkv.errors import ChecksumError, FormatError, InputError, MismatchError, VersionError
 from mlxkv.io.container import digest
-from mlxkv.io.folders import check_folder, write_folder
+from mlxkv.io.folders import check_folder, held, identity, write_folder
 from mlxkv.io.inputs import MAX_JSON, parse_json, read_bytes
 from mlxkv.io.npz import read_npy
 from mlxkv.spec import STREAMS, CacheSpec, Stream
@@ -203,20 +202,22 @@ class CalibrationArtifacts:
         """
         directory = Path(directory)
         for _ in range(_ATTEMPTS):
-            before = _identity(directory)
-            try:
-                found = cls._read(directory)
-            except (FormatError, InputError, MismatchError):
-                if _identity(directory) == before:
-                    raise
-            else:
-                if _identity(directory) == before:
-                    return found
+            with held(directory) as before:
+                try:
+                    found = cls._read(directory)
+                except (FormatError, InputError, MismatchError):
+                    if identity(directory) == before:
+                        raise
+                else:
+                    if identity(directory) == before:
+                        return found
         raise InputError(f"cannot read {directory}: other artifacts keep taking its place")
 
     @classmethod
     def _read(cls, directory: Path) -> CalibrationArtifacts:
         """Read and verify a folder, which may be replaced meanwhile."""
+        if not directory.exists():
+            raise InputError(f"cannot read artifacts {directory}: there is no such folder")
         if not (directory / "meta.json").is_file():
             raise InputError(
                 f"{directory} holds no calibration artifacts (no meta.json); make them with mlxkv calibrate"
@@ -252,15 +253,6 @@ def check_artifacts_folder(directory: str | Path, overwrite: bool = False) -> No
         When it holds artifacts and they may not be replaced, or anything else, or is no folder.
     """
     check_folder(directory, lambda name: _PART.fullmatch(name) is not None, overwrite)
-
-
-def _identity(directory: Path) -> tuple[int, int] | None:
-    """Return what tells a folder from one that takes its place."""
-    try:
-        found = os.stat(directory)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def _geometry(spec: CacheSpec, name: str) -> dict[str, int]:

@@ -7,7 +7,8 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from mlxkv.errors import InputError
@@ -117,6 +118,51 @@ def exchange(first: Path, second: Path) -> None:
         raise OSError("this system has no call to exchange two folders") from None
     if failed:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def identity(folder: Path | int) -> tuple[int, int] | None:
+    """Return what tells a folder from one that takes its place.
+
+    Parameters
+    ----------
+    folder
+        Its path, or the folder opened.
+
+    Returns
+    -------
+    tuple of int or None
+        Device and number; None where there is nothing.
+    """
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[tuple[int, int] | None]:
+    """Keep a folder open, so that its number is given to no other one even if it is removed.
+
+    Parameters
+    ----------
+    directory
+        The folder, which need not exist.
+
+    Yields
+    ------
+    tuple of int or None
+        Its `identity`.
+    """
+    try:
+        folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:  # none, or one whose files may be opened but not listed
+        yield identity(directory)
+        return
+    try:
+        yield identity(folder)
+    finally:
+        os.close(folder)
 
 
 def _can_exchange(target: Path) -> bool:

@@ -77,7 +77,7 @@ def test_presets_lists_what_cache_takes_with_methods_and_settings(says, capsys):
         (["generate", "--cache", "int8", "--artifacts", "{tmp}", "--prompt", "a"], "--artifacts belongs to"),
         (["generate", "--cache", "int9", "--prompt", "a"], "no preset or live method 'int9'"),
         (["generate", "--cache", "kvtc-16", "--prompt", "a"], "not a live method"),
-        (["eval", "fidelity", "--artifacts", "{tmp}/none", "--cache", "int8"], "no calibration artifacts"),
+        (["eval", "fidelity", "--artifacts", "{tmp}/none", "--cache", "int8"], "there is no such folder"),
         (["eval", "fidelity", "--cache", "int9"], "no preset or live method 'int9'"),
         (["eval", "fidelity", "--cache", "kvtc-16"], "not a live method"),
         (["eval", "fidelity", "--cache", "int8", "--recent", "128"], "--recent, --sinks and --dtype"),
