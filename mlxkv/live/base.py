@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 
 from mlxkv.config import Config
-from mlxkv.errors import InputError, UnsupportedError
+from mlxkv.errors import InputError, MismatchError, UnsupportedError
 from mlxkv.kernels.decode_attention import Bucket
 from mlxkv.live.arrays import (
     KeysValues,
@@ -214,7 +214,8 @@ class LayerCache(StateContract, ABC):
         UnsupportedError
             When the attention of the previous chunk has not been computed.
         MismatchError
-            When layers of the prompt cache have seen different numbers of tokens, since a call was interrupted.
+            When layers of the prompt cache have seen different numbers of tokens, since a call was interrupted, or when
+            the call has another number of texts than the cache.
         """
         if self._pending_chunk is not None:
             raise UnsupportedError(
@@ -223,6 +224,7 @@ class LayerCache(StateContract, ABC):
             )
         if self._group is not None:
             self._group.check(self.layer, self._offset, keys.shape[2])
+        self._check_batch(keys.shape[0])
         self._pending_chunk = KeysValues(keys, values)
         self._offset += keys.shape[2]
         if self.latent:
@@ -272,6 +274,16 @@ class LayerCache(StateContract, ABC):
         self._report_offset()
         # Generation evaluates only outputs: state that no output depends on yet would keep all earlier steps in memory.
         return mx.depends(output, self._arrays())
+
+    def _check_batch(self, texts: int) -> None:
+        """Refuse, before the first live layer changes, a call with another number of texts."""
+        if self._group is not None and self.layer != self._group.first:
+            return  # making buckets takes time
+        stored = self.buckets()
+        if stored and stored[0][0].shape[0] != texts:
+            raise MismatchError(
+                f"this prompt cache holds {stored[0][0].shape[0]} texts, the call has {texts}: give each batch a new cache"
+            )
 
     def _attend_small_chunk(self, call: AttentionCall, chunk: KeysValues) -> mx.array:
         """Take a chunk in token by token, remembering the state before each, as decoding its tokens would do."""

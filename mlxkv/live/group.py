@@ -40,6 +40,11 @@ class CacheGroup:
         self.offsets: dict[int, int] = {}
 
     @property
+    def first(self) -> int:
+        """The first live layer."""
+        return next(iter(self.offsets))
+
+    @property
     def can_trim(self) -> bool:
         """Whether live entries may lose tokens: all are equally far, and mlx-lm's own entries do not drop any."""
         dropping = any(isinstance(entry, _DROPPING) for entry in self.others.values())
@@ -62,7 +67,7 @@ class CacheGroup:
         MismatchError
             When a layer has seen more or fewer tokens than others.
         """
-        if layer != next(iter(self.offsets)):
+        if layer != self.first:
             return
         seen = set(self.offsets.values())
         for index, entry in self.others.items():

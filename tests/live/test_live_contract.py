@@ -125,6 +125,22 @@ def test_layers_of_mlx_lms_own_count_as_well():
         live.update_and_fetch(keys, keys)
 
 
+# Batches
+
+
+@pytest.mark.parametrize("architecture", ["llama", "glm4_moe_lite"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_call_with_another_number_of_texts_is_refused_and_leaves_the_cache_as_it_was(method, architecture):
+    model, batch = tiny_model(architecture), mx.array([tiny_tokens(30), tiny_tokens(30, seed=2)])
+    caches = make_cache(model, method, **small(method))
+    mx.eval(model(batch, cache=caches))
+    expected = model(batch[:, :3], cache=copy.deepcopy(caches))
+    for tokens in (batch[:1], batch[:1, :1], mx.concatenate([batch, batch])[:3, :5]):
+        with pytest.raises(MismatchError, match=f"holds 2 texts, the call has {tokens.shape[0]}"):
+            model(tokens, cache=caches)
+    assert mx.array_equal(model(batch[:, :3], cache=caches), expected)
+
+
 # Threads
 
 
