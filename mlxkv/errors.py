@@ -115,7 +115,7 @@ def suggest(name: object, known: Iterable[str], listing: str = "") -> str:
     >>> suggest("int9", [f"int{bits}" for bits in range(10, 30)], "mlxkv presets --all")
     'did you mean int29, int19 or int28? mlxkv presets --all lists all'
     """
-    names = sorted(known)
+    names = sorted(set(known))
     close = get_close_matches(str(name)[:80], names, n=3, cutoff=0.6)
     parts = [f"did you mean {' or '.join(filter(None, (', '.join(close[:-1]), close[-1])))}?"] if close else []
     if len(names) == 1:

@@ -95,7 +95,8 @@ def _run(words: list[str]) -> int:
         failure = failure_of(KeyboardInterrupt(), words)
     except UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
-            print(error.ctx.get_help())
+            if error.message:  # with Rich the help is already printed
+                print(error.message)
             return error.exit_code
         failure = failure_of(error, words)
     except (MlxkvError, KeyboardInterrupt, typer.Abort) as error:

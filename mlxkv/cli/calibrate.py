@@ -67,7 +67,8 @@ def calibrate_command(
     check_artifacts_folder(out, overwrite)
     if checked and files:
         checked.check(read_dump(files[0]).spec)  # calibrate() holds the other files against the first
-    promise(f"no artifacts were written to {out}")
+    kept = (out / "meta.json").exists()
+    promise(f"the artifacts in {out} are as they were" if kept else f"no artifacts were written to {out}")
     with steps("calibrating", 3 * len(files) + 5) as start:
         artifacts = calibrate(files, config, start)
     artifacts.save(out, overwrite)

@@ -68,8 +68,12 @@ def compress_command(
     given = {name: value for name, value in targets.items() if value is not None}
     if len(given) > 1:
         raise InputError("give one of --quality, --target-ratio, --target-bytes and --target-kl")
-    if (model is None) == ("kl" in given) or (append and given.keys() - {"quality"}):
-        raise InputError("--model goes with --target-kl; --append takes no target, but the file's own --quality")
+    if append and given.keys() - {"quality"}:
+        raise InputError("--append takes no target, but the file's own --quality")
+    if (model is None) == ("kl" in given):
+        raise InputError(
+            "--target-kl needs --model, the model of the dump" if model is None else "--model is for --target-kl"
+        )
     check_out_file(out, source=npz)
     found = CalibrationArtifacts.from_dir(artifacts)
     codec = CacheCodec(found, recent=recent, sinks=sinks, lossless=lossless, quality=quality, raw_window=raw_window)

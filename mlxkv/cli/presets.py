@@ -90,10 +90,13 @@ def _explain(name: str, json: bool) -> None:
         if json:
             print_record(row, as_json=True)
             continue
-        shown = {key: value for key, value in row.items() if value is not None and key not in ("kind", "settings")}
+        shown = {
+            key: value for key, value in row.items() if value is not None and key not in ("kind", "settings", "changed")
+        }
         if row["settings"] is not None:
             rest = {key: value for key, value in row["settings"].items() if key not in row["changed"]}
-            shown |= {"changed": row["changed"], "as the method has them": rest}
+            parts = {"changed": row["changed"], "as the method has them": rest}
+            shown |= {key: part for key, part in parts.items() if part}
         print_record(shown, as_json=False)
 
 

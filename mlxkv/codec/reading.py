@@ -352,6 +352,8 @@ def read_continued_layout(
     tokens = unquantized.read_plain_array(reader, "tokens")
     if tokens.shape != (layout.batch, layout.length) or tokens.dtype != np.int32:
         raise FormatError(f"{reader.name} has {tokens.dtype} tokens of shape {tokens.shape}: not those of its layout")
+    if dump.length < layout.length:
+        raise MismatchError(f"{reader.name} has {layout.length} tokens already, the dump only {dump.length}")
     if not np.array_equal(tokens, dump.tokens[:, : layout.length]):
         raise MismatchError(f"{reader.name} is of other tokens than those that the dump begins with")
     meta = header_object(reader, "meta")

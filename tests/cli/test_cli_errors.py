@@ -122,6 +122,43 @@ def test_ctrl_c_says_what_is_left_of_a_file(monkeypatch, tmp_path, capsys):
     assert not out.exists()
 
 
+def test_ctrl_c_leaves_the_artifacts_that_were_to_be_replaced(monkeypatch, tmp_path, capsys):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlxkv.codec.calibrate.calibrate", stopped)
+    monkeypatch.setattr("mlxkv.codec.artifacts.check_artifacts_folder", lambda *_: None)
+    (tmp_path / "a.npz").write_bytes(b"PK\3\4")
+    words = ["calibrate", "--npz", tmp_path / "a.npz", "--method", "kvtc-4", "--overwrite", "--out", tmp_path / "new"]
+    assert run(*words) == 130
+    assert f"no artifacts were written to {tmp_path / 'new'}" in capsys.readouterr().err
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "meta.json").write_text("{}")
+    assert run(*words) == 130
+    assert f"the artifacts in {tmp_path / 'new'} are as they were" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["eval"]])
+def test_without_a_command_the_help_is_printed_once(words, capsys):
+    assert run(*words) == 2
+    assert capsys.readouterr().out.count("Usage: mlxkv") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--target-kl", "0.1"], "--target-kl needs --model"),
+        (["--model", "any"], "--model is for --target-kl"),
+        (["--quality", "3", "--model", "any"], "--model is for --target-kl"),
+        (["--append", "--target-ratio", "9"], "--append takes no target"),
+    ],
+)
+def test_options_that_do_not_go_together_are_told_one_thing(given, message, capsys):
+    assert run("compress", "--npz", "a", "--artifacts", "b", "--out", "c", *given) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
 @pytest.mark.slow
 def test_a_reader_that_stops_gets_no_traceback():
     command = f"{sys.executable} -m mlxkv --help | head -c 10"

@@ -51,6 +51,16 @@ def test_one_preset_shows_what_it_changes_apart_from_the_methods_own_settings(ca
     assert [line.split("│")[1].strip() for line in lines if "bits 4" in line] == ["changed"]
 
 
+def test_a_preset_without_changes_shows_no_empty_lines(capsys):
+    assert run("presets", "kvtc-rd") == 0
+    assert "changed" not in capsys.readouterr().out
+
+
+def test_a_name_that_is_a_preset_and_a_method_is_suggested_once(capsys):
+    assert run("generate", "--model", "any", "--prompt", "a", "--cache", "int9") == 2
+    assert "did you mean int8 or int4?" in capsys.readouterr().err
+
+
 WRONG = [
     (["presets", "int9"], {"int8", "int4"}, {"kvtc-16", "h2o-256"}),
     (["generate", "--model", "any", "--prompt", "a", "--cache", "int9"], {"int8", "int4"}, {"kvtc-16", "h2o-256"}),

@@ -81,7 +81,7 @@ def test_whole_blocks_are_not_written_again(codec, tmp_path, monkeypatch):
     ("change", "message"),
     [
         (lambda codec, dump: (codec, replace(dump, tokens=dump.tokens + 1)), "other tokens"),
-        (lambda codec, dump: (codec, beginning(dump, 20)), "other tokens"),
+        (lambda codec, dump: (codec, beginning(dump, 20)), "30 tokens already, the dump only 20"),
         (lambda codec, dump: (CacheCodec(codec.artifacts, recent=4, sinks=2), dump), "another layout"),
         (lambda codec, dump: (codec, replace(dump, k=dump.k.astype(np.float32), v=dump.v.astype(np.float32))), "dtype"),
         (lambda codec, dump: (codec, replace(dump, start=1)), "starts at token 1"),
