@@ -63,6 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
     arguments
         Those of the process where None.
     """
+    for name in ("stdout", "stderr"):  # closed ones: a file that is opened later may not take their place
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for as long as the process runs
     try:
         try:
             code = _run(sys.argv[1:] if arguments is None else arguments)

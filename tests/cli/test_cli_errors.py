@@ -166,6 +166,15 @@ def test_a_reader_that_stops_gets_no_traceback():
     assert (done.stderr, len(done.stdout)) == ("", 10)
 
 
+def test_a_command_without_an_output_gets_no_traceback(monkeypatch):
+    for name in ("stdout", "stderr"):  # as Python has it after >&- and 2>&-
+        monkeypatch.setattr(sys, name, None)
+    codes = [run("inspect", "none", "--json"), run("--version")]
+    sys.stdout.close()
+    sys.stderr.close()
+    assert codes == [2, 0]
+
+
 @pytest.mark.slow
 def test_a_package_that_lies_in_the_current_folder_is_not_loaded(tmp_path):
     info = tmp_path / "stray-1.0.dist-info"
