@@ -38,9 +38,9 @@ def compress_command(
         float | None, typer.Option(help="0 to 100 for kvtc-rd (35): 10 points more halve the quantization step.")
     ] = None,
     target_ratio: Annotated[
-        float | None, typer.Option(help="Compression ratio of the whole file against fp16.")
+        float | None, typer.Option(help="Compression ratio of the whole file against fp16, within 2 %.")
     ] = None,
-    target_bytes: Annotated[int | None, typer.Option(help="Bytes of the whole file.")] = None,
+    target_bytes: Annotated[int | None, typer.Option(help="Bytes of the whole file, within 2 %.")] = None,
     target_kl: Annotated[
         float | None, typer.Option(help="Largest mean KL divergence in nats per token; needs --model.")
     ] = None,
