@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from mlxkv.cli._checks import Limit, read_size
 from mlxkv.cli._commands import commands
@@ -61,7 +62,10 @@ def generate_command(
     if json:
         print_record({"text": written, **facts}, as_json=True)
     else:
-        print("\n\n" + ", ".join(f"{key.replace('_', ' ')} {format_value(key, value)}" for key, value in facts.items()))
+        line = ", ".join(f"{key.replace('_', ' ')} {format_value(key, value)}" for key, value in facts.items())
+        console = Console(highlight=False, markup=False)
+        print("\n")
+        console.print(line, soft_wrap=not console.is_terminal)
 
 
 def _generate(model: Any, tokenizer: Any, tokens: list[int], most: int, caches: list[Any], show: bool) -> Any:

@@ -30,6 +30,15 @@ def test_generate_says_what_mlx_lm_says_with_the_same_live_cache(model_dir, says
     assert record["ratio"] == record["fp16_bytes"] / record["cache_bytes"]
 
 
+def test_on_a_terminal_the_last_line_of_generate_breaks_between_words(model_dir, monkeypatch, capsys):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    assert run("generate", "--model", model_dir, "--cache", "int8", "--prompt", TEXT, "--max-tokens", 2) == 0
+    facts = capsys.readouterr().out.partition("\n\n")[2].splitlines()
+    assert len(facts) > 2
+    assert max(map(len, facts)) <= 40
+
+
 def test_generate_streams_the_text_and_ends_in_one_line(model_dir, capsys):
     words = ["generate", "--model", model_dir, "--cache", "int8", "--prompt", TEXT, "--max-tokens", 5]
     assert run(*words, "--json") == 0
