@@ -70,6 +70,8 @@ def compress_command(
         raise InputError("give one of --quality, --target-ratio, --target-bytes and --target-kl")
     if append and given.keys() - {"quality"}:
         raise InputError("--append takes no target, but the file's own --quality")
+    if append and not out.exists():
+        raise InputError(f"there is no {out} to append to", "Leave out --append for the first part of a conversation.")
     if (model is None) == ("kl" in given):
         raise InputError(
             "--target-kl needs --model, the model of the dump" if model is None else "--model is for --target-kl"

@@ -23,7 +23,7 @@ def decompress_command(
     out: Annotated[Path, typer.Option(help="The .npz to write.", show_default=False)],
     tokens: Annotated[
         str | None,
-        typer.Option(metavar="A:B", help="Only tokens A to B - 1, as in Python; only their blocks are read."),
+        typer.Option(metavar="A:B", help="Only tokens A to B - 1, counted from 0; only their blocks are read."),
     ] = None,
     limit: Limit = None,
     json: Json = False,

@@ -159,6 +159,13 @@ def test_options_that_do_not_go_together_are_told_one_thing(given, message, caps
     assert message in line
 
 
+def test_to_append_there_has_to_be_a_file(tmp_path, capsys):
+    assert run("compress", "--npz", "a", "--artifacts", "b", "--out", str(tmp_path / "c"), "--append", "--json") == 2
+    said = json.loads(capsys.readouterr().out)
+    assert "to append to" in said["error"]
+    assert said["hint"] == "Leave out --append for the first part of a conversation."
+
+
 @pytest.mark.slow
 def test_a_reader_that_stops_gets_no_traceback():
     command = f"{sys.executable} -m mlxkv --help | head -c 10"
