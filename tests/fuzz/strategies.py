@@ -1,7 +1,8 @@
 """Hypothesis strategies of recipes: which format, which of its examples, and the edits to make."""
 
-from fuzz.mutations import HUGE, ODD
 from hypothesis import strategies as st
+
+from fuzz.mutations import HUGE, ODD
 
 PLACE = st.integers(0, 2**20)
 NUMBER = st.one_of(st.integers(0, 300), st.sampled_from([2**16, 2**31, 2**32 - 1]))
