@@ -24,6 +24,7 @@ def test_presets_is_one_screen_that_says_what_to_choose(capsys):
 def test_its_numbers_are_measured():
     fidelity = json.loads((RESULTS / "live_methods.json").read_text())["summary"]["fidelity"]
     measured = {row["variant"]: row for row in fidelity if row["model"] == "smollm2-135m"}
+    measured |= {row["variant"]: row for row in json.loads((RESULTS / "kv_bits.json").read_text())["summary"]}
     for _, name, share, kl in presets.LIVE_CHOICES:
         assert measured[name]["share_of_fp16"] == pytest.approx(share, abs=0.006), name
         assert measured[name]["kl"] == pytest.approx(kl, rel=0.06), name
