@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes: so that one of another kind is named, and not called damaged."""
+"""Kinds of files, told by their first bytes: one of another kind is named, and not called damaged."""
 
 from __future__ import annotations
 

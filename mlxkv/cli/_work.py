@@ -1,4 +1,4 @@
-"""What a command is doing: shown while it lasts, and said when it is interrupted."""
+"""The work that a command is doing: shown while it lasts, and named when it is interrupted."""
 
 from __future__ import annotations
 

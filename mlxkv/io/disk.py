@@ -1,4 +1,4 @@
-"""What writers and readers of files share: locks, flushes that survive a power cut, and names beside a file."""
+"""Parts that writers and readers of files share: locks, flushes that survive a power cut, and names beside a file."""
 
 from __future__ import annotations
 

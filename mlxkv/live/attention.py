@@ -16,7 +16,7 @@ _QUERY_BLOCK = 64  # queries whose attention weights are held in memory at a tim
 
 
 class AttentionCall(NamedTuple):
-    """What a model passes to attention.
+    """The arguments that a model passes to attention.
 
     Parameters
     ----------

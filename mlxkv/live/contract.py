@@ -144,7 +144,7 @@ class StateContract:
 
     @property
     def group(self) -> CacheGroup | None:
-        """What the entries of the prompt cache share; None for an entry that belongs to none."""
+        """The group that the entries of a prompt cache share; None for an entry that belongs to none."""
         return self._group
 
     def state_to_save(self) -> dict[str, Any]:

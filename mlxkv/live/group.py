@@ -1,4 +1,4 @@
-"""What the entries of one prompt cache know of each other: whether they have all seen the same tokens."""
+"""Groups of the entries of one prompt cache: whether they have all seen the same tokens."""
 
 from __future__ import annotations
 
