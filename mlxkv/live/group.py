@@ -14,7 +14,7 @@ _DROPPING = (RotatingKVCache, BatchRotatingKVCache, ChunkedKVCache)
 
 
 class CacheGroup:
-    """What the live entries of one prompt cache share, so that a call that was interrupted between layers is noticed.
+    """Group of the live entries of one prompt cache, so that a call that was interrupted between layers is noticed.
 
     Live entries are not held, only their offsets: a prompt cache that is no longer used is freed at once. Copying a
     prompt cache with `copy.deepcopy` copies its group with it.
