@@ -239,9 +239,9 @@ def toy(length):
 
 
 class Command(ContainerWrite):
-    """A whole command; one in five of its operations is killed."""
+    """A whole command."""
 
-    uses_mlx, every = True, 5
+    uses_mlx = True
 
     def __init__(self, folder):
         from mlxkv.cli import main
@@ -283,8 +283,6 @@ class CompressAppend(Command):
 
 
 class Calibrate(Command):
-    every = 13
-
     def prepare(self, folder):
         shutil.copytree(self.given / "artifacts", folder / "a")
 

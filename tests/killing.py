@@ -149,7 +149,6 @@ class Scenario:
     names = ("a",)  # in the folder after a complete write
     changes = True  # what a reader finds
     uses_mlx = False
-    every = 1  # of how many operations one is killed
 
     def prepare(self, folder):
         """Make the state that the write begins with."""
@@ -193,7 +192,7 @@ def every_kill(scenario, folder):
     if (before != after) != scenario.changes:
         wrong.append("it changes nothing, or something")
     seen = set()
-    for last in range(1, count + 1, scenario.every):
+    for last in range(1, count + 1):
         for half in (False, True)[: 1 + (last in writes)]:
             scenario.prepare(fresh(folder))
             if in_child(scenario.write, folder, operations=Operations(last, half)) is not None:
