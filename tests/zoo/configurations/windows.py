@@ -1,0 +1,162 @@
+"""Layers that see a window of the newest tokens beside layers that see everything; attention sinks; chunks; shared layers."""
+
+from zoo.configurations.common import EXPERTS, FULL, HEADS, SLIDING, WINDOW
+
+_PAIRS = {**HEADS, "num_hidden_layers": 4, "sliding_window": WINDOW, "layer_types": [SLIDING, FULL] * 2}
+_PATTERN = {**HEADS, "num_hidden_layers": 4, "sliding_window": WINDOW, "sliding_window_pattern": 2}
+_BOTH_ROPES = {
+    FULL: {"rope_type": "default", "rope_theta": 100000.0, "partial_rotary_factor": 0.5},
+    SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
+}
+GEMMA4 = {
+    **HEADS,
+    "num_hidden_layers": 6,
+    "global_head_dim": 32,
+    "vocab_size_per_layer_input": 97,
+    "num_key_value_heads": 1,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 16,
+    "sliding_window": WINDOW,
+    "layer_types": [SLIDING, FULL] * 3,
+    "tie_word_embeddings": True,
+}
+
+CONFIGURATIONS = {
+    "afm7": {
+        "vocab_size": 97,
+        "hidden_dim": 64,
+        "num_layers": 4,
+        "num_kv_reuse_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "hidden_dim_scale_factor": 1.5,
+    },
+    "afmoe": {**_PAIRS, **EXPERTS, "num_dense_layers": 1},
+    "cohere2": {**_PATTERN, "logit_scale": 2.0},
+    "exaone4": {**_PAIRS, "sliding_window_pattern": "LLLG", "rope_scaling": {"rope_type": "default"}},
+    "exaone_moe": {**_PAIRS, **EXPERTS, "num_shared_experts": 1, "is_moe_layer": [False, True, True, True]},
+    "gear": {
+        **HEADS,
+        "num_hidden_layers": 6,
+        "sliding_window": WINDOW,
+        "conv_L_cache": 3,
+        "layer_types": ["conv_mixer", SLIDING, FULL] * 2,
+    },
+    "gemma3": {
+        "vocab_size": 97,
+        "text_config": {**_PATTERN, "model_type": "gemma3_text", "query_pre_attn_scalar": 16},
+    },
+    "gemma3_text": {**_PATTERN, "num_hidden_layers": 6, "sliding_window_pattern": 3, "query_pre_attn_scalar": 16},
+    "gemma3n": {
+        "text_config": {
+            **HEADS,
+            "model_type": "gemma3n_text",
+            "num_hidden_layers": 6,
+            "num_kv_shared_layers": 2,
+            "vocab_size_per_layer_input": 97,
+            "sliding_window": WINDOW,
+            "rope_local_base_freq": 1000.0,
+            "final_logit_softcapping": 30.0,
+            "layer_types": [SLIDING, FULL] * 3,
+            "activation_sparsity_pattern": [0.5, 0.0] * 3,
+            "hidden_size_per_layer_input": 16,
+            "altup_num_inputs": 2,
+            "altup_coef_clip": 120.0,
+            "altup_correct_scale": True,
+            "altup_active_idx": 0,
+            "laurel_rank": 8,
+        }
+    },
+    "gemma4": {"vocab_size": 97, "text_config": {**GEMMA4, "model_type": "gemma4_text"}},
+    "gemma4_text": GEMMA4,
+    "gpt_oss": {**_PAIRS, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "laguna": {
+        **_PAIRS,
+        **EXPERTS,
+        "num_attention_heads_per_layer": [4, 8, 4, 8],
+        "shared_expert_intermediate_size": 32,
+        "rope_parameters": _BOTH_ROPES,
+    },
+    "llama": {**_PAIRS, "layer_types": [SLIDING, FULL, FULL, SLIDING]},
+    "llama4": {
+        "text_config": {
+            **HEADS,
+            "model_type": "llama4_text",
+            "attention_chunk_size": 16,
+            "num_hidden_layers": 4,
+            "interleave_moe_layer_step": 2,
+            "intermediate_size_mlp": 96,
+            "num_experts_per_tok": 1,
+            "num_local_experts": 4,
+            "rope_scaling": None,
+            "use_qk_norm": True,
+            "floor_scale": 8,
+        }
+    },
+    "mellum": {
+        **_PAIRS,
+        **EXPERTS,
+        "rope_parameters": _BOTH_ROPES,
+    },
+    "mimo_v2_flash": {
+        **HEADS,
+        **EXPERTS,
+        "num_hidden_layers": 4,
+        "hybrid_layer_pattern": [0, 1, 0, 1],
+        "moe_layer_freq": [0, 1, 1, 1],
+        "add_swa_attention_sink_bias": True,
+        "add_full_attention_sink_bias": False,
+        "sliding_window_size": WINDOW,
+        "n_shared_experts": None,
+        "n_routed_experts": 4,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "layernorm_epsilon": 1e-5,
+        "swa_rope_theta": 1000.0,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "v_head_dim": 8,
+        "swa_head_dim": 16,
+        "swa_v_head_dim": 8,
+        "partial_rotary_factor": 0.5,
+    },
+    "ministral3": {
+        **_PAIRS,
+        "rope_parameters": {
+            "rope_theta": 10000.0,
+            "rope_type": "default",
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "muse_glimmer": {**_PAIRS, "qk_scale_factor": 1.0, "output_multiplier": 1.0},
+    "muse_spark": {
+        "text_config": {
+            **_PAIRS,
+            "post_norm_eps": 1e-6,
+            "rope_parameters": {"rope_theta": 10000.0},
+            "layer_rope_theta": [10000.0, 0.0] * 2,
+            "final_logit_softcapping": 20.0,
+            "output_multiplier": 1.0,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_hidden_size": 32,
+            "moe_intermediate_size": 32,
+        }
+    },
+    "olmo3": _PAIRS,
+    "plamo3": {**_PATTERN, "window_size": WINDOW},
+    "spark2_5": {**_PAIRS, "rope_parameters": _BOTH_ROPES},
+    "step3p5": {
+        **_PAIRS,
+        "num_attention_groups": 2,
+        "attention_other_setting": {"num_attention_heads": 8, "num_attention_groups": 4},
+        "partial_rotary_factors": [1.0, 0.5, 1.0, 0.5],
+        "moe_num_experts": 4,
+        "moe_top_k": 2,
+        "moe_intermediate_size": 32,
+        "share_expert_dim": 32,
+        "moe_layers_enum": "2,3",
+        "swiglu_limits": [0.0, 0.0, 7.0, 7.0],
+    },
+}
