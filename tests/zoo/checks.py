@@ -1,0 +1,200 @@
+"""What is asked of each model: its cache dumped and restored, live caches, their files, and the codec."""
+
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+from zoo.build import tokens
+
+from mlxkv import CacheCodec, calibrate, load_cache, make_cache, read_dump, save_cache, write_dump
+from mlxkv.codec.methods.kvtc import KVTCConfig
+from mlxkv.codec.methods.kvtc_rd import KVTCRDConfig
+from mlxkv.errors import MlxkvError
+from mlxkv.identity import fingerprint
+from mlxkv.lm import extract_cache, restore
+from mlxkv.models import cache_spec
+from mlxkv.sensitivity import sensitivity
+
+# A ring that was put in order adds its terms up in another order.
+SUMMATION_ORDER = 2e-5
+# Live caches pack blocks of 64 tokens: this many have three.
+PROMPT, AFTER = 200, 8
+# Tokens attended to with 8 bits per value: a random model's predictions are much more sensitive than a trained one's.
+NEAR = {"int8": 0.05}
+METHODS: dict[str, dict[str, Any]] = {
+    "int8": {},
+    "int4": {},
+    "kivi": {"recent": 16},
+    "h2o": {"heavy": 16, "recent": 32},
+    "smartkv": {},
+}
+
+
+class Outcome(NamedTuple):
+    """What came of a check: "ok", "refused" by mlxkv with its reason, or "wrong"."""
+
+    state: str
+    note: str
+
+
+class WrongError(Exception):
+    """Something came out other than it should."""
+
+
+Check = Callable[[str, Any], str]
+
+
+def outcome(check: Check, name: str, model: Any) -> Outcome:
+    """Run one check: its note, mlxkv's reason to refuse, or what went wrong."""
+    try:
+        return Outcome("ok", check(name, model))
+    except MlxkvError as error:
+        return Outcome("refused", str(error).splitlines()[0])
+    except WrongError as error:
+        return Outcome("wrong", str(error))
+    except Exception as error:  # noqa: BLE001  # whatever it is, it belongs in the table
+        return Outcome("wrong", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+
+
+def run(model: Any, cache: list, text: list[int], *, chunked: bool = True) -> np.ndarray:
+    """Logits `[len(text), vocabulary]` of tokens that follow what the cache holds, in one chunk or one by one."""
+    parts = [text] if chunked else [[token] for token in text]
+    logits = []
+    for part in parts:
+        logits.append(model(mx.array([part]), cache=cache)[0].astype(mx.float32))
+        mx.eval(logits[-1])
+    return np.concatenate([np.array(part) for part in logits])
+
+
+def gap(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference relative to the largest logit; 0 for identical bits."""
+    if np.array_equal(found, expected):
+        return 0.0
+    used = np.isfinite(expected)  # some models never predict some tokens
+    if not np.isfinite(found[used]).all():
+        return float("inf")
+    return float(np.abs(found[used] - expected[used]).max() / np.abs(expected[used]).max())
+
+
+def divergence(found: np.ndarray, expected: np.ndarray) -> float:
+    """Mean Kullback-Leibler divergence of predictions in nats."""
+    logs = [x - x.max(-1, keepdims=True) for x in (expected.astype(np.float64), found.astype(np.float64))]
+    p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in logs)
+    used = np.isfinite(p)
+    if not np.isfinite(found[used]).all():
+        return float("inf")
+    terms = np.exp(p[used]) * (p[used] - q[used])
+    return float(terms.sum() / len(p))
+
+
+def dumped_and_restored(name: str, model: Any) -> str:
+    """A cache leaves the model, is written, read and restored, and the text goes on: a chunk, and one by one."""
+    text, spec, worst = tokens(name, 40), cache_spec(model), 0.0
+    for length, chunked in ((5, True), (37, True), (37, False)):
+        cache = make_prompt_cache(model)
+        run(model, cache, text[:length], chunked=chunked)
+        dump = extract_cache(cache, spec, [text[:length]], fingerprint=fingerprint(model))
+        with tempfile.TemporaryDirectory() as folder:
+            write_dump(Path(folder, "cache.npz"), dump)
+            dump = read_dump(Path(folder, "cache.npz"))
+        for next_chunked in (True, False):
+            expected = run(model, copy.deepcopy(cache), text[length : length + 3], chunked=next_chunked)
+            found = run(model, restore(model, dump), text[length : length + 3], chunked=next_chunked)
+            worst = max(worst, gap(found, expected))
+    if worst > SUMMATION_ORDER:
+        raise WrongError(f"logits differ by {worst:.1e} of the largest")
+    return "within summation order" if worst else "identical"
+
+
+def live_full(name: str, model: Any) -> str:
+    """The live cache that keeps everything predicts exactly what mlx-lm's own cache does."""
+    expected, found = (_lived(name, model, cache) for cache in (make_prompt_cache(model), make_cache(model, "full")))
+    if worst := gap(found, expected):
+        raise WrongError(f"full differs from mlx-lm's cache by {worst:.1e} of the largest logit")
+    return "identical"
+
+
+def _lived(name: str, model: Any, cache: list) -> np.ndarray:
+    """Logits after a prompt in two chunks: some tokens one by one, and a chunk."""
+    text = tokens(name, PROMPT + 2 * AFTER)
+    for part in (text[:150], text[150:PROMPT]):
+        run(model, cache, part)
+    singles = run(model, cache, text[PROMPT : PROMPT + AFTER], chunked=False)
+    return np.concatenate([singles, run(model, cache, text[PROMPT + AFTER :])])
+
+
+def live_methods(name: str, model: Any) -> str:
+    """Every method gives finite logits or refuses with a reason, and those with many bits are near."""
+    expected = _lived(name, model, make_prompt_cache(model))
+    notes = []
+    for method, settings in METHODS.items():
+        try:
+            cache = make_cache(model, method, **settings)
+        except MlxkvError as error:
+            notes.append(f"{method} refuses: {str(error).splitlines()[0]}")
+            continue
+        apart = divergence(_lived(name, model, cache), expected)
+        if not apart <= NEAR.get(method, 1e9):
+            raise WrongError(f"predictions with {method} are {apart:.3g} nats apart")
+    return "; ".join(notes)
+
+
+def live_files(name: str, model: Any) -> str:
+    """A live cache that is saved and loaded goes on exactly as the one that was not."""
+    text = tokens(name, PROMPT + 2 * AFTER)
+    cache = make_cache(model, "int8")
+    run(model, cache, text[:PROMPT])
+    with tempfile.TemporaryDirectory() as folder:
+        save_cache(Path(folder, "cache"), model, cache)
+        loaded = load_cache(Path(folder, "cache"), model)
+    for chunked, part in ((True, text[PROMPT : PROMPT + AFTER]), (False, text[PROMPT + AFTER :])):
+        if worst := gap(run(model, loaded, part, chunked=chunked), run(model, cache, part, chunked=chunked)):
+            raise WrongError(f"a loaded cache differs by {worst:.1e} of the largest logit")
+    return "identical"
+
+
+def _coded(name: str, model: Any, config: Any, *, measured: bool) -> str:
+    """A dump compressed and decompressed restores, and predictions from it are finite."""
+    spec, text = cache_spec(model), tokens(name, 640, seed=2)
+    dumps = []
+    for part in (text[:500], text[500:]):
+        cache = make_prompt_cache(model)
+        run(model, cache, part)
+        dumps.append(extract_cache(cache, spec, [part], fingerprint=fingerprint(model)))
+    learnt, held = dumps
+    if measured:
+        learnt.sensitivity.update(sensitivity(model, text[:500]))
+    with tempfile.TemporaryDirectory() as folder:
+        write_dump(Path(folder, "learnt.npz"), learnt)
+        codec = CacheCodec(calibrate([Path(folder, "learnt.npz")], config), recent=16)
+    again = codec.decompress_dump(codec.compress_dump(held))
+    following = tokens(name, 3, seed=3)
+    expected, found = (run(model, each, following) for each in (cache, restore(model, again)))
+    if divergence(found, expected) == float("inf"):
+        raise WrongError("predictions from a decompressed cache are not finite")
+    return ""
+
+
+def coded_kvtc(name: str, model: Any) -> str:
+    """The codec that needs no sensitivity."""
+    return _coded(name, model, KVTCConfig(compression_ratio=4), measured=False)
+
+
+def coded_kvtc_rd(name: str, model: Any) -> str:
+    """The codec that spends bits by sensitivity."""
+    return _coded(name, model, KVTCRDConfig(), measured=True)
+
+
+CHECKS: dict[str, Check] = {
+    "dump": dumped_and_restored,
+    "full": live_full,
+    "methods": live_methods,
+    "files": live_files,
+    "kvtc": coded_kvtc,
+    "kvtc-rd": coded_kvtc_rd,
+}
