@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,7 @@ STATE_TYPES = {
     **{f"{sign}int{bits}": np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)},
     "bfloat16": np.dtype("float32"),
 }
-_STATE, _SENSITIVITY = "state.", "sensitivity."
-_SENSITIVITY_KEYS = {*STREAMS, *(f"{name}.energy" for name in STREAMS)}
+_STATE, _SENSITIVITY, _GROUP = "state.", "sensitivity.", "group."
 
 
 @dataclass
@@ -34,8 +34,9 @@ class KVDump:
     Parameters
     ----------
     k, v
-        Keys and values `[layers, B, H, T, D]`, float16 or float32, rotated as the model keeps them. With MLA, k holds latent
-        and k_pe side by side and v has width 0.
+        Keys and values of the main group of layers, `[layers, B, H, T, D]`, float16 or float32, rotated as the model keeps
+        them. With MLA, k holds latent and k_pe side by side and v has width 0. Layers with a window of w tokens have the
+        newest min(T, w), in the order of the text.
     spec
         Description of the cache.
     tokens
@@ -55,6 +56,12 @@ class KVDump:
     state_types
         MLX's type of each of the `states`, such as "bfloat16"; empty in files of before it, whose states have the live
         cache's type.
+    others
+        Keys and values of other groups of layers, in the order of `spec.groups`: "1.k", "1.v", "2.k" and so on. Those of windows
+        are missing in a part that ends before the last token.
+    rings
+        Where mlx-lm's cache of a group with a window puts the next token, 1 to min(T, w), by the group's number: its arrays
+        are rings, and sums over them depend on the order.
 
     Raises
     ------
@@ -83,40 +90,69 @@ class KVDump:
     sensitivity: dict[str, np.ndarray] = field(default_factory=dict)
     start: int = 0
     state_types: dict[str, str] = field(default_factory=dict)
+    others: dict[str, np.ndarray] = field(default_factory=dict)
+    rings: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         batch, length = self.tokens.shape if self.tokens.ndim == 2 else (0, 0)
         if not batch or not length:
             raise MismatchError(f"a cache holds at least one token; tokens have shape {self.tokens.shape}, not [B, T]")
-        for name, array in (("k", self.k), ("v", self.v)):
-            stream = self.spec.stream(name)
-            expected = (stream.layers, batch, stream.heads, length, stream.dim)
-            if array.shape != expected:
-                raise MismatchError(f"{name} has shape {array.shape}; its description and tokens say {expected}")
-            measured = self.sensitivity.get("k.energy", np.zeros(0)).shape[-1:] or (0,)
-            for key, last in ((name, (stream.dim, stream.dim)), (f"{name}.energy", (min(*measured, length),))):
-                needed = (stream.layers, stream.heads, *last)
-                found = self.sensitivity[key].shape if key in self.sensitivity else None
-                if self.sensitivity and found != needed:
-                    raise MismatchError(f"the sensitivity of {key} has shape {found}; its description says {needed}")
+        keys = [f"{index}.{name}" for index in range(1, len(self.spec.groups)) for name in STREAMS]
+        if extra := sorted(set(self.others) - set(keys)):
+            raise MismatchError(f"there are arrays {str(extra)[:80]}, which belong to no group of layers")
+        for index in self.held_groups:
+            for name in STREAMS:
+                self._check_stream(index, name)
+        for index, ring in self.rings.items():
+            if index not in self.held_groups or self.spec.groups[index].window is None:
+                raise MismatchError(f"group {str(index)[:20]} of the layers here is no ring")
+            if not is_int(ring, 1, self.stream("k", index).shape[3]):
+                raise MismatchError(f"the ring of group {index} is at {ring!r}, which is no row of it")
         held = {key: STATE_TYPES.get(name) for key, name in self.state_types.items()}
         if held and held != {key: array.dtype for key, array in self.states.items()}:
             raise MismatchError(f"the states are not of the types {str(self.state_types)[:200]}")
 
-    def stream(self, name: str) -> np.ndarray:
+    def _check_stream(self, index: int, name: str) -> None:
+        """Compare an array, and its sensitivity if there is one, with the description and the tokens."""
+        group, (batch, length) = self.spec.groups[index], self.tokens.shape
+        stream, key = group.stream(name), stream_key(index, name)
+        rows = length if group.window is None else min(self.start + length, group.window)
+        array, expected = self.stream(name, index), (stream.layers, batch, stream.heads, rows, stream.dim)
+        if array.shape != expected:
+            raise MismatchError(f"{key} has shape {array.shape}; its description and tokens say {expected}")
+        measured = self.sensitivity.get("k.energy", np.zeros(0)).shape[-1:] or (0,)
+        for part, last in ((key, (stream.dim, stream.dim)), (f"{key}.energy", (min(*measured, length),))):
+            needed = (stream.layers, stream.heads, *last)
+            found = self.sensitivity[part].shape if part in self.sensitivity else None
+            if self.sensitivity and found != needed:
+                raise MismatchError(f"the sensitivity of {part} has shape {found}; its description says {needed}")
+
+    def stream(self, name: str, group: int = 0) -> np.ndarray:
         """Return one stream's array.
 
         Parameters
         ----------
         name
             "k" or "v".
+        group
+            Number of the group of layers, one of `held_groups`; 0 is the main one.
 
         Returns
         -------
         np.ndarray
-            Keys or values `[layers, B, H, T, D]`.
+            Keys or values `[layers, B, H, rows, D]`.
         """
+        if group:
+            return self.others[stream_key(group, name)]
         return self.k if name == "k" else self.v
+
+    @property
+    def held_groups(self) -> tuple[int, ...]:
+        """Numbers of the groups of layers that the dump has: all, but for windows in a part of a cache."""
+        groups = enumerate(self.spec.groups)
+        return tuple(
+            i for i, g in groups if not i or g.window is None or any(f"{i}.{n}" in self.others for n in STREAMS)
+        )
 
     @property
     def length(self) -> int:
@@ -126,7 +162,30 @@ class KVDump:
     @property
     def fp16_bytes(self) -> int:
         """Bytes of keys and values at 16 bits per element: the reference of every compression ratio."""
-        return 2 * (self.k.size + self.v.size)
+        return 2 * sum(array.size for array in (self.k, self.v, *self.others.values()))
+
+
+def stream_key(group: int, name: str) -> str:
+    """Return the name of a stream in files.
+
+    Parameters
+    ----------
+    group
+        Number of the group of layers; 0 is the main one.
+    name
+        "k" or "v".
+
+    Returns
+    -------
+    str
+        The name alone for the main group, with the number for others.
+
+    Examples
+    --------
+    >>> stream_key(0, "k"), stream_key(2, "v")
+    ('k', '2.v')
+    """
+    return f"{group}.{name}" if group else name
 
 
 def write_dump(path: str | Path, dump: KVDump) -> None:
@@ -146,8 +205,8 @@ def write_dump(path: str | Path, dump: KVDump) -> None:
 
     Notes
     -----
-    Members: `k`, `v`, `layers` (indices of the attention layers), `tokens`, `meta` (JSON text), one `state.…` array for each
-    other state, and `sensitivity.…` where the dump has a sensitivity.
+    Members: `k`, `v`, `layers` (indices of the main group's layers), `tokens`, `meta` (JSON text), `group.…` for each array of
+    `others`, `state.…` for each other state, and `sensitivity.…` where the dump has a sensitivity.
     """
     meta = {
         "version": DUMP_VERSION,
@@ -158,10 +217,13 @@ def write_dump(path: str | Path, dump: KVDump) -> None:
         "start": dump.start,
         "state_types": dump.state_types,
     }
+    if dump.rings:
+        meta["rings"] = {str(index): ring for index, ring in dump.rings.items()}
     arrays: dict[str, Any] = {_STATE + key: value for key, value in dump.states.items()}
+    arrays |= {_GROUP + key: value for key, value in dump.others.items()}
     arrays |= {_SENSITIVITY + key: value for key, value in dump.sensitivity.items()}
     arrays.update(k=dump.k, v=dump.v, tokens=dump.tokens, meta=np.array(json.dumps(meta)))
-    arrays["layers"] = np.array(dump.spec.attention_layers, dtype=np.int32)
+    arrays["layers"] = np.array(dump.spec.groups[0].indices, dtype=np.int32)
     with atomic_write(path) as file:
         np.savez(file, **arrays)
 
@@ -198,23 +260,55 @@ def read_dump(path: str | Path) -> KVDump:
     if meta.get("version") != DUMP_VERSION:
         raise VersionError(f"{path} is a dump of version {meta.get('version')!r}; this mlxkv reads {DUMP_VERSION}")
     spec = CacheSpec.from_json(meta.get("spec", {}))
-    if not np.array_equal(arrays["layers"], spec.attention_layers):
+    if not np.array_equal(arrays["layers"], spec.groups[0].indices):
         raise FormatError(f"{path}: layers and meta disagree on which layers keep a cache")
-    k, v, tokens = arrays["k"], arrays["v"], arrays["tokens"]
-    if k.dtype not in (np.float16, np.float32) or v.dtype != k.dtype or tokens.dtype != np.int32:
+    k, v, tokens, others = arrays["k"], arrays["v"], arrays["tokens"], _with_prefix(arrays, _GROUP)
+    kinds = {array.dtype for array in (k, v, *others.values())}
+    if k.dtype not in (np.float16, np.float32) or len(kinds) > 1 or tokens.dtype != np.int32:
         raise FormatError(
             f"{path}: expected float16 or float32 k and v and int32 tokens, found {k.dtype}, {v.dtype}, {tokens.dtype}"
         )
     model, fingerprint, dtype = (str(meta.get(key, "")) for key in ("model", "fingerprint", "dtype"))
     sensitivity = _with_prefix(arrays, _SENSITIVITY)
-    if sensitivity and (set(sensitivity) != _SENSITIVITY_KEYS or any(not _is_finite(a) for a in sensitivity.values())):
+    names = [stream_key(index, name) for index in range(len(spec.groups)) for name in STREAMS]
+    measured = {*names, *(f"{name}.energy" for name in names)}
+    if sensitivity and (set(sensitivity) != measured or any(not _is_finite(a) for a in sensitivity.values())):
         raise FormatError(f"{path}: its sensitivity is not finite float32 of k, v and their energies")
     if not is_int(start := meta.get("start", 0)):
         raise FormatError(f"{path}: its first token is at position {start!r}")
     states, types = _with_prefix(arrays, _STATE), read_state_types(meta, str(path))
     if wrong := [array.dtype for array in states.values() if array.dtype not in STATE_TYPES.values()]:
         raise FormatError(f"{path}: no layer keeps a state of {wrong[0]}")
-    return KVDump(k, v, spec, tokens, model, fingerprint, dtype, states, sensitivity, start, types)
+    rings = read_rings(meta, str(path))
+    return KVDump(k, v, spec, tokens, model, fingerprint, dtype, states, sensitivity, start, types, others, rings)
+
+
+def read_rings(meta: Mapping[str, Any], name: str) -> dict[int, int]:
+    """Return where the rings of windows are that a file's description names.
+
+    Parameters
+    ----------
+    meta
+        The description, from any source.
+    name
+        Name of the file for messages.
+
+    Returns
+    -------
+    dict[int, int]
+        By the group's number, as `KVDump.rings`; empty where the file names none.
+
+    Raises
+    ------
+    FormatError
+        For anything else.
+    """
+    rings = meta.get("rings", {})
+    if not isinstance(rings, dict) or not all(
+        re.fullmatch(r"[0-9]{1,4}", key) and is_int(at) for key, at in rings.items()
+    ):
+        raise FormatError(f"{name}: {str(rings)[:80]} are no positions of rings")
+    return {int(key): at for key, at in rings.items()}
 
 
 def read_state_types(meta: Mapping[str, Any], name: str) -> dict[str, str]:

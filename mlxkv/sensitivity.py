@@ -20,7 +20,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlxkv import lm
 from mlxkv.errors import InputError
 from mlxkv.models import cache_spec
-from mlxkv.spec import STREAMS, CacheSpec, Slot
+from mlxkv.spec import STREAMS, CacheSpec, Layer
 
 CONTEXT_TOKENS, PREDICTED_TOKENS = 512, 160  # of each stretch of text
 # Sinks and the newest quarter of the context: codecs keep both as they are, and they matter several times as much.
@@ -135,7 +135,7 @@ def _gradients(
     return k, v
 
 
-def _perturb(pair: tuple[mx.array, mx.array], error: tuple[mx.array, mx.array], slots: tuple[Slot, Slot]) -> Pairs:
+def _perturb(pair: tuple[mx.array, mx.array], error: tuple[mx.array, mx.array], slots: Layer) -> Pairs:
     """Return a layer's keys and values plus their error, which is given before rotation."""
     return [array + (slot.rope.rotate(e) if slot.rope else e) for array, e, slot in zip(pair, error, slots)]  # type: ignore[misc]
 

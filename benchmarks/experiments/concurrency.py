@@ -31,11 +31,11 @@ from mlxkv.dump import KVDump, read_dump, write_dump
 from mlxkv.errors import MismatchError
 from mlxkv.io.atomic import atomic_write
 from mlxkv.io.container import Reader
-from mlxkv.spec import CacheSpec, Slot
+from mlxkv.spec import CacheSpec, Layer, Slot
 
 PHASE = 8
 READERS, OLD = 2, 700
-SPEC = CacheSpec("toy", ((Slot("keys", 2, 8), Slot("values", 2, 8)),) * 4)
+SPEC = CacheSpec("toy", (Layer(Slot("keys", 2, 8), Slot("values", 2, 8)),) * 4)
 # What the two writers do to a file of 700 tokens, and how many tokens may be there afterwards by what they said.
 KINDS: dict[str, tuple[tuple[str, str], dict[tuple[str, str], set[int]]]] = {
     "two appends": (("append 1000", "append 1300"), {("done", "done"): {1300}, ("refused", "done"): {1300}}),

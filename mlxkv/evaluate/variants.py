@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import operator
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -262,7 +262,7 @@ def cache_sizes(model: Any, cache: Sequence[Any]) -> dict[str, Any]:
         an element, where windows hold what they hold now; and `ratio`, the latter over the former.
     """
     spec = cache_spec(model)
-    fp16_bytes = sum(2 * _elements(entry, slots) for entry, slots in zip(cache, spec.layers))
+    fp16_bytes = sum(2 * _elements(entry, layer or ()) for entry, layer in zip(cache, spec.layers))
     cache_bytes = sum(entry.nbytes for entry in cache)
     return {
         "tokens": cache[spec.attention_layers[0]].offset,
@@ -272,10 +272,10 @@ def cache_sizes(model: Any, cache: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def _elements(entry: Any, slots: Sequence[Slot] | None) -> int:
+def _elements(entry: Any, slots: Iterable[Slot]) -> int:
     """Return the elements that mlx-lm keeps in the place of an entry, of those tokens that it has seen."""
     if isinstance(entry, LayerCache | KVCache):
-        return sum(entry.offset * slot.heads * slot.dim for slot in slots or ())
+        return sum(entry.offset * slot.heads * slot.dim for slot in slots)
     rows = getattr(entry, "offset", None)
     leaves = cast(list[tuple[str, Any]], tree_flatten(entry.state))
     arrays = [array for _, array in leaves if isinstance(array, mx.array)]

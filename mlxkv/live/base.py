@@ -104,11 +104,11 @@ class LayerCache(StateContract, ABC):
     observation_window = 0
 
     def __init__(self, config: Config, spec: CacheSpec, layer: int) -> None:
-        slots = spec.layers[layer]
-        if slots is None:
+        described = spec.layers[layer]
+        if described is None:
             raise UnsupportedError(f"layer {layer} of this {spec.model_type} model keeps no keys and values")
-        self.config, self.spec, self.layer, self.slots = config, spec, layer, slots
-        self.latent = spec.mode == "single_stream"
+        self.config, self.spec, self.layer = config, spec, layer
+        self.slots, self.latent = (described.keys, described.values), described.latent
         self._arguments = config, spec, layer
         self._offset = 0
         self._group: CacheGroup | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -12,37 +11,9 @@ from mlxkv.errors import FormatError
 from mlxkv.kernels.bits import QuantizedArray
 from mlxkv.kernels.decode_attention import Bucket
 from mlxkv.spec import is_int
-
-MAX_OFFSET = 2**30  # positions and sums of two stay within int32
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)
-
-
-def check_array(value: Any, name: str, shape: Sequence[int | None], *types: mx.Dtype) -> None:
-    """Check that a value is an array of a shape and type.
-
-    Parameters
-    ----------
-    value
-        Anything.
-    name
-        Its name for messages.
-    shape
-        The expected shape; None for an axis of any size.
-    *types
-        Allowed types; float32, float16 and bfloat16 if none are given.
-
-    Raises
-    ------
-    FormatError
-        When it is anything else.
-    """
-    types = types or FLOATS
-    if not isinstance(value, mx.array):
-        raise FormatError(f"{name} should be an array, not {str(value)[:40]!r}")
-    fits = value.ndim == len(shape) and all(want in (None, size) for want, size in zip(shape, value.shape))
-    if not fits or value.dtype not in types:
-        expected = f"[{', '.join('any' if n is None else str(n) for n in shape)}] {' or '.join(map(str, types))}"
-        raise FormatError(f"{name} is {list(value.shape)} {value.dtype}, expected {expected}".replace("mlx.core.", ""))
+from mlxkv.stock import FLOATS as FLOATS
+from mlxkv.stock import MAX_OFFSET as MAX_OFFSET
+from mlxkv.stock import check_array as check_array
 
 
 def check_values(value: mx.array, name: str, least: float = -math.inf, most: float = math.inf) -> None:

@@ -15,9 +15,9 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, KVCache, QuantizedKVCache, RotatingKVCache
 
+from mlxkv import stock
 from mlxkv.errors import FormatError, InputError, MismatchError, UnsupportedError
 from mlxkv.io.safetensors import SafetensorsReader
-from mlxkv.live import stock
 from mlxkv.live.checks import FLOATS, MAX_OFFSET, check_array
 from mlxkv.spec import is_int
 

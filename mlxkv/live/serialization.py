@@ -14,13 +14,13 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlxkv import stock
 from mlxkv.config import Config
 from mlxkv.errors import ChecksumError, FormatError, InputError, MismatchError, MlxkvError
 from mlxkv.identity import fingerprint, same_model
 from mlxkv.io import container
 from mlxkv.io.atomic import atomic_write
 from mlxkv.io.container import Reader, encode_section
-from mlxkv.live import stock
 from mlxkv.live.arrays import iter_arrays
 from mlxkv.live.base import LayerCache, check_consistent, live_methods
 from mlxkv.live.seam import CacheEntry, assemble_cache

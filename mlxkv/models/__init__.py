@@ -16,7 +16,7 @@ from mlxkv import _deprecated
 from mlxkv.errors import InputError, UnsupportedError
 from mlxkv.models.rope import read_rope as read_rope
 from mlxkv.registry import Registry
-from mlxkv.spec import CacheSpec, Rope, Slot
+from mlxkv.spec import CacheSpec, Layer, Rope, Slot
 
 
 def _check_adapter(adapter: Callable[[Any], CacheSpec]) -> None:
@@ -89,8 +89,8 @@ def cache_spec(model: Any) -> CacheSpec:
     return adapter(model)
 
 
-def kv_slots(heads: int, dim: int, rope: Rope | None) -> tuple[Slot, Slot]:
-    """Return the usual pair of slots: rotated keys and plain values.
+def kv_slots(heads: int, dim: int, rope: Rope | None, window: int | None = None) -> Layer:
+    """Return the usual layer: rotated keys and plain values.
 
     Parameters
     ----------
@@ -100,13 +100,15 @@ def kv_slots(heads: int, dim: int, rope: Rope | None) -> tuple[Slot, Slot]:
         Width of one head.
     rope
         Rotation of the keys; None where they are not rotated.
+    window
+        Number of newest tokens that it keeps; None where it keeps all.
 
     Returns
     -------
-    tuple[Slot, Slot]
+    Layer
         Keys and values, both `[B, heads, T, dim]`.
     """
-    return Slot("keys", heads, dim, rope), Slot("values", heads, dim)
+    return Layer(Slot("keys", heads, dim, rope), Slot("values", heads, dim), window=window)
 
 
 def head_dim(attention: Any) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlxkv.models import adapters, model_type, read_rope
-from mlxkv.spec import CacheSpec, Slot
+from mlxkv.spec import CacheSpec, Layer, Slot
 
 
 @adapters.register("glm4_moe_lite")
@@ -30,5 +30,6 @@ def spec(model: Any) -> CacheSpec:
     for layer in model.layers:
         attention = layer.self_attn
         latent = Slot("latent", 1, attention.kv_lora_rank)
-        layers.append((latent, Slot("k_pe", 1, attention.qk_rope_head_dim, read_rope(attention.rope))))
-    return CacheSpec(model_type(model), tuple(layers), mode="single_stream")
+        k_pe = Slot("k_pe", 1, attention.qk_rope_head_dim, read_rope(attention.rope))
+        layers.append(Layer(latent, k_pe, latent=True))
+    return CacheSpec(model_type(model), tuple(layers))

@@ -9,7 +9,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 from mlxkv.dump import KVDump
 from mlxkv.errors import FormatError, MismatchError, UnsupportedError
 from mlxkv.models import read_rope
-from mlxkv.spec import CacheSpec, Rope, Slot
+from mlxkv.spec import CacheSpec, Layer, Rope, Slot
 
 INF = float("inf")
 TABLE = tuple(10000.0 ** (i / 8) * 1.7 for i in range(8))
@@ -201,10 +201,48 @@ def test_a_single_stream_with_two_ropes_is_refused():
         spec.stream("k")
 
 
-def test_layers_of_different_shape_are_refused():
-    slots = (Slot("keys", 2, 16), Slot("values", 2, 16))
-    with pytest.raises(UnsupportedError, match="differently shaped"):
-        CacheSpec("toy", (slots, (Slot("keys", 2, 8), Slot("values", 2, 16))))
+def test_layers_of_different_shapes_are_groups_of_their_own_and_the_commonest_is_the_main_one():
+    pair, wide = (Slot("keys", 2, 16), Slot("values", 2, 16)), (Slot("keys", 2, 16), Slot("values", 2, 32))
+    spec = CacheSpec("toy", (wide, None, pair, Layer(*pair, window=8), pair, Layer(*pair, window=8)))
+    assert [group.indices for group in spec.groups] == [(2, 4), (0,), (3, 5)]
+    assert [group.window for group in spec.groups] == [None, None, 8]
+    assert (spec.attention_layers, spec.window_layers) == ((0, 2, 4), (3, 5))
+    assert spec.stream("v").width == 2 * 2 * 16
+    assert spec.groups[1].stream("v").width == 2 * 32
+
+
+def test_windows_are_the_main_group_only_where_no_layer_keeps_all_tokens():
+    pair = Slot("keys", 2, 16), Slot("values", 2, 16)
+    assert CacheSpec("toy", (Layer(*pair, window=8),) * 3).groups[0].window == 8
+    assert CacheSpec("toy", (*(Layer(*pair, window=8),) * 3, pair)).groups[0].window is None
+
+
+def test_layers_of_latents_beside_layers_of_keys_survive_json():
+    latent = Layer(Slot("latent", 1, 12), Slot("k_pe", 1, 8), latent=True)
+    spec = CacheSpec("toy", (latent, latent, (Slot("keys", 2, 8), Slot("values", 2, 8)), Layer(*latent, window=4)))
+    assert spec.mode == "single_stream"
+    again = CacheSpec.from_json(json.loads(json.dumps(spec.to_json())))
+    assert again == spec
+    assert [group.latent for group in again.groups] == [True, False, False]
+
+
+def test_how_a_model_uses_a_cache_is_no_part_of_what_a_file_is_compared_by():
+    pair = Slot("keys", 2, 16), Slot("values", 2, 16)
+    fetched = CacheSpec("toy", (Layer(*pair, use="fetch", selects=True),))
+    assert fetched == CacheSpec("toy", (pair,))
+    assert fetched.to_json() == CacheSpec("toy", (pair,)).to_json()
+
+
+@pytest.mark.parametrize(
+    "more", [{"window": 0}, {"window": True}, {"latent": 1}, {"ring": 4}, [], "window", {"window": 2**40}]
+)
+def test_a_layer_of_a_file_that_is_described_wrongly_is_refused(more):
+    data = CacheSpec("toy", ((Slot("keys", 1, 16), Slot("values", 1, 16)),)).to_json()
+    data["kinds"][0].append(more)
+    if more == []:
+        data["kinds"][0].append({})
+    with pytest.raises(FormatError):
+        CacheSpec.from_json(data)
 
 
 def test_a_model_without_caching_layers_is_refused():

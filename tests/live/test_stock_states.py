@@ -8,7 +8,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache,
 
 from mlxkv.errors import FormatError
 from mlxkv.live.arrays import iter_arrays, map_arrays
-from mlxkv.live.stock import restore, used_state
+from mlxkv.stock import restore, used_state
 
 WINDOW = 8
 BEFORE = {  # chunk sizes; negative ones are tokens taken back

@@ -13,15 +13,15 @@ from mlxkv import lm
 from mlxkv.bundled import miniatures
 from mlxkv.errors import ModelNotFoundError
 from mlxkv.models import cache_spec
-from mlxkv.spec import Rope, Slot
+from mlxkv.spec import Layer, Rope, Slot
 
 TRAINED = ["miniature/glm", "miniature/gpt2", "miniature/lfm2", "miniature/qwen3"]
 ROPE = Rope(64, base=1e6, traditional=False)
-PAIR = (Slot("keys", 2, 64, ROPE), Slot("values", 2, 64))
-LATENT = (Slot("latent", 1, 128), Slot("k_pe", 1, 32, Rope(32, base=1e6, traditional=True)))
+PAIR = Layer(Slot("keys", 2, 64, ROPE), Slot("values", 2, 64))
+LATENT = Layer(Slot("latent", 1, 128), Slot("k_pe", 1, 32, Rope(32, base=1e6, traditional=True)), latent=True)
 LAYERS = {
     "miniature/glm": (LATENT,) * 5,
-    "miniature/gpt2": ((Slot("keys", 3, 64), Slot("values", 3, 64)),) * 5,
+    "miniature/gpt2": (Layer(Slot("keys", 3, 64), Slot("values", 3, 64)),) * 5,
     "miniature/lfm2": (None, PAIR) * 3,
     "miniature/qwen3": (PAIR,) * 6,
 }

@@ -1,4 +1,4 @@
-"""Saving of mlx-lm's own caches, which prompt caches have for layers without a live one.
+"""mlx-lm's own caches: the entries of a prompt cache one by one, and their states.
 
 Each class is listed here with what its state may be. From a state only the tokens that the cache still uses are taken:
 mlx-lm's caches allocate many rows at once, and rows of tokens that were taken back stay in memory.
@@ -6,7 +6,7 @@ mlx-lm's caches allocate many rows at once, and rows of tokens that were taken b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -20,8 +20,50 @@ from mlx_lm.models.cache import (
 )
 
 from mlxkv.errors import FormatError
-from mlxkv.live.checks import FLOATS, MAX_OFFSET, check_array
 from mlxkv.spec import is_int
+
+MAX_OFFSET = 2**30  # positions and sums of two stay within int32
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+
+
+def entries(caches: Sequence[Any]) -> list[Any]:
+    """Return the entries of a prompt cache, those within a list of caches one by one.
+
+    `CacheSpec.layers` counts them in this order.
+
+    Parameters
+    ----------
+    caches
+        A prompt cache.
+
+    Returns
+    -------
+    list
+        The entries.
+    """
+    return [part for entry in caches for part in (entry.caches if isinstance(entry, CacheList) else [entry])]
+
+
+def with_entries(caches: Sequence[Any], new: Mapping[int, Any]) -> list[Any]:
+    """Return a prompt cache in which some entries are replaced.
+
+    Parameters
+    ----------
+    caches
+        A prompt cache, which does not change.
+    new
+        The new entries, by their index in `entries`.
+
+    Returns
+    -------
+    list
+        A prompt cache of the same form.
+    """
+    found: Iterator[Any] = iter([new.get(i, entry) for i, entry in enumerate(entries(caches))])
+    return [
+        CacheList(*[next(found) for _ in entry.caches]) if isinstance(entry, CacheList) else next(found)  # type: ignore[no-untyped-call]
+        for entry in caches
+    ]
 
 
 def example_caches(model: Any) -> list[Any]:
@@ -187,3 +229,31 @@ def _check_pair(keys: Any, values: Any, example: Any, rows: int) -> bool:
 
 def _rows(keys: mx.array, values: mx.array, stop: int) -> tuple[mx.array, mx.array]:
     return keys[..., :stop, :], values[..., :stop, :]
+
+
+def check_array(value: Any, name: str, shape: Sequence[int | None], *types: mx.Dtype) -> None:
+    """Check that a value is an array of a shape and type.
+
+    Parameters
+    ----------
+    value
+        Anything.
+    name
+        Its name for messages.
+    shape
+        The expected shape; None for an axis of any size.
+    *types
+        Allowed types; float32, float16 and bfloat16 if none are given.
+
+    Raises
+    ------
+    FormatError
+        When it is anything else.
+    """
+    types = types or FLOATS
+    if not isinstance(value, mx.array):
+        raise FormatError(f"{name} should be an array, not {str(value)[:40]!r}")
+    fits = value.ndim == len(shape) and all(want in (None, size) for want, size in zip(shape, value.shape))
+    if not fits or value.dtype not in types:
+        expected = f"[{', '.join('any' if n is None else str(n) for n in shape)}] {' or '.join(map(str, types))}"
+        raise FormatError(f"{name} is {list(value.shape)} {value.dtype}, expected {expected}".replace("mlx.core.", ""))
