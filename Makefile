@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test test-fast faults fuzz check lint types fmt docs bench clean
+.PHONY: demo test test-fast zoo faults fuzz check lint types fmt docs bench clean
 
 demo: .venv/ready
 	$(BIN)/python -m benchmarks.demo
@@ -13,6 +13,9 @@ test: .venv/ready
 
 test-fast: .venv/ready
 	$(PYTEST) -m "not slow and not kernel and not faults"
+
+zoo: .venv/ready
+	OPENBLAS_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m zoo
 
 faults: .venv/ready
 	$(PYTEST) -m faults

@@ -2,12 +2,14 @@
 
 import ast
 import copy
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models
 from mlx.utils import tree_map
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
 from zoo.configurations import CONFIGURATIONS
@@ -21,6 +23,7 @@ CANNOT_RUN = {
 }
 
 
+@cache
 def model_types() -> list[str]:
     """Every module of mlx-lm's folder that binds `Model` and `ModelArgs`, so that a new type shows up by itself."""
     folder = Path(mlx_lm.models.__path__[0])
@@ -53,6 +56,16 @@ def build(name: str, seed: int = 0) -> nn.Module:
     model.update(tree_map(_random_like, model.parameters()))
     mx.eval(model.parameters())
     return model.eval()
+
+
+def cache_kinds(model: nn.Module) -> list[str]:
+    """The kinds of mlx-lm's caches that the model's layers have, each once."""
+    return sorted({_kind(each) for each in make_prompt_cache(model)})
+
+
+def _kind(each: object) -> str:
+    name, parts = type(each).__name__, getattr(each, "caches", None)
+    return name if parts is None else f"{name}({', '.join(map(_kind, parts))})"
 
 
 def vocabulary(name: str) -> int:

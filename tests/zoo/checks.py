@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
-from zoo.build import tokens
 
 from mlxkv import CacheCodec, calibrate, load_cache, make_cache, read_dump, save_cache, write_dump
 from mlxkv.codec.methods.kvtc import KVTCConfig
@@ -19,6 +18,7 @@ from mlxkv.identity import fingerprint
 from mlxkv.lm import extract_cache, restore
 from mlxkv.models import cache_spec
 from mlxkv.sensitivity import sensitivity
+from zoo.build import tokens
 
 # A ring that was put in order adds its terms up in another order.
 SUMMATION_ORDER = 2e-5
