@@ -31,6 +31,11 @@ for (uint h = 0; h < HEADS; h++) {
   }
   top[h] = -3.4e38f;  // finite: a masked token (-inf) then weighs exp(-inf) = 0, not exp(-inf + inf)
   total[h] = 0.0f;
+  if (SINKS && split == 0 && part == 0) {  // once a head: as a token whose value is 0
+    float sink = float(sinks[head]);
+    top[h] = metal::max(top[h], sink);
+    total[h] = metal::exp(sink - top[h]);
+  }
   bias_row[h] = batch * bias_shape[1] + head * bias_shape[1] / heads;
 }
 

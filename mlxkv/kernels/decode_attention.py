@@ -35,13 +35,17 @@ LOWEST = -3.4e38
 
 _ATTEND = Kernel(
     "decode_attention",
-    inputs=("queries", "k", "k_shift", "k_scale", "v", "v_shift", "v_scale", "bias"),
+    inputs=("queries", "k", "k_shift", "k_scale", "v", "v_shift", "v_scale", "bias", "sinks"),
     outputs=("scores", "partials", "tops", "totals"),
 )
 
 
 def decode_attention(
-    queries: mx.array, buckets: Sequence[Bucket], scale: float, bias: mx.array | None = None
+    queries: mx.array,
+    buckets: Sequence[Bucket],
+    scale: float,
+    bias: mx.array | None = None,
+    sinks: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Return softmax(scale * queries . keys + bias) . values, accumulated in float32, and each token's attention mass.
 
@@ -58,14 +62,18 @@ def decode_attention(
     bias
         Added to the scaled products, `[B, 1 or Hkv or Hq, T]`, of all T tokens in the order of the buckets; -inf masks
         a token. None adds nothing.
+    sinks
+        Attention sinks, `[Hq]` of any float type: a logit of each query head that takes part in its softmax, as the score
+        of a token whose value is 0 (gpt-oss, https://arxiv.org/abs/2508.10925). -inf is none. None is none at all.
 
     Returns
     -------
     tuple[mx.array, mx.array]
         The output `[B, Hq, 1, Dv]` of queries' type, and the mass `[B, Hkv, T]` float32: each token's attention
-        probability, summed over the query heads that share its key/value head, so a row sums to Hq / Hkv. That is what
-        importance per token and head accumulates (H2O, https://arxiv.org/abs/2306.14048). Where every token is masked,
-        or there is none, output and mass are 0; NaN and infinite keys or queries give NaN, as plain softmax does.
+        probability, summed over the query heads that share its key/value head, so a row sums to Hq / Hkv, less what the
+        sinks take. That is what importance per token and head accumulates (H2O, https://arxiv.org/abs/2306.14048).
+        Where every token is masked, or there is none, output and mass are 0; NaN and infinite keys, queries or sinks
+        (other than -inf) give NaN, as plain softmax does.
 
     Raises
     ------
@@ -83,17 +91,22 @@ def decode_attention(
     >>> output.shape, mass.shape, [round(row.item(), 3) for row in mass[0].sum(axis=-1)]
     ((1, 8, 1, 64), (1, 2, 100), [4.0, 4.0])
     """
-    return (metal_decode_attention if metal.available() else reference_decode_attention)(queries, buckets, scale, bias)
+    attend = metal_decode_attention if metal.available() else reference_decode_attention
+    return attend(queries, buckets, scale, bias, sinks)
 
 
 def reference_decode_attention(
-    queries: mx.array, buckets: Sequence[Bucket], scale: float, bias: mx.array | None = None
+    queries: mx.array,
+    buckets: Sequence[Bucket],
+    scale: float,
+    bias: mx.array | None = None,
+    sinks: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Attend by the array operations that define `decode_attention`, a piece of each bucket unpacked at a time.
 
     Parameters
     ----------
-    queries, buckets, scale, bias
+    queries, buckets, scale, bias, sinks
         See `decode_attention`.
 
     Returns
@@ -101,7 +114,7 @@ def reference_decode_attention(
     tuple[mx.array, mx.array]
         See `decode_attention`.
     """
-    T = _checked_tokens(queries, buckets, bias)
+    T = _checked_tokens(queries, buckets, bias, sinks)
     B, Hkv, _, Dv = buckets[0][1].shape
     G = queries.shape[1] // Hkv
     if T == 0:
@@ -115,13 +128,9 @@ def reference_decode_attention(
         x = rotated if k.rotated else grouped
         parts.append(_scores(x, _wait_for(k, parts[-1:]) if in_turn else k))
     scores = mx.concatenate(parts, axis=-1)
-    if bias is None:
-        weights = mx.softmax(scores, axis=-1)
-    else:
+    if bias is not None:
         scores += mx.repeat(bias.astype(mx.float32), G * Hkv // bias.shape[1], axis=1).reshape(B, Hkv, G, T)
-        weights = mx.exp(scores - mx.maximum(scores.max(axis=-1, keepdims=True), LOWEST))
-        total = weights.sum(axis=-1, keepdims=True)
-        weights /= mx.where(total == 0, 1, total)
+    weights = mx.softmax(scores, axis=-1) if bias is None and sinks is None else _softmax(scores, sinks)
     sums, start = {False: mx.zeros((B, Hkv, G, Dv))}, 0
     for _, v in tiles:
         stop, before = start + v.shape[-2], list(sums.values())
@@ -130,6 +139,20 @@ def reference_decode_attention(
         start = stop
     output = sums[False] + rotate_back(sums[True]) if True in sums else sums[False]
     return output.reshape(B, Hkv * G, 1, Dv).astype(queries.dtype), weights.sum(axis=2)
+
+
+def _softmax(scores: mx.array, sinks: mx.array | None) -> mx.array:
+    """Return the softmax of `[B, H, G, T]` with the sinks in maximum and sum; zeros where every score is -inf."""
+    top = mx.maximum(scores.max(axis=-1, keepdims=True), LOWEST)
+    if sinks is None:
+        weights = mx.exp(scores - top)
+        total = weights.sum(axis=-1, keepdims=True)
+    else:
+        logits = sinks.astype(mx.float32).reshape(*scores.shape[1:3], 1)
+        top = mx.maximum(top, logits)
+        weights = mx.exp(scores - top)
+        total = weights.sum(axis=-1, keepdims=True) + mx.exp(logits - top)
+    return weights / mx.where(total == 0, 1, total)
 
 
 def _tiles(bucket: Bucket) -> Iterator[Bucket]:
@@ -247,13 +270,17 @@ def slice_rows(packed: QuantizedArray, start: int, stop: int) -> QuantizedArray:
 
 
 def metal_decode_attention(
-    queries: mx.array, buckets: Sequence[Bucket], scale: float, bias: mx.array | None = None
+    queries: mx.array,
+    buckets: Sequence[Bucket],
+    scale: float,
+    bias: mx.array | None = None,
+    sinks: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Attend by the kernel, a launch for each bucket, and merge the splits of all buckets.
 
     Parameters
     ----------
-    queries, buckets, scale, bias
+    queries, buckets, scale, bias, sinks
         See `decode_attention`.
 
     Returns
@@ -261,7 +288,7 @@ def metal_decode_attention(
     tuple[mx.array, mx.array]
         See `decode_attention`.
     """
-    T = _checked_tokens(queries, buckets, bias)
+    T = _checked_tokens(queries, buckets, bias, sinks)
     B, Hkv, _, Dv = buckets[0][1].shape
     Hq = queries.shape[1]
     if T == 0:
@@ -273,7 +300,9 @@ def metal_decode_attention(
     for k, v in buckets:
         stop = start + k.shape[-2]
         if stop > start:
-            part = _attend(rotated if k.rotated else flat, k, v, bias[..., start:stop])
+            # Sinks are counted once: in the last bucket, which is always the new token, so that one more kernel is compiled.
+            counted = sinks if stop == T else None
+            part = _attend(rotated if k.rotated else flat, k, v, bias[..., start:stop], counted)
             if v.rotated:
                 part[1] = rotate_back(part[1])
             parts.append(part)
@@ -288,7 +317,9 @@ def metal_decode_attention(
     return output[..., None, :].astype(queries.dtype), mass
 
 
-def _attend(queries: mx.array, k: QuantizedArray, v: QuantizedArray, bias: mx.array) -> list[mx.array]:
+def _attend(
+    queries: mx.array, k: QuantizedArray, v: QuantizedArray, bias: mx.array, sinks: mx.array | None
+) -> list[mx.array]:
     """Return a bucket's scores `[B, Hq, T]` and its splits' outputs `[B, Hq, S, Dv]`, maxima and sums `[B, Hq, S]`."""
     B, Hkv, T, Dv = v.shape
     Hq, D = queries.shape[1:]
@@ -305,9 +336,10 @@ def _attend(queries: mx.array, k: QuantizedArray, v: QuantizedArray, bias: mx.ar
         "BFLOAT": k.dtype == mx.bfloat16,
         "SPLIT_TOKENS": SPLIT_TOKENS,
         "SIMD_GROUPS": SIMD_GROUPS,
+        "SINKS": sinks is not None,
     }
     return _ATTEND(
-        inputs=[queries, *_buffers(k), *_buffers(v), bias],
+        inputs=[queries, *_buffers(k), *_buffers(v), bias, queries if sinks is None else sinks],
         template=list(template.items()),
         grid=(32 * SIMD_GROUPS, splits, B * Hkv * passes),
         threadgroup=(32 * SIMD_GROUPS, 1, 1),
@@ -336,7 +368,7 @@ def _empty_result(queries: mx.array, kv_heads: int, dims: int) -> tuple[mx.array
     return mx.zeros((B, Hq, 1, dims), queries.dtype), mx.zeros((B, kv_heads, 0))
 
 
-def _checked_tokens(queries: mx.array, buckets: Sequence[Bucket], bias: mx.array | None) -> int:
+def _checked_tokens(queries: mx.array, buckets: Sequence[Bucket], bias: mx.array | None, sinks: mx.array | None) -> int:
     """Check that all shapes fit together and return the total number of tokens."""
     if not buckets:
         raise InputError("attention needs at least one bucket; it may hold 0 tokens")
@@ -355,6 +387,8 @@ def _checked_tokens(queries: mx.array, buckets: Sequence[Bucket], bias: mx.array
     T = sum(k.shape[-2] for k, _ in buckets)
     if bias is not None and bias.shape not in ((B, 1, T), (B, Hkv, T), (B, Hq, T)):
         raise MismatchError(f"bias {bias.shape} is not [{B}, 1 or {Hkv} or {Hq}, {T}]")
+    if sinks is not None and sinks.shape != (Hq,):
+        raise MismatchError(f"sinks {sinks.shape} are not [{Hq}], a logit for each query head")
     return T
 
 
