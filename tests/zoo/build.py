@@ -2,6 +2,8 @@
 
 import ast
 import copy
+import inspect
+import re
 from functools import cache
 from pathlib import Path
 
@@ -54,6 +56,7 @@ def build(name: str, seed: int = 0) -> nn.Module:
     model = model_class(arguments.from_dict(config))
     mx.random.seed(seed)
     model.update(tree_map(_random_like, model.parameters()))
+    _centre_norms(model)
     mx.eval(model.parameters())
     return model.eval()
 
@@ -79,6 +82,14 @@ def tokens(name: str, length: int, seed: int = 1) -> list[int]:
     return mx.random.randint(0, vocabulary(name), (length,), key=mx.random.key(seed)).tolist()
 
 
+def _centre_norms(model: nn.Module) -> None:
+    """Norms that add 1 to their weights start from 1 in mlx-lm, twice the gain: attention would see one token only."""
+    for module in model.modules():
+        source = inspect.getsource(type(module).__call__) if "norm" in type(module).__name__.lower() else ""
+        if re.search(r"\b1(\.0)? \+ self\.weight|self\.weight \+ 1", source):
+            module.weight = module.weight - mx.round(module.weight.mean())
+
+
 def _random_like(parameter: mx.array) -> mx.array:
     # Wide weights: with mlx-lm's initial ones a tiny model hardly looks at its cache.
     if parameter.dtype == mx.uint32:  # packed integers of a quantized matrix
@@ -86,7 +97,7 @@ def _random_like(parameter: mx.array) -> mx.array:
     if not mx.issubdtype(parameter.dtype, mx.floating):
         return parameter
     noise = mx.random.normal(parameter.shape)
-    if parameter.ndim <= 1:
+    if parameter.ndim <= 1 or mx.all(parameter == 1).item():
         return parameter.astype(mx.float32) + 0.1 * noise  # norm weights stay around 1, biases around 0
     fan_in = parameter.shape[-1] if parameter.shape[-1] > 1 else parameter.shape[-2]
     return 1.5 * fan_in**-0.5 * noise

@@ -5,7 +5,7 @@ from zoo.configurations.common import BASE, HEADS
 CONFIGURATIONS = {
     "apertus": {**BASE, "post_norm": False, "qk_norm": True},
     "bitnet": HEADS,
-    "cohere": {**BASE, "use_qk_norm": True, "logit_scale": 2.0},
+    "cohere": {**BASE, "logit_scale": 2.0},
     "ernie4_5": {**HEADS, "use_bias": False},
     "exaone": {**HEADS, "num_layers": 2, "layer_norm_epsilon": 1e-5},
     "gemma": HEADS,
