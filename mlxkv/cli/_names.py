@@ -9,9 +9,9 @@ import typer
 
 def model_names() -> list[str]:
     """Return names of models that need no hub."""
-    from mlxkv.bundled import miniatures, smollm2
+    from mlxkv.bundled import models
 
-    return [smollm2.NAME, *miniatures.names()]
+    return models.names()
 
 
 def live_names() -> list[str]:
@@ -46,7 +46,7 @@ Model = Annotated[
     str,
     typer.Option(
         "--model",
-        help="Local mlx-lm directory, hub id, or smollm2-135m.",
+        help="Local mlx-lm directory, hub id, smollm2-135m or gemma3-270m.",
         show_default=False,
         autocompletion=model_names,
     ),

