@@ -66,6 +66,94 @@ def with_entries(caches: Sequence[Any], new: Mapping[int, Any]) -> list[Any]:
     ]
 
 
+def window_tokens(entry: RotatingKVCache) -> tuple[mx.array, mx.array, int]:
+    """Return what a window holds, in the order of the text.
+
+    Parameters
+    ----------
+    entry
+        A cache that has seen a token, and keeps no first tokens.
+
+    Returns
+    -------
+    tuple
+        Keys and values `[B, H, min(T, window), D]`, and the row of its ring at which the next token goes.
+    """
+    keys, values, _, _, window, index = used_state(type(entry).__name__, entry.state, entry)
+    if keys.shape[2] == window and index < window:
+        keys, values = (mx.concatenate([x[..., index:, :], x[..., :index, :]], axis=2) for x in (keys, values))
+    return keys, values, index
+
+
+def fill_window(entry: RotatingKVCache, keys: mx.array, values: mx.array, offset: int, ring: int) -> None:
+    """Give a new cache with a window its tokens: the inverse of `window_tokens`.
+
+    Parameters
+    ----------
+    entry
+        The cache.
+    keys, values
+        The newest tokens `[B, H, min(T, window), D]`, in the order of the text.
+    offset
+        T, the number of tokens seen.
+    ring
+        The row of its ring at which the next token goes.
+    """
+    if ring < keys.shape[2]:
+        cut = keys.shape[2] - ring
+        keys, values = (mx.concatenate([x[..., cut:, :], x[..., :cut, :]], axis=2) for x in (keys, values))
+    entry.state = keys, values, offset, entry.keep, entry.max_size, ring
+
+
+def state_parts(entry: Any) -> dict[str, Any]:
+    """Return the arrays and numbers that make up an entry's state, without what it does not use.
+
+    Parameters
+    ----------
+    entry
+        An entry of a prompt cache.
+
+    Returns
+    -------
+    dict
+        By their place in the state; for an `ArraysCache` by their place among its arrays.
+
+    Raises
+    ------
+    FormatError
+        For a class that is not listed here.
+    """
+    state = used_state(type(entry).__name__, entry.state, entry)
+    parts = state[0] if isinstance(entry, ArraysCache) else state
+    return {str(i): part for i, part in enumerate(parts) if part is not None}
+
+
+def set_state_parts(entry: Any, parts: Mapping[str, Any], example: Any) -> None:
+    """Give a new entry the state of another: the inverse of `state_parts`.
+
+    Parameters
+    ----------
+    entry
+        A new entry of a prompt cache.
+    parts
+        Arrays and numbers by their place.
+    example
+        The same entry of `example_caches`.
+
+    Raises
+    ------
+    FormatError
+        When they are not of the model's own form.
+    """
+    arrays = isinstance(entry, ArraysCache)
+    count = len(entry.cache if arrays else entry.state)
+    if set(parts) - {str(i) for i in range(count)}:
+        raise FormatError(f"there are parts {str(sorted(parts))[:80]} of a state, which should have {count}")
+    filled = [parts.get(str(i)) for i in range(count)]
+    state = (filled, None, None) if arrays else tuple(filled)
+    restore(entry, used_state(type(entry).__name__, state, example))
+
+
 def example_caches(model: Any) -> list[Any]:
     """Return mlx-lm's own prompt cache as it is after one token, to compare states with.
 
@@ -208,6 +296,9 @@ _USED: dict[type, Callable[[Any, Any], Any]] = {
     ArraysCache: _arrays_state,
     CacheList: _list_state,
 }
+
+
+SAVED = tuple(_USED)
 
 
 def _check_counts(**counts: Any) -> None:

@@ -1,7 +1,8 @@
-"""Adapters that describe the cache of a live mlx-lm model, one file for each mlx-lm module that implements models.
+"""Descriptions of the cache of a live mlx-lm model: found by watching one small run, or by an adapter.
 
-A model whose class lives in `mlx_lm.models.qwen3` is described by the adapter registered as "qwen3". Everything is read
-from the live model, never from a table of known models.
+`discovery.py` describes any model. An adapter is a file of its own where more can be told than a run shows, such as a rotation's
+gain: a model whose class lives in `mlx_lm.models.qwen3` is described by the adapter registered as "qwen3". Everything is
+read from the live model, never from a table of known models.
 
 Another package adds an adapter through the entry point group `mlxkv.models`; the entry's module registers a function
 with `adapters`.
@@ -14,6 +15,7 @@ from typing import Any
 
 from mlxkv import _deprecated
 from mlxkv.errors import InputError, UnsupportedError
+from mlxkv.models.discovery import discover
 from mlxkv.models.rope import read_rope as read_rope
 from mlxkv.registry import Registry
 from mlxkv.spec import CacheSpec, Layer, Rope, Slot
@@ -77,16 +79,11 @@ def cache_spec(model: Any) -> CacheSpec:
     Raises
     ------
     UnsupportedError
-        When there is no adapter for the model, naming the file to add, or when the cache is of an unsupported kind.
+        When the model keeps no keys and values of mlx-lm's kinds, or cannot be run.
     """
     name = model_type(model)
     adapter = adapters.find(name)
-    if adapter is None:
-        raise UnsupportedError(
-            f"no adapter for model type {name!r}: add mlxkv/models/{name}.py with a function model -> CacheSpec"
-            f" under @adapters.register({name!r}) (adapters exist for {', '.join(available())})"
-        )
-    return adapter(model)
+    return discover(model, name) if adapter is None else adapter(model)
 
 
 def kv_slots(heads: int, dim: int, rope: Rope | None, window: int | None = None) -> Layer:

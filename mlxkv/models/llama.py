@@ -20,8 +20,11 @@ def spec(model: Any) -> CacheSpec:
     Returns
     -------
     CacheSpec
-        Keys and values of every layer but those with a sliding window, whose caches drop old tokens by themselves.
+        Keys and values of every layer, with the window of those that have a sliding one.
     """
-    attention = [None if getattr(layer, "use_sliding", False) else layer.self_attn for layer in model.layers]
-    layers = tuple(a and kv_slots(a.n_kv_heads, head_dim(a), read_rope(a.rope)) for a in attention)
-    return CacheSpec(model_type(model), layers)
+    layers = []
+    for layer in model.layers:
+        attention = layer.self_attn
+        window = model.model.sliding_window if getattr(layer, "use_sliding", False) else None
+        layers.append(kv_slots(attention.n_kv_heads, head_dim(attention), read_rope(attention.rope), window))
+    return CacheSpec(model_type(model), tuple(layers))

@@ -12,6 +12,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlxkv import lm
 from mlxkv.dump import read_dump, write_dump
 from mlxkv.errors import InputError, MismatchError, ModelNotFoundError, UnsupportedError
+from mlxkv.lm import running
 from mlxkv.models import cache_spec
 from mlxkv.spec import CacheSpec, Slot
 
@@ -77,7 +78,7 @@ def test_generation_ends_at_a_stop_token_which_stays_out_of_the_dump():
 def test_prefill_in_small_chunks_gives_the_same_cache(tiny, monkeypatch):
     tokens = tiny_tokens(100)
     whole = lm.dump(tiny, tokens, dtype="float32")
-    monkeypatch.setattr(lm, "PREFILL_CHUNK", 7)
+    monkeypatch.setattr(running, "PREFILL_CHUNK", 7)
     steps = []
     chunked = lm.dump(tiny, tokens, dtype="float32", progress=steps.append)
     assert steps == [7] * 14 + [2]

@@ -175,19 +175,11 @@ def test_lfm2_8b_a1b_caches_6_of_its_24_layers():
     assert {(rope.dims, rope.base, rope.traditional) for rope in taken.spec.stream("k").ropes} == {(64, 1e6, False)}
 
 
-def test_sliding_window_layers_are_not_described_and_such_caches_not_dumped():
+def test_sliding_window_layers_are_described_with_their_window_and_dumped_with_it():
     model = tiny_model("llama", layer_types=["full_attention", "sliding_attention"], sliding_window=8)
-    assert cache_spec(model).attention_layers == (0,)
-    done = []
-    with pytest.raises(UnsupportedError, match="layer 1 keeps a RotatingKVCache"):
-        dump(model, [1, 2, 3], progress=done.append)
-    assert not done, "refused after the model had worked"
-
-
-def test_an_unknown_model_type_is_told_which_file_to_add():
-    model = type("Model", (), {"__module__": "mlx_lm.models.phi3"})()
-    with pytest.raises(UnsupportedError, match=r"add mlxkv/models/phi3\.py"):
-        cache_spec(model)
+    spec, taken = cache_spec(model), dump(model, tiny_tokens(21))
+    assert (spec.attention_layers, spec.window_layers) == ((0,), (1,))
+    assert (taken.k.shape[3], taken.others["1.k"].shape[3]) == (21, 8)
 
 
 @pytest.fixture
@@ -230,7 +222,12 @@ def test_another_package_adds_an_adapter_by_an_entry_point(tmp_path, monkeypatch
 
 
 def test_every_adapter_file_is_found_documented_and_tested_here():
-    files = {path.stem for path in Path(models.__file__).parent.glob("*.py")} - {"__init__", "rope"}
+    files = {path.stem for path in Path(models.__file__).parent.glob("*.py")} - {
+        "__init__",
+        "discovery",
+        "probe",
+        "rope",
+    }
     assert set(available()) == files
     assert files == set(TINY), "give the new adapter a tiny model in conftest.TINY"
     for name in files:

@@ -1,0 +1,100 @@
+"""Models and tokenizers: loaded, and what a text of theirs begins with."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm import load as mlx_lm_load
+
+from mlxkv.bundled import models as bundled
+from mlxkv.errors import MlxkvError, ModelNotFoundError, suggest
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """Load a model and its tokenizer.
+
+    Parameters
+    ----------
+    name
+        A local mlx-lm directory, a hub id such as "org/name", "smollm2-135m", "gemma3-270m" or "miniature/<name>".
+
+    Returns
+    -------
+    tuple
+        The mlx-lm model and tokenizer. On a device without a GPU floating-point weights are float32, the fast type there.
+
+    Raises
+    ------
+    ModelNotFoundError
+        With the loader's reason, when nothing can be loaded.
+    """
+    path = bundled.model_path(name) or Path(name)
+    looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if not path.exists() and not looks_like_hub_id:
+        near = suggest(name, bundled.names()).partition("? ")
+        raise ModelNotFoundError(
+            f"no model directory {name[:200]!r}",
+            f"{''.join(near[:2]) if near[1] else ''}give a local path, a hub id such as org/name, or {' or '.join(bundled.WHEELS)}",
+        )
+    try:
+        model, tokenizer = mlx_lm_load(str(path))[:2]
+    except MlxkvError:
+        raise
+    except Exception as error:  # the hub client and mlx-lm raise dozens of types; their message is the reason
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelNotFoundError(f"cannot load {name!r}: {reason}") from error
+    # An mlx module keeps a string as an ordinary attribute, beside its parameters.
+    model.stored_dtype = _weights_dtype(model)
+    if mx.default_device() == mx.cpu:
+        model.set_dtype(mx.float32)
+        mx.eval(model.parameters())
+    return model, tokenizer
+
+
+def text_start(tokenizer: Any) -> list[int]:
+    """Return the tokens that a tokenizer puts before every text, such as a beginning-of-sequence token.
+
+    Models that were trained with them predict badly without: what a model reads begins with them, wherever a text is cut.
+
+    Parameters
+    ----------
+    tokenizer
+        As `load` returns it.
+
+    Returns
+    -------
+    list of int
+        0 tokens or more.
+    """
+    nothing, digit = tokenizer.encode(""), tokenizer.encode("0")
+    equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(nothing, digit))
+    return [token for token, _ in equal]
+
+
+def quantization(model: Any) -> str:
+    """Describe the precision in which the model's weights are stored.
+
+    Parameters
+    ----------
+    model
+        A loaded mlx-lm model.
+
+    Returns
+    -------
+    str
+        Such as "4-bit, group 64", or the floating-point type, also where `load` has widened it.
+    """
+    for module in model.modules():
+        if hasattr(module, "group_size") and hasattr(module, "bits"):
+            return f"{module.bits}-bit, group {module.group_size}"
+    return getattr(model, "stored_dtype", None) or _weights_dtype(model)
+
+
+def _weights_dtype(model: Any) -> str:
+    """Return the type of the largest parameter, since routers and norms may have another type."""
+    parameters = cast(dict[str, mx.array], tree_flatten(model.parameters(), destination={}))
+    return str(max(parameters.values(), key=lambda value: value.size).dtype).removeprefix("mlx.core.")

@@ -1,0 +1,135 @@
+"""A dump made a prompt cache of mlx-lm again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache, make_prompt_cache
+
+from mlxkv import stock
+from mlxkv.dump import STATE_TYPES, KVDump
+from mlxkv.errors import FormatError, MismatchError
+from mlxkv.identity import fingerprint, same_model
+from mlxkv.models import cache_spec
+from mlxkv.spec import STREAMS
+
+CACHE_DTYPES = ("float16", "bfloat16", "float32")
+
+
+def restore(model: Any, dump: KVDump) -> list[Any]:
+    """Restore a dump as an mlx-lm prompt cache.
+
+    Parameters
+    ----------
+    model
+        The loaded mlx-lm model that made the dump.
+    dump
+        The cache, from position 0 on.
+
+    Returns
+    -------
+    list
+        A fresh prompt cache for `generate(..., prompt_cache=...)`. All its arrays are computed: any thread can use it.
+
+    Raises
+    ------
+    MismatchError
+        When the dump comes from other weights, arguments or adapters, or another geometry, or starts at a later position.
+
+    Warns
+    -----
+    WeakFingerprintWarning
+        When the dump, of an earlier version, names only the first values of every weight.
+    """
+    spec = cache_spec(model)
+    if dump.fingerprint and not same_model(dump.fingerprint, found := fingerprint(model)):
+        raise MismatchError(
+            f"the cache was made by {dump.model or 'a model'} with fingerprint {dump.fingerprint}, this model is {found}"
+        )
+    if dump.spec != spec:
+        raise MismatchError("the cache's layers, heads or rotation differ from this model's")
+    if dump.start:
+        raise MismatchError(f"the dump starts at token {dump.start}: only one that starts at 0 can be continued")
+    if dump.dtype not in CACHE_DTYPES:
+        raise MismatchError(f"the dump's dtype is {dump.dtype!r}; a live cache holds {', '.join(CACHE_DTYPES)}")
+    if len(dump.held_groups) < len(spec.groups):
+        raise MismatchError(
+            "the dump has no windows, as it is a part of a cache: only one that ends with the text can be continued"
+        )
+    cache = make_prompt_cache(model)
+    entries = stock.entries(cache)
+    _restore_groups(entries, dump)
+    _restore_states(entries, model, dump)
+    mx.eval([entry.state for entry in cache if entry is not None])
+    return cache
+
+
+def _restore_groups(entries: list[Any], dump: KVDump) -> None:
+    """Fill the entries that keep keys and values."""
+    kind = getattr(mx, dump.dtype)
+    limit = mx.finfo(kind).max
+    for number, group in enumerate(dump.spec.groups):
+        first_dim = group.members[0].keys.dim
+        for row, index in enumerate(group.indices):
+            # What a codec decoded in a wider type may lie a little beyond the range of this one.
+            arrays = (mx.array(dump.stream(name, number)[row]) for name in STREAMS)
+            keys, values = (mx.clip(x, -limit, limit).astype(kind) for x in arrays)
+            if group.latent:
+                keys, values = keys[..., :first_dim], keys[..., first_dim:]
+            if group.window is None:
+                entries[index].update_and_fetch(keys, values)
+            else:
+                stock.fill_window(entries[index], keys, values, dump.length, dump.rings.get(number, keys.shape[2]))
+
+
+def _restore_states(entries: list[Any], model: Any, dump: KVDump) -> None:
+    """Fill the other entries, whose states are compared with those that the model makes of one token."""
+    others = [i for i, layer in enumerate(dump.spec.layers) if layer is None and entries[i] is not None]
+    examples = stock.entries(stock.example_caches(model)) if others or dump.states else []
+    expected = {f"{index}.{slot}" for index in others for slot in stock.state_parts(examples[index])}
+    if expected != set(dump.states):
+        differing = str(sorted(expected ^ set(dump.states)))[:200]
+        raise MismatchError(f"the dump and this model disagree about the states {differing}")
+    for index in others:
+        parts = {}
+        for key in expected:
+            layer, slot = key.split(".")
+            if int(layer) == index:
+                parts[slot] = _live_state(key, dump)
+        _check_batch(index, entries[index], parts, examples[index], dump.tokens.shape[0])
+        try:
+            stock.set_state_parts(entries[index], parts, examples[index])
+        except FormatError as error:
+            raise MismatchError(f"the states of layer {index} do not fit this model: {error}") from error
+
+
+def _live_state(key: str, dump: KVDump) -> Any:
+    """Return one state as the model keeps it: an array of its own type, or a number."""
+    state = dump.states[key]
+    if state.dtype not in STATE_TYPES.values():
+        raise MismatchError(f"state {key} of the dump is {state.dtype}, which no layer keeps")
+    if not state.ndim:
+        return state.item()
+    own = dump.state_types.get(key, dump.dtype)
+    return mx.array(state).astype(getattr(mx, {"bool": "bool_"}.get(own, own)))
+
+
+def _check_batch(index: int, entry: Any, parts: dict[str, Any], example: Any, batch: int) -> None:
+    """Compare the shapes of a layer's states with the model's own and the number of sequences."""
+    for slot, like in stock.state_parts(example).items():
+        part = parts[slot]
+        if not isinstance(like, mx.array) or not isinstance(part, mx.array):
+            fits = isinstance(like, mx.array) is isinstance(part, mx.array)
+            needed = "an array" if isinstance(like, mx.array) else "a number"
+        else:
+            # Tokens are counted along axis 2 of caches of keys, and nowhere in other states.
+            shapes = [list(x.shape) for x in (part, like)]
+            if not isinstance(entry, ArraysCache):
+                shapes = [shape[:2] + shape[3:] for shape in shapes]
+            shapes[1][0], needed = batch, str(shapes[1])
+            fits = shapes[0] == shapes[1] and mx.issubdtype(part.dtype, mx.floating) == mx.issubdtype(
+                like.dtype, mx.floating
+            )
+        if not fits:
+            raise MismatchError(f"state {index}.{slot} of the dump does not fit: this model has {needed}")
