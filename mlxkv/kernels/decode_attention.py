@@ -406,6 +406,11 @@ def _example(key_tokens: int, key_dims: int) -> Callable[[int], tuple]:
     return arguments
 
 
+def _example_with_sinks(tokens: int) -> tuple:
+    queries, buckets, scale = _example(1, 32)(tokens)
+    return queries, buckets, scale, None, queries[0, :, 0, 0]
+
+
 register(
     Operation(
         "decode_attention.decode_attention",
@@ -414,6 +419,7 @@ register(
         metal_decode_attention,
         (
             Example("32/8 heads x 128 dims, 4-bit keys by token", _example(1, 32)),
+            Example("32/8 heads x 128 dims, 4-bit keys by token, attention sinks", _example_with_sinks),
             Example("32/8 heads x 128 dims, 4-bit keys by dim", _example(32, 1)),
             Example("32/8 heads x 128 dims, 4-bit keys by dim", _example(32, 1), 32768),
         ),

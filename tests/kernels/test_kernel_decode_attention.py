@@ -11,6 +11,7 @@ from metal_host import HostError, installed
 from mlxkv.errors import InputError, MismatchError
 from mlxkv.kernels import decode_attention as attention
 from mlxkv.kernels.bits import pack, unpack
+from mlxkv.live.attention import MASKED
 
 BOTH = [attention.reference_decode_attention, attention.metal_decode_attention]
 
@@ -26,6 +27,7 @@ class Heads(NamedTuple):
 
 
 GQA = Heads(2, 4, 64, 64)
+ODD = Heads(2, 9, 80, 48)  # two passes of 5 and 4 query heads, dims that leave lanes idle
 KIVI = ((4, 32, 1), (2, 1, 32))  # bits, tokens and dims of keys, then of values
 PLAIN = ((16, 1, 1), (16, 1, 1))
 
@@ -38,24 +40,30 @@ def queries_of(heads, batch=2):
     return normal((batch, heads.kv_heads * heads.group, 1, heads.dim), heads.dtype, seed=9)
 
 
+def sinks_of(heads):
+    return 2 * normal((heads.kv_heads * heads.group,), mx.float32, seed=11) + 3
+
+
 def bucket(heads, T, kinds=KIVI, batch=2, seed=0):
     k, v = (normal((batch, heads.kv_heads, T, d), heads.dtype, seed + d) for d in (heads.dim, heads.value_dim))
     return pack(k, *kinds[0]), pack(v, *kinds[1])
 
 
-def check(queries, buckets, bias=None, scale=0.125):
+def check(queries, buckets, bias=None, scale=0.125, sinks=None):
     """The kernel equals the reference, whose mass is a probability for each query head."""
-    output, mass = attention.metal_decode_attention(queries, buckets, scale, bias)
-    expected, expected_mass = attention.reference_decode_attention(queries, buckets, scale, bias)
+    output, mass = attention.metal_decode_attention(queries, buckets, scale, bias, sinks)
+    expected, expected_mass = attention.reference_decode_attention(queries, buckets, scale, bias, sinks)
     assert_same(output, expected)
     assert_same(mass, expected_mass)
     return output, mass
 
 
-def stock(queries, buckets, scale=0.125, mask=None):
+def stock(queries, buckets, scale=0.125, mask=None, sinks=None, values=None):
     """mx.fast's attention over all buckets, unpacked."""
+    sinks = None if sinks is None else sinks.astype(mx.float32)
     k, v = (mx.concatenate([unpack(pair[i], mx.float32) for pair in buckets], axis=2) for i in (0, 1))
-    return mx.fast.scaled_dot_product_attention(queries.astype(mx.float32), k, v, scale=scale, mask=mask)
+    v = v if values is None else values
+    return mx.fast.scaled_dot_product_attention(queries.astype(mx.float32), k, v, scale=scale, mask=mask, sinks=sinks)
 
 
 def close(found, expected, tolerance=2e-3):
@@ -166,9 +174,10 @@ def test_a_row_whose_every_token_is_masked_is_zero_and_others_are_not(attend):
 
 @pytest.mark.parametrize("attend", BOTH)
 def test_no_tokens_at_all_give_zeros(attend):
-    output, mass = attend(queries_of(GQA), [bucket(GQA, 0), bucket(GQA, 0)], 0.125)
-    assert mass.shape == (2, 2, 0)
-    assert mx.array_equal(output, mx.zeros((2, 8, 1, 64), mx.float16))
+    for sinks in (None, sinks_of(GQA)):
+        output, mass = attend(queries_of(GQA), [bucket(GQA, 0), bucket(GQA, 0)], 0.125, None, sinks)
+        assert mass.shape == (2, 2, 0)
+        assert mx.array_equal(output, mx.zeros((2, 8, 1, 64), mx.float16))
 
 
 def check_large_scores():
@@ -189,6 +198,69 @@ def test_merging_around_less_than_the_largest_score_overflows():
         check_large_scores()
 
 
+def check_sinks(heads, buckets, sinks, bias=None):
+    """Kernel and reference equal mx.fast's attention, and a token's mass what it would give to a value of its own."""
+    queries = queries_of(heads)
+    output, mass = check(queries, buckets, bias, sinks=sinks)
+    mask = None if bias is None else bias[:, :, None]
+    close(output, stock(queries, buckets, mask=mask, sinks=sinks))
+    own = mx.broadcast_to(mx.eye(mass.shape[-1]), (*mass.shape, mass.shape[-1]))
+    weights = stock(queries, buckets, mask=mask, sinks=sinks, values=own)
+    close(mass, weights.reshape(2, heads.kv_heads, heads.group, -1).sum(axis=2), 4e-5)
+
+
+@pytest.mark.parametrize("T", [1, 31, 33, 129])
+def test_a_sink_takes_attention_and_gives_nothing_for_any_number_of_tokens(T, kernel_path):
+    check_sinks(GQA, [bucket(GQA, T)], sinks_of(GQA))
+
+
+@pytest.mark.parametrize(
+    ("heads", "dtype"),
+    [(Heads(3, 1, 80, 80), mx.float32), (Heads(1, 7, 64, 64, mx.float32), mx.float16), (ODD, mx.bfloat16)],
+)
+def test_each_query_head_has_a_sink_of_any_float_type_and_a_bias(heads, dtype, kernel_path):
+    bias = masked_bias((2, heads.kv_heads * heads.group, 33), [0, 7, 32])
+    check_sinks(heads, [bucket(heads, 33, PLAIN)], sinks_of(heads).astype(dtype), bias)
+
+
+def test_buckets_of_different_precision_share_one_sink(kernel_path):
+    rotated = [pack(normal((2, 2, 120, 64), seed=i), *tile, True) for i, tile in enumerate([(4, 60, 1), (4, 2, 64)])]
+    buckets = [*mixed_buckets(), tuple(rotated), bucket(GQA, 1, PLAIN), bucket(GQA, 0, PLAIN)]
+    check_sinks(GQA, buckets, sinks_of(GQA), normal((2, 8, 296), mx.float32))
+
+
+def two_buckets():
+    return [bucket(GQA, 33), bucket(GQA, 5, PLAIN)]
+
+
+def test_a_sink_of_minus_infinity_is_none(kernel_path):
+    queries, buckets, bias = queries_of(GQA), two_buckets(), masked_bias((2, 8, 38), [3])
+    for added in (None, bias):
+        found = check(queries, buckets, added, sinks=mx.full((8,), -mx.inf))
+        for one, expected in zip(found, attention.decode_attention(queries, buckets, 0.125, added)):
+            assert_same(one, expected)
+
+
+@pytest.mark.parametrize("large", [mx.array(3.4e38), mx.array(65504, mx.float16), mx.array(3.3e38, mx.bfloat16)])
+def test_a_huge_sink_takes_all_attention_of_its_head_and_of_no_other(large, kernel_path):
+    queries, buckets = queries_of(GQA), two_buckets()
+    output, mass = check(queries, buckets, sinks=mx.where(mx.arange(8) < 5, large, mx.array(-mx.inf, large.dtype)))
+    assert not np.array(output[:, :5]).any()
+    assert not np.array(mass[:, 0]).any()
+    assert_same(output[:, 5:], attention.decode_attention(queries, buckets, 0.125)[0][:, 5:])
+    np.testing.assert_allclose(mass[:, 1].sum(axis=-1), [3, 3], rtol=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [-mx.inf, MASKED, mx.finfo(mx.float32).min])
+def test_a_row_whose_every_token_is_hidden_gives_all_attention_to_its_sinks(hidden, kernel_path):
+    bias = mx.zeros((2, 1, 38))
+    bias[1] = hidden
+    output, mass = check(queries_of(GQA), two_buckets(), bias, sinks=sinks_of(GQA))
+    assert not np.array(output[1]).any()
+    assert not np.array(mass[1]).any()
+    assert np.array(output[0]).all()
+
+
 def test_the_bias_of_a_centroid_counts_its_tokens(kernel_path):
     k, v = normal((2, 2, 33, 64)), normal((2, 2, 33, 64), seed=1)
     doubled = [mx.concatenate([x, x[..., :10, :]], axis=2) for x in (k, v)]
@@ -201,17 +273,20 @@ def test_the_bias_of_a_centroid_counts_its_tokens(kernel_path):
 
 
 @pytest.mark.parametrize("attend", BOTH)
-@pytest.mark.parametrize("spoiled", ["query", "key"])
+@pytest.mark.parametrize("spoiled", ["query", "key", mx.nan, mx.inf])
 def test_what_is_not_finite_shows_in_the_output(attend, spoiled):
     queries, k, v = queries_of(GQA), normal((2, 2, 33, 64)), normal((2, 2, 33, 64), seed=1)
+    sinks = sinks_of(GQA)
     if spoiled == "query":
         queries[0, 0, 0, 5] = mx.nan
-    else:
+    elif spoiled == "key":
         k[0, 0, 7, 5] = mx.inf
+    else:
+        sinks[0] = spoiled
     with installed():
-        output, _ = attend(queries, [(pack(k, *KIVI[0]), pack(v, *KIVI[1]))], 0.125)
+        output, _ = attend(queries, [(pack(k, *KIVI[0]), pack(v, *KIVI[1]))], 0.125, None, sinks)
     assert np.isnan(np.array(output[0, 0].astype(mx.float32))).all()
-    assert not np.isnan(np.array(output[1].astype(mx.float32))).any()
+    assert not np.isnan(np.array(output[:, 4:].astype(mx.float32))).any()
 
 
 def test_the_dispatcher_takes_the_kernel_where_there_is_metal(monkeypatch):
@@ -241,16 +316,26 @@ def test_shapes_that_do_not_fit_together_are_refused(attend):
     for shape in ((2, 1, 4), (2, 3, 3), (1, 1, 3), (2, 8, 1, 3)):
         with pytest.raises(MismatchError, match="bias"):
             attend(queries, [good], 0.125, mx.zeros(shape))
+    for shape in ((2,), (8, 1), (2, 8), ()):
+        with pytest.raises(MismatchError, match="sinks"):
+            attend(queries, [good], 0.125, None, mx.zeros(shape))
 
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
-ODD = Heads(2, 9, 80, 48)  # two passes of 5 and 4 query heads, dims that leave lanes idle
 
 
-def check_faulty(kind):
+def check_faulty(kind, sinks=None):
     heads = ODD._replace(dtype=kind) if kind else ODD
     bias = masked_bias((2, 2, 140), [*range(16), 139])
-    check(queries_of(heads), [bucket(heads, 140, PLAIN if kind else ((3, 32, 1), (4, 1, 32)))], bias)
+    check(queries_of(heads), [bucket(heads, 140, PLAIN if kind else ((3, 32, 1), (4, 1, 32)))], bias, sinks=sinks)
+
+
+def check_faulty_sinks():
+    logits = np.array(sinks_of(ODD))
+    logits[1::3] += 200
+    logits[2::3] = -np.inf
+    check_faulty(None, mx.array(logits))
+    check(queries_of(ODD), [bucket(ODD, 3, PLAIN)], sinks=mx.full((18,), mx.nan))
 
 
 @pytest.mark.faults
@@ -292,3 +377,34 @@ def test_a_planted_fault_is_found(body, old, new, kind):
 @pytest.mark.parametrize("kind", [None, mx.float32, mx.bfloat16])
 def test_what_finds_the_faults_passes_without_them(kind, kernel_path):
     check_faulty(kind)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("split == 0 && part == 0", "split == 0"),
+        ("split == 0 && part == 0", "part == 0"),
+        ("sinks[head]", "sinks[first + h]"),
+        ("sinks[head]", "sinks[kv_row % kv_heads]"),
+        ("sinks[head]", "sinks[head / group]"),
+        ("float(sinks[head])", "float(sinks[head]) + bias[bias_row[0]]"),
+        ("top[h] = metal::max(top[h], sink)", "top[h] = sink"),
+        ("top[h] = metal::max(top[h], sink);", ""),
+        ("total[h] = metal::exp(sink - top[h])", "total[h] = 1.0f"),
+        ("total[h] = metal::exp(sink - top[h]);", ""),
+    ],
+)
+def test_a_fault_planted_in_the_sinks_is_found(old, new):
+    with installed(("decode_attention", old, new)), pytest.raises((AssertionError, HostError)):
+        check_faulty_sinks()
+
+
+@pytest.mark.faults
+def test_sinks_that_are_read_where_there_are_none_are_found():
+    with installed(("decode_attention", "SINKS && ", "")), pytest.raises((AssertionError, HostError)):
+        check_faulty(None)
+
+
+def test_what_finds_the_faults_in_the_sinks_passes_without_them(kernel_path):
+    check_faulty_sinks()
