@@ -8,8 +8,8 @@ import numpy as np
 from mlxkv.codec.calibrate import calibrate
 from mlxkv.codec.methods import kvtc_rd
 from mlxkv.codec.methods.kvtc import KVTCConfig
-from mlxkv.dump import KVDump, write_dump
-from mlxkv.spec import STREAMS, CacheSpec, Rope, Slot
+from mlxkv.dump import KVDump, stream_key, write_dump
+from mlxkv.spec import STREAMS, CacheSpec, Layer, Rope, Slot
 
 ROPE = Rope(8, base=10000.0)
 DUAL = CacheSpec("toy", (None, *((Slot("keys", 2, 8, ROPE), Slot("values", 2, 8)),) * 3))
@@ -17,6 +17,19 @@ PLAIN = CacheSpec("toy", (None, *((Slot("keys", 2, 8), Slot("values", 2, 8)),) *
 PE = Rope(4, base=10000.0, traditional=True)
 LATENT = CacheSpec("mla", ((Slot("latent", 1, 20), Slot("k_pe", 1, 4, PE)),) * 2, "single_stream")
 DIRECTIONS = 10
+
+# Caches whose layers are not all alike: shapes, windows, latents beside keys, keys without values, values wider than keys.
+_FULL = (Slot("keys", 2, 8, ROPE), Slot("values", 2, 8))
+_WIDE = (Slot("keys", 1, 16, Rope(8, base=100.0)), Slot("values", 1, 24))
+_WINDOW = Layer(Slot("keys", 1, 16, Rope(8, base=500.0)), Slot("values", 1, 16), window=40)
+GROUPED = {
+    "window": CacheSpec("toy", (None, _WINDOW, _WINDOW, _FULL, _WINDOW, _FULL)),
+    "shapes": CacheSpec("toy", (_FULL, _WIDE, _FULL, None)),
+    "all windows": CacheSpec("toy", (_WINDOW, _WINDOW, replace(_WINDOW, window=25))),
+    "latent and keys": CacheSpec(
+        "mla", (Layer(*LATENT.layers[0], latent=True), Layer(Slot("keys", 2, 8, ROPE), Slot("values", 2, 0)))
+    ),
+}  # fmt: skip
 
 
 def stream_values(stream, batch, length, seed):
@@ -49,6 +62,63 @@ def toy_dump(spec=DUAL, length=300, batch=1, seed=0, dtype=np.float16, fingerpri
     tokens = random.integers(0, 50000, (batch, length)).astype(np.int32)
     extra = {"0.0": random.standard_normal((batch, 3, 5)).astype(np.float32)} if states else {}
     return KVDump(k, v, spec, tokens, "a/toy", fingerprint, np.dtype(dtype).name, extra)
+
+
+def by_rope(stream, k):
+    """Keys of each layer turned as mlx-lm does it, from position 0 on."""
+    turned = k.copy()
+    for layer, rope in enumerate(stream.ropes):
+        if rope is not None:
+            part = slice(rope.offset, rope.offset + rope.dims)
+            settings = {"traditional": rope.traditional, "base": rope.base, "scale": rope.scale, "offset": 0}
+            turned[layer, ..., part] = np.array(
+                mx.fast.rope(mx.array(np.ascontiguousarray(k[layer, ..., part])), rope.dims, **settings)
+            )
+    return turned
+
+
+def grouped_dump(spec, length=300, batch=1, seed=0, dtype=np.float16, states=False, rotate=True):
+    """A dump of several groups of layers; windows hold the newest tokens of a text that was rotated from its beginning."""
+    arrays = {}
+    for index, group in enumerate(spec.groups):
+        for name in STREAMS:
+            stream = group.stream(name)
+            values = stream_values(stream, batch, length, seed + 2000 * index + 1000 * (name == "v"))
+            turned = by_rope(stream, values) if rotate else values
+            arrays[stream_key(index, name)] = turned[..., length - group.rows(length) :, :].astype(dtype)
+    random = np.random.default_rng(seed)
+    tokens = random.integers(0, 50000, (batch, length)).astype(np.int32)
+    extra = {"0.0": random.standard_normal((batch, 3, 5)).astype(np.float32)} if states else {}
+    rings = {i: 1 + length % g.window for i, g in enumerate(spec.groups) if g.window and length > g.window}
+    kind = np.dtype(dtype).name
+    return KVDump(
+        arrays.pop("k"), arrays.pop("v"), spec, tokens, "a/toy", "f00d.cafe", kind, extra, others=arrays, rings=rings
+    )
+
+
+def grouped_sensitivity(dump, seed=0):
+    """Made-up matrices and energies of all groups, of tokens 4 to 3/4 of the text."""
+    random, found = np.random.default_rng(seed), {}
+    counted = np.zeros(dump.length, np.float32)
+    counted[4 : 3 * dump.length // 4] = 1
+    for index, group in enumerate(dump.spec.groups):
+        for name in STREAMS:
+            stream, key = group.stream(name), stream_key(index, name)
+            half = random.standard_normal((stream.layers, stream.heads, stream.dim, stream.dim))
+            found[key] = (half @ half.swapaxes(-1, -2)).astype(np.float32)
+            energy = np.exp(random.standard_normal((stream.layers, stream.heads, dump.length)))
+            found[f"{key}.energy"] = (energy * counted * bool(stream.dim)).astype(np.float32)
+    return found
+
+
+def grouped_artifacts(folder, spec, config, seeds=(0, 1, 2), **options):
+    """Artifacts of any method, learnt from dumps of several groups with a sensitivity."""
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"grouped{seed}.npz" for seed in seeds]
+    for seed, path in zip(seeds, paths):
+        dump = grouped_dump(spec, seed=seed, **options)
+        write_dump(path, replace(dump, sensitivity=grouped_sensitivity(dump)))
+    return calibrate(paths, config)
 
 
 def toy_artifacts(folder, spec=DUAL, ratio=4.0, seeds=(0, 1, 2), **settings):

@@ -1,7 +1,8 @@
 """Calibration artifacts: the bases, tables and bit plans of both streams, and the facts they were made from.
 
 On disk they are a folder: one file for each field of a stream's artifacts, such as k_mu.npy, k_V.npy and k_plan.json, and
-meta.json, which holds a checksum of each of the others. A folder appears complete, and is replaced as a whole.
+meta.json, which holds a checksum of each of the others. Files of the second group of layers and later ones begin with its
+number, such as 1_k_mu.npy. A folder appears complete, and is replaced as a whole.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import Field, dataclass, fields, is_dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import numpy as np
 
+from mlxkv.codec.layout import coded_streams
 from mlxkv.codec.methods.base import BlockCoder, CodecMethod, StreamArtifacts, codec_methods
+from mlxkv.dump import stream_key
 from mlxkv.errors import ChecksumError, FormatError, InputError, MismatchError, VersionError
 from mlxkv.io.container import digest
 from mlxkv.io.folders import check_folder, held, identity, write_folder
@@ -28,7 +31,7 @@ from mlxkv.spec import STREAMS, CacheSpec, Stream
 VERSION = 1
 _ATTEMPTS = 100  # to read a folder before another takes its place
 # What a folder of artifacts holds: their files, and what older versions of mlxkv or a Mac's Finder left among them.
-_PART = re.compile(r"[kv]_\w+\.(npy|json)|meta\.json|\..+\.\d+\.tmp|\.DS_Store")
+_PART = re.compile(r"([0-9]+_)?[kv]_\w+\.(npy|json)|meta\.json|\..+\.\d+\.tmp|\.DS_Store")
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,13 @@ class CalibrationArtifacts:
     Parameters
     ----------
     k, v
-        Artifacts of the two streams, as the method defines them.
+        Artifacts of the main group's two streams, as the method defines them.
     spec
         Description of the model's cache.
     meta
         Method, settings, model, tokens and versions: the contents of meta.json.
+    others
+        Artifacts of other groups of layers, in the order of `spec.groups`: "1.k", "1.v", "2.k" and so on.
 
     Raises
     ------
@@ -56,37 +61,65 @@ class CalibrationArtifacts:
     v: StreamArtifacts
     spec: CacheSpec
     meta: Mapping[str, Any]
+    others: Mapping[str, StreamArtifacts] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in STREAMS:
-            width, found = self.spec.stream(name).width, self.stream(name).width
-            if width != found:
-                raise MismatchError(f"the {name} artifacts are {found} wide; the model's cache is {width} wide")
+        keys = {stream_key(index, name) for index in range(1, len(self.spec.groups)) for name in STREAMS}
+        if keys != set(self.others):
+            raise MismatchError(
+                f"the model's cache has layers of {len(self.spec.groups)} shapes; there are artifacts of"
+                f" k, v{''.join(f', {key}' for key in self.others)}: calibrate again"
+            )
+        for index, group in enumerate(self.spec.groups):
+            for name in STREAMS:
+                width, found = group.stream(name).width, self.stream(name, index).width
+                if width != found:
+                    key = stream_key(index, name)
+                    raise MismatchError(f"the {key} artifacts are {found} wide; the model's cache is {width} wide")
 
-    def stream(self, name: str) -> StreamArtifacts:
+    def stream(self, name: str, group: int = 0) -> StreamArtifacts:
         """Return the artifacts of one stream.
 
         Parameters
         ----------
         name
             "k" or "v".
+        group
+            Number of the group of layers; 0 is the main one.
 
         Returns
         -------
         StreamArtifacts
             Its artifacts.
         """
+        if group:
+            return self.others[stream_key(group, name)]
         return self.k if name == "k" else self.v
 
     @property
     def streams(self) -> dict[str, StreamArtifacts]:
-        """Artifacts of both streams by name."""
-        return {name: self.stream(name) for name in STREAMS}
+        """Artifacts of both streams of the main group by name."""
+        return self.group_streams(0)
+
+    def group_streams(self, group: int) -> dict[str, StreamArtifacts]:
+        """Return the artifacts of both streams of a group of layers.
+
+        Parameters
+        ----------
+        group
+            Its number; 0 is the main one.
+
+        Returns
+        -------
+        dict[str, StreamArtifacts]
+            Artifacts of "k" and "v".
+        """
+        return {name: self.stream(name, group) for name in STREAMS}
 
     @property
     def coded_streams(self) -> list[Stream]:
-        """Streams whose width is above 0: all but the unused values stream of MLA."""
-        return [self.spec.stream(name) for name in STREAMS if self.spec.stream(name).width]
+        """Streams of the main group whose width is above 0: all but the unused values stream of MLA."""
+        return coded_streams(self.spec.groups[0])
 
     @property
     def method_name(self) -> str:
@@ -98,15 +131,20 @@ class CalibrationArtifacts:
         """The codec method that learnt the artifacts. Raises FormatError when it is not installed."""
         return _method(self.meta, "these artifacts")
 
-    def coder(self) -> BlockCoder:
+    def coder(self, group: int = 0) -> BlockCoder:
         """Return a coder of blocks that uses these artifacts.
+
+        Parameters
+        ----------
+        group
+            Number of the group of layers whose blocks it codes; 0 is the main one.
 
         Returns
         -------
         BlockCoder
             The method's coder.
         """
-        return self.method.coder(self.streams)
+        return self.method.coder(self.group_streams(group))
 
     def explain(self) -> dict[str, Any]:
         """Describe in readable form what each stream is coded with.
@@ -114,26 +152,33 @@ class CalibrationArtifacts:
         Returns
         -------
         dict
-            Values by label.
+            Values by label; those of other groups than the main one begin with the group's number, such as "1.k_width".
         """
-        return self.method.explain(self.streams, self.meta)
+        facts = self.method.explain(self.streams, self.meta)
+        for group in range(1, len(self.spec.groups)):
+            meta = {**self.meta, **group_facts(self.meta, group)}
+            found = self.method.explain(self.group_streams(group), meta)
+            facts |= {f"{group}.{key}": value for key, value in found.items()}
+        return facts
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays. All files share them, so they are reported beside the files' ratios."""
-        return sum(
-            value.nbytes
-            for name in STREAMS
-            for value in _fields(self.stream(name)).values()
-            if isinstance(value, np.ndarray)
-        )
+        parts = (value for _, part in self._parts() for value in _fields(part).values())
+        return sum(value.nbytes for value in parts if isinstance(value, np.ndarray))
+
+    def _parts(self) -> Iterator[tuple[str, StreamArtifacts]]:
+        """Yield the artifacts of all streams of all groups, by their names in files."""
+        for index in range(len(self.spec.groups)):
+            for name in STREAMS:
+                yield stream_key(index, name), self.stream(name, index)
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of everything that decides how a file decodes: a container names it and opens with no other."""
         parts = [json.dumps(self.spec.to_json(), sort_keys=True).encode()]
-        for name in STREAMS:
-            for value in _fields(self.stream(name)).values():
+        for _, part in self._parts():
+            for value in _fields(part).values():
                 if isinstance(value, np.ndarray):
                     parts.append(digest(value.tobytes()))
                 else:
@@ -157,18 +202,22 @@ class CalibrationArtifacts:
         """
         check_artifacts_folder(directory, overwrite)
         files = {}
-        for name in STREAMS:
-            for key, value in _fields(self.stream(name)).items():
+        for name, part in self._parts():
+            for key, value in _fields(part).items():
                 is_array = isinstance(value, np.ndarray)
                 data = _npy(value) if is_array else json.dumps(value.to_json()).encode()
-                files[f"{name}_{key}.{'npy' if is_array else 'json'}"] = data
+                files[_file_name(name, key, is_array)] = data
         stream = self.spec.stream("k")
         meta = {
             "version": VERSION,
             **self.meta,
             "mode": self.spec.mode,
             "rope": [rope and rope.to_json() for rope in dict.fromkeys(stream.ropes)],
-            "geometry": {n: _geometry(self.spec, n) for n in STREAMS},
+            "geometry": {
+                stream_key(index, name): _geometry(group.stream(name))
+                for index, group in enumerate(self.spec.groups)
+                for name in STREAMS
+            },
             "spec": self.spec.to_json(),
             "fingerprint": self.fingerprint,
             "checksums": {name: digest(data).hex() for name, data in files.items()},
@@ -230,8 +279,10 @@ class CalibrationArtifacts:
         checksums = meta.pop("checksums", None)
         kind = _method(meta, str(directory)).artifacts_class
         known = checksums if isinstance(checksums, dict) else {}
-        k, v = (_read_stream(kind, directory, name, known) for name in STREAMS)
-        artifacts = cls(k, v, CacheSpec.from_json(meta.pop("spec", {})), meta)
+        spec = CacheSpec.from_json(meta.pop("spec", {}))
+        keys = [stream_key(index, name) for index in range(len(spec.groups)) for name in STREAMS]
+        parts = {key: _read_stream(kind, directory, key, known) for key in keys}
+        artifacts = cls(parts.pop("k"), parts.pop("v"), spec, meta, parts)
         if meta.get("fingerprint") != artifacts.fingerprint:
             raise ChecksumError(f"{directory}/meta.json does not describe the files beside it; calibrate again")
         return artifacts
@@ -255,10 +306,34 @@ def check_artifacts_folder(directory: str | Path, overwrite: bool = False) -> No
     check_folder(directory, lambda name: _PART.fullmatch(name) is not None, overwrite)
 
 
-def _geometry(spec: CacheSpec, name: str) -> dict[str, int]:
+def group_facts(meta: Mapping[str, Any], group: int) -> dict[str, Any]:
+    """Return the facts of meta.json about another group of layers than the main one.
+
+    Parameters
+    ----------
+    meta
+        The contents of meta.json, from any source.
+    group
+        The group's number, from 1.
+
+    Returns
+    -------
+    dict
+        JSON values by key; empty where there are none.
+    """
+    found = meta.get("groups")
+    facts = found[group - 1] if isinstance(found, list) and len(found) >= group else {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _geometry(stream: Stream) -> dict[str, int]:
     """Return the sizes of a stream, for readers of meta.json."""
-    stream = spec.stream(name)
     return {"layers": stream.layers, "heads": stream.heads, "dim": stream.dim, "width": stream.width}
+
+
+def _file_name(name: str, key: str, is_array: bool) -> str:
+    """Return the name of the file that holds a field of a stream's artifacts."""
+    return f"{name.replace('.', '_')}_{key}.{'npy' if is_array else 'json'}"
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -274,16 +349,16 @@ def _read_stream(
     """Read and verify the files of one stream."""
     values: dict[str, Any] = {}
     types = get_type_hints(kind)
-    for field in _dataclass_fields(kind):
-        is_array = types[field.name] is np.ndarray
-        path = directory / f"{name}_{field.name}.{'npy' if is_array else 'json'}"
+    for each in _dataclass_fields(kind):
+        is_array = types[each.name] is np.ndarray
+        path = directory / _file_name(name, each.name, is_array)
         data = read_bytes(path, None if is_array else MAX_JSON)
         if digest(data).hex() != checksums.get(path.name):
             raise ChecksumError(f"{path} is damaged or from another calibration; calibrate again")
         if is_array:
-            values[field.name] = read_npy(io.BytesIO(data), len(data), path.name)
+            values[each.name] = read_npy(io.BytesIO(data), len(data), path.name)
         else:
-            values[field.name] = types[field.name].from_json(parse_json(data, str(path)))
+            values[each.name] = types[each.name].from_json(parse_json(data, str(path)))
     return kind(**values)
 
 
@@ -296,7 +371,7 @@ def _dataclass_fields(part: StreamArtifacts | type[StreamArtifacts]) -> tuple[Fi
 
 def _fields(part: StreamArtifacts) -> dict[str, Any]:
     """Return the values of artifacts by field name."""
-    return {field.name: getattr(part, field.name) for field in _dataclass_fields(part)}
+    return {each.name: getattr(part, each.name) for each in _dataclass_fields(part)}
 
 
 def _method(meta: Mapping[str, Any], name: str) -> CodecMethod:

@@ -9,9 +9,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxkv.codec.artifacts import CalibrationArtifacts
-from mlxkv.codec.methods.base import BlockCoder, CodecConfig, CodecMethod, codec_methods
+from mlxkv.codec.artifacts import CalibrationArtifacts, group_facts
+from mlxkv.codec.methods.base import BlockCoder, CodecConfig, CodecMethod, StreamArtifacts, codec_methods
 from mlxkv.codec.samples import Progress, Samples
+from mlxkv.dump import stream_key
 from mlxkv.errors import InputError, PresetError, suggest
 from mlxkv.presets import method_preset, preset_names, presets_of
 from mlxkv.version import __version__
@@ -35,8 +36,8 @@ def calibrate(
     Returns
     -------
     CalibrationArtifacts
-        The artifacts, to be saved and shared by all files of the model. Their `meta` has what `measure_errors` found, and
-        `calibration_warning` says of it whether tokens were too few.
+        The artifacts, to be saved and shared by all files of the model. Their `meta` has what `measure_errors` found, of other
+        groups of layers under "groups", and `calibration_warning` says of it whether tokens were too few.
 
     Raises
     ------
@@ -48,21 +49,38 @@ def calibrate(
     name, method_class = _method_of(config)
     method = method_class()
     samples = Samples(files, config.sinks, config.samples_per_file, progress)
-    streams = method.train(samples, config)
+    streams, facts = _train(method, samples, config)
+    others: dict[str, StreamArtifacts] = {}
+    other_facts = []
+    for group in range(1, len(samples.spec.groups)):
+        parts, found = _train(method, samples.of_group(group), config)
+        others |= {stream_key(group, part): artifacts for part, artifacts in parts.items()}
+        other_facts.append(found)
     meta = {
         "method": name,
         "mlxkv": __version__,
         "model": samples.origin.model,
         "model_fingerprint": samples.origin.fingerprint,
         **config.to_dict(),
+        **facts,
+        "calibration_files": len(files),
+        **({"groups": other_facts} if other_facts else {}),
+    }
+    return CalibrationArtifacts(streams["k"], streams["v"], samples.spec, meta, others)
+
+
+def _train(
+    method: CodecMethod, samples: Samples, config: CodecConfig
+) -> tuple[Mapping[str, StreamArtifacts], dict[str, Any]]:
+    """Learn the artifacts of one group of layers; return them with their facts."""
+    streams = method.train(samples, config)
+    return streams, {
         **method.facts(streams),
         **samples.facts,
         **measure_errors(method.coder(streams), samples),
         "calibration_tokens_needed": method.tokens_needed(streams, config),
         "calibration_tokens": samples.tokens,
-        "calibration_files": len(files),
     }
-    return CalibrationArtifacts(streams["k"], streams["v"], samples.spec, meta)
 
 
 def measure_errors(coder: BlockCoder, samples: Samples) -> dict[str, Any]:
@@ -108,16 +126,24 @@ def calibration_warning(meta: Mapping[str, Any]) -> str | None:
     Returns
     -------
     str or None
-        The number of tokens found and needed; None where there are enough, and for artifacts that do not tell.
+        The number of tokens found and needed, for the group of layers that lacks most; None where there are enough, and for
+        artifacts that do not tell.
 
     Examples
     --------
     >>> calibration_warning({"calibration_tokens": 992, "calibration_tokens_needed": 5760})[:57]
     '992 tokens are few to learn 5,760 directions from: dump m'
     """
-    found, needed = meta.get("calibration_tokens"), meta.get("calibration_tokens_needed")
-    if not (isinstance(found, int) and isinstance(needed, int) and found < needed):
+    groups = meta.get("groups")
+    others = range(1, len(groups) + 1) if isinstance(groups, list) else ()
+    few: list[tuple[int, int]] = []
+    for facts in (meta, *(group_facts(meta, group) for group in others)):
+        found, needed = facts.get("calibration_tokens"), facts.get("calibration_tokens_needed")
+        if isinstance(found, int) and isinstance(needed, int) and found < needed:
+            few.append((found, needed))
+    if not few:
         return None
+    found, needed = max(few, key=lambda count: count[1] / max(1, count[0]))
     return (
         f"{found:,} tokens are few to learn {needed:,} directions from: dump more or longer texts, at least {needed:,} tokens in"
         " all, or files become larger and predictions from them less exact"

@@ -1,22 +1,22 @@
-"""Layout of a cache's tokens: sinks, coded blocks and recent tokens.
+"""Layout of the tokens that a group of layers keeps: sinks, coded blocks and recent tokens.
 
     |-- sinks --|-- block 0 --|-- block 1 --| ... |-- last block --|-- the newest `recent` tokens --|
 
 Sinks are stored unquantized; recent tokens are stored unquantized as well, or in blocks of a higher quality. Section names
-and header keys call the recent tokens the window.
+and header keys call the recent tokens the window, whether or not the layers themselves keep a window of the text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from mlxkv.errors import FormatError, MismatchError
-from mlxkv.spec import STREAMS, CacheSpec, is_int
+from mlxkv.spec import STREAMS, CacheSpec, Group, Stream, is_int
 
 Layers = Sequence[np.ndarray] | Sequence[mx.array]
 BLOCK_ROWS = 512  # rows (batch times tokens) of a coded block: bounds the memory of coding and decoding
@@ -24,6 +24,7 @@ DECODE_ROWS = 4 * BLOCK_ROWS  # rows whose rANS lanes are decoded together
 MAX_BLOCK_ROWS = 2**16  # rows of a block that a reader accepts, at most
 MAX_TOKENS = 2**31 - 1  # positions are int32
 _JSON_KEYS = {"batch": "batch", "length": "length", "s": "sinks", "w": "recent", "block": "block_tokens"}
+_START = "start"  # written only where it is not 0
 
 
 class CodedBlock(NamedTuple):
@@ -34,7 +35,7 @@ class CodedBlock(NamedTuple):
     name
         Last part of the sections' names: "0", "1", ..., or "window.0", ... for recent tokens.
     start, stop
-        The tokens, from `start` up to `stop`.
+        The tokens, from `start` up to `stop`, counted from the first that the layers keep.
     quality
         Quality that they are coded with; None for a method with one ratio.
     """
@@ -47,20 +48,22 @@ class CodedBlock(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """The partition of a cache's tokens.
+    """The partition of the tokens that a group of layers keeps.
 
     Parameters
     ----------
     batch
         Number of sequences B.
     length
-        Number of tokens T, below 2**31 as all of these numbers.
+        Number of tokens kept, below 2**31 as all of these numbers.
     sinks
         First tokens, stored unquantized.
     recent
         Newest tokens, which section names and header keys call the window.
     block_tokens
         Tokens of a block.
+    start
+        Position of the first token; above 0 only where a window has moved on, which has no sinks then.
 
     Raises
     ------
@@ -79,10 +82,12 @@ class Layout:
     sinks: int
     recent: int
     block_tokens: int
+    start: int = 0
 
     def __post_init__(self) -> None:
-        counts, positive = (self.sinks, self.recent), (self.batch, self.length, self.block_tokens)
+        counts, positive = (self.sinks, self.recent, self.start), (self.batch, self.length, self.block_tokens)
         valid = all(is_int(n, 0, MAX_TOKENS) for n in counts) and all(is_int(n, 1, MAX_TOKENS) for n in positive)
+        valid = valid and self.tokens <= MAX_TOKENS and not (self.start and self.sinks)
         if not valid or self.batch * min(self.block_tokens, self.length) > MAX_BLOCK_ROWS:
             raise FormatError(f"not a layout of tokens: {str(self)[:200]}")
 
@@ -92,9 +97,10 @@ class Layout:
         Returns
         -------
         dict[str, int]
-            The numbers `batch`, `length`, `s`, `w` and `block`.
+            The numbers `batch`, `length`, `s`, `w` and `block`, and `start` where it is above 0.
         """
-        return {key: getattr(self, name) for key, name in _JSON_KEYS.items()}
+        moved = {_START: self.start} if self.start else {}
+        return {key: getattr(self, name) for key, name in _JSON_KEYS.items()} | moved
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Layout:
@@ -115,9 +121,14 @@ class Layout:
         FormatError
             For other keys, and for numbers that are out of range.
         """
-        if set(data) != set(_JSON_KEYS):
-            raise FormatError(f"a layout of tokens has the keys {', '.join(_JSON_KEYS)}, not {str(list(data))[:80]}")
-        return cls(**{_JSON_KEYS[key]: value for key, value in data.items()})
+        if not isinstance(data, Mapping) or set(data) - {_START} != set(_JSON_KEYS):
+            raise FormatError(f"a layout of tokens has the keys {', '.join(_JSON_KEYS)}, not {str(data)[:80]}")
+        return cls(**{_JSON_KEYS.get(key, key): value for key, value in data.items()})
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of the whole text T."""
+        return self.start + self.length
 
     @property
     def middle(self) -> range:
@@ -198,14 +209,76 @@ class Layout:
         return (chosen[i : i + size] for i in range(0, len(chosen), size))
 
 
-def cache_shape(layers: Mapping[str, Layers], spec: CacheSpec) -> tuple[int, int, str]:
-    """Check the layers of a cache and return the batch, length and type that they share.
+def coded_streams(group: Group) -> list[Stream]:
+    """Return the streams of a group of layers that are coded.
+
+    Parameters
+    ----------
+    group
+        Layers of one shape.
+
+    Returns
+    -------
+    list[Stream]
+        Those whose width is above 0: all but the unused values of MLA and of layers that keep keys alone.
+    """
+    return [group.stream(name) for name in STREAMS if group.stream(name).width]
+
+
+def group_layouts(spec: CacheSpec, first: Layout) -> list[Layout]:
+    """Return the layouts of all groups of layers, in their order.
+
+    Parameters
+    ----------
+    spec
+        Description of the cache.
+    first
+        The layout that a group has which keeps all tokens.
+
+    Returns
+    -------
+    list[Layout]
+        One for each of `spec.groups`: the newest tokens of those with a window.
+    """
+    layouts = []
+    for group in spec.groups:
+        rows = group.rows(first.length)
+        start = first.length - rows
+        layouts.append(replace(first, length=rows, start=start, sinks=0 if start else first.sinks))
+    return layouts
+
+
+def check_layouts(layouts: Sequence[Layout], spec: CacheSpec) -> None:
+    """Check that layouts which a file names are of one text and of this description.
+
+    Parameters
+    ----------
+    layouts
+        Those of all groups, from any source.
+    spec
+        Description of the cache.
+
+    Raises
+    ------
+    FormatError
+        When they are not.
+    """
+    if len(layouts) != len(spec.groups):
+        raise FormatError(f"layouts of {len(layouts)} groups of layers, and the artifacts have {len(spec.groups)}")
+    batch, tokens = layouts[0].batch, layouts[0].tokens
+    for layout, group in zip(layouts, spec.groups):
+        if (layout.batch, layout.tokens, layout.length) != (batch, tokens, group.rows(tokens)):
+            raise FormatError(f"layers with a window of {group.window} do not keep these: {str(layout)[:200]}")
+
+
+def cache_shape(layers: Mapping[str, Layers], group: Group) -> tuple[int, int, str]:
+    """Check the layers of a group and return the batch, length and type that they share.
 
     Parameters
     ----------
     layers
-        Cached tensors `[B, H, T, D]` of each stream, one for each caching layer.
-    spec
+        Cached tensors `[B, H, T, D]` of each stream, one for each layer of the group.
+    group
         Description that they must fit.
 
     Returns
@@ -220,7 +293,7 @@ def cache_shape(layers: Mapping[str, Layers], spec: CacheSpec) -> tuple[int, int
     """
     shapes, dtypes = set(), set()
     for name in STREAMS:
-        stream = spec.stream(name)
+        stream = group.stream(name)
         if len(layers[name]) != stream.layers:
             raise MismatchError(f"{name} has {len(layers[name])} layers; the artifacts are for {stream.layers}")
         for array in layers[name]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -10,15 +10,14 @@ import numpy as np
 
 from mlxkv.codec import unquantized
 from mlxkv.codec.artifacts import CalibrationArtifacts
-from mlxkv.codec.layout import DECODE_ROWS, CodedBlock, Layout
+from mlxkv.codec.layout import DECODE_ROWS, CodedBlock, Layout, check_layouts, coded_streams
 from mlxkv.codec.methods.base import BlockCoder
 from mlxkv.codec.stages.rows import from_rows
-from mlxkv.dump import KVDump
+from mlxkv.dump import stream_key
 from mlxkv.errors import FormatError, InputError, MismatchError
-from mlxkv.identity import same_model
-from mlxkv.io.container import Reader, Section
+from mlxkv.io.container import Reader
 from mlxkv.io.inputs import check_decoded_size
-from mlxkv.spec import STREAMS, CacheSpec
+from mlxkv.spec import MAX_LAYERS, STREAMS, Group, Stream
 
 Progress = Callable[[int], None]
 WORKING_BYTES = 40  # for each number of a block that is being decoded, at most
@@ -31,14 +30,53 @@ class DecodedTokens(NamedTuple):
     Parameters
     ----------
     arrays
-        Keys and values by stream, `[layers, B, H, t, D]` each.
+        Keys and values `[layers, B, H, t, D]`, by the names of `mlxkv.dump.stream_key`. Those of windows are there if the part
+        ends with the last token.
     start, stop
         The tokens, from `start` up to `stop`.
+    total
+        Number of tokens of the whole cache.
     """
 
     arrays: dict[str, np.ndarray]
     start: int
     stop: int
+    total: int
+
+
+class StoredGroup(NamedTuple):
+    """A group of layers in a file.
+
+    Parameters
+    ----------
+    number
+        Its number; 0 is the main one.
+    group
+        Its description.
+    layout
+        Layout of its tokens.
+    coder
+        Coder of its blocks.
+    """
+
+    number: int
+    group: Group
+    layout: Layout
+    coder: BlockCoder
+
+    @property
+    def streams(self) -> list[Stream]:
+        """Streams that are coded."""
+        return coded_streams(self.group)
+
+    @property
+    def width(self) -> int:
+        """Width of the rows of both streams together."""
+        return sum(stream.width for stream in self.streams)
+
+    def key(self, name: str) -> str:
+        """Return the name in the file of one of the group's own, such as "k.sink"."""
+        return stream_key(self.number, name)
 
 
 def header_object(reader: Reader, key: str) -> dict[str, Any]:
@@ -67,8 +105,8 @@ def header_object(reader: Reader, key: str) -> dict[str, Any]:
     return value
 
 
-def read_layout(reader: Reader) -> Layout:
-    """Read the layout of the tokens from the header.
+def read_layouts(reader: Reader) -> list[Layout]:
+    """Read the layouts of all groups of layers from the header.
 
     Parameters
     ----------
@@ -77,19 +115,51 @@ def read_layout(reader: Reader) -> Layout:
 
     Returns
     -------
-    Layout
-        The layout.
+    list[Layout]
+        That of the main group, then those of the others.
 
     Raises
     ------
     FormatError
-        When the header does not describe one.
+        When the header does not describe them.
     """
-    data = header_object(reader, "layout")
+    others = reader.header.get("groups", [])
+    if not isinstance(others, list) or len(others) > MAX_LAYERS:
+        raise FormatError(f"{reader.name} has groups of layers {str(others)[:80]}, not a list of layouts")
     try:
-        return Layout.from_json(data)
+        return [Layout.from_json(data) for data in (header_object(reader, "layout"), *others)]
     except FormatError as error:
         raise FormatError(f"{reader.name}: {error}") from None
+
+
+def read_groups(reader: Reader, artifacts: CalibrationArtifacts, coders: Sequence[BlockCoder]) -> list[StoredGroup]:
+    """Read which groups of layers a file has, and check that they are those of the artifacts.
+
+    Parameters
+    ----------
+    reader
+        The open container.
+    artifacts
+        The calibration.
+    coders
+        Its coders of blocks, one for each group.
+
+    Returns
+    -------
+    list[StoredGroup]
+        All groups, the main one first.
+
+    Raises
+    ------
+    FormatError
+        When their layouts are not of one text, or not of these layers.
+    """
+    layouts, groups = read_layouts(reader), artifacts.spec.groups
+    try:
+        check_layouts(layouts, artifacts.spec)
+    except FormatError as error:
+        raise FormatError(f"{reader.name}: {error}") from None
+    return [StoredGroup(i, *parts) for i, parts in enumerate(zip(groups, layouts, coders))]
 
 
 def read_dtype(reader: Reader) -> np.dtype:
@@ -146,24 +216,20 @@ def check_origin(reader: Reader, artifacts: CalibrationArtifacts) -> None:
         )
 
 
-def read_coded_blocks(reader: Reader, layout: Layout, spec: CacheSpec, coder: BlockCoder) -> list[CodedBlock]:
+def read_coded_blocks(reader: Reader, groups: Sequence[StoredGroup]) -> list[list[CodedBlock]]:
     """Check the quality and the section sizes of all coded blocks and return the blocks.
 
     Parameters
     ----------
     reader
         The open container.
-    layout
-        Its layout.
-    spec
-        Description of the cache.
-    coder
-        The method's coder.
+    groups
+        All its groups of layers.
 
     Returns
     -------
-    list[CodedBlock]
-        The blocks in the order of tokens.
+    list[list[CodedBlock]]
+        The blocks of each group in the order of tokens.
 
     Raises
     ------
@@ -173,41 +239,48 @@ def read_coded_blocks(reader: Reader, layout: Layout, spec: CacheSpec, coder: Bl
     quality, window_quality = reader.header.get("quality"), reader.header.get("window_quality")
     try:
         for each in (quality,) if window_quality is None else (quality, window_quality):
-            coder.check_quality(each)
+            groups[0].coder.check_quality(each)
     except InputError as error:
         raise FormatError(f"{reader.name}: {error}") from None
-    undescribed, blocks = set(reader.sections) - set(header_object(reader, "raw")), []
-    count = layout.count_blocks(window_quality is not None)
+    undescribed = set(reader.sections) - set(header_object(reader, "raw"))
+    count = sum(each.layout.count_blocks(window_quality is not None) for each in groups if each.streams)
     if count > len(reader.sections):  # a forged layout must not cost more than the file's own bytes pay for
         raise FormatError(f"{reader.name} has {len(reader.sections)} sections; its layout needs {count} blocks")
-    streams = [name for name in STREAMS if spec.stream(name).width]
-    for block in layout.coded_blocks(quality, window_quality):
-        for name in streams:
-            key, tokens = f"{name}.{block.name}", layout.batch * (block.stop - block.start)
-            section = reader.sections.get(key)
-            if section is None or not coder.is_size(name, tokens, section.size, section.coding):
-                claim = f"has {section.size} bytes" if section else "is missing"
-                raise FormatError(f"{reader.name}: section {key} of {tokens} tokens {claim}")
-            undescribed.discard(key)
-        blocks.append(block)
+    found = []
+    for each in groups:
+        blocks = list(each.layout.coded_blocks(quality, window_quality)) if each.streams else []
+        for block in blocks:
+            undescribed -= _check_block(reader, each, block)
+        found.append(blocks)
     if undescribed:
         raise FormatError(
             f"{reader.name} has sections that its header does not describe: {', '.join(sorted(undescribed)[:5])[:200]}"
         )
-    return blocks
+    return found
 
 
-def read_unquantized_tokens(reader: Reader, layout: Layout, spec: CacheSpec) -> dict[str, np.ndarray]:
-    """Read the sinks, and the recent tokens where they are stored unquantized.
+def _check_block(reader: Reader, group: StoredGroup, block: CodedBlock) -> set[str]:
+    """Check that a block's sections are there and may have their sizes; return their names."""
+    keys, tokens = set(), group.layout.batch * (block.stop - block.start)
+    for stream in group.streams:
+        key = group.key(f"{stream.name}.{block.name}")
+        section = reader.sections.get(key)
+        if section is None or not group.coder.is_size(stream.name, tokens, section.size, section.coding):
+            claim = f"has {section.size} bytes" if section else "is missing"
+            raise FormatError(f"{reader.name}: section {key} of {tokens} tokens {claim}")
+        keys.add(key)
+    return keys
+
+
+def read_unquantized_tokens(reader: Reader, group: StoredGroup) -> dict[str, np.ndarray]:
+    """Read the sinks of a group of layers, and the recent tokens where they are stored unquantized.
 
     Parameters
     ----------
     reader
         The open container.
-    layout
-        Its layout.
-    spec
-        Description of the cache.
+    group
+        The group.
 
     Returns
     -------
@@ -220,25 +293,26 @@ def read_unquantized_tokens(reader: Reader, layout: Layout, spec: CacheSpec) -> 
         When a shape does not fit the layout.
     """
     arrays: dict[str, np.ndarray] = {}
-    window_is_coded = reader.header.get("window_quality") is not None
+    layout, window_is_coded = group.layout, reader.header.get("window_quality") is not None
     for name in unquantized.SINK_SECTIONS if window_is_coded else unquantized.CACHE_SECTIONS:
-        stream = spec.stream(name[0])
+        stream, key = group.group.stream(name[0]), group.key(name)
         tokens = layout.middle.start if name.endswith("sink") else layout.length - layout.middle.stop
         needed = (stream.layers, layout.batch, stream.heads, tokens, stream.dim)
-        shape = tuple(unquantized.read_description(reader, name)[1])
+        shape = tuple(unquantized.read_description(reader, key)[1])
         if shape != needed:
-            raise FormatError(f"{reader.name}: {name} has shape {shape}, its layout needs {needed}")
-        arrays[name] = unquantized.read_array(reader, name)
+            raise FormatError(f"{reader.name}: {key} has shape {shape}, its layout needs {needed}")
+        arrays[name] = unquantized.read_array(reader, key)
     return arrays
 
 
 def decode_tokens(
     reader: Reader,
     artifacts: CalibrationArtifacts,
-    coder: BlockCoder,
+    coders: Sequence[BlockCoder],
     tokens: tuple[int, int] | None,
     progress: Progress | None,
     limit: int | None = None,
+    main_only: bool = False,
 ) -> DecodedTokens:
     """Decode a cache or a part of it, reading only the blocks of those tokens.
 
@@ -248,153 +322,101 @@ def decode_tokens(
         The open container.
     artifacts
         The calibration that it was made with.
-    coder
-        The coder of these artifacts.
+    coders
+        The coders of these artifacts, one for each group of layers.
     tokens
         First token and the token after the last one; None for all.
     progress
-        Called with the number of tokens of each block that is done.
+        Called with the number of tokens of each block of the main group that is done.
     limit
         Bytes that these tokens may decode to; None for 256 MiB or 200 times the file's own, whichever is more.
+    main_only
+        Whether to leave out all groups but the main one.
 
     Returns
     -------
     DecodedTokens
-        Keys and values of these tokens.
+        Keys and values of these tokens. Windows are complete, wherever the part begins.
 
     Raises
     ------
     InputError
-        For tokens that the container does not have, and for more bytes than the limit.
+        For tokens that the container does not have, for a part of a cache that is all windows, and for more bytes than
+        the limit.
     FormatError
         For a damaged container, or one of another method.
     MismatchError
         For a container of other artifacts.
     """
     check_origin(reader, artifacts)
-    spec, layout, dtype = artifacts.spec, read_layout(reader), read_dtype(reader)
-    blocks = read_coded_blocks(reader, layout, spec, coder)
-    first, last = tokens or (0, layout.length)
-    if not 0 <= first < last <= layout.length:
-        raise InputError(f"{reader.name} holds tokens 0 to {layout.length}; {first} to {last} is no part of them")
-    width = sum(spec.stream(name).width for name in STREAMS)
-    decoded = width * _decoded_bytes(layout, last - first, dtype.itemsize)
-    check_decoded_size(reader.name, decoded, reader.size, limit)
+    groups, dtype = read_groups(reader, artifacts, coders), read_dtype(reader)
+    blocks, total = read_coded_blocks(reader, groups), groups[0].layout.tokens
+    first, last = tokens or (0, total)
+    if not 0 <= first < last <= total:
+        raise InputError(f"{reader.name} holds tokens 0 to {total}; {first} to {last} is no part of them")
+    if groups[0].group.window is not None and (first, last) != (0, total):
+        raise InputError(
+            f"{reader.name} is of layers that keep the newest {groups[0].group.window} tokens alone: read all of it"
+        )
+    chosen = [groups[0]] if main_only else [each for each in groups if each.group.window is None or last == total]
+    parts = {g.number: (0, g.layout.length) if g.group.window is not None else (first, last) for g in chosen}
+    sizes = [g.width * _decoded_bytes(g.layout, *parts[g.number], dtype.itemsize) for g in chosen]
+    check_decoded_size(reader.name, sum(sizes), reader.size, limit)
+    arrays: dict[str, np.ndarray] = {}
+    for each in chosen:
+        report = None if each.number else progress
+        decoded = _decode_group(reader, each, blocks[each.number], parts[each.number], dtype, report)
+        arrays |= {each.key(name): array for name, array in decoded.items()}
+    return DecodedTokens(arrays, first, last, total)
+
+
+def _decode_group(
+    reader: Reader,
+    group: StoredGroup,
+    blocks: Sequence[CodedBlock],
+    part: tuple[int, int],
+    dtype: np.dtype,
+    progress: Progress | None,
+) -> dict[str, np.ndarray]:
+    """Return keys and values of a part of the tokens that a group keeps."""
+    layout, (first, last) = group.layout, part
     outputs: dict[str, np.ndarray] = {}
 
     def place(name: str, start: int, array: np.ndarray) -> None:
-        """Copy tokens that begin at position `start` into the output, as far as they were requested."""
+        """Copy tokens that begin with the one at `start` into the output, as far as they were requested."""
         a, b = max(start, first), min(start + array.shape[3], last)
         if a < b:
             outputs[name][..., a - first : b - first, :] = array[..., a - start : b - start, :]
 
-    stored = read_unquantized_tokens(reader, layout, spec)
+    stored = read_unquantized_tokens(reader, group)
     for name in STREAMS:
-        stream = spec.stream(name)
+        stream = group.group.stream(name)
         outputs[name] = np.empty((stream.layers, layout.batch, stream.heads, last - first, stream.dim), dtype)
         place(name, 0, stored[f"{name}.sink"])
         if f"{name}.window" in stored:
             place(name, layout.middle.stop, stored[f"{name}.window"])
-    streams, target = artifacts.coded_streams, mx.float16 if dtype == np.float16 else mx.float32
+    target = mx.float16 if dtype == np.float16 else mx.float32
     for batch in layout.decode_batches(blocks, first, last):
-        payloads = [{stream.name: reader.read(f"{stream.name}.{block.name}") for stream in streams} for block in batch]
+        payloads = [
+            {stream.name: reader.read(group.key(f"{stream.name}.{block.name}")) for stream in group.streams}
+            for block in batch
+        ]
         counts = [layout.batch * (block.stop - block.start) for block in batch]
-        for codes, count, block in zip(coder.unpack(payloads, counts), counts, batch):
-            rows = coder.decode(codes, count, block.quality)
-            for stream in streams:
-                restored = from_rows(stream, rows[stream.name], layout.batch, block.start, target)
+        for codes, count, block in zip(group.coder.unpack(payloads, counts), counts, batch):
+            rows = group.coder.decode(codes, count, block.quality)
+            for stream in group.streams:
+                restored = from_rows(stream, rows[stream.name], layout.batch, layout.start + block.start, target)
                 place(stream.name, block.start, np.array(restored))
             if progress:
                 progress(block.stop - block.start)
-    return DecodedTokens(outputs, first, last)
+    return outputs
 
 
-def _decoded_bytes(layout: Layout, tokens: int, item_bytes: int) -> int:
+def _decoded_bytes(layout: Layout, first: int, last: int, item_bytes: int) -> int:
     """Return how many bytes some tokens decode to, for each number of a row, before any of them is decoded."""
     # A part is cut out of whole blocks, sinks and recent tokens, which may be larger.
-    largest = max(tokens, layout.block_tokens, layout.length - len(layout.middle))
+    largest = max(last - first, layout.block_tokens, layout.length - len(layout.middle))
     # Writers' blocks are small, but a file can be one block, which takes far more while it is decoded.
     block_rows = layout.batch * min(layout.block_tokens, layout.length)
     working = WORKING_BYTES * max(0, block_rows - DECODE_ROWS)
     return layout.batch * min(largest, layout.length) * item_bytes + working
-
-
-def read_continued_layout(
-    reader: Reader, artifacts: CalibrationArtifacts, dump: KVDump, header: Mapping[str, Any]
-) -> Layout:
-    """Check that a dump continues a file and return the file's layout.
-
-    Parameters
-    ----------
-    reader
-        The open container.
-    artifacts
-        The calibration.
-    dump
-        A dump of the same conversation, as long or longer.
-    header
-        The header that compressing the dump would write.
-
-    Returns
-    -------
-    Layout
-        The layout of the existing file.
-
-    Raises
-    ------
-    MismatchError
-        When the file was made with other artifacts, settings or tokens.
-    FormatError
-        When it is damaged.
-    """
-    check_origin(reader, artifacts)
-    layout = read_layout(reader)
-    tokens = unquantized.read_plain_array(reader, "tokens")
-    if tokens.shape != (layout.batch, layout.length) or tokens.dtype != np.int32:
-        raise FormatError(f"{reader.name} has {tokens.dtype} tokens of shape {tokens.shape}: not those of its layout")
-    if dump.length < layout.length:
-        raise MismatchError(f"{reader.name} has {layout.length} tokens already, the dump only {dump.length}")
-    if not np.array_equal(tokens, dump.tokens[:, : layout.length]):
-        raise MismatchError(f"{reader.name} is of other tokens than those that the dump begins with")
-    meta = header_object(reader, "meta")
-    if not same_model(str(meta.get("fingerprint", "")), dump.fingerprint):
-        raise MismatchError(f"{reader.name} is of another model than the dump: compress the dump anew")
-    # States are written anew, so what the old ones were does not matter.
-    changing = {key: meta[key] for key in ("fingerprint", "state_types") if key in meta}
-    lasting = {key: value for key, value in header["meta"].items() if key != "state_types"}
-    expected = {**header, "layout": {**header["layout"], "length": layout.length}, "raw": header_object(reader, "raw")}
-    expected["meta"] = {**lasting, **changing}
-    if changed := [key for key in {**expected, **reader.header} if reader.header.get(key) != expected.get(key)]:
-        shown = ", ".join(changed)[:200]
-        raise MismatchError(f"{reader.name} was made with another {shown}: compress the dump anew")
-    return layout
-
-
-def first_sections(reader: Reader, artifacts: CalibrationArtifacts, blocks: int) -> list[Section]:
-    """Return the table entries of the sections that a file begins with: sinks, then the first blocks.
-
-    Parameters
-    ----------
-    reader
-        The open container.
-    artifacts
-        The calibration.
-    blocks
-        Number of blocks.
-
-    Returns
-    -------
-    list[Section]
-        Their entries, in the file's order.
-
-    Raises
-    ------
-    FormatError
-        When the file has them in another order.
-    """
-    streams = [stream.name for stream in artifacts.coded_streams]
-    names = [*unquantized.SINK_SECTIONS, *(f"{name}.{index}" for index in range(blocks) for name in streams)]
-    sections = list(reader.sections.values())[: len(names)]
-    if [section.name for section in sections] != names:
-        raise FormatError(f"{reader.name} has its sections in another order than they are written in")
-    return sections

@@ -1,6 +1,6 @@
 """The codec: a cache to one container and back, one block of tokens after another.
 
-Sinks (the first tokens) are stored unquantized. Recent tokens (the newest) are stored unquantized or coded at a higher
+Each group of layers of one shape is coded like a cache of its own. Sinks (the first tokens) are stored unquantized. Recent tokens (the newest) are stored unquantized or coded at a higher
 quality. The tokens between are coded by the method of the artifacts. Each stream of a block is a section of its own, so
 memory holds only a few blocks at a time.
 """
@@ -15,19 +15,19 @@ from typing import Any, Self
 
 import numpy as np
 
-from mlxkv.codec import reading, unquantized, writing
+from mlxkv.codec import continuing, reading, unquantized, writing
 from mlxkv.codec.artifacts import CalibrationArtifacts
-from mlxkv.codec.layout import Layers
+from mlxkv.codec.layout import Layers, coded_streams
 from mlxkv.codec.unquantized import CACHE_SECTIONS
-from mlxkv.codec.writing import CacheEncoder, Progress
-from mlxkv.dump import KVDump, read_state_types
+from mlxkv.codec.writing import CacheEncoder, GroupBlock, Progress
+from mlxkv.dump import KVDump, read_rings, read_state_types, stream_key
 from mlxkv.errors import FormatError, InputError, MismatchError, suggest
 from mlxkv.identity import same_model
 from mlxkv.io import container
 from mlxkv.io.container import Reader, Source
 from mlxkv.io.growing import appending
 from mlxkv.io.lossless import CODINGS
-from mlxkv.spec import Rope, check_rope, is_int
+from mlxkv.spec import STREAMS, Rope, check_rope, is_int
 
 TABLE_ROW_BYTES = 70  # of a section's entry in the header, approximately
 
@@ -58,7 +58,7 @@ class CacheCodec:
     Attributes
     ----------
     coder
-        The method's coder of blocks.
+        The method's coder of blocks of the main group of layers.
 
     Raises
     ------
@@ -88,7 +88,8 @@ class CacheCodec:
         if rope_cfg is not None:
             check_rope(artifacts.spec, rope_cfg)
         self.artifacts, self.recent, self.sinks, self.lossless = artifacts, recent, sinks, lossless
-        self.coder = artifacts.coder()
+        self._coders = tuple(artifacts.coder(group) for group in range(len(artifacts.spec.groups)))
+        self.coder = self._coders[0]
         self.quality = self.coder.default_quality if quality is None else quality
         self.coder.check_quality(self.quality)
         self.raw_window = raw_window
@@ -136,7 +137,8 @@ class CacheCodec:
         Parameters
         ----------
         k_layers, v_layers
-            Keys and values, a list of `[B, H, T, D]` arrays (NumPy or MLX) each, one for each caching layer.
+            Keys and values, a list of `[B, H, T, D]` arrays (NumPy or MLX) each, one for each caching layer. Layers of
+            several shapes, and those with a window, need `compress_dump`.
         meta
             JSON values to store in the header, unchanged.
         extras
@@ -157,12 +159,25 @@ class CacheCodec:
         MismatchError
             When the layers do not fit the artifacts.
         """
-        layers = {"k": k_layers, "v": v_layers}
+        groups = self.artifacts.spec.groups
+        if len(groups) > 1 or groups[0].window is not None:
+            raise InputError("layers of several shapes or with a window are compressed as a dump: use compress_dump()")
+        return self._compress({"k": k_layers, "v": v_layers}, None, extras or {}, meta or {}, progress)
+
+    def _compress(
+        self,
+        layers: Mapping[str, Layers],
+        tokens: int | None,
+        extras: Mapping[str, np.ndarray],
+        meta: Mapping[str, Any],
+        progress: Progress | None,
+    ) -> bytes:
+        """Compress the layers of all groups, of a text of so many tokens, to one container."""
         encoder = self._encoder
-        header, arrays, layout = encoder.build_header(layers, extras or {}, meta or {})
+        header, arrays, layouts = encoder.build_header(layers, tokens, extras, meta)
         out = BytesIO()
         try:
-            container.write(out, header, encoder.encode_sections(layers, layout, arrays, 0, progress))
+            container.write(out, header, encoder.encode_sections(layers, layouts, arrays, 0, progress))
         except (TypeError, ValueError) as error:
             raise InputError(f"meta must be plain JSON values: {error}") from None
         return out.getvalue()
@@ -190,13 +205,13 @@ class CacheCodec:
             When the dump is of another model than the artifacts.
         """
         extras, meta = self._dump_metadata(dump)
-        return self.compress(list(dump.k), list(dump.v), meta=meta, extras=extras, progress=progress)
+        return self._compress(_layers(dump), dump.length, extras, meta, progress)
 
     def append_dump(self, path: str | Path, dump: KVDump, progress: Progress | None = None) -> None:
         """Extend a file by the new tokens of a longer dump.
 
         The result equals compressing the longer dump, but complete blocks of the file are neither coded nor written
-        again. If the process is killed at any time, the file is the old one or the new one.
+        again, except those of layers with a window. If the process is killed at any time, the file is the old one or the new one.
 
         Parameters
         ----------
@@ -217,21 +232,21 @@ class CacheCodec:
             When it cannot be read or written, and for values that cannot be coded.
         """
         extras, meta = self._dump_metadata(dump)
-        layers, encoder = {"k": list(dump.k), "v": list(dump.v)}, self._encoder
-        header, arrays, layout = encoder.build_header(layers, extras, meta)
+        layers, encoder = _layers(dump), self._encoder
+        header, arrays, layouts = encoder.build_header(layers, dump.length, extras, meta)
         with appending(path) as append:
             with Reader(path) as reader:
-                old = reading.read_continued_layout(reader, self.artifacts, dump, header)
+                old = continuing.read_continued_layout(reader, encoder, dump, header)
                 # The file is no surer of its model than the tokens that it already holds.
                 header["meta"]["fingerprint"] = min(
                     str(reader.header["meta"].get("fingerprint", "")), dump.fingerprint, key=len
                 )
                 complete = old.complete_blocks
-                same_sinks = old.middle.start == layout.middle.start
-                kept = reading.first_sections(reader, self.artifacts, complete) if same_sinks else []
+                same_sinks = old.middle.start == layouts[0].middle.start
+                kept = continuing.first_sections(reader, self.artifacts.spec, complete) if same_sinks else []
                 keep = reader.end_of(kept)
             names = {section.name for section in kept}
-            sections = encoder.encode_sections(layers, layout, arrays, complete, progress)
+            sections = encoder.encode_sections(layers, layouts, arrays, complete, progress)
             added = [(section, data) for section, data in sections if section.name not in names]
             append.replace_tail(keep, container.encode_tail(header, kept, added))
 
@@ -259,8 +274,8 @@ class CacheCodec:
         Returns
         -------
         tuple[list[np.ndarray], list[np.ndarray]]
-            Keys and values, `[B, H, T, D]` of each caching layer, of the type that was compressed; bfloat16, which NumPy
-            lacks, comes back as float32.
+            Keys and values, `[B, H, T, D]` of each layer of the main group, of the type that was compressed; bfloat16, which
+            NumPy lacks, comes back as float32.
 
         Raises
         ------
@@ -272,7 +287,9 @@ class CacheCodec:
             When it was made with other artifacts.
         """
         with Reader(blob) as reader:
-            decoded = reading.decode_tokens(reader, self.artifacts, self.coder, tokens, progress, limit)
+            decoded = reading.decode_tokens(
+                reader, self.artifacts, self._coders, tokens, progress, limit, main_only=True
+            )
         return list(decoded.arrays["k"]), list(decoded.arrays["v"])
 
     def decompress_dump(
@@ -299,8 +316,8 @@ class CacheCodec:
         Returns
         -------
         KVDump
-            The cache of these tokens. Other layers' states belong to the last token of the file: a part that does not
-            include it has none.
+            The cache of these tokens. Other layers' states, and windows, belong to the last token of the file: a part that
+            does not include it has none.
 
         Raises
         ------
@@ -312,30 +329,33 @@ class CacheCodec:
             When it was made with other artifacts.
         """
         with Reader(blob) as reader:
-            decoded = reading.decode_tokens(reader, self.artifacts, self.coder, tokens, progress, limit)
+            decoded = reading.decode_tokens(reader, self.artifacts, self._coders, tokens, progress, limit)
             described = reading.header_object(reader, "raw")
-            extras = {
-                name: unquantized.read_plain_array(reader, name) for name in described if name not in CACHE_SECTIONS
-            }
-            meta, length = reading.header_object(reader, "meta"), reading.read_layout(reader).length
-        arrays, start, stop = decoded
+            groups = range(len(self.artifacts.spec.groups))
+            own = {stream_key(group, name) for group in groups for name in CACHE_SECTIONS}
+            extras = {name: unquantized.read_plain_array(reader, name) for name in described if name not in own}
+            meta = reading.header_object(reader, "meta")
+        arrays, start, stop, length = decoded
         ids = extras.pop("tokens", None)
         if ids is None or ids.dtype != np.int32 or ids.shape[1:] != (length,):
             raise FormatError(f"{reader.name} holds no tokens: it was made by compress(), open it with decompress()")
-        types = read_state_types(meta, reader.name)
+        types, rings = read_state_types(meta, reader.name), read_rings(meta, reader.name)
         states = {name.removeprefix("state."): array for name, array in extras.items() if name.startswith("state.")}
         states = {key: unquantized.to_type(array, types.get(key), reader.name) for key, array in states.items()}
+        at_end = stop == length
         return KVDump(
-            arrays["k"],
-            arrays["v"],
+            arrays.pop("k"),
+            arrays.pop("v"),
             self.artifacts.spec,
             ids[:, start:stop],
             model=str(meta.get("model", "")),
             fingerprint=str(meta.get("fingerprint", "")),
             dtype=str(meta.get("dtype", "")),
-            states=states if stop == length else {},
+            states=states if at_end else {},
             start=start,
-            state_types=types if stop == length else {},
+            state_types=types if at_end else {},
+            others=arrays,
+            rings=rings if at_end else {},
         )
 
     def fixed_bytes(self, dump: KVDump) -> int:
@@ -353,9 +373,10 @@ class CacheCodec:
         """
         extras, meta = self._dump_metadata(dump)
         encoder = self._encoder
-        header, arrays, layout = encoder.build_header({"k": list(dump.k), "v": list(dump.v)}, extras, meta)
+        header, arrays, layouts = encoder.build_header(_layers(dump), dump.length, extras, meta)
         sections = writing.encode_arrays(arrays, self.lossless)
-        coded_sections = len(self.artifacts.coded_streams) * len(encoder.coded_blocks(layout))
+        groups = self.artifacts.spec.groups
+        coded_sections = sum(len(coded_streams(groups[index])) for index, _ in encoder.coded_blocks(layouts))
         table = TABLE_ROW_BYTES * (len(sections) + coded_sections)
         return sum(section.stored for section, _ in sections.values()) + len(str(header)) + table
 
@@ -367,27 +388,33 @@ class CacheCodec:
         dump
             The cache to compress.
         blocks
-            Number of evenly spaced blocks of the middle to measure; the blocks of recent tokens are always measured.
+            Number of evenly spaced blocks of each group's middle to measure; the blocks of recent tokens are always measured.
 
         Returns
         -------
         float
             Bytes, before the lossless stage of a method that uses one.
         """
-        layers, encoder = {"k": list(dump.k), "v": list(dump.v)}, self._encoder
-        layout = encoder.build_header(layers, {}, {})[2]
-        middle = list(layout.coded_blocks(self.quality, None))
-        sample = [middle[i] for i in np.unique(np.linspace(0, len(middle) - 1, blocks).astype(int))] if middle else []
-        window = encoder.coded_blocks(layout)[len(middle) :]
-        sampled_tokens = sum(block.stop - block.start for block in sample)
-        scale = len(layout.middle) / max(1, sampled_tokens)
-        return encoder.estimate(layers, sample) * scale + encoder.estimate(layers, window)
+        layers, encoder = _layers(dump), self._encoder
+        layouts = encoder.build_header(layers, dump.length, {}, {})[2]
+        total = 0.0
+        for index, layout in enumerate(layouts):
+            if not coded_streams(self.artifacts.spec.groups[index]):
+                continue
+            middle = list(layout.coded_blocks(self.quality, None))
+            chosen = np.linspace(0, len(middle) - 1, blocks if middle else 0).astype(int)
+            sample = [GroupBlock(index, middle[i]) for i in np.unique(chosen)]
+            recent = list(layout.coded_blocks(self.quality, self.window_quality))[len(middle) :]
+            scale = len(layout.middle) / max(1, sum(block.stop - block.start for _, block in sample))
+            total += encoder.estimate(layers, layouts, sample) * scale
+            total += encoder.estimate(layers, layouts, [GroupBlock(index, block) for block in recent])
+        return total
 
     @property
     def _encoder(self) -> CacheEncoder:
         """The encoder of these settings."""
         return CacheEncoder(
-            self.artifacts, self.coder, self.recent, self.sinks, self.lossless, self.quality, self.window_quality
+            self.artifacts, self._coders, self.recent, self.sinks, self.lossless, self.quality, self.window_quality
         )
 
     def _dump_metadata(self, dump: KVDump) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -403,7 +430,17 @@ class CacheCodec:
             raise MismatchError("the cache's layers, heads or rotation differ from the artifacts'")
         if dump.start:
             raise InputError(f"the dump starts at token {dump.start}: compress a complete one")
+        if len(dump.held_groups) < len(dump.spec.groups):
+            raise InputError("the dump is a part of a cache, without its windows: compress a complete one")
         meta: dict[str, Any] = {"model": dump.model, "fingerprint": dump.fingerprint, "dtype": dump.dtype}
         if dump.state_types:
             meta["state_types"] = dump.state_types
+        if dump.rings:
+            meta["rings"] = {str(group): ring for group, ring in dump.rings.items()}
         return {"tokens": dump.tokens, **{f"state.{key}": value for key, value in dump.states.items()}}, meta
+
+
+def _layers(dump: KVDump) -> dict[str, Layers]:
+    """Return the layers of all groups of a dump, by the names of `stream_key`."""
+    groups = range(len(dump.spec.groups))
+    return {stream_key(group, name): list(dump.stream(name, group)) for group in groups for name in STREAMS}

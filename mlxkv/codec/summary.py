@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlxkv.codec.reading import read_layout
-from mlxkv.codec.unquantized import CACHE_SECTIONS, SINK_SECTIONS, read_description
+from mlxkv.codec.reading import read_layouts
+from mlxkv.codec.unquantized import CACHE_SECTIONS, SINK_SECTIONS, read_description, split_section
+from mlxkv.dump import stream_key
 from mlxkv.errors import FormatError
 from mlxkv.io.container import Reader
 
@@ -24,7 +25,8 @@ def summary(reader: Reader) -> dict[str, Any]:
         `tokens`, `batch`, `sinks` and `recent`; `fp16_bytes`, the cache at 16 bits per element, whatever type it had;
         `file_bytes` and its parts `coded_bytes`, `sink_and_window_bytes`, `other_bytes` and `header_bytes`; `ratio` of
         the whole file, and `ratio_middle` of the tokens between sinks and recent tokens against their sections (None if there
-        are none).
+        are none). Where layers have several shapes or windows, `groups` lists for each group of them `layers`, `tokens` that it
+        holds, `fp16_bytes` and `file_bytes`.
 
     Raises
     ------
@@ -33,26 +35,39 @@ def summary(reader: Reader) -> dict[str, Any]:
     """
     if "layout" not in reader.header:
         raise FormatError(f"{reader.name} is no compressed cache: its header has no layout of tokens")
-    layout = read_layout(reader)
+    layouts = read_layouts(reader)
+    main = layouts[0]
     try:
-        shapes = [read_description(reader, name)[1] for name in SINK_SECTIONS]
-        width = sum(layers * heads * dim for layers, _, heads, _, dim in shapes)
-        fp16 = 2 * width * layout.batch * layout.length
-        middle = 2 * width * layout.batch * len(layout.middle)
-        ratio = fp16 / reader.size
-    except (TypeError, ValueError, OverflowError) as error:
+        widths, layers = [], []
+        for group in range(len(layouts)):
+            shapes = [read_description(reader, stream_key(group, name))[1] for name in SINK_SECTIONS]
+            layers.append(shapes[0][0])
+            widths.append(sum(count * heads * dim for count, _, heads, _, dim in shapes))
+        fp16 = [2 * width * layout.batch * layout.length for width, layout in zip(widths, layouts)]
+        middle = sum(2 * width * layout.batch * len(layout.middle) for width, layout in zip(widths, layouts))
+        ratio = sum(fp16) / reader.size
+    except (TypeError, ValueError, IndexError, OverflowError) as error:
         raise FormatError(f"{reader.name} is no compressed cache: {error!r}") from None
     described = set(reader.header["raw"])
-    stored = {name: section.stored for name, section in reader.sections.items()}
-    ends = sum(size for name, size in stored.items() if name.startswith(CACHE_SECTIONS))
-    coded = sum(size for name, size in stored.items() if name not in described and not name.startswith(CACHE_SECTIONS))
-    other = sum(size for name, size in stored.items() if name in described and not name.startswith(CACHE_SECTIONS))
-    return {
-        "tokens": layout.length,
-        "batch": layout.batch,
-        "sinks": layout.sinks,
-        "recent": layout.recent,
-        "fp16_bytes": fp16,
+    ends = coded = other = 0
+    of_groups = [0] * len(layouts)
+    for name, section in reader.sections.items():
+        group, own = split_section(name)
+        if own.startswith(CACHE_SECTIONS):
+            ends += section.stored
+        elif name in described:
+            other += section.stored
+            continue
+        else:
+            coded += section.stored
+        if group < len(of_groups):
+            of_groups[group] += section.stored
+    facts: dict[str, Any] = {
+        "tokens": main.tokens,
+        "batch": main.batch,
+        "sinks": main.sinks,
+        "recent": main.recent,
+        "fp16_bytes": sum(fp16),
         "file_bytes": reader.size,
         "coded_bytes": coded,
         "sink_and_window_bytes": ends,
@@ -61,3 +76,10 @@ def summary(reader: Reader) -> dict[str, Any]:
         "ratio": ratio,
         "ratio_middle": middle / coded if coded else None,
     }
+    if len(layouts) > 1:
+        columns = zip(layers, layouts, fp16, of_groups)
+        facts["groups"] = [
+            {"layers": count, "tokens": layout.length, "fp16_bytes": whole, "file_bytes": stored}
+            for count, layout, whole, stored in columns
+        ]
+    return facts

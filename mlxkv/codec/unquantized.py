@@ -7,6 +7,7 @@ under its key "raw".
 from __future__ import annotations
 
 import math
+import re
 
 import mlx.core as mx
 import numpy as np
@@ -18,9 +19,32 @@ from mlxkv.spec import is_int
 
 SINK_SECTIONS = ("k.sink", "v.sink")
 CACHE_SECTIONS = (*SINK_SECTIONS, "k.window", "v.window")
+_OF_GROUP = re.compile(r"([1-9][0-9]{0,3})\.([kv]\..*)", re.DOTALL)
 _INTEGERS = {str(np.dtype(f"{sign}{size}")): f"<{sign}{size}" for sign in "iu" for size in (1, 2, 4, 8)}
 _STORED_TYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "bool": "<u1", **_INTEGERS}
 _MAX_AXES, _MAX_AXIS = 8, 2**48
+
+
+def split_section(name: str) -> tuple[int, str]:
+    """Return the group of layers that a section belongs to, and its name within it.
+
+    Parameters
+    ----------
+    name
+        Name of a section.
+
+    Returns
+    -------
+    tuple[int, str]
+        Number of the group, and the name as it is in the main group, 0.
+
+    Examples
+    --------
+    >>> split_section("2.k.sink"), split_section("k.0"), split_section("tokens")
+    ((2, 'k.sink'), (0, 'k.0'), (0, 'tokens'))
+    """
+    match = _OF_GROUP.fullmatch(name)
+    return (int(match[1]), match[2]) if match else (0, name)
 
 
 def to_numpy(array: np.ndarray | mx.array) -> np.ndarray:

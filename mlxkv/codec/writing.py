@@ -5,40 +5,68 @@ Entropy coding of one block runs in parallel with the arithmetic of the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from mlxkv.codec import unquantized
 from mlxkv.codec.artifacts import CalibrationArtifacts
-from mlxkv.codec.layout import BLOCK_ROWS, CodedBlock, Layers, Layout, cache_shape
+from mlxkv.codec.layout import (
+    BLOCK_ROWS,
+    CodedBlock,
+    Layers,
+    Layout,
+    cache_shape,
+    coded_streams,
+    group_layouts,
+)
 from mlxkv.codec.methods.base import BlockCoder
 from mlxkv.codec.stages.rows import to_rows
-from mlxkv.codec.unquantized import CACHE_SECTIONS, SINK_SECTIONS
-from mlxkv.errors import InputError
+from mlxkv.codec.unquantized import CACHE_SECTIONS, SINK_SECTIONS, split_section
+from mlxkv.dump import stream_key
+from mlxkv.errors import InputError, MismatchError
 from mlxkv.io.container import Section, encode_section
 from mlxkv.kernels import metal
+from mlxkv.spec import STREAMS
 from mlxkv.version import __version__
 
 Progress = Callable[[int], None]
 MAX_PENDING = 8  # sections that wait to be entropy-coded, at most
 
 
+class GroupBlock(NamedTuple):
+    """A coded block of one group of layers.
+
+    Parameters
+    ----------
+    group
+        Number of the group; 0 is the main one.
+    block
+        The block.
+    """
+
+    group: int
+    block: CodedBlock
+
+
 @dataclass(frozen=True)
 class CacheEncoder:
     """Encoder of caches to the header and the sections of a container.
+
+    Caches are keys and values `[B, H, T, D]`, a list for each stream with one for each of its layers, by the names of
+    `stream_key`.
 
     Parameters
     ----------
     artifacts
         The calibration.
-    coder
-        Its coder of blocks.
+    coders
+        Its coders of blocks, one for each group of layers.
     recent
         Newest tokens, stored unquantized or at `window_quality`.
     sinks
@@ -52,7 +80,7 @@ class CacheEncoder:
     """
 
     artifacts: CalibrationArtifacts
-    coder: BlockCoder
+    coders: tuple[BlockCoder, ...]
     recent: int
     sinks: int
     lossless: str
@@ -60,14 +88,20 @@ class CacheEncoder:
     window_quality: float | None
 
     def build_header(
-        self, layers: Mapping[str, Layers], extras: Mapping[str, np.ndarray], meta: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], dict[str, bytes], Layout]:
+        self,
+        layers: Mapping[str, Layers],
+        tokens: int | None,
+        extras: Mapping[str, np.ndarray],
+        meta: Mapping[str, Any],
+    ) -> tuple[dict[str, Any], dict[str, bytes], list[Layout]]:
         """Return the header of a cache and the arrays that are stored unquantized.
 
         Parameters
         ----------
         layers
-            Cached tensors `[B, H, T, D]` of each stream, one for each caching layer.
+            The cache.
+        tokens
+            Number of tokens of the text; None for as many as the layers have.
         extras
             Arrays to store unquantized, by name.
         meta
@@ -75,66 +109,103 @@ class CacheEncoder:
 
         Returns
         -------
-        tuple[dict, dict[str, bytes], Layout]
-            The header's own fields, the bytes of unquantized arrays by section, and the layout.
+        tuple[dict, dict[str, bytes], list[Layout]]
+            The header's own fields, the bytes of unquantized arrays by section, and the layout of each group.
 
         Raises
         ------
         InputError
             For extras that cannot be stored.
         MismatchError
-            When the layers do not fit the artifacts.
+            When the layers do not fit the artifacts, each other or the number of tokens.
         """
-        batch, length, dtype = cache_shape(layers, self.artifacts.spec)
-        layout = Layout(batch, length, self.sinks, self.recent, block_tokens=max(1, BLOCK_ROWS // batch))
+        groups = self.artifacts.spec.groups
+        shapes = [cache_shape(_of_group(layers, index), group) for index, group in enumerate(groups)]
+        batch, length, dtype = shapes[0]
+        layouts = self.layouts(batch, tokens or length)
+        expected = [(batch, layout.length, dtype) for layout in layouts]
+        if shapes != expected:
+            raise MismatchError(f"[B, T] and types of the groups of layers should be {expected}, they are {shapes}")
         described, arrays = {}, {}
-        for name, array in self._unquantized_arrays(layers, layout, extras):
+        for name, array in self._unquantized_arrays(layers, layouts, extras):
             kind, arrays[name] = unquantized.encode_array(array)
             described[name] = [kind, list(array.shape)]
         header = {
             "method": self.artifacts.method_name,
             "mlxkv": __version__,
             "artifacts": self.artifacts.fingerprint,
-            "layout": layout.to_json(),
+            **layouts_json(layouts),
             **({} if self.quality is None else {"quality": self.quality}),
             **({} if self.window_quality is None else {"window_quality": self.window_quality}),
             "dtype": dtype,
             "raw": described,
             "meta": dict(meta),
         }
-        return header, arrays, layout
+        return header, arrays, layouts
+
+    def layouts(self, batch: int, tokens: int) -> list[Layout]:
+        """Return the layouts of a cache that this encoder writes.
+
+        Parameters
+        ----------
+        batch
+            Number of sequences B.
+        tokens
+            Number of tokens of the text T.
+
+        Returns
+        -------
+        list[Layout]
+            One for each group of layers.
+        """
+        whole = Layout(batch, tokens, self.sinks, self.recent, block_tokens=max(1, BLOCK_ROWS // batch))
+        return group_layouts(self.artifacts.spec, whole)
 
     def _unquantized_arrays(
-        self, layers: Mapping[str, Layers], layout: Layout, extras: Mapping[str, np.ndarray]
+        self, layers: Mapping[str, Layers], layouts: Sequence[Layout], extras: Mapping[str, np.ndarray]
     ) -> Iterator[tuple[str, np.ndarray]]:
         """Yield sinks, recent tokens unless they are coded, and the extras, with their sections' names."""
-        for name in CACHE_SECTIONS if self.window_quality is None else SINK_SECTIONS:
-            tokens = slice(0, layout.middle.start) if name.endswith("sink") else slice(layout.middle.stop, None)
-            yield name, np.stack([unquantized.to_numpy(layer[:, :, tokens]) for layer in layers[name[0]]])
-        clash = [name for name in extras if name.startswith(("k.", "v."))]
+        for index, layout in enumerate(layouts):
+            for name in CACHE_SECTIONS if self.window_quality is None else SINK_SECTIONS:
+                tokens = slice(0, layout.middle.start) if name.endswith("sink") else slice(layout.middle.stop, None)
+                arrays = [unquantized.to_numpy(layer[:, :, tokens]) for layer in layers[stream_key(index, name[0])]]
+                yield stream_key(index, name), np.stack(arrays)
+        clash = [name for name in extras if split_section(name)[1].startswith(("k.", "v."))]
         if clash:
             raise InputError(f"extras may not be called k.… or v.…, the codec's own names: {', '.join(clash)}")
         yield from extras.items()
 
-    def coded_blocks(self, layout: Layout) -> list[CodedBlock]:
-        """Return all blocks to code.
+    def coded_blocks(self, layouts: Sequence[Layout], first: int = 0) -> list[GroupBlock]:
+        """Return all blocks to code, in the file's order.
 
         Parameters
         ----------
-        layout
-            Layout of the cache.
+        layouts
+            Layouts of the cache.
+        first
+            Blocks to leave out at the beginning of each group that keeps all tokens.
 
         Returns
         -------
-        list[CodedBlock]
-            Blocks with their qualities, in the order of tokens.
+        list[GroupBlock]
+            Block by block those of the groups that keep all tokens, then those of each window.
         """
-        return list(layout.coded_blocks(self.quality, self.window_quality))
+        whole: list[list[GroupBlock]] = []
+        windows: list[GroupBlock] = []
+        for index, (layout, group) in enumerate(zip(layouts, self.artifacts.spec.groups)):
+            if not coded_streams(group):
+                continue
+            blocks = [GroupBlock(index, b) for b in layout.coded_blocks(self.quality, self.window_quality)]
+            if group.window is None:
+                whole.append(blocks[first:])
+            else:
+                windows += blocks
+        return [*chain(*zip(*whole, strict=True)), *windows]
 
     def encode_sections(
         self,
         layers: Mapping[str, Layers],
-        layout: Layout,
+        layouts: Sequence[Layout],
         arrays: Mapping[str, bytes],
         first: int,
         progress: Progress | None,
@@ -144,13 +215,13 @@ class CacheEncoder:
         Parameters
         ----------
         layers
-            Cached tensors `[B, H, T, D]` of each stream, one for each caching layer.
-        layout, arrays
-            Layout and unquantized arrays that `build_header` returned.
+            The cache.
+        layouts, arrays
+            Layouts and unquantized arrays that `build_header` returned.
         first
-            Index of the first block to code; the file has those before it.
+            Number of blocks that are not coded, of each group that keeps all tokens; the file has them.
         progress
-            Called with the number of tokens of each block that is quantized.
+            Called with the number of tokens of each block of the main group that is quantized.
 
         Returns
         -------
@@ -162,17 +233,22 @@ class CacheEncoder:
         InputError
             For values that cannot be coded.
         """
-        stored, blocks = encode_arrays(arrays, self.lossless), self.coded_blocks(layout)[first:]
-        coded = encode_blocks(self.coder, partial(self._rows, layers), blocks, self.lossless, progress)
-        return [*(stored.pop(name) for name in SINK_SECTIONS), *coded, *stored.values()]
+        stored = encode_arrays(arrays, self.lossless)
+        groups = self.artifacts.spec.groups
+        whole = [index for index, group in enumerate(groups) if group.window is None]
+        first_names = [stream_key(index, name) for index in whole for name in SINK_SECTIONS]
+        coded = self._encode_blocks(layers, layouts, self.coded_blocks(layouts, first), progress)
+        return [*(stored.pop(name) for name in first_names), *coded, *stored.values()]
 
-    def estimate(self, layers: Mapping[str, Layers], blocks: Iterable[CodedBlock]) -> float:
+    def estimate(self, layers: Mapping[str, Layers], layouts: Sequence[Layout], blocks: Iterable[GroupBlock]) -> float:
         """Estimate how many bytes blocks take, from code lengths alone.
 
         Parameters
         ----------
         layers
-            Cached tensors `[B, H, T, D]` of each stream, one for each caching layer.
+            The cache.
+        layouts
+            Its layouts.
         blocks
             The blocks.
 
@@ -181,13 +257,69 @@ class CacheEncoder:
         float
             Bytes, before the lossless stage of a method that uses one.
         """
-        encoded = (self.coder.encode(self._rows(layers, block), block.quality) for block in blocks)
-        return sum(self.coder.estimate(name, codes) for streams in encoded for name, codes in streams.items())
+        total = 0.0
+        for index, block in blocks:
+            coder = self.coders[index]
+            codes = coder.encode(self._rows(layers, layouts[index], index, block), block.quality)
+            total += sum(coder.estimate(name, each) for name, each in codes.items())
+        return total
 
-    def _rows(self, layers: Mapping[str, Layers], block: CodedBlock) -> dict[str, mx.array]:
-        """Return each stream's rows `[n, p]` of one block."""
-        streams = self.artifacts.coded_streams
-        return {stream.name: to_rows(stream, layers[stream.name], block.start, block.stop) for stream in streams}
+    def _rows(self, layers: Mapping[str, Layers], layout: Layout, index: int, block: CodedBlock) -> dict[str, mx.array]:
+        """Return each stream's rows `[n, p]` of one block of a group."""
+        return {
+            stream.name: to_rows(stream, layers[stream_key(index, stream.name)], block.start, block.stop, layout.start)
+            for stream in coded_streams(self.artifacts.spec.groups[index])
+        }
+
+    def _encode_blocks(
+        self,
+        layers: Mapping[str, Layers],
+        layouts: Sequence[Layout],
+        blocks: Iterable[GroupBlock],
+        progress: Progress | None,
+    ) -> list[tuple[Section, bytes]]:
+        """Return the sections of coded blocks, in the order of blocks."""
+        needs_coding = self.coders[0].uses_lossless_stage
+        coding = self.lossless if needs_coding else "raw"
+        may_launch_kernels = metal.available() and not (needs_coding and coding != "rans")
+
+        def section(coder: BlockCoder, name: str, key: str, codes: np.ndarray) -> tuple[Section, bytes]:
+            return encode_section(key, coder.pack(name, codes), coding)
+
+        with ThreadPoolExecutor(2) as pool:
+            submit = _run_now if may_launch_kernels else pool.submit
+            futures: list[Future[tuple[Section, bytes]]] = []
+            for index, block in blocks:
+                coder, rows = self.coders[index], self._rows(layers, layouts[index], index, block)
+                for name, codes in coder.encode(rows, block.quality).items():
+                    if len(futures) >= MAX_PENDING:  # wait for the coding rather than let codes pile up
+                        futures[-MAX_PENDING].result()
+                    futures.append(submit(section, coder, name, f"{stream_key(index, name)}.{block.name}", codes))
+                if progress and not index:
+                    progress(block.stop - block.start)
+            return [future.result() for future in futures]
+
+
+def layouts_json(layouts: Sequence[Layout]) -> dict[str, Any]:
+    """Return the fields of a container's header that describe layouts.
+
+    Parameters
+    ----------
+    layouts
+        Those of all groups of layers.
+
+    Returns
+    -------
+    dict
+        `layout` of the main group, and `groups`, a list with those of the others, where there are any.
+    """
+    first, *others = (layout.to_json() for layout in layouts)
+    return {"layout": first, **({"groups": others} if others else {})}
+
+
+def _of_group(layers: Mapping[str, Layers], group: int) -> dict[str, Layers]:
+    """Return the layers of one group by stream."""
+    return {name: layers[stream_key(group, name)] for name in STREAMS}
 
 
 def encode_arrays(arrays: Mapping[str, bytes], lossless: str) -> dict[str, tuple[Section, bytes]]:
@@ -206,54 +338,9 @@ def encode_arrays(arrays: Mapping[str, bytes], lossless: str) -> dict[str, tuple
         Table entries and stored bytes by name, as `mlxkv.io.container.encode_section` returns them.
     """
     return {
-        name: encode_section(name, data, lossless if name in CACHE_SECTIONS else "raw") for name, data in arrays.items()
+        name: encode_section(name, data, lossless if split_section(name)[1] in CACHE_SECTIONS else "raw")
+        for name, data in arrays.items()
     }
-
-
-def encode_blocks(
-    coder: BlockCoder,
-    rows: Callable[[CodedBlock], Mapping[str, mx.array]],
-    blocks: Iterable[CodedBlock],
-    lossless: str,
-    progress: Progress | None,
-) -> list[tuple[Section, bytes]]:
-    """Return the sections of coded blocks.
-
-    Parameters
-    ----------
-    coder
-        The method's coder.
-    rows
-        Called with a block; returns each stream's rows `[n, p]` float32.
-    blocks
-        The blocks.
-    lossless
-        Lossless coding, for methods that use one.
-    progress
-        Called with the number of tokens of each block that is quantized.
-
-    Returns
-    -------
-    list[tuple[Section, bytes]]
-        Table entries and stored bytes in the order of blocks, as `mlxkv.io.container.encode_section` returns them.
-    """
-    coding = lossless if coder.uses_lossless_stage else "raw"
-    may_launch_kernels = metal.available() and not (coder.uses_lossless_stage and coding != "rans")
-
-    def section(name: str, codes: np.ndarray) -> tuple[Section, bytes]:
-        return encode_section(name, coder.pack(name[0], codes), coding)
-
-    with ThreadPoolExecutor(2) as pool:
-        submit = _run_now if may_launch_kernels else pool.submit
-        futures: list[Future[tuple[Section, bytes]]] = []
-        for block in blocks:
-            for name, codes in coder.encode(rows(block), block.quality).items():
-                if len(futures) >= MAX_PENDING:  # wait for the coding rather than let codes pile up
-                    futures[-MAX_PENDING].result()
-                futures.append(submit(section, f"{name}.{block.name}", codes))
-            if progress:
-                progress(block.stop - block.start)
-        return [future.result() for future in futures]
 
 
 def _run_now(function: Callable[..., Any], *arguments: Any) -> Future[Any]:

@@ -213,7 +213,7 @@ class KVTC(CodecMethod):
         config = checked_config(KVTCConfig, config)
         return {
             name: train_stream(samples.rows(name), name, config, samples.progress)
-            if samples.spec.stream(name).width
+            if samples.stream(name).width
             else KVTCStream(np.zeros(0, np.float32), np.zeros((0, 0), np.float16), Plan())
             for name in STREAMS
         }

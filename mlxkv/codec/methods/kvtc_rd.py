@@ -54,7 +54,7 @@ class KVTCRDConfig(CodecConfig):
     Parameters
     ----------
     basis_bytes
-        Most bytes of the artifacts of k and v together; the basis is rounded more coarsely to fit. None for no bound.
+        Most bytes of the artifacts of all streams together; the basis is rounded more coarsely to fit. None for no bound.
     samples_per_file
         Most tokens to use per dump, evenly spaced; None for all.
     sinks
@@ -295,10 +295,9 @@ class KVTCRD(CodecMethod):
         """Learn weights, a basis and tables of each stream, and the predictor of attention that scales the values."""
         config = checked_config(KVTCRDConfig, config)
         weights, attention = weighting.learn_weights(samples, shrink=self.shrinks)
-        budget = config.basis_bytes and config.basis_bytes // len(weights)
+        budget = config.basis_bytes and int(config.basis_bytes * samples.share) // max(1, len(weights))
         parts: dict[str, KVTCRDStream] = {}
         value_gains: np.ndarray | None = None
-        unit = 0.0
         for name, head_weights in weights.items():
             rows, (heads, dim) = samples.rows(name), head_weights.shape[:2]
             predictor = attention if name == "v" else attention[:0, :0]
@@ -307,7 +306,7 @@ class KVTCRD(CodecMethod):
             mu = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
             rows = np.array(weighting.apply_weights(mx.array(rows - mu), head_weights.astype(np.float32)))
             # Weighted key rows are scaled to a mean square of 1, so that a quality means the same for every model.
-            unit = unit or float(1 / np.sqrt(np.square(rows).mean()))
+            unit = samples.units.setdefault("key row", float(1 / np.sqrt(np.square(rows).mean())))
             rows *= unit
             if len(predictor):
                 rows = _apply_gains(rows, value_gains)
@@ -322,7 +321,7 @@ class KVTCRD(CodecMethod):
             tables = _learn_tables(rows, learnt, name, config.seed)
             codes, scale, spread = learnt.codes, learnt.scale, learnt.spread
             parts[name] = KVTCRDStream(mu, codes, scale, spread, stored_weights, predictor, tables)
-        return {"v": _empty_stream(), **parts}
+        return {**dict.fromkeys(STREAMS, _empty_stream()), **parts}
 
     def coder(self, streams: Mapping[str, StreamArtifacts]) -> KVTCRDCoder:
         """Return a `KVTCRDCoder`."""

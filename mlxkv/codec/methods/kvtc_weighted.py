@@ -27,6 +27,7 @@ from mlxkv.codec.samples import Samples
 from mlxkv.codec.stages import weighting
 from mlxkv.codec.stages.plan import Plan
 from mlxkv.errors import FormatError
+from mlxkv.spec import STREAMS
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class KVTCWeighted(CodecMethod):
         """Learn the weights, then a mean, a basis and a plan from weighted rows."""
         config = checked_config(KVTCWeightedConfig, config)
         weights, _ = weighting.learn_weights(samples, predict_attention=False)
-        parts = {"v": _EMPTY}
+        parts = dict.fromkeys(STREAMS, _EMPTY)
         for name, head_weights in weights.items():
             head_weights = head_weights.astype(np.float32)
             rows = np.array(weighting.apply_weights(mx.array(samples.rows(name)), head_weights))

@@ -14,7 +14,9 @@ from mlxkv.kernels import rows as kernel
 from mlxkv.spec import Stream
 
 
-def to_rows(stream: Stream, layers: Sequence[np.ndarray] | Sequence[mx.array], start: int, stop: int) -> mx.array:
+def to_rows(
+    stream: Stream, layers: Sequence[np.ndarray] | Sequence[mx.array], start: int, stop: int, first: int = 0
+) -> mx.array:
     """Return the token rows of one stream, with the rotation undone.
 
     Parameters
@@ -24,7 +26,9 @@ def to_rows(stream: Stream, layers: Sequence[np.ndarray] | Sequence[mx.array], s
     layers
         Its cached tensors `[B, H, T, D]`, one for each caching layer.
     start, stop
-        Range of tokens, from `start` up to `stop`; `start` is also the position of the first one.
+        Range of tokens, from `start` up to `stop`.
+    first
+        Position of the layers' first token.
 
     Returns
     -------
@@ -32,7 +36,7 @@ def to_rows(stream: Stream, layers: Sequence[np.ndarray] | Sequence[mx.array], s
         Rows `[B * (stop - start), p]` float32, batch-major.
     """
     x = mx.stack([mx.array(layer[:, :, start:stop]) for layer in layers])  # [L, B, H, t, D]
-    return kernel.to_rows(x, kernel.rotation_table(stream.ropes, stream.dim, start, stop - start, inverse=True))
+    return kernel.to_rows(x, kernel.rotation_table(stream.ropes, stream.dim, first + start, stop - start, inverse=True))
 
 
 def from_rows(stream: Stream, rows: mx.array, batch: int, start: int, dtype: mx.Dtype) -> mx.array:

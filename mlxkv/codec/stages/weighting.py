@@ -26,6 +26,7 @@ MAX_LOG_GAIN = 1.0  # gains lie within exp(-MAX_LOG_GAIN) .. exp(MAX_LOG_GAIN)
 MAX_MEAN, MAX_INVERSE, MAX_SLOPE = 1e15, 1e12, 1e6
 # Settings of the regression that predicts attention.
 _PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1)  # on slopes, per token; the one that predicts held-out tokens best is taken
+_FEWEST_KEYS = 16  # with fewer tokens at hand no attention is predicted
 _FOLDS = 3  # of neighbouring tokens, each held out in turn
 _MIN_ENERGY = 1e-3  # added to energies, in units of a head's mean: keeps the logarithm bounded
 _NEWTON_ROUNDS, _WARM_ROUNDS = 15, 5  # from nothing, and from the solution for another penalty
@@ -75,12 +76,13 @@ def learn_weights(
     InputError
         For dumps without a sensitivity, or one that is zero everywhere.
     """
-    fisher, energies, keys = samples.sensitivity()
-    if shrink:
+    fisher, energies, keys, held = samples.sensitivity()
+    if shrink and len(held):
         fisher = {name: shrink_fisher(part, energies[name]) for name, part in fisher.items()}
-    streams = [samples.spec.stream(name) for name in STREAMS if samples.spec.stream(name).width]
+    streams = [samples.stream(name) for name in STREAMS if samples.stream(name).width]
     attention = np.zeros((0, 0), np.float32)
-    if predict_attention and len(streams) == 2:
+    if predict_attention and len(streams) == 2 and len(keys) >= _FEWEST_KEYS:
+        energies = {name: energy[held] for name, energy in energies.items()}
         samples.progress("attention from keys")
         keys = keys.reshape(len(keys), -1, streams[0].dim)
         relative = [energy / np.maximum(energy.mean(axis=0), 1e-30) for energy in energies.values()]
@@ -92,7 +94,12 @@ def learn_weights(
         remaining = energies["v"] / gains**2
         share = remaining.mean(axis=0) / np.maximum(energies["v"].mean(axis=0), 1e-30)
         fisher["v"] = fisher["v"] * share[:, None, None]
-    mean = float(np.mean([np.trace(fisher[s.name], axis1=1, axis2=2).mean() / s.dim for s in streams]))
+    if not samples.group:
+        means = [np.trace(fisher[s.name], axis1=1, axis2=2).mean() / s.dim for s in streams]
+        samples.units["mean eigenvalue"] = float(np.mean(means))
+    mean = samples.units["mean eigenvalue"]
+    if not len(held):  # nothing is known of these layers: as much as of the main group's on average
+        fisher = {name: mean * np.eye(part.shape[-1]) + part for name, part in fisher.items()}
     if not mean > 0:
         raise InputError("the dumps' sensitivity is zero everywhere: the model does not read this cache")
     return {stream.name: head_weights(fisher[stream.name], mean) for stream in streams}, attention
