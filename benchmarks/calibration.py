@@ -12,7 +12,6 @@ from typing import Any
 from rich.progress import track
 
 from benchmarks import texts
-from benchmarks.schema import MODEL
 from mlxkv import lm
 from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.codec.calibrate import calibrate
@@ -47,7 +46,7 @@ def dumps(model: Any, tokenizer: Any, size: dict[str, int]) -> Iterator[list[Pat
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{i}.npz" for i in range(len(stretches))]
         for file, tokens in zip(files, track(stretches, "calibration dumps")):
-            dump = lm.dump(model, tokens, name=MODEL, dtype="float16")
+            dump = lm.dump(model, tokens, dtype="float16")
             write_dump(file, replace(dump, sensitivity=sensitivity(model, tokens)))
         yield files
 

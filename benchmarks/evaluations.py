@@ -1,4 +1,4 @@
-"""Experiments that are one evaluation of SmolLM2 over a list of methods: run it, and a table of its scores."""
+"""Experiments that are one evaluation of a model over a list of methods: run it, and a table of its scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SURE = 0.05
 
 def outcome(
     name: str, presets: Sequence[str], options: Any, seeds: int, ratios: Sequence[int] = (),
-    qualities: Sequence[int] = (),
+    qualities: Sequence[int] = (), model: str = MODEL,
 ) -> Outcome:  # fmt: skip
     """Run an evaluation of the untouched cache, of live presets, and of kvtc and kvtc-rd.
 
@@ -36,20 +36,22 @@ def outcome(
         1 or more.
     ratios, qualities
         Of `kvtc` and `kvtc-rd`, which are calibrated on text of another kind.
+    model
+        Name of the language model.
     """
-    model, tokenizer = lm.load(MODEL)
+    loaded, tokenizer = lm.load(model)
     variants = [live_variant(preset) for preset in presets]
     if ratios or qualities:
-        made = codecs(model, tokenizer, CALIBRATION, ratios, qualities)
+        made = codecs(loaded, tokenizer, CALIBRATION, ratios, qualities)
         variants += [codec_variant(codec, label, "float16") for label, codec in made.items()]
     with Progress(transient=True) as progress:
         task = progress.add_task(name, total=None)
         result = run(
-            name, model, tokenizer, variants, options, seeds=seeds,
+            name, loaded, tokenizer, variants, options, seeds=seeds,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )  # fmt: skip
     samples, summary = result.pop("samples"), result.pop("summary")
-    return Outcome({"model": MODEL, "calibration": CALIBRATION, **result}, samples, summary)
+    return Outcome({"model": model, "calibration": CALIBRATION, **result}, samples, summary)
 
 
 def rows(result: Result) -> list[dict[str, Any]]:

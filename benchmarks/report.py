@@ -24,7 +24,7 @@ from typing import Any
 from markdown_it import MarkdownIt
 
 from benchmarks import pareto, run, tables
-from benchmarks.schema import FOLDER, QUICK, RESULTS, Result, read_result
+from benchmarks.schema import ENDINGS, FOLDER, MODEL, NAMED, QUICK, RESULTS, Result, read_result, result_name
 from mlxkv.evaluate.statistics import MAX_EXACT_SAMPLES
 
 README, INDEX = FOLDER.parent / "README.md", FOLDER / "README.md"
@@ -53,17 +53,25 @@ A `+` after a commit says that files differed from it when the experiment ran. Q
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment's module and what it last measured, if it ever ran."""
+    """An experiment's module and what it last measured on a model, if it ever ran."""
 
     name: str
     phase: int
     module: ModuleType
     result: Result | None
+    model: str = MODEL
 
     @property
     def title(self) -> str:
-        """The first line of its docstring."""
-        return str(self.module.__doc__).splitlines()[0].removesuffix(".")
+        """The first line of its docstring, and the model where it is another one."""
+        line = str(self.module.__doc__).splitlines()[0].removesuffix(".")
+        return line if self.model == MODEL else f"{line} ({NAMED[self.model]})"
+
+    @property
+    def command(self) -> str:
+        """What runs it again."""
+        name = (self.result or {"benchmark": self.name})["benchmark"].removesuffix(ENDINGS[self.model])
+        return f"python -m benchmarks.run {name}{'' if self.model == MODEL else f' --model {self.model}'}"
 
     @property
     def quick(self) -> bool:
@@ -96,10 +104,14 @@ def main() -> None:
 
 def found(quick: bool = False) -> list[Experiment]:
     """Return all experiments, in the order of `benchmarks.run`, with quick results only where those are asked for."""
-    return [
-        Experiment(name, phase, import_module(f"benchmarks.experiments.{name}"), read_result(name, quick))
-        for name, phase in run.phases().items()
-    ]
+    experiments = []
+    for name, phase in run.phases().items():
+        module = import_module(f"benchmarks.experiments.{name}")
+        for model in NAMED:
+            result = read_result(result_name(name, model), quick)
+            if result or model == MODEL:
+                experiments.append(Experiment(result_name(name, model), phase, module, result, model))
+    return experiments
 
 
 def drawn_page(experiments: Sequence[Experiment], folder: Path) -> str:
@@ -177,12 +189,12 @@ def measured(experiment: Experiment, folder: Path, part: str = "section") -> str
     """Return what an experiment says, and where it comes from with links relative to `folder`."""
     result = experiment.result
     if result is None:
-        return f"Not run: `python -m benchmarks.run {experiment.name}`"
+        return f"Not run: `{experiment.command}`"
     name = result["benchmark"]
     path = (QUICK if experiment.quick else RESULTS) / f"{name}.json"
     origin = [
         f"[{path.name}]({path.relative_to(folder).as_posix()})",
-        f"`python -m benchmarks.run {name}{' --quick' if experiment.quick else ''}`",
+        f"`{experiment.command}{' --quick' if experiment.quick else ''}`",
         f"{'quick' if experiment.quick else 'full'} settings",
         result["date"][:10],
         f"commit {result['machine']['commit']}",

@@ -3,19 +3,21 @@
 python -m benchmarks.run needle                    one experiment, full settings
 python -m benchmarks.run --phase 8 --quick         every experiment of a chapter, in minutes
 python -m benchmarks.run --all --quick             everything, in a quarter of an hour on two cores
+python -m benchmarks.run needle --model gemma3-270m    on another model; writes results/needle_gemma.json
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import inspect
 import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from time import perf_counter
 
-from benchmarks.schema import EXPERIMENTS, write_result
+from benchmarks.schema import ENDINGS, EXPERIMENTS, MODEL, result_name, write_result
 from mlxkv.errors import UnsupportedError
 
 # Settled studies, whose code is at a tag, and their chapters; benchmarks/STUDIES.md has their reports.
@@ -40,8 +42,11 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--all", action="store_true", help="all experiments")
     parser.add_argument("--quick", action="store_true", help="few texts and variants; writes results/quick/")
+    parser.add_argument("--model", choices=ENDINGS, default=MODEL, help="for experiments that run on several")
     arguments = parser.parse_args(words)
     chosen = [name for name, phase in known.items() if arguments.all or phase == arguments.phase]
+    if arguments.model != MODEL:
+        chosen = [name for name in chosen if takes_a_model(name)]
     settled = [name for name in arguments.names if name in STUDIES]
     if not chosen:
         settled += [name for name, phase in STUDIES.items() if phase == arguments.phase]
@@ -55,7 +60,10 @@ def main(words: Sequence[str] | None = None) -> None:
     chosen += arguments.names
     if not chosen:
         parser.error("name an experiment, --phase N or --all")
-    sys.exit(one(chosen[0], arguments.quick) if len(chosen) == 1 else several(chosen, arguments.quick))
+    if arguments.model != MODEL and (fixed := [name for name in chosen if not takes_a_model(name)]):
+        parser.error(f"{', '.join(fixed)}: only on {MODEL}")
+    how = arguments.quick, arguments.model
+    sys.exit(one(chosen[0], *how) if len(chosen) == 1 else several(chosen, *how))
 
 
 def phases() -> dict[str, int]:
@@ -68,7 +76,12 @@ def phases() -> dict[str, int]:
     return dict(sorted(found.items(), key=lambda item: (item[1], item[0])))
 
 
-def one(name: str, quick: bool) -> int:
+def takes_a_model(name: str) -> bool:
+    """Return whether an experiment runs on other models than MODEL, too."""
+    return "model" in inspect.signature(import_module(f"benchmarks.experiments.{name}").run).parameters
+
+
+def one(name: str, quick: bool, model: str = MODEL) -> int:
     """Run an experiment here and write its result.
 
     Returns
@@ -77,16 +90,17 @@ def one(name: str, quick: bool) -> int:
         The exit code: 0, or UnsupportedError's where it cannot run here.
     """
     start = perf_counter()
+    on = {} if model == MODEL else {"model": model}
     try:
-        outcome = import_module(f"benchmarks.experiments.{name}").run(quick)
+        outcome = import_module(f"benchmarks.experiments.{name}").run(quick, **on)
     except UnsupportedError as error:
         print(f"{name} is left out: {error}")
         return error.exit_code
-    print(write_result(name, outcome, perf_counter() - start, quick))
+    print(write_result(result_name(name, model), outcome, perf_counter() - start, quick))
     return 0
 
 
-def several(names: Sequence[str], quick: bool) -> int:
+def several(names: Sequence[str], quick: bool, model: str = MODEL) -> int:
     """Run experiments, each in its own process; one that fails does not stop the others.
 
     Returns
@@ -97,7 +111,7 @@ def several(names: Sequence[str], quick: bool) -> int:
     failed = []
     for name in names:
         start = perf_counter()
-        command = [sys.executable, "-m", "benchmarks.run", name, *(["--quick"] if quick else [])]
+        command = [sys.executable, "-m", "benchmarks.run", name, "--model", model, *(["--quick"] if quick else [])]
         if subprocess.run(command, check=False).returncode not in (0, UnsupportedError.exit_code):
             failed.append(name)
         print(f"{name}: {'failed after ' if name in failed else ''}{perf_counter() - start:.0f} s", flush=True)

@@ -2,7 +2,8 @@
 
 An experiment is a module of `benchmarks.experiments` with PHASE, the number of its chapter in the report, and
 
-    run(quick) -> Outcome           measures; quick means minutes on two cores
+    run(quick) -> Outcome           measures; quick means minutes on two cores. Those that decide things take a second
+                                    argument, `model`, and write their result on another one beside that on MODEL
     section(result) -> str          Markdown of the report, from the result file's content alone
     figure(result) -> Figure        a matplotlib figure from the same, for those that have something to draw
     brief(result) -> str            Markdown for the README, for those whose numbers it may show
@@ -29,6 +30,8 @@ RESULTS = FOLDER / "results"
 QUICK = RESULTS / "quick"
 
 MODEL = "smollm2-135m"  # the language model of the experiments
+NAMED = {MODEL: "SmolLM2", "gemma3-270m": "Gemma 3 270M"}  # models in sentences
+ENDINGS = {MODEL: "", "gemma3-270m": "_gemma"}  # of the names of results on them
 
 Result = dict[str, Any]
 
@@ -52,13 +55,18 @@ class Outcome:
     summary: Any
 
 
+def result_name(experiment: str, model: str = MODEL) -> str:
+    """Return the name of an experiment's result on a model."""
+    return experiment + ENDINGS[model]
+
+
 def write_result(name: str, outcome: Outcome, seconds: float, quick: bool = False) -> Path:
     """Write results/<name>.json, or results/quick/<name>.json, and its samples in a folder `samples` beside it.
 
     Parameters
     ----------
     name
-        The experiment's.
+        The result's, as `result_name` makes it.
     outcome
         What it found.
     seconds

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.schema import MODEL
+from mlxkv.bundled import miniatures
 from mlxkv.lm import text_start
 
 FOLDER = Path(__file__).parent / "texts"
@@ -95,8 +95,8 @@ def spread(tokens: list[int], length: int, count: int, first: Sequence[int] = ()
 
 
 def held_out(model: str, tokenizer: Any, length: int) -> dict[str, list[int]]:
-    """Return held-out texts of `length` tokens by name: ten for MODEL, nine for a miniature."""
-    if model == MODEL:
+    """Return held-out texts of `length` tokens by name: nine for a miniature, ten for any other model."""
+    if not model.startswith(miniatures.PREFIX):
         found = {f"documentation-{i}": row for i, row in enumerate(same_kind(tokenizer, length, 2))}
         return found | {kind: tokenizer.encode(read())[:length] for kind, read in OTHER_KINDS.items()}
     streams = {kind: join_bytes(documents).tolist() for kind, documents in held_out_of_miniatures().items()}

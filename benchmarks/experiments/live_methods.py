@@ -4,7 +4,7 @@ SmolLM2 and the trained miniatures read 1,024 tokens in one chunk, then the next
 method's cache: KL, top-1 agreement and perplexity against `full`, and measured bytes against 2 an element. On SmolLM2
 the codecs kvtc and kvtc-rd are calibrated on other text, file each text's cache after the context, and restore it. Uniform
 quantization and KIVI at all their bits, kvtc at all its ratios, and methods that evict tokens at all their sizes, are
-curves that others are compared with at equal bytes, text by text.
+curves that others are compared with at equal bytes, text by text. Another language model is measured alone, on fewer variants.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from rich.progress import track
 
 from benchmarks import calibration, paired, tables, texts
-from benchmarks.schema import MODEL, Outcome, Result
+from benchmarks.schema import MODEL, NAMED, Outcome, Result
 from benchmarks.variants import (
     CONTEXT,
     PREDICT,
@@ -45,6 +45,7 @@ QUICK = (
     "full", "int8", "int4", "kivi-2", "kivi-4", "smartkv-0.3", "smartkv-0.5", "h2o-96", "h2o-256", "streaming-llm-96",
     "random-96", "mp-kvm-96", "uniform-3", "uniform-16",
 )  # fmt: skip
+ON_OTHERS = (*QUICK, "uniform-2", "uniform-4", "kivi-3")
 FLOAT16 = "uniform-16"  # the end of all curves
 CURVES = ("uniform", "kivi", "kvtc", "h2o", "streaming-llm", "random")
 READINGS = {"between points": paired.at_bytes, "largest that fits": paired.within_bytes}
@@ -64,29 +65,29 @@ SURE = 0.05
 ABOUT_BYTES = "Bytes are shares of float16's (on a CPU `full` holds float32, so more than 1). Live methods compute with what they hold."
 
 
-def run(quick: bool) -> Outcome:
+def run(quick: bool, model: str = MODEL) -> Outcome:
     """Quick: two texts, half the context, half a chunk after it, some presets, one miniature, a small calibration."""
     context, predict = (CONTEXT // 2, 8) if quick else (CONTEXT, PREDICT)
     size = calibration.QUICK if quick else calibration.FULL
-    live = [
-        cached_at_once(name, config)
-        for name, config in {**presets(), **references()}.items()
-        if name in QUICK or not quick
-    ]
+    every = {**presets(), **references()}
+    chosen = QUICK if quick else every if model == MODEL else ON_OTHERS
+    live = [cached_at_once(name, every[name]) for name in every if name in chosen]
     ratios, qualities = (RATIOS[1::2], QUALITIES[1::2]) if quick else (RATIOS, QUALITIES)
     samples: list[dict[str, Any]] = []
     codecs: dict[str, Any] = {}
-    for name in [MODEL, *miniatures.names()[: 1 if quick else None]]:
-        model, tokenizer = lm.load(name)
-        variants = supported(model, live)
-        if name == MODEL:
-            codecs = calibration.codecs(model, tokenizer, size, ratios, qualities)
+    beside = miniatures.names()[: 1 if quick else None] if model == MODEL else []
+    for name in [model, *beside]:
+        loaded, tokenizer = lm.load(name)
+        variants = supported(loaded, live)
+        if name == model:
+            codecs = calibration.codecs(loaded, tokenizer, size, ratios, qualities)
             variants += [codec_variant(codec, label, "float16") for label, codec in codecs.items()]
         held = texts.held_out(name, tokenizer, context + predict + 1)
         for text, tokens in track(list(held.items())[:: 6 if quick else 1], name):
-            records = measure_while_growing(model, variants, tokens, context)
+            records = measure_while_growing(loaded, variants, tokens, context)
             samples += [{"model": name, "text": text, **record} for record in records]
     config = {
+        "model": model,
         "context": context,
         "predict": predict,
         "calibration": size,
@@ -154,15 +155,20 @@ def brief(result: Result) -> str:
 
 
 def on_model(result: Result) -> list[dict[str, Any]]:
-    """Return the rows of MODEL, most bytes first."""
-    rows = [row for row in result["summary"]["fidelity"] if row["model"] == MODEL]
+    """Return the rows of the language model, most bytes first."""
+    rows = [row for row in result["summary"]["fidelity"] if row["model"] == language_model(result)]
     return sorted(rows, key=lambda row: -row["share_of_fp16"])
+
+
+def language_model(result: Result) -> str:
+    """Return the name of the model that is no miniature."""
+    return result["config"].get("model", MODEL)
 
 
 def setting(result: Result) -> str:
     config, texts = result["config"], on_model(result)[0]["texts"]
     return (
-        f"SmolLM2 after {config['context']:,} tokens of {texts} held-out texts, the next {config['predict']} read through each"
+        f"{NAMED[language_model(result)]} after {config['context']:,} tokens of {texts} held-out texts, the next {config['predict']} read through each"
         " cache."
     )
 
@@ -177,9 +183,9 @@ def scores(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def section(result: Result) -> str:
-    rows, config = result["summary"]["fidelity"], result["config"]
+    rows, config, main = result["summary"]["fidelity"], result["config"], language_model(result)
     ours = on_model(result)
-    found = judged(result["summary"])
+    found = judged(result["summary"], main)
     parts = [
         f"{best_within(ours)} {counted(found, OURS)}",
         setting(result),
@@ -192,9 +198,11 @@ def section(result: Result) -> str:
     ]
     for columns in (QUANTIZED, EVICTED):
         lines = sorted(row["variant"] for row in ours if COLUMNS.get(row["method"]) == columns)
-        picks: Picks = {name: [(MODEL, name, *column) for column in columns] for name in lines}
+        picks: Picks = {name: [(main, name, *column) for column in columns] for name in lines}
         parts.append(compared([_curve(*column) for column in columns], picks, found))
-    models = [model for model in dict.fromkeys(row["model"] for row in rows) if model != MODEL]
+    models = [model for model in dict.fromkeys(row["model"] for row in rows) if model != main]
+    if not models:
+        return "\n\n".join(parts)
     heads = [f"`{variant}`: {_curve(*column)}" for variant, *column in ON_MINIATURES]
     picks = {model: [(model, *pick) for pick in ON_MINIATURES] for model in models}
     parts.append(f"The same on miniatures, none of which was shown to look far back. {counted(found, models)}")
@@ -213,7 +221,7 @@ def about_files(config: dict[str, Any]) -> str:
     )
 
 
-def judged(summary: dict[str, Any]) -> Found:
+def judged(summary: dict[str, Any], main: str = MODEL) -> Found:
     """Return the comparisons that the section shows: each with its group, which is a method or a miniature, p corrected within it,
     and whether the other method has no setting of so few bytes."""
     methods = {row["variant"]: row["method"] for row in summary["fidelity"]}
@@ -224,9 +232,9 @@ def judged(summary: dict[str, Any]) -> Found:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in summary["paired"]:
         column, method = (row["against"], row["read"]), methods[row["variant"]]
-        if row["model"] == MODEL and column in COLUMNS.get(method, ()):
+        if row["model"] == main and column in COLUMNS.get(method, ()):
             groups.setdefault(method, []).append(row)
-        elif row["model"] != MODEL and (row["variant"], *column) in ON_MINIATURES:
+        elif row["model"] != main and (row["variant"], *column) in ON_MINIATURES:
             groups.setdefault(row["model"], []).append(row)
     return {
         (row["model"], row["variant"], row["against"], row["read"]): {

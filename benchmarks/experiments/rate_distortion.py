@@ -5,6 +5,7 @@ recent tokens, and the next tokens predicted. Bytes are those of the coded token
 tokens show whole files as their commands write them: the recent tokens of `kvtc` unquantized, those of `kvtc-rd` coded. The BD-rate is
 the mean difference of bytes at equal KL; its interval resamples the texts.
 Quick: fewer points, two texts, a small calibration.
+On another language model: calibrated on 8 texts, and fewer points.
 """
 
 from __future__ import annotations
@@ -38,8 +39,12 @@ if TYPE_CHECKING:
 
 PHASE = 3
 FULL = {"texts": 20, "tokens": CONTEXT_TOKENS + PREDICTED_TOKENS}
+OTHER = {"texts": 8, "tokens": CONTEXT_TOKENS + PREDICTED_TOKENS}
 QUICK = {"texts": 1, "tokens": CONTEXT_TOKENS + PREDICTED_TOKENS, "rank": 512}
-RATIOS, QUALITIES, BITS = (4, 8, 16, 32, 64), (15, 22, 30, 38, 46), (8, 4, 3, 2)
+# Ratios of kvtc and of kvtc-weighted, qualities of kvtc-rd, and bits of mx.quantize, which knows no windows.
+POINTS = (4, 8, 16, 32, 64), (4, 16, 64), (15, 22, 30, 38, 46), (8, 4, 3, 2)
+OTHER_POINTS = (4, 16, 64), (), (15, 22, 30, 38, 46), ()
+QUICK_POINTS = (8, 32), (8,), (22, 38), (4,)
 SHARE = 0.15  # of fp16 weights, for artifacts
 LENGTH, LONG, PREDICT = 768, 2048, 256
 SINKS, RECENT = 4, 128
@@ -49,17 +54,17 @@ KINDS = {"legal": "prose", "story": "prose", "essay": "prose", "code": "code", "
 BOUND = "Gaussian R(D)"
 
 
-def run(quick: bool) -> Outcome:
-    model, tokenizer = lm.load(MODEL)
-    size = QUICK if quick else FULL
-    ratios, qualities = ((8, 32), (22, 38)) if quick else (RATIOS, QUALITIES)
-    bits, predict = ((4,), 64) if quick else (BITS, PREDICT)
-    limit, rank = artifact_limit(model), size.get("rank")
+def run(quick: bool, model: str = MODEL) -> Outcome:
+    loaded, tokenizer = lm.load(model)
+    size = QUICK if quick else FULL if model == MODEL else OTHER
+    points = QUICK_POINTS if quick else POINTS if model == MODEL else OTHER_POINTS
+    ratios, weights, qualities, bits = points
+    predict, limit, rank = 64 if quick else PREDICT, artifact_limit(loaded), size.get("rank")
     published = [kvtc.KVTCConfig(compression_ratio=ratio, rank=rank) for ratio in ratios]
-    weighted = [kvtc_weighted.KVTCWeightedConfig(compression_ratio=ratio, rank=rank) for ratio in ratios[::2]]
-    with calibration.dumps(model, tokenizer, size) as files:
+    weighted = [kvtc_weighted.KVTCWeightedConfig(compression_ratio=ratio, rank=rank) for ratio in weights]
+    with calibration.dumps(loaded, tokenizer, size) as files:
         *learnt, ours = calibration.learn(files, [*published, *weighted, kvtc_rd.KVTCRDConfig(basis_bytes=limit)])
-    names = [*(f"kvtc {ratio}" for ratio in ratios), *(f"kvtc-weighted {ratio}" for ratio in ratios[::2])]
+    names = [*(f"kvtc {ratio}" for ratio in ratios), *(f"kvtc-weighted {ratio}" for ratio in weights)]
     others = [codec_variant(CacheCodec(found), name, "float16") for name, found in zip(names, learnt)]
     bounded = CacheCodec(ours, raw_window=True)  # as the others have
     coded, filed = (
@@ -72,17 +77,17 @@ def run(quick: bool) -> Outcome:
     for name, read in track(held, "held-out texts"):
         tokens = tokenizer.encode(read())[: LENGTH + predict + 1]
         variants = [baseline(), *others, *coded, *quantized]
-        for record in fidelity.evaluate(model, variants, tokens, LENGTH, chunk=predict)[1:]:
+        for record in fidelity.evaluate(loaded, variants, tokens, LENGTH, chunk=predict)[1:]:
             samples.append({"text": name, "kind": kind_of(name), **named(record)})
-        for quality in qualities:
-            samples.append({"text": name, **gaussian(model, tokens[:LENGTH], bounded, quality)})
+        for quality in qualities if model == MODEL else ():  # of the keys and values of all tokens, not of windows
+            samples.append({"text": name, **gaussian(loaded, tokens[:LENGTH], bounded, quality)})
     for name in () if quick else ("code", "reference"):
         tokens = tokenizer.encode(texts.OTHER_KINDS[name]())[: LONG + PREDICT + 1]
         variants = [baseline(), *others[: len(ratios)], *filed]
-        for record in fidelity.evaluate(model, variants, tokens, LONG, chunk=PREDICT)[1:]:
+        for record in fidelity.evaluate(loaded, variants, tokens, LONG, chunk=PREDICT)[1:]:
             samples.append({"text": name, "kind": "long", **named(record)})
     config = {
-        "model": MODEL, "dtype": "float16", "calibration": size, "predict": predict, "held": LENGTH, "sinks": SINKS,
+        "model": model, "dtype": "float16", "calibration": size, "predict": predict, "held": LENGTH, "sinks": SINKS,
         "recent": RECENT, "kl": [LEAST_KL, MOST_KL], "basis_bytes": limit, "seed": 0,
         "weights_fp16_bytes": round(limit / SHARE),
     }  # fmt: skip
@@ -230,6 +235,8 @@ def section(result: Result) -> str:
     ]  # fmt: skip
     note = f'{summary["predicted_tokens"]:,} predicted tokens. "At" is a budget, a quality or bits; bytes are those of coded tokens alone.'
     parts = [saved(result), note, table(heads, cells), *([whole_files(summary)] if summary["long"] else [])]
+    if not summary["theory"]:
+        return "\n\n".join(parts)
     theory = ", ".join(f"{row['bytes_over_gaussian']:.3f} at quality {row['quality']:g}" for row in summary["theory"])
     parts.append(
         "Bytes over those of reverse water-filling, were the coefficients Gaussian with each text's own variances, at the same"

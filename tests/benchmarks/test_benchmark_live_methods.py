@@ -253,6 +253,20 @@ def test_corrected_p_is_of_the_comparisons_shown_of_one_method(result):
     assert raw["p_holm"] == pytest.approx(6 * raw["p"])
 
 
+def test_another_language_model_alone_is_told_of_as_that_model(result):
+    name = "gemma3-270m"
+    summary = {
+        part: [{**row, "model": name} for row in rows if row["model"] == "smollm2-135m"]
+        for part, rows in result["summary"].items()
+    }
+    ours = {"config": {**result["config"], "model": name}, "summary": summary}
+    text, first = live_methods.section(ours), live_methods.section(result)
+    assert "Gemma 3 270M after 1,024 tokens" in text
+    assert "miniature" not in text.replace("or of a miniature", "")
+    assert "| `smartkv-0.5` | **0.5 (0.5 to 0.5)**, 10 of 10 |" in text
+    assert text.replace("Gemma 3 270M", "SmolLM2") == first.partition("\n\nThe same on miniatures")[0]
+
+
 def test_the_figure_tells_every_method_apart(result):
     lines = live_methods.figure(result).axes[0].lines
     looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}

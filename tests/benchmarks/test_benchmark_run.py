@@ -3,6 +3,7 @@
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -37,12 +38,41 @@ def test_what_does_not_exist_is_refused(words, capsys):
 
 def test_a_chapter_and_all_are_what_they_say(monkeypatch):
     ran = []
-    monkeypatch.setattr(run, "several", lambda names, quick: ran.append((names, quick)) or 0)
+    monkeypatch.setattr(run, "several", lambda names, quick, model: ran.append((names, quick, model)) or 0)
     for words in (["--phase", "8"], ["--all", "--quick"]):
         with pytest.raises(SystemExit):
             run.main(words)
-    assert ran[0] == ([name for name, phase in run.phases().items() if phase == 8], False)
-    assert ran[1] == (list(run.phases()), True)
+    assert ran[0] == ([name for name, phase in run.phases().items() if phase == 8], False, schema.MODEL)
+    assert ran[1] == (list(run.phases()), True, schema.MODEL)
+
+
+def test_on_another_model_all_are_those_that_run_on_it(monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(run, "several", lambda *arguments: ran.append(arguments) or 0)
+    with pytest.raises(SystemExit):
+        run.main(["--all", "--model", "gemma3-270m"])
+    assert ran == [(["live_methods", "needle", "rate_distortion", "codec_speed"], False, "gemma3-270m")]
+    for words, said in (
+        (["ruler", "--model", "gemma3-270m"], "only on smollm2-135m"),
+        (["needle", "--model", "x"], "choose"),
+    ):
+        with pytest.raises(SystemExit) as exit_info:
+            run.main(words)
+        assert exit_info.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_result_on_another_model_has_its_own_name_beside_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(schema, "RESULTS", tmp_path)
+    monkeypatch.setattr(
+        run, "import_module", lambda _: SimpleNamespace(run=lambda quick, model="m": Outcome({}, [], model))
+    )
+    assert run.one("needle", False) == run.one("needle", False, "gemma3-270m") == 0
+    found = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert {name: (result["benchmark"], result["summary"]) for name, result in found.items()} == {
+        "needle.json": ("needle", "m"),
+        "needle_gemma.json": ("needle_gemma", "gemma3-270m"),
+    }
 
 
 @pytest.mark.parametrize("name", run.STUDIES)

@@ -122,6 +122,21 @@ def test_the_quick_page_has_its_own_figures(tmp_path):
     assert page == report.page(report.written(SOME), tmp_path)
 
 
+def test_another_models_result_stands_beside_the_first_with_its_command():
+    module = fake("needle").module
+    results = [fake("needle").result, fake("needle_gemma", summary=[4]).result]
+    text = report.written(
+        [Experiment("needle", 1, module, results[0]), Experiment("needle_gemma", 1, module, results[1], "gemma3-270m")]
+    )
+    assert "### What is `needle`, and why?\n" in text
+    assert "### What is `needle`, and why? (Gemma 3 270M)\n" in text
+    assert (
+        "Of [4].\n\n> [needle_gemma.json](results/needle_gemma.json) · `python -m benchmarks.run needle --model gemma3-270m`"
+        in text
+    )
+    assert "(results/needle_gemma.png)" in text
+
+
 def test_marked_parts_are_replaced_and_nothing_else():
     text = "a\n<!-- one -->\nold\n<!-- /one -->\n<!-- two -->\n<!-- /two -->\nz\n<!-- one -->\n<!-- /one -->\n"
     expected = (
