@@ -77,23 +77,23 @@ def by_rope(stream, k):
     return turned
 
 
-def grouped_dump(spec, length=300, batch=1, seed=0, dtype=np.float16, states=False, rotate=True):
-    """A dump of several groups of layers; windows hold the newest tokens of a text that was rotated from its beginning."""
-    arrays = {}
+def grouped_dump(spec, length=300, batch=1, seed=0, dtype=np.float16, states=False, of=None):
+    """A dump of several groups of layers, of the first tokens of a text of so many.
+
+    Windows hold the newest tokens; keys are rotated from the beginning of the text.
+    """
+    arrays, of = {}, of or length
     for index, group in enumerate(spec.groups):
         for name in STREAMS:
             stream = group.stream(name)
-            values = stream_values(stream, batch, length, seed + 2000 * index + 1000 * (name == "v"))
-            turned = by_rope(stream, values) if rotate else values
-            arrays[stream_key(index, name)] = turned[..., length - group.rows(length) :, :].astype(dtype)
+            values = by_rope(stream, stream_values(stream, batch, of, seed + 2000 * index + 1000 * (name == "v")))
+            arrays[stream_key(index, name)] = values[..., length - group.rows(length) : length, :].astype(dtype)
     random = np.random.default_rng(seed)
-    tokens = random.integers(0, 50000, (batch, length)).astype(np.int32)
+    tokens = random.integers(0, 50000, (batch, of)).astype(np.int32)[:, :length]
     extra = {"0.0": random.standard_normal((batch, 3, 5)).astype(np.float32)} if states else {}
     rings = {i: 1 + length % g.window for i, g in enumerate(spec.groups) if g.window and length > g.window}
-    kind = np.dtype(dtype).name
-    return KVDump(
-        arrays.pop("k"), arrays.pop("v"), spec, tokens, "a/toy", "f00d.cafe", kind, extra, others=arrays, rings=rings
-    )
+    k, v, kind = arrays.pop("k"), arrays.pop("v"), np.dtype(dtype).name
+    return KVDump(k, v, spec, tokens, "a/toy", "f00d.cafe", kind, extra, others=arrays, rings=rings)
 
 
 def grouped_sensitivity(dump, seed=0):

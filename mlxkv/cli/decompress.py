@@ -54,6 +54,7 @@ def decompress_command(
         write_dump(out, dump)
     facts = {"file": str(out), "file_bytes": out.stat().st_size}
     facts |= {"k_shape": dump.k.shape, "v_shape": dump.v.shape}
+    facts |= {f"{key}_shape": array.shape for key, array in dump.others.items()}
     print_record({**facts, "tokens": dump.length, "decompress_seconds": seconds}, json)
 
 

@@ -13,6 +13,7 @@ from mlxkv.cli._output import Json, print_record
 from mlxkv.cli._work import working
 
 if TYPE_CHECKING:
+    from mlxkv.dump import KVDump
     from mlxkv.io.container import Reader
 
 
@@ -48,10 +49,11 @@ def _dump(file: Path) -> dict[str, Any]:
         "model_fingerprint": dump.fingerprint,
         "model_type": dump.spec.model_type,
         "mode": dump.spec.mode,
-        "layers": list(dump.spec.attention_layers),
+        "layers": list(dump.spec.groups[0].indices),
         "of_layers": len(dump.spec.layers),
         "k_shape": dump.k.shape,
         "v_shape": dump.v.shape,
+        **({"groups": _groups(dump)} if len(dump.spec.groups) > 1 or dump.spec.window_layers else {}),
         "dtype": str(dump.k.dtype),
         "live_dtype": dump.dtype,
         "tokens": dump.length,
@@ -61,6 +63,19 @@ def _dump(file: Path) -> dict[str, Any]:
         "fp16_bytes": dump.fp16_bytes,
         "file_bytes": file.stat().st_size,
     }
+
+
+def _groups(dump: KVDump) -> list[dict[str, Any]]:
+    """Return what each group of layers of one shape holds, the main one first."""
+    return [
+        {
+            "layers": list(dump.spec.groups[index].indices),
+            "window": dump.spec.groups[index].window,
+            "k_shape": dump.stream("k", index).shape,
+            "v_shape": dump.stream("v", index).shape,
+        }
+        for index in dump.held_groups
+    ]
 
 
 def _artifacts(folder: Path) -> dict[str, Any]:

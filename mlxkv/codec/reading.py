@@ -74,10 +74,6 @@ class StoredGroup(NamedTuple):
         """Width of the rows of both streams together."""
         return sum(stream.width for stream in self.streams)
 
-    def key(self, name: str) -> str:
-        """Return the name in the file of one of the group's own, such as "k.sink"."""
-        return stream_key(self.number, name)
-
 
 def header_object(reader: Reader, key: str) -> dict[str, Any]:
     """Return an object of the header.
@@ -263,7 +259,7 @@ def _check_block(reader: Reader, group: StoredGroup, block: CodedBlock) -> set[s
     """Check that a block's sections are there and may have their sizes; return their names."""
     keys, tokens = set(), group.layout.batch * (block.stop - block.start)
     for stream in group.streams:
-        key = group.key(f"{stream.name}.{block.name}")
+        key = stream_key(group.number, f"{stream.name}.{block.name}")
         section = reader.sections.get(key)
         if section is None or not group.coder.is_size(stream.name, tokens, section.size, section.coding):
             claim = f"has {section.size} bytes" if section else "is missing"
@@ -295,7 +291,7 @@ def read_unquantized_tokens(reader: Reader, group: StoredGroup) -> dict[str, np.
     arrays: dict[str, np.ndarray] = {}
     layout, window_is_coded = group.layout, reader.header.get("window_quality") is not None
     for name in unquantized.SINK_SECTIONS if window_is_coded else unquantized.CACHE_SECTIONS:
-        stream, key = group.group.stream(name[0]), group.key(name)
+        stream, key = group.group.stream(name[0]), stream_key(group.number, name)
         tokens = layout.middle.start if name.endswith("sink") else layout.length - layout.middle.stop
         needed = (stream.layers, layout.batch, stream.heads, tokens, stream.dim)
         shape = tuple(unquantized.read_description(reader, key)[1])
@@ -366,7 +362,7 @@ def decode_tokens(
     for each in chosen:
         report = None if each.number else progress
         decoded = _decode_group(reader, each, blocks[each.number], parts[each.number], dtype, report)
-        arrays |= {each.key(name): array for name, array in decoded.items()}
+        arrays |= {stream_key(each.number, name): array for name, array in decoded.items()}
     return DecodedTokens(arrays, first, last, total)
 
 
@@ -398,7 +394,10 @@ def _decode_group(
     target = mx.float16 if dtype == np.float16 else mx.float32
     for batch in layout.decode_batches(blocks, first, last):
         payloads = [
-            {stream.name: reader.read(group.key(f"{stream.name}.{block.name}")) for stream in group.streams}
+            {
+                stream.name: reader.read(stream_key(group.number, f"{stream.name}.{block.name}"))
+                for stream in group.streams
+            }
             for block in batch
         ]
         counts = [layout.batch * (block.stop - block.start) for block in batch]
