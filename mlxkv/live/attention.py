@@ -28,6 +28,8 @@ class AttentionCall(NamedTuple):
         Factor of the scores.
     mask
         None, "causal", or an array that broadcasts to `[B, Hq, L, kept + L]`: bool, or added to the scores.
+    sinks
+        `[Hq]`: a logit of each query head that takes part in its softmax and adds nothing to the output; None for none.
     """
 
     queries: mx.array
@@ -35,6 +37,7 @@ class AttentionCall(NamedTuple):
     values: mx.array
     scale: float
     mask: mx.array | str | None
+    sinks: mx.array | None = None
 
     def of_token(self, index: int, token: KeysValues, tokens: int) -> AttentionCall:
         """Return the call of one token of the chunk, as decoding would make it.
@@ -55,7 +58,7 @@ class AttentionCall(NamedTuple):
         """
         rows = slice(index, index + 1)
         mask = mask_rows(self.mask, rows, tokens) if isinstance(self.mask, mx.array) else None
-        return AttentionCall(self.queries[:, :, rows], *token, self.scale, mask)
+        return AttentionCall(self.queries[:, :, rows], *token, self.scale, mask, self.sinks)
 
 
 def stored_attention(
@@ -89,7 +92,7 @@ def stored_attention(
     tuple
         The output `[B, Hq, L, Dv]`, and `[B, Hkv, kept + L]` float32, None where the window is 0.
     """
-    queries, keys, values, scale, mask = call
+    queries, keys, values, scale, mask, sinks = call
     length = queries.shape[2]
     mask = mask_with_bias(mask, bias, queries)
     if length == 1 and (window or not all(k.is_unquantized and v.is_unquantized for k, v in stored)):
@@ -97,15 +100,15 @@ def stored_attention(
         if latent:
             tokens = [(k, k) for k, _ in tokens]
         added = mask_to_bias(mask, queries, sum(k.shape[2] for k, _ in tokens))
-        output, mass = decode_attention(queries, tokens, scale, added)
+        output, mass = decode_attention(queries, tokens, scale, added, sinks)
         return output, mass if window else None
     if not latent:
         keys, values = concat_stored(stored, 0, keys), concat_stored(stored, 1, values)
     elif length == 1:
         keys = values = concat_stored(stored, 0, keys)
-    output = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+    output = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
     last = min(window, length)
-    return output, attention_mass(queries, keys, scale, mask, last, chunk.keys.shape[1]) if last else None
+    return output, attention_mass(queries, keys, scale, mask, last, chunk.keys.shape[1], sinks) if last else None
 
 
 def concat_stored(stored: Sequence[Bucket], slot: int, chunk: mx.array) -> mx.array:
@@ -128,7 +131,7 @@ def concat_stored(stored: Sequence[Bucket], slot: int, chunk: mx.array) -> mx.ar
     return mx.concatenate([*(unpack(pair[slot], chunk.dtype) for pair in stored), chunk], axis=-2)
 
 
-def causal_mask(queries: int, tokens: int) -> mx.array:
+def causal_mask(queries: int, tokens: int, window: int | None = None, older: int | None = None) -> mx.array:
     """Return a causal mask: the last query sees all tokens, the query before it all but the last, and so on.
 
     Parameters
@@ -137,6 +140,10 @@ def causal_mask(queries: int, tokens: int) -> mx.array:
         Number of queries; they belong to the last tokens.
     tokens
         Number of tokens, those of the queries included.
+    window
+        Number of newest tokens that a query sees, its own included; None for all.
+    older
+        Number of tokens before the first query that any query sees; None for all.
 
     Returns
     -------
@@ -147,12 +154,53 @@ def causal_mask(queries: int, tokens: int) -> mx.array:
     --------
     >>> causal_mask(2, 4).tolist()
     [[True, True, True, False], [True, True, True, True]]
+    >>> causal_mask(2, 4, window=2).tolist()
+    [[False, True, True, False], [False, False, True, True]]
     """
-    return mx.arange(tokens - queries, tokens)[:, None] >= mx.arange(tokens)[None]
+    rows, columns = mx.arange(tokens - queries, tokens)[:, None], mx.arange(tokens)[None]
+    mask = rows >= columns
+    if window is not None:
+        mask = mask & (rows < columns + window)
+    if older is not None:
+        mask = mask & (columns >= tokens - queries - older)
+    return mask
+
+
+def newest_columns(mask: mx.array, tokens: int) -> mx.array:
+    """Return a mask over so many newest tokens, where older ones are out of every query's window.
+
+    Parameters
+    ----------
+    mask
+        An array that broadcasts to `[B, Hq, L, T]`: bool, or added to the scores. Its last column is the newest token.
+    tokens
+        Number of tokens to return; those that the mask does not have are hidden.
+
+    Returns
+    -------
+    mx.array
+        The mask with `tokens` columns, unless it has a single one.
+
+    Examples
+    --------
+    >>> newest_columns(mx.array([True, True]), 3).tolist(), newest_columns(mx.array([0.0, 1.0, 2.0]), 2).tolist()
+    ([False, True, True], [1.0, 2.0])
+    """
+    missing = tokens - mask.shape[-1]
+    if missing <= 0 or mask.shape[-1] == 1:
+        return mask if missing >= 0 else mask[..., -tokens:]
+    hidden = 0 if mask.dtype == mx.bool_ else max(MASKED, mx.finfo(mask.dtype).min)
+    return mx.concatenate([mx.full((*mask.shape[:-1], missing), hidden, mask.dtype), mask], axis=-1)
 
 
 def attention_mass(
-    queries: mx.array, keys: mx.array, scale: float, mask: mx.array | str | None, last: int, kv_heads: int
+    queries: mx.array,
+    keys: mx.array,
+    scale: float,
+    mask: mx.array | str | None,
+    last: int,
+    kv_heads: int,
+    sinks: mx.array | None = None,
 ) -> mx.array:
     """Return the total attention that each token gets from the last queries.
 
@@ -170,12 +218,14 @@ def attention_mass(
         Number of queries to count, from the end.
     kv_heads
         Number of kv heads to return; divides Hq.
+    sinks
+        `[Hq]`: a logit of each query head that takes part in its softmax; None for none.
 
     Returns
     -------
     mx.array
         `[B, kv_heads, T]` float32: attention probabilities, summed over the counted queries and over the query
-        heads that share a kv head.
+        heads that share a kv head; without what the sinks take.
     """
     B, Hq, L, _ = queries.shape
     H, T = keys.shape[1:3]
@@ -187,7 +237,10 @@ def attention_mass(
         part = causal_mask(L, T)[rows] if isinstance(mask, str) else None if mask is None else mask_rows(mask, rows)
         if part is not None:
             scores = mx.where(part, scores, MASKED) if part.dtype == mx.bool_ else scores + part
-        mass += mx.softmax(scores, axis=-1).reshape(B, kv_heads, -1, T).sum(axis=2)
+        if sinks is not None:
+            logits = mx.broadcast_to(sinks.astype(mx.float32)[:, None, None], (*scores.shape[:3], 1))
+            scores = mx.concatenate([scores, logits], axis=-1)
+        mass += mx.softmax(scores, axis=-1)[..., :T].reshape(B, kv_heads, -1, T).sum(axis=2)
     return mass
 
 

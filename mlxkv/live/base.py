@@ -20,11 +20,11 @@ from mlxkv.live.arrays import (
     unquantized,
 )
 from mlxkv.live.attention import AttentionCall, attention_mass, causal_mask, concat_stored, stored_attention
-from mlxkv.live.contract import StateContract
 from mlxkv.live.group import CacheGroup, check_consistent
+from mlxkv.live.rewinding import Rewinding
 from mlxkv.live.storage import SMALL_CHUNK, storage_dtype, to_storage_dtype
 from mlxkv.registry import METHOD_GROUP, Registry
-from mlxkv.spec import CacheSpec, is_int
+from mlxkv.spec import CacheSpec, Layer
 
 __all__ = [
     "KeysValues",
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 
-class LayerCache(StateContract, ABC):
+class LayerCache(Rewinding, ABC):
     """Base class of one layer's cache.
 
     The model processes a text in chunks: some chunks of the prompt, then one token at a time. All methods follow the
@@ -55,6 +55,9 @@ class LayerCache(StateContract, ABC):
 
     Decoding never synchronises with the device, since mlx-lm builds the graph of the next token while the last one is
     still being computed. So token counts are Python integers and never depend on the values of arrays.
+
+    Some models use what they cache otherwise than through mlx-lm's attention function (`mlxkv.spec.Layer.use`). In such a
+    layer `update_and_fetch` returns all stored tokens, unpacked, then the chunk, and stores the chunk at once.
 
     A method implements `buckets` and `absorb`; also `score_bias` if its entries stand for several tokens, and `_trim`
     if the last tokens can be removed as if they had never come. It sets the class attributes below and registers itself
@@ -84,35 +87,46 @@ class LayerCache(StateContract, ABC):
     observation_window
         Number of queries, counted from the end of each chunk, whose attention mass is passed to `absorb`; 0 for
         methods that do not use it.
+    any_use
+        Whether the method works in every layer, however the model uses it: it keeps every token in the order of the text, and
+        needs neither the attention that tokens get nor a bias of scores.
+    takes_windows
+        Whether it works in layers with a sliding window, and drops what has left the window.
     slots
         Heads, dims and rotary embedding of the keys, and of the values.
     latent
         Whether the model uses multi-head latent attention (MLA): "keys" are then latents, and "values" are k_pe, the
         rotated part of the keys.
+    window
+        Number of newest tokens that the layer attends to; None for all.
     offset
         Tokens seen so far.
 
     Raises
     ------
     UnsupportedError
-        When the layer keeps no keys and values, or when the method does not support this model.
+        When the layer keeps no keys and values, or when the method does not support this layer.
     """
 
     config_class: ClassVar[type[Config]]
-    takes_tokens_back: ClassVar[bool] = False
     state_types: ClassVar[Mapping[str, Callable[..., tuple[Any, ...]]]] = {}
+    any_use: ClassVar[bool] = False
+    takes_windows: ClassVar[bool] = False
     observation_window = 0
 
     def __init__(self, config: Config, spec: CacheSpec, layer: int) -> None:
         described = spec.layers[layer]
         if described is None:
             raise UnsupportedError(f"layer {layer} of this {spec.model_type} model keeps no keys and values")
+        _check_layer(type(self), described, f"layer {layer} of this {spec.model_type} model")
         self.config, self.spec, self.layer = config, spec, layer
         self.slots, self.latent = (described.keys, described.values), described.latent
+        self.window, self._fetching = described.window, described.use == "fetch"
         self._arguments = config, spec, layer
         self._offset = 0
         self._group: CacheGroup | None = None
         self._pending_chunk: KeysValues | None = None
+        self._ties: list[mx.array] = []
         # The state before each token of the last small chunk, so that `trim` can go back to it.
         self._checkpoints: list[dict[str, Any]] = []
 
@@ -140,6 +154,7 @@ class LayerCache(StateContract, ABC):
             What the entries share.
         """
         self._group = group
+        group.drops = group.drops or self.window is not None
         self._report_offset()
 
     def _report_offset(self) -> None:
@@ -185,14 +200,6 @@ class LayerCache(StateContract, ABC):
         """
         return None
 
-    def _trim(self, count: int) -> None:
-        """Remove the last count >= 1 tokens; called only while every token is stored."""
-        raise UnsupportedError(f"{self.method_name} cannot take tokens back")
-
-    def _only_appended_to(self, state: dict[str, Any]) -> bool:
-        """Return whether `_trim` can undo exactly what came after this state, by the names of its fields."""
-        return False
-
     # What mlx-lm calls
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -206,8 +213,9 @@ class LayerCache(StateContract, ABC):
         Returns
         -------
         tuple of mx.array
-            For MLA k_pe `[B, 1, kept + L, Dv]` and, where there are several queries, latents `[B, 1, kept + L, D]`;
-            for other models only the chunk.
+            All stored tokens and the chunk, where the model uses them otherwise than in its attention function. Else for MLA
+            k_pe `[B, 1, kept + L, Dv]` and, where there are several queries, latents `[B, 1, kept + L, D]`; for other
+            models only the chunk.
 
         Raises
         ------
@@ -217,6 +225,16 @@ class LayerCache(StateContract, ABC):
             When layers of the prompt cache have seen different numbers of tokens, since a call was interrupted, or when
             the call has another number of texts than the cache.
         """
+        chunk = self._begin(keys, values)
+        if self._fetching:
+            return self._fetch(chunk)
+        if self.latent:
+            stored = self.buckets()
+            return keys if keys.shape[2] == 1 else concat_stored(stored, 0, keys), concat_stored(stored, 1, values)
+        return keys, values
+
+    def _begin(self, keys: mx.array, values: mx.array) -> KeysValues:
+        """Check that a chunk can follow, and hold it."""
         if self._pending_chunk is not None:
             raise UnsupportedError(
                 "a live cache got a chunk before the last one was attended: call mlxkv.attach(model) before running "
@@ -227,13 +245,36 @@ class LayerCache(StateContract, ABC):
         self._check_batch(keys.shape[0])
         self._pending_chunk = KeysValues(keys, values)
         self._offset += keys.shape[2]
-        if self.latent:
-            stored = self.buckets()
-            return keys if keys.shape[2] == 1 else concat_stored(stored, 0, keys), concat_stored(stored, 1, values)
+        return self._pending_chunk
+
+    def _end(self) -> None:
+        """Forget the chunk that is stored now. An interrupted call leaves it pending, and the next call is refused."""
+        self._pending_chunk = None
+        self._report_offset()
+
+    def _fetch(self, chunk: KeysValues) -> tuple[mx.array, mx.array]:
+        """Store a chunk at once; return what was stored before, unpacked, then the chunk."""
+        stored = self.buckets()
+        keys, values = (concat_stored(stored, slot, part) for slot, part in enumerate(chunk))
+        if self._ties:  # what the model wants computed with the next chunk at the latest
+            keys, self._ties = mx.depends(keys, self._ties), []
+        self._checkpoints = []
+        if 1 < chunk.tokens <= SMALL_CHUNK and self.takes_tokens_back:
+            self._store_one_by_one(chunk, lambda *_: None)
+        else:
+            self._store(chunk, None)
+        self._end()
+        keys, values = mx.depends([keys, values], self._arrays())
         return keys, values
 
     def attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None = None
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: mx.array | str | None = None,
+        sinks: mx.array | None = None,
     ) -> mx.array:
         """Return the attention over the stored tokens and the chunk, then absorb the chunk.
 
@@ -248,6 +289,9 @@ class LayerCache(StateContract, ABC):
         mask
             None, "causal", or an array that broadcasts to `[B, Hq, L, kept + L]`: bool, or added to the scores. Its
             columns are the stored entries in the order of `buckets`, then the chunk.
+        sinks
+            `[Hq]`: a logit of each query head that takes part in its softmax and adds nothing to the output (attention
+            sinks, gpt-oss); None for none.
 
         Returns
         -------
@@ -259,9 +303,11 @@ class LayerCache(StateContract, ABC):
         UnsupportedError
             When `update_and_fetch` was not called before.
         """
+        if self._fetching:  # the chunk is stored already, and the model has all tokens
+            return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
         if self._pending_chunk is None:
             raise UnsupportedError("a live cache attends once for each update_and_fetch")
-        call, chunk = AttentionCall(queries, keys, values, scale, mask), self._pending_chunk
+        call, chunk = AttentionCall(queries, keys, values, scale, mask, sinks), self._pending_chunk
         self._checkpoints = []
         small = 1 < chunk.tokens <= SMALL_CHUNK
         if small and self.takes_tokens_back and not (self.latent and self.observation_window):
@@ -269,9 +315,7 @@ class LayerCache(StateContract, ABC):
         else:
             output, mass = self._attention(call, chunk)
             self._store(chunk, mass)
-        # Only now: an interrupted call leaves its chunk pending, and the next call is refused.
-        self._pending_chunk = None
-        self._report_offset()
+        self._end()
         # Generation evaluates only outputs: state that no output depends on yet would keep all earlier steps in memory.
         return mx.depends(output, self._arrays())
 
@@ -286,26 +330,42 @@ class LayerCache(StateContract, ABC):
             )
 
     def _attend_small_chunk(self, call: AttentionCall, chunk: KeysValues) -> mx.array:
-        """Take a chunk in token by token, remembering the state before each, as decoding its tokens would do."""
-        seen, kept = self._offset - chunk.tokens, self.kept
+        """Take a chunk in token by token, as decoding its tokens would do."""
+        kept = self.kept
         outputs = [self._attention(call, chunk)[0]] if self.latent else []
+
+        def attend(index: int, token: KeysValues) -> mx.array | None:
+            if self.latent:
+                return None
+            output, mass = self._attention(call.of_token(index, token, kept + index + 1), token)
+            outputs.append(output)
+            return mass
+
+        self._store_one_by_one(chunk, attend)
+        return mx.concatenate(outputs, axis=2)
+
+    def _store_one_by_one(self, chunk: KeysValues, attend: Callable[[int, KeysValues], mx.array | None]) -> None:
+        """Attend with each token of a chunk, then store it, remembering the state before each."""
+        seen = self._offset - chunk.tokens
         for i in range(chunk.tokens):
             self._checkpoints.append({name: map_arrays(getattr(self, name), held) for name in self.state_fields})
             self._offset = seen + i + 1
-            token, mass = chunk.slice_tokens(i, i + 1), None
-            if not self.latent:
-                output, mass = self._attention(call.of_token(i, token, kept + i + 1), token)
-                outputs.append(output)
-            self._store(token, mass)
+            token = chunk.slice_tokens(i, i + 1)
+            self._store(token, attend(i, token))
         if self._only_appended_to(self._checkpoints[0]):
             self._checkpoints = []
-        return mx.concatenate(outputs, axis=2)
 
     def _attention(self, call: AttentionCall, chunk: KeysValues) -> tuple[mx.array, mx.array | None]:
         """Return the attention over the stored tokens and the chunk, and the mass for `absorb`."""
+        if self.window is not None:
+            call = self._within_window(call)
         return stored_attention(
             call, self.buckets(), chunk, bias=self.score_bias(), latent=self.latent, window=self.observation_window
         )
+
+    def _within_window(self, call: AttentionCall) -> AttentionCall:
+        """Return a call whose mask fits the stored tokens and hides those that have left the window."""
+        raise NotImplementedError
 
     def _store(self, chunk: KeysValues, mass: mx.array | None) -> None:
         """Let the method absorb a chunk in the type to store it in; what is stored so far may have to change its type."""
@@ -330,91 +390,46 @@ class LayerCache(StateContract, ABC):
         return_array
             Whether to return an array in place of "causal".
         window_size
-            The window of a sliding-window layer; not supported.
+            Number of newest tokens that a query sees, its own included; None for all.
 
         Returns
         -------
         mx.array, str or None
-            None for one token, else "causal" or bool `[N, kept + N]`.
+            None for one token, else "causal" or bool `[N, kept + N]`; bool `[1, kept + 1]` also for one token with a window.
 
         Raises
         ------
         UnsupportedError
-            For a window: sliding-window layers keep mlx-lm's own cache.
+            For a window where tokens were given up.
         """
         if window_size is not None:
-            raise UnsupportedError("a live cache is not for sliding-window layers: keep mlx-lm's own there")
+            if self.kept != self._offset:
+                raise UnsupportedError(f"{self.method_name} gave tokens up, so that a window of {window_size} has no place")
+            return causal_mask(N, self._offset + N, window_size)
         if N == 1:
             return None
         return causal_mask(N, self.kept + N) if return_array else "causal"
 
-    def is_trimmable(self) -> bool:
-        """Return whether the last tokens can be removed now and at any later time.
 
-        Returns
-        -------
-        bool
-            True if the method supports it, no entry of mlx-lm's in the same prompt cache drops tokens, and no call of the
-            model was interrupted.
-        """
-        whole = self._pending_chunk is None and (self._group is None or self._group.can_trim)
-        return self.takes_tokens_back and whole
+def _check_layer(kind: type[LayerCache], described: Layer, name: str) -> None:
+    """Refuse a layer that a method does not suit."""
+    reason = (
+        "chooses tokens by their index" if described.selects
+        else "is read outside of mlx-lm's attention function" if described.use == "fetch"
+        else None
+    )  # fmt: skip
+    if reason and not kind.any_use:
+        suited = ", ".join(sorted(each for each, known in live_methods.items() if known.any_use))
+        raise UnsupportedError(
+            f"{name} {reason}, so every token has to be there, and {_name_of(kind)} does not keep each or needs its attention",
+            f"methods for it: {suited}",
+        )
+    if described.window is not None and not kind.takes_windows:
+        raise UnsupportedError(f"{name} has a sliding window, where {_name_of(kind)} does not work: keep mlx-lm's own cache")
 
-    def can_take_back(self, n: int) -> bool:
-        """Return whether the last tokens can be removed now, which `is_trimmable` promises for later as well.
 
-        Parameters
-        ----------
-        n
-            Number of tokens.
-
-        Returns
-        -------
-        bool
-            True also for a method that gives tokens up, if it removes tokens exactly and has not given up any yet.
-        """
-        removes = type(self)._trim is not LayerCache._trim and self.kept == self.offset
-        return self._pending_chunk is None and (n == 0 or removes or n <= len(self._checkpoints))
-
-    def trim(self, n: int) -> int:
-        """Remove the last tokens, as if they had never come.
-
-        Up to all tokens of a last chunk of 2 to 16 are removed exactly. Where more are removed, quantized tokens that are
-        to become unquantized again keep their rounded values.
-
-        Parameters
-        ----------
-        n
-            Number of tokens, 0 or more; all where there are fewer.
-
-        Returns
-        -------
-        int
-            Number of tokens removed.
-
-        Raises
-        ------
-        InputError
-            When n is negative or no integer.
-        UnsupportedError
-            When the method cannot remove them: see `can_take_back`.
-        """
-        if not is_int(n):
-            raise InputError(f"trim takes 0 or more tokens back, not {n!r}")
-        count = min(n, self.offset)
-        if not self.can_take_back(count):
-            raise UnsupportedError(
-                f"this {self.method_name} cache cannot take {count} tokens back: ask is_trimmable() or can_take_back first"
-            )
-        checkpoints, self._checkpoints = self._checkpoints, []
-        if 0 < count <= len(checkpoints):
-            for name, field in checkpoints[-count].items():
-                setattr(self, name, field)
-        elif count:
-            self._trim(count)
-        self.offset -= count
-        mx.eval(self._arrays())  # by the thread that can: another one may go on
-        return count
+def _name_of(kind: type[LayerCache]) -> str:
+    return next((name for name, known in live_methods.items() if known is kind), kind.__name__)
 
 
 def _check_method(kind: type[LayerCache]) -> None:

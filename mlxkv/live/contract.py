@@ -53,6 +53,8 @@ class StateContract:
     state_fields: ClassVar[tuple[str, ...]] = ()
     offset: int
     _pending_chunk: KeysValues | None
+    _fetching: bool
+    _ties: list[mx.array]  # what models tied to a layer whose chunk is stored already
     _arguments: tuple[Any, ...]
     _group: CacheGroup | None
 
@@ -234,7 +236,7 @@ class StateContract:
 
     @keys.setter
     def keys(self, keys: mx.array) -> None:
-        self._pending_chunk = self._chunk_for_model()._replace(keys=keys)
+        self._tie("keys", keys)
 
     @property
     def values(self) -> Any:
@@ -243,9 +245,19 @@ class StateContract:
 
     @values.setter
     def values(self, values: mx.array) -> None:
-        self._pending_chunk = self._chunk_for_model()._replace(values=values)
+        self._tie("values", values)
+
+    def _tie(self, name: str, array: mx.array) -> None:
+        """Keep what a model attached to the chunk."""
+        chunk = self._chunk_for_model()
+        if self._fetching:
+            self._ties.append(array)
+        else:
+            self._pending_chunk = chunk._replace(**{name: array})
 
     def _chunk_for_model(self) -> KeysValues:
+        if self._fetching and self.offset:  # the chunk is stored: anything stands for it
+            return KeysValues(mx.zeros(1), mx.zeros(1))
         if self._pending_chunk is None:
             raise UnsupportedError(
                 "a live cache has `keys` and `values` only of the chunk between update_and_fetch and attention: call "

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
 from mlx_lm.models.cache import BatchRotatingKVCache, ChunkedKVCache, RotatingKVCache
 
+from mlxkv import stock
 from mlxkv.errors import MismatchError
 
 _DROPPING = (RotatingKVCache, BatchRotatingKVCache, ChunkedKVCache)
@@ -25,19 +28,26 @@ class CacheGroup:
         mlx-lm's own entries of the prompt cache, by layer.
     model
         The model that the prompt cache is for; only a weak reference is kept.
+    beside
+        Layers in one list of caches with the first live one, which the model may fill before it.
 
     Attributes
     ----------
     offsets
         Tokens that each live layer has completely taken in, by layer.
+    drops
+        Whether an entry gives tokens up by itself, since it has a window.
     model
         Weak reference to the model.
     """
 
-    def __init__(self, others: dict[int, Any], model: Any) -> None:
+    def __init__(self, others: dict[int, Any], model: Any, beside: Collection[int] = ()) -> None:
         self.others = others
         self.model = weakref.ref(model)
+        self.beside = frozenset(beside)
         self.offsets: dict[int, int] = {}
+        self.drops = any(isinstance(entry, _DROPPING) for entry in others.values())
+        self._hiding: tuple[tuple[int, int], mx.array] | None = None
 
     @property
     def first(self) -> int:
@@ -46,9 +56,27 @@ class CacheGroup:
 
     @property
     def can_trim(self) -> bool:
-        """Whether live entries may lose tokens: all are equally far, and mlx-lm's own entries do not drop any."""
-        dropping = any(isinstance(entry, _DROPPING) for entry in self.others.values())
-        return not dropping and len(set(self.offsets.values())) == 1
+        """Whether live entries may lose tokens: all are equally far, and no entry drops any."""
+        return not self.drops and len(set(self.offsets.values())) == 1
+
+    def mask_hiding(self, hidden: int, tokens: int) -> mx.array:
+        """Return the mask of one query that does not see the first tokens; layers with equal windows share it.
+
+        Parameters
+        ----------
+        hidden
+            Number of tokens that it does not see.
+        tokens
+            Number of all tokens.
+
+        Returns
+        -------
+        mx.array
+            Bool `[tokens]`.
+        """
+        if self._hiding is None or self._hiding[0] != (hidden, tokens):
+            self._hiding = (hidden, tokens), mask_hiding(hidden, tokens)
+        return self._hiding[1]
 
     def check(self, layer: int, offset: int, count: int) -> None:
         """Check, before the first live layer takes a chunk in, that all layers are equally far.
@@ -72,10 +100,28 @@ class CacheGroup:
         seen = set(self.offsets.values())
         for index, entry in self.others.items():
             found = _offset_of(entry)
-            if found is not None:
+            if found is not None and index not in self.beside:
                 seen.add(found - count if index < layer else found)
         if seen != {offset}:
             raise _unequal(seen | {offset})
+
+
+def mask_hiding(hidden: int, tokens: int) -> mx.array:
+    """Return the mask of one query that does not see the first tokens.
+
+    Parameters
+    ----------
+    hidden
+        Number of tokens that it does not see.
+    tokens
+        Number of all tokens.
+
+    Returns
+    -------
+    mx.array
+        Bool `[tokens]`, there at once: any thread can use it.
+    """
+    return mx.array(np.arange(tokens) >= hidden)
 
 
 def check_consistent(caches: Sequence[Any]) -> None:
@@ -84,7 +130,8 @@ def check_consistent(caches: Sequence[Any]) -> None:
     Parameters
     ----------
     caches
-        Entries of one prompt cache, live ones or mlx-lm's own. Only integers are compared; nothing waits for the device.
+        Entries of one prompt cache, live ones or mlx-lm's own, or lists of them. Only integers are compared; nothing waits for
+        the device.
 
     Raises
     ------
@@ -92,6 +139,7 @@ def check_consistent(caches: Sequence[Any]) -> None:
         When entries have seen different numbers of tokens, or a chunk was not attended: a call of the model was
         interrupted.
     """
+    caches = stock.entries(caches)
     if any(getattr(entry, "_pending_chunk", None) is not None for entry in caches):
         raise MismatchError(
             "a layer of this prompt cache holds a chunk whose attention was not computed: a call of the model was "

@@ -13,14 +13,15 @@ from mlxkv.errors import FormatError
 from mlxkv.kernels.bits import QuantizedArray, pack, unpack
 from mlxkv.kernels.decode_attention import Bucket, slice_rows
 from mlxkv.live.arrays import copy_without_parent
-from mlxkv.live.base import KeysValues, LayerCache, append_chunk
+from mlxkv.live.base import KeysValues, append_chunk
 from mlxkv.live.checks import check_kept, check_like
+from mlxkv.live.windowing import WindowedCache
 from mlxkv.spec import CacheSpec
 
 BLOCK = 64  # tokens packed at a time: few, so that the tail stays small, but enough that `packed` is rarely copied
 
 
-class PackingCache(LayerCache):
+class PackingCache(WindowedCache):
     """Base class of methods that quantize old tokens and keep the first ones, sinks, and the newest unquantized.
 
     All tokens come into a tail and leave it in blocks as soon as `recent` tokens remain. So the tail has fewer than
@@ -56,7 +57,6 @@ class PackingCache(LayerCache):
     state_fields = ("packed", "tail", "first")
     state_types: ClassVar = {"tail": KeysValues, "first": KeysValues}
     takes_tokens_back = True
-    sinks = 0
     recent = 0
     block = BLOCK
 
@@ -95,31 +95,53 @@ class PackingCache(LayerCache):
             if count % self.block:
                 raise FormatError(f"{count} tokens are packed, which are no blocks of {self.block}")
         super().check_state()
-        sinks = self.sinks if self.packed is not None else 0
+        dropped = self._dropped()
+        sinks = self.sinks if self.packed is not None and not dropped else 0
         if sinks != (self.first.tokens if self.first is not None else 0):
             raise FormatError(f"first should have {sinks} tokens")
-        check_kept(self, self.offset)
+        expected = self.leaving(self.offset)
+        # Where the model fetches, tokens are dropped only when the next ones come.
+        waiting = self._fetching and self.window and dropped == self.leaving(dropped + self.window - 1) < expected
+        if not waiting:
+            check_kept(self, self.offset - expected)
 
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
-        """Append the chunk to the tail and pack the blocks that are old enough."""
-        tail = append_chunk(self.tail, keys, values)
-        packed, start = token_count(self.packed), 0 if self.packed is not None else self.sinks
-        stop = start + self._in_blocks(packed + tail.tokens - start - self.recent) - packed
+        """Append the chunk to the tail, drop the blocks that left the window, and pack those that are old enough."""
+        self.tail = append_chunk(self.tail, keys, values)
+        if self.window is not None and not self._fetching:
+            self._drop_outside(self._offset)
+        tail = self.tail
+        # The sinks wait in the tail for the first block.
+        start = self.sinks if self.packed is None and not self._dropped() else 0
+        stop = start + self._in_blocks(tail.tokens - start - self.recent)
         if stop > start:
             block = self.pack(tail.keys[..., start:stop, :], tail.values[..., start:stop, :])
             if start:
                 self.first = tail.copy_tokens(0, start)
             self.packed = block if self.packed is None else concat_buckets(self.packed, block)
-            tail = tail.copy_tokens(stop)
-        self.tail = tail
+            self.tail = tail.copy_tokens(stop)
 
-    def _in_blocks(self, count: int) -> int:
-        """Return how many of so many tokens after the sinks are in whole blocks."""
-        return max(0, count // self.block * self.block)
+    @property
+    def kept(self) -> int:
+        """Number of tokens stored."""
+        return _count(self.packed, self.tail, self.first)
+
+    def drop_oldest(self, count: int) -> None:
+        """Drop the sinks and the first blocks, packed or still in the tail."""
+        if self.first is not None:
+            count -= self.first.tokens
+            self.first = None
+        packed = min(count, token_count(self.packed))
+        if self.packed is not None and packed:
+            keys, values = (copy_rows(part, packed, part.shape[-2]) for part in self.packed)
+            self.packed = (keys, values) if keys.shape[-2] else None
+        if self.tail is not None and count > packed:
+            self.tail = self.tail.copy_tokens(count - packed)
 
     def _only_appended_to(self, state: dict[str, Any]) -> bool:
-        """Return whether no block was packed since."""
-        return token_count(state["packed"]) == token_count(self.packed)
+        """Return whether no block was packed since, and none dropped."""
+        stays = token_count(state["packed"]) == token_count(self.packed)
+        return stays and (self.window is None or _count(**state) + len(self._checkpoints) == self.kept)
 
     def _trim(self, count: int) -> None:
         """Drop tokens from the tail, then whole blocks; unpack what remains of a trimmed block."""
@@ -136,6 +158,12 @@ class PackingCache(LayerCache):
                 self.tail, self.first = self.first.copy_tokens(0, min(sinks, sinks + left)).append(self.tail), None
         elif self.tail is not None:
             self.tail = self.tail.copy_tokens(0, left - packed_tokens)
+
+
+def _count(packed: Bucket | None, tail: KeysValues | None, first: KeysValues | None) -> int:
+    """Return how many tokens are in these parts."""
+    unpacked = sum(part.tokens for part in (first, tail) if part is not None)
+    return token_count(packed) + unpacked
 
 
 def token_count(bucket: Bucket | None) -> int:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlxkv import stock
 from mlxkv.config import Config
-from mlxkv.errors import InputError, PresetError, suggest
+from mlxkv.errors import InputError, PresetError, UnsupportedError, suggest
 from mlxkv.live.base import LayerCache, cache_class_of, live_methods
 from mlxkv.live.group import CacheGroup
 from mlxkv.models import cache_spec
@@ -67,8 +68,8 @@ def make_cache(model: Any, method: str | Config, **overrides: Any) -> list[Cache
     Returns
     -------
     list of CacheEntry
-        One entry per layer: a `LayerCache` where the model's layer attends to all tokens, mlx-lm's own cache for other
-        layers (convolutions, sliding windows).
+        mlx-lm's own prompt cache of the model with a `LayerCache` in place of each entry that keeps the keys and values of all
+        tokens and, with methods that can, of each with a sliding window. Other entries (convolutions, indexers) stay.
 
     Raises
     ------
@@ -105,7 +106,9 @@ def make_cache_of(model: Any, cache_class: type[LayerCache], config: Config) -> 
     UnsupportedError
         For a model that live caches do not support, or a method that does not support this model.
     """
-    return assemble_cache(model, dict.fromkeys(cache_spec(model).attention_layers, (cache_class, config)))
+    spec = cache_spec(model)
+    layers = (*spec.attention_layers, *(spec.window_layers if cache_class.takes_windows else ()))
+    return assemble_cache(model, dict.fromkeys(layers, (cache_class, config)))
 
 
 def assemble_cache(model: Any, methods: Mapping[int, tuple[type[LayerCache], Config]]) -> list[CacheEntry]:
@@ -116,27 +119,43 @@ def assemble_cache(model: Any, methods: Mapping[int, tuple[type[LayerCache], Con
     model
         A model that mlx-lm loaded.
     methods
-        Method and settings of each layer that gets a live cache. The others keep mlx-lm's own.
+        Method and settings of each layer that gets a live cache, by its index in `CacheSpec.layers`. The others keep mlx-lm's
+        own.
 
     Returns
     -------
     list of CacheEntry
-        One entry per layer.
+        As `make_cache` returns them.
 
     Raises
     ------
     UnsupportedError
-        For a model that live caches do not support, a method that does not support this model, or a live cache where the
-        model's layer has no keys and values or a sliding window.
+        For a model that live caches do not support, a method that does not support this model or one of these layers, and
+        where only some of the layers with a sliding window get a live cache.
     """
     spec = cache_spec(model)
-    caches: list[CacheEntry] = make_prompt_cache(model)
-    group = CacheGroup({i: entry for i, entry in enumerate(caches) if i not in methods}, model)
-    for layer, (cache_class, config) in methods.items():
-        caches[layer] = entry = cache_class(config, spec, layer)
+    caches = make_prompt_cache(model)
+    windows = [layer in methods for layer in spec.window_layers]
+    if any(windows) and not all(windows):
+        raise UnsupportedError("layers with a sliding window share a mask: give live caches to all of them or to none")
+    live = {layer: methods[layer][0](methods[layer][1], spec, layer) for layer in sorted(methods)}
+    others = {i: entry for i, entry in enumerate(stock.entries(caches)) if i not in live}
+    group = CacheGroup(others, model, _list_with(caches, min(live, default=0)))
+    for entry in live.values():
         entry.join(group)
     attach(model)
-    return caches
+    return stock.with_entries(caches, live)
+
+
+def _list_with(caches: Sequence[Any], layer: int) -> range:
+    """Return the indices of the entries in one list with an entry, itself included."""
+    first = 0
+    for entry in caches:
+        indices = range(first, first + len(stock.entries([entry])))
+        if layer in indices:
+            return indices
+        first = indices.stop
+    return range(0)
 
 
 def live_config(method: str | Config, **overrides: Any) -> Config:

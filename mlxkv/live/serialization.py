@@ -26,7 +26,7 @@ from mlxkv.live.base import LayerCache, check_consistent, live_methods
 from mlxkv.live.seam import CacheEntry, assemble_cache
 from mlxkv.live.trees import array_bytes, array_type, describe_state, read_array, rebuild_state
 from mlxkv.models import cache_spec
-from mlxkv.spec import is_int
+from mlxkv.spec import CacheSpec, is_int
 from mlxkv.version import __version__
 
 KIND = "live cache"
@@ -47,8 +47,7 @@ def save_cache(path: str | Path, model: Any, caches: Sequence[CacheEntry]) -> No
     model
         The model that the caches were made for.
     caches
-        The entries that `make_cache` returned, one per layer, in their order. Layers may have different methods and
-        settings.
+        The prompt cache that `make_cache` returned. Layers may have different methods and settings.
 
     Raises
     ------
@@ -57,7 +56,7 @@ def save_cache(path: str | Path, model: Any, caches: Sequence[CacheEntry]) -> No
     MismatchError
         If the caches are of another model, of other layers, or have seen different numbers of tokens.
     """
-    caches = list(caches)
+    caches = stock.entries(caches)
     if not any(isinstance(entry, LayerCache) for entry in caches):
         raise InputError("none of these caches is a live one: mlxkv.make_cache makes them")
     check_consistent(caches)
@@ -121,16 +120,25 @@ def load_cache(path: str | Path, model: Any) -> list[CacheEntry]:
         if header.get("kind") != KIND:
             raise FormatError(f"{reader.name} is no saved live cache; it says {str(header.get('kind'))[:80]!r}")
         stated = str(header.get("fingerprint", ""))
-        if not same_model(stated, fingerprint(model)) or header.get("spec") != cache_spec(model).to_json():
+        if not same_model(stated, fingerprint(model)) or not _describes(header.get("spec"), cache_spec(model)):
             raise MismatchError(f"{reader.name} was made with another model or other weights than this one")
         with _errors_as(FormatError, f"{reader.name} does not describe a live cache"):
             return _read_caches(reader, model)
 
 
+def _describes(stated: Any, spec: CacheSpec) -> bool:
+    """Return whether a file's description is of this cache; once, layers with a sliding window were not described."""
+    if stated == spec.to_json():
+        return True
+    layers = tuple(None if layer is None or layer.window is not None else layer for layer in spec.layers)
+    return any(layers) and stated == CacheSpec(spec.model_type, layers, spec.mode).to_json()
+
+
 def _read_caches(reader: Reader, model: Any) -> list[CacheEntry]:
     """Return the caches that a file describes, every part checked and computed."""
     methods, rows = _read_methods(reader), _read_rows(reader, model)
-    caches = assemble_cache(model, {i: methods[row[0]] for i, row in enumerate(rows) if is_int(row[0])})
+    assembled = assemble_cache(model, {i: methods[row[0]] for i, row in enumerate(rows) if is_int(row[0])})
+    caches = stock.entries(assembled)
     examples = _examples(model, caches)
     arrays = {i: read_array(reader, str(i), *row) for i, row in enumerate(reader.header["arrays"])}
     if len(reader.sections) != len(arrays):
@@ -147,7 +155,7 @@ def _read_caches(reader: Reader, model: Any) -> list[CacheEntry]:
     check_consistent(caches)
     _check_batches(caches)
     mx.eval([list(_held_arrays(entry)) for entry in caches])
-    return caches
+    return assembled
 
 
 def _read_methods(reader: Reader) -> list[Method]:
@@ -165,7 +173,7 @@ def _read_methods(reader: Reader) -> list[Method]:
 
 def _read_rows(reader: Reader, model: Any) -> list[list[Any]]:
     """Return each layer's row of the header: its method's index or the class of mlx-lm's cache, offset and state."""
-    header, kinds = reader.header, [type(entry).__name__ for entry in make_prompt_cache(model)]
+    header, kinds = reader.header, [type(entry).__name__ for entry in stock.entries(make_prompt_cache(model))]
     rows = header["layers"]
     if "methods" not in header:
         rows = [
@@ -195,7 +203,8 @@ def _restore(entry: LayerCache, offset: Any, state: Any) -> None:
 
 def _examples(model: Any, caches: Sequence[Any]) -> list[Any]:
     """Return mlx-lm's own prompt cache to compare states with; nothing where no layer has one."""
-    return [] if all(isinstance(entry, LayerCache) for entry in caches) else stock.example_caches(model)
+    live = all(isinstance(entry, LayerCache) for entry in caches)
+    return [] if live else stock.entries(stock.example_caches(model))
 
 
 def _check_model(model: Any, caches: Sequence[Any]) -> None:

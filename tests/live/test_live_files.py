@@ -202,7 +202,7 @@ def test_a_file_holds_tokens_and_no_rows_that_were_only_allocated(window, tmp_pa
 @pytest.mark.parametrize("chunks", [[100], [40, 60], [99, 1], [1] * 20], ids=str)
 def test_a_windowed_layer_is_saved_in_no_more_rows_than_its_window(chunks, tmp_path):
     model = tiny_model("llama", layer_types=["full_attention", "sliding_attention"], sliding_window=8)
-    caches = make_cache(model, "int8")
+    caches = make_cache(model, "full")
     for size in chunks:
         mx.eval(model(START[:, :size], cache=caches))
     save_cache(tmp_path / "cache", model, caches)

@@ -49,6 +49,7 @@ class FullCache(LayerCache):
 
     state_fields = ("keys", "values")
     takes_tokens_back = True
+    any_use = True
 
     def __init__(self, config: FullConfig, spec: CacheSpec, layer: int) -> None:
         super().__init__(config, spec, layer)
@@ -82,21 +83,35 @@ class FullCache(LayerCache):
         """Store a chunk and return all tokens."""
         store: Any = KVCache()  # type: ignore[no-untyped-call]
         store.state = self.keys, self.values, self.offset
-        super().update_and_fetch(keys, values)
+        self._begin(keys, values)
         everything = store.update_and_fetch(keys, values)
         self.keys, self.values, _ = store.state
+        if self._fetching:
+            self._end()
         return everything
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """Return all tokens."""
+        if self.keys is None or self.values is None:
+            return super().keys_and_values()
+        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
 
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
         """Do nothing: the chunk is stored already."""
 
     def attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None = None
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: mx.array | str | None = None,
+        sinks: mx.array | None = None,
     ) -> mx.array:
         """Return mlx-lm's own attention over all tokens."""
-        self._pending_chunk = None
-        self._report_offset()
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+        if not self._fetching:
+            self._end()
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
     def _trim(self, count: int) -> None:
         """Do nothing: the next chunk overwrites the tokens."""
