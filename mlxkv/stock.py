@@ -24,6 +24,7 @@ from mlxkv.spec import is_int
 
 MAX_OFFSET = 2**30  # positions and sums of two stay within int32
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+_EXAMPLE_TOKENS = 32
 
 
 def entries(caches: Sequence[Any]) -> list[Any]:
@@ -154,13 +155,15 @@ def set_state_parts(entry: Any, parts: Mapping[str, Any], example: Any) -> None:
     restore(entry, used_state(type(entry).__name__, state, example))
 
 
-def example_caches(model: Any) -> list[Any]:
-    """Return mlx-lm's own prompt cache as it is after one token, to compare states with.
+def example_caches(model: Any, tokens: int = 1) -> list[Any]:
+    """Return mlx-lm's own prompt cache as it is after some tokens, to compare states with.
 
     Parameters
     ----------
     model
         A model that mlx-lm loaded.
+    tokens
+        Tokens that were seen; from 32 on no other state than of keys and values grows.
 
     Returns
     -------
@@ -168,7 +171,7 @@ def example_caches(model: Any) -> list[Any]:
         One entry per layer. Shapes and types are known, but nothing is ever computed.
     """
     caches: list[Any] = make_prompt_cache(model)
-    model(mx.zeros((1, 1), mx.int32), cache=caches)
+    model(mx.zeros((1, min(tokens, _EXAMPLE_TOKENS)), mx.int32), cache=caches)
     return caches
 
 

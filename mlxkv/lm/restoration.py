@@ -86,7 +86,7 @@ def _restore_groups(entries: list[Any], dump: KVDump) -> None:
 def _restore_states(entries: list[Any], model: Any, dump: KVDump) -> None:
     """Fill the other entries, whose states are compared with those that the model makes of one token."""
     others = [i for i, layer in enumerate(dump.spec.layers) if layer is None and entries[i] is not None]
-    examples = stock.entries(stock.example_caches(model)) if others or dump.states else []
+    examples = stock.entries(stock.example_caches(model, dump.length)) if others or dump.states else []
     expected = {f"{index}.{slot}" for index in others for slot in stock.state_parts(examples[index])}
     if expected != set(dump.states):
         differing = str(sorted(expected ^ set(dump.states)))[:200]
@@ -116,20 +116,23 @@ def _live_state(key: str, dump: KVDump) -> Any:
 
 
 def _check_batch(index: int, entry: Any, parts: dict[str, Any], example: Any, batch: int) -> None:
-    """Compare the shapes of a layer's states with the model's own and the number of sequences."""
+    """Compare the types and shapes of a layer's states with the model's own and the number of sequences."""
     for slot, like in stock.state_parts(example).items():
-        part = parts[slot]
-        if not isinstance(like, mx.array) or not isinstance(part, mx.array):
-            fits = isinstance(like, mx.array) is isinstance(part, mx.array)
-            needed = "an array" if isinstance(like, mx.array) else "a number"
-        else:
+        found, needed = _form(parts[slot]), _form(like)
+        if isinstance(like, mx.array) and isinstance(parts[slot], mx.array):
+            needed[1][0] = batch
             # Tokens are counted along axis 2 of caches of keys, and nowhere in other states.
-            shapes = [list(x.shape) for x in (part, like)]
             if not isinstance(entry, ArraysCache):
-                shapes = [shape[:2] + shape[3:] for shape in shapes]
-            shapes[1][0], needed = batch, str(shapes[1])
-            fits = shapes[0] == shapes[1] and mx.issubdtype(part.dtype, mx.floating) == mx.issubdtype(
-                like.dtype, mx.floating
+                needed[1][2:3] = found[1][2:3]
+        if found != needed:
+            raise MismatchError(
+                f"state {index}.{slot} of the dump is {found[0]} {found[1]}; this model has {needed[0]} {needed[1]}"
             )
-        if not fits:
-            raise MismatchError(f"state {index}.{slot} of the dump does not fit: this model has {needed}")
+
+
+def _form(part: Any) -> tuple[str, list[int]]:
+    """Return the type of a state, floats of any width alike, and its shape."""
+    if not isinstance(part, mx.array):
+        return "a number", []
+    kind = "float" if mx.issubdtype(part.dtype, mx.floating) else str(part.dtype).removeprefix("mlx.core.")
+    return kind, list(part.shape)
