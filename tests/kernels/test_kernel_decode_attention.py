@@ -198,6 +198,20 @@ def test_merging_around_less_than_the_largest_score_overflows():
         check_large_scores()
 
 
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_tokens_hidden_before_a_window_count_as_if_they_were_gone(with_sinks, kernel_path):
+    queries, (k, v), recent = queries_of(GQA), bucket(GQA, 200, ((8, 1, 64), (8, 1, 64))), bucket(GQA, 5, PLAIN)
+    hidden = 140  # a whole split of tokens, and a part of the next
+    bias = mx.where(mx.arange(205) < hidden, -mx.inf, mx.zeros((2, 1, 1)))
+    sinks = sinks_of(GQA) if with_sinks else None
+    output, mass = check(queries, [(k, v), recent], bias, sinks=sinks)
+    window = [tuple(attention.slice_rows(part, hidden, 200) for part in (k, v)), recent]
+    expected, expected_mass = attention.reference_decode_attention(queries, window, 0.125, None, sinks)
+    assert_same(output, expected)
+    assert_same(mass[..., hidden:], expected_mass)
+    assert not np.array(mass[..., :hidden]).any()
+
+
 def check_sinks(heads, buckets, sinks, bias=None):
     """Kernel and reference equal mx.fast's attention, and a token's mass what it would give to a value of its own."""
     queries = queries_of(heads)
