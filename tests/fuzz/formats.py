@@ -14,7 +14,18 @@ import mlx.core as mx
 import numpy as np
 from conftest import tiny_model, tiny_tokens
 from forging import forge, header_of
-from synthetic import DUAL, LATENT, PLAIN, rd_artifacts, toy_artifacts, toy_dump, toy_sensitivity
+from synthetic import (
+    DUAL,
+    GROUPED,
+    LATENT,
+    PLAIN,
+    grouped_artifacts,
+    grouped_dump,
+    rd_artifacts,
+    toy_artifacts,
+    toy_dump,
+    toy_sensitivity,
+)
 
 from fuzz.mutations import edit_array, edit_bytes, edit_json
 from mlxkv import lm, presets
@@ -23,9 +34,11 @@ from mlxkv.codec import artifacts as artifact_files
 from mlxkv.codec import writing
 from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.codec.calibrate import calibrate
+from mlxkv.codec.methods.kvtc import KVTCConfig
+from mlxkv.codec.methods.kvtc_rd import KVTCRDConfig
 from mlxkv.codec.methods.kvtc_weighted import KVTCWeightedConfig
 from mlxkv.codec.session import CacheCodec
-from mlxkv.dump import read_dump, write_dump
+from mlxkv.dump import read_dump, stream_key, write_dump
 from mlxkv.errors import MlxkvError
 from mlxkv.evaluate.journal import Journal
 from mlxkv.io import growing, lossless
@@ -40,7 +53,9 @@ LIVE = {"int8": {}, "int4": {}, "kivi": {}, "full": {}, "h2o": {"heavy": 8, "rec
 LIVE |= {"sliding-window": {"recent": 16}, "streaming-llm": {"recent": 16}, "random": {"tokens": 16, "recent": 4}}
 LIVE |= {"smartkv": {}, "sketch-topk": {"heavy": 8, "recent": 8}, "sketch-aggregate": {"heavy": 8, "recent": 8}}
 LIVE |= {"mp-kvm": {"centroids": 8, "recent": 8, "flush": 4}}
-CODECS = ("kvtc", "kvtc rans", "kvtc-weighted", "kvtc-rd", "kvtc-rd mla")
+CODECS = ("kvtc", "kvtc rans", "kvtc-weighted", "kvtc-rd", "kvtc-rd mla", "kvtc groups", "kvtc-rd groups")
+# Full layers beside a window that the files' 30 tokens have moved on.
+WINDOWED = CacheSpec("toy", tuple(x and replace(x, window=x.window and 12) for x in GROUPED["window"].layers))
 
 
 @cache
@@ -81,7 +96,10 @@ def codec(variant):
     method, folder = variant.partition(" ")[0], room()[1] / variant
     folder.mkdir()
     spec = DUAL if method == "kvtc" else LATENT if variant.endswith("mla") else PLAIN
-    if method == "kvtc":
+    if variant.endswith("groups"):
+        config = KVTCConfig(4.0) if method == "kvtc" else KVTCRDConfig()
+        made = grouped_artifacts(folder, WINDOWED, config, seeds=(0,))
+    elif method == "kvtc":
         made = toy_artifacts(folder, spec, seeds=(0,))
     elif method == "kvtc-rd":
         made = rd_artifacts(folder, spec, seeds=(0,))
@@ -104,14 +122,16 @@ def small_blocks():
 
 
 @cache
-def longer_dump(variant):
-    return toy_dump(codec(variant).artifacts.spec, length=LONGER, states=True)
+def dump_of(variant, length):
+    if variant.endswith("groups"):
+        return grouped_dump(WINDOWED, length, states=True, of=LONGER)
+    dump = toy_dump(codec(variant).artifacts.spec, length=LONGER, states=True)
+    return replace(dump, k=dump.k[..., :length, :], v=dump.v[..., :length, :], tokens=dump.tokens[:, :length])
 
 
 @cache
 def codec_file(variant):
-    dump = longer_dump(variant)
-    short = replace(dump, k=dump.k[..., :LENGTH, :], v=dump.v[..., :LENGTH, :], tokens=dump.tokens[:, :LENGTH])
+    short = dump_of(variant, LENGTH)
     with small_blocks():
         blob = codec(variant).compress_dump(short)
     return blob, codec(variant).decompress_dump(blob)
@@ -166,7 +186,7 @@ def read_compressed(variant, reader, path):
     for call in (
         lambda: reader.decompress_dump(path),
         lambda: reader.decompress(path, tokens=(1, 9)),
-        lambda: append(reader, path, longer_dump(variant)),
+        lambda: append(reader, path, dump_of(variant, LONGER)),
     ):
         try:
             results.append(call())
@@ -197,7 +217,10 @@ def damage(recipe, folder):
 def same(found, expected):
     pairs = [(found.k, expected.k), (found.v, expected.v), (found.tokens, expected.tokens)]
     pairs += [(found.states[key], expected.states[key]) for key in expected.states]
-    return all(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in pairs)
+    pairs += [(found.others[key], expected.others[key]) for key in expected.others]
+    return found.rings == expected.rings and all(
+        a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in pairs
+    )
 
 
 # Artifacts
@@ -242,8 +265,10 @@ def fingerprint_of(target, meta):
     method = artifact_files._method(meta, str(target)).artifacts_class
     checksums = meta.get("checksums")
     known = checksums if isinstance(checksums, dict) else {}
-    k, v = (artifact_files._read_stream(method, target, name, known) for name in "kv")
-    return CalibrationArtifacts(k, v, CacheSpec.from_json(meta.get("spec", {})), meta).fingerprint
+    spec = CacheSpec.from_json(meta.get("spec", {}))
+    names = [stream_key(group, name) for group in range(len(spec.groups)) for name in "kv"]
+    parts = {name: artifact_files._read_stream(method, target, name, known) for name in names}
+    return CalibrationArtifacts(parts.pop("k"), parts.pop("v"), spec, meta, parts).fingerprint
 
 
 # Dumps
@@ -331,7 +356,7 @@ def interrupted():
     growing._apply = lambda *_: False
     try:
         with small_blocks():
-            codec("kvtc").append_dump(path, longer_dump("kvtc"))
+            codec("kvtc").append_dump(path, dump_of("kvtc", LONGER))
     finally:
         growing._apply = kept
     return path.read_bytes(), path.with_name(".j.mlxkv.rest").read_bytes(), codec("kvtc").decompress_dump(path)
@@ -348,7 +373,7 @@ def journal(recipe, folder):
     inspect(path)
     found = codec("kvtc").decompress_dump(path)
     assert same(found, new) or same(found, codec_file("kvtc")[1]), "silently other values"
-    append(codec("kvtc"), path, longer_dump("kvtc"))
+    append(codec("kvtc"), path, dump_of("kvtc", LONGER))
     assert same(codec("kvtc").decompress_dump(path), new), "silently other values"
 
 
