@@ -9,15 +9,17 @@ appear after the context was computed, so the gradient flows through the predict
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
-from mlxkv import lm
+from mlxkv import lm, stock
+from mlxkv.dump import stream_key
 from mlxkv.errors import InputError
 from mlxkv.models import cache_spec
 from mlxkv.spec import STREAMS, CacheSpec, Layer
@@ -26,7 +28,7 @@ CONTEXT_TOKENS, PREDICTED_TOKENS = 512, 160  # of each stretch of text
 # Sinks and the newest quarter of the context: codecs keep both as they are, and they matter several times as much.
 SKIPPED_SINKS, SKIPPED_RECENT_DIVISOR = 4, 4
 Progress = Callable[[int], None]
-Pairs = list[tuple[mx.array, mx.array]]
+Pair = tuple[mx.array, mx.array]
 
 
 def sensitivity(
@@ -55,44 +57,49 @@ def sensitivity(
         `k` and `v`, float32 `[layers, H, D, D]` in the layout of a dump (MLA: latent and k_pe together in k, v of width 0):
         means over tokens 4 to 383 of each stretch, of a shorter text over the same shares. `k.energy` and `v.energy`,
         float32 `[layers, H, T]`: g'g of each token, 0 for tokens outside the mean; it measures the attention that a token gets.
+        Other groups of layers have theirs under the names of a dump, such as `1.k`; of a window the oldest three quarters
+        count.
 
     Raises
     ------
     InputError
         For a text of fewer than 16 tokens.
     UnsupportedError
-        For a model without an adapter.
+        For a model that `cache_spec` refuses.
     """
     spec = cache_spec(model)
     if len(tokens) < 4 * SKIPPED_SINKS:
         raise InputError(f"sensitivity needs at least {4 * SKIPPED_SINKS} tokens, the text has {len(tokens)}")
-    sums = {name: _zeros(spec, name) for name in STREAMS}
-    energies = {name: np.zeros((*sums[name].shape[:2], len(tokens)), np.float32) for name in STREAMS}
-    count = 0
+    keys = [stream_key(number, name) for number in range(len(spec.groups)) for name in STREAMS]
+    sums = {key: _zeros(spec, key) for key in keys}
+    energies = {key: np.zeros((*sums[key].shape[:2], len(tokens)), np.float32) for key in keys}
+    counts = dict.fromkeys(keys, 0)
     for index, (first, stretch) in enumerate(_stretches(tokens, start)):
         split = len(stretch) * CONTEXT_TOKENS // (CONTEXT_TOKENS + PREDICTED_TOKENS)
-        counted = _counted_tokens(split)
-        gradients = _gradients(model, spec, stretch[:split], stretch[split:], mx.random.key(seed + index))
-        for name, layers in zip(STREAMS, gradients):
+        found = _gradients(model, spec, stretch[:split], stretch[split:], mx.random.key(seed + index))
+        for key, (counted, layers) in found.items():
             for layer, gradient in enumerate(layers):
-                sums[name][layer] += np.array(gradient.swapaxes(-1, -2) @ gradient)
+                sums[key][layer] += np.array(gradient.swapaxes(-1, -2) @ gradient)
                 part = slice(first + counted.start, first + counted.stop)
-                energies[name][layer, :, part] = np.array(mx.square(gradient).sum(axis=-1))
-        count += len(counted)
+                energies[key][layer, :, part] = np.array(mx.square(gradient).sum(axis=-1))
+            counts[key] += len(counted)
         if progress:
             progress(len(stretch))
-    means = {name: total / np.float32(count) for name, total in sums.items()}
-    return means | {f"{name}.energy": energy for name, energy in energies.items()}
+    means = {key: total / np.float32(max(1, counts[key])) for key, total in sums.items()}
+    return means | {f"{key}.energy": energy for key, energy in energies.items()}
 
 
-def _counted_tokens(context: int) -> range:
-    """Return the tokens of the context whose gradients count."""
-    return range(SKIPPED_SINKS, context - context // SKIPPED_RECENT_DIVISOR)
+def _counted_tokens(context: int, rows: int | None = None) -> range:
+    """Return the tokens of the context whose gradients count, of those that a cache of so many rows still has."""
+    rows = context if rows is None else rows
+    first = max(SKIPPED_SINKS, context - rows)
+    return range(first, max(first, context - rows // SKIPPED_RECENT_DIVISOR))
 
 
-def _zeros(spec: CacheSpec, name: str) -> np.ndarray:
+def _zeros(spec: CacheSpec, key: str) -> np.ndarray:
     """Return zeros `[layers, H, D, D]` float32 for one stream."""
-    stream = spec.stream(name)
+    number, _, name = key.rpartition(".")
+    stream = spec.groups[int(number or 0)].stream(name)
     return np.zeros((stream.layers, stream.heads, stream.dim, stream.dim), np.float32)
 
 
@@ -112,40 +119,78 @@ def _stretches(tokens: Sequence[int], start: Sequence[int] = ()) -> Iterator[tup
 
 def _gradients(
     model: Any, spec: CacheSpec, context: Sequence[int], following: Sequence[int], key: mx.array
-) -> tuple[list[mx.array], list[mx.array]]:
-    """Return the gradients of the context's counted tokens, `[H, T, D]` of each layer, for the k and the v stream."""
+) -> dict[str, tuple[range, list[mx.array]]]:
+    """Return the counted tokens of each stream, and their gradients `[H, T, D]` of each layer."""
     cache = make_prompt_cache(model)
     lm.prefill(model, context, cache)
-    slots = [layer for layer in spec.layers if layer is not None]
-    pairs = [cache[layer].keys_and_values() for layer in spec.attention_layers]
+    held = {index: _tokens_of(entry) for index, entry in _described(cache, spec)}
     inputs = mx.array([following])
 
-    def loss(errors: Pairs) -> mx.array:
-        changed = [_perturb(pair, error, slot) for pair, error, slot in zip(pairs, errors, slots)]
+    def loss(errors: dict[int, Pair]) -> mx.array:
+        changed = {i: _perturb(held[i], error, spec.layers[i], len(context)) for i, error in errors.items()}
         logits = model(inputs, cache=_rebuild_cache(model, spec, cache, changed))[0].astype(mx.float32)
         labels = mx.random.categorical(mx.stop_gradient(logits), key=key)
         return nn.losses.cross_entropy(logits, labels, reduction="sum")
 
-    gradients: Pairs = mx.grad(loss)([(mx.zeros_like(keys), mx.zeros_like(values)) for keys, values in pairs])
-    joined, counted = spec.mode == "single_stream", _counted_tokens(len(context))
-    k = [mx.concatenate(list(pair), axis=-1) if joined else pair[0] for pair in gradients]
-    v = [pair[1][..., :0] if joined else pair[1] for pair in gradients]
-    k, v = ([layer[0, :, counted.start : counted.stop].astype(mx.float32) for layer in layers] for layers in (k, v))
-    mx.eval(k, v)
-    return k, v
+    with _differentiable(model):
+        gradients = mx.grad(loss)({i: (mx.zeros_like(pair[0]), mx.zeros_like(pair[1])) for i, pair in held.items()})
+    found: dict[str, tuple[range, list[mx.array]]] = {}
+    for number, group in enumerate(spec.groups):
+        rows = group.rows(len(context))
+        counted = _counted_tokens(len(context), rows)
+        part = slice(counted.start - len(context) + rows, counted.stop - len(context) + rows)
+        pairs = [gradients[index] for index in group.indices]
+        if group.latent:
+            pairs = [(mx.concatenate(pair, axis=-1), pair[1][..., :0]) for pair in pairs]
+        for i, name in enumerate(STREAMS):
+            layers = [pair[i][0, :, part].astype(mx.float32) for pair in pairs]
+            found[stream_key(number, name)] = counted, layers
+    mx.eval([layers for _, layers in found.values()])
+    return found
 
 
-def _perturb(pair: tuple[mx.array, mx.array], error: tuple[mx.array, mx.array], slots: Layer) -> Pairs:
+@contextmanager
+def _differentiable(model: Any) -> Iterator[None]:
+    """Set the modules to training, in which mlx-lm's models leave kernels without gradients out; dropout stays off."""
+    changed = [part for part in model.modules() if not part.training and "Dropout" not in type(part).__name__]
+    for part in changed:
+        part._training = True
+    try:
+        yield
+    finally:
+        for part in changed:
+            part._training = False
+
+
+def _described(cache: Sequence[Any], spec: CacheSpec) -> list[tuple[int, Any]]:
+    """Return the entries that keep keys and values, with their indices."""
+    return [(i, entry) for i, entry in enumerate(stock.entries(cache)) if spec.layers[i] is not None]
+
+
+def _tokens_of(entry: Any) -> Pair:
+    """Return the keys and values of an entry, in the order of the text."""
+    keys, values, *_ = stock.window_tokens(entry) if isinstance(entry, RotatingKVCache) else entry.keys_and_values()
+    return keys, values
+
+
+def _perturb(pair: Pair, error: Pair, layer: Layer | None, tokens: int) -> Pair:
     """Return a layer's keys and values plus their error, which is given before rotation."""
-    return [array + (slot.rope.rotate(e) if slot.rope else e) for array, e, slot in zip(pair, error, slots)]  # type: ignore[misc]
+    start = tokens - pair[0].shape[2]
+    keys, values = (
+        array + (slot.rope.rotate(e, start) if slot.rope else e)
+        for array, e, slot in zip(pair, error, layer)  # type: ignore[arg-type]
+    )
+    return keys, values
 
 
-def _rebuild_cache(model: Any, spec: CacheSpec, cache: list[Any], pairs: Sequence[Any]) -> list[Any]:
-    """Return a new prompt cache that holds these pairs, and copies of the other layers of `cache`, whatever they keep."""
+def _rebuild_cache(model: Any, spec: CacheSpec, cache: Sequence[Any], pairs: Mapping[int, Pair]) -> list[Any]:
+    """Return a new prompt cache that holds these pairs, and copies of the other entries of `cache`, whatever they keep."""
     fresh = make_prompt_cache(model)
-    for layer, entry in enumerate(cache):
-        if layer not in spec.attention_layers:
-            fresh[layer] = copy.deepcopy(entry)
-    for layer, pair in zip(spec.attention_layers, pairs):
-        fresh[layer].update_and_fetch(*pair)
-    return fresh
+    entries, before = stock.entries(fresh), stock.entries(cache)
+    for index, pair in pairs.items():
+        if isinstance(entries[index], RotatingKVCache):
+            stock.fill_window(entries[index], *pair, before[index].offset, pair[0].shape[2])
+        else:
+            entries[index].update_and_fetch(*pair)
+    others = {i: copy.deepcopy(entry) for i, entry in enumerate(before) if spec.layers[i] is None}
+    return stock.with_entries(fresh, others)

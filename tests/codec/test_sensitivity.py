@@ -8,16 +8,22 @@ import numpy as np
 import pytest
 from conftest import DIFFERENT, tiny_model, tiny_tokens
 from mlx_lm.models.cache import make_prompt_cache
+from zoo.build import build
+from zoo.build import tokens as tokens_of
 
 from mlxkv import lm, read_dump, write_dump
+from mlxkv.dump import stream_key
 from mlxkv.errors import FormatError, InputError, MismatchError
 from mlxkv.models import cache_spec
 from mlxkv.sensitivity import (
     CONTEXT_TOKENS,
     PREDICTED_TOKENS,
     _counted_tokens,
+    _described,
+    _perturb,
     _rebuild_cache,
     _stretches,
+    _tokens_of,
     sensitivity,
 )
 from mlxkv.spec import STREAMS
@@ -145,17 +151,67 @@ def test_energies_lie_at_the_tokens_of_the_text_though_stretches_were_given_a_st
 
 
 @pytest.mark.parametrize("length", [20, 60])
-def test_a_rebuilt_cache_predicts_as_the_one_it_was_made_of_whatever_its_layers_are(length):
-    layers = ["sliding_attention", "full_attention"]
-    for model in (tiny_model("llama", layer_types=layers, sliding_window=16), tiny_model("lfm2")):
-        cache, following = make_prompt_cache(model), mx.array([tiny_tokens(12, seed=3)])
-        lm.prefill(model, tiny_tokens(length), cache)
-        spec = cache_spec(model)
-        pairs = [cache[layer].keys_and_values() for layer in spec.attention_layers]
-        rebuilt = [model(following, cache=_rebuild_cache(model, spec, cache, pairs)) for _ in range(2)]
-        exact = model(following, cache=cache)
-        for found in rebuilt:
-            np.testing.assert_allclose(np.array(found), np.array(exact), atol=1e-4)
+@pytest.mark.parametrize("name", ["gemma3_text", "lfm2", "deepseek_v32", "llama4", "gpt_oss"])
+def test_a_rebuilt_cache_predicts_as_the_one_it_was_made_of_whatever_its_layers_are(name, length):
+    model, ids = build(name), tokens_of(name, length + 12)
+    cache, following, spec = make_prompt_cache(model), mx.array([ids[length:]]), cache_spec(model)
+    lm.prefill(model, ids[:length], cache)
+    pairs = {index: _tokens_of(entry) for index, entry in _described(cache, spec)}
+    rebuilt = [model(following, cache=_rebuild_cache(model, spec, cache, pairs)) for _ in range(2)]
+    exact = model(following, cache=cache)
+    for found in rebuilt:
+        np.testing.assert_allclose(np.array(found), np.array(exact), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma3_text", "deepseek_v32", "llama4", "gpt_oss", "qwen3_next", "gemma4", "minimax_m3_vl"]
+)
+def test_every_group_of_layers_has_a_sensitivity(name):
+    model, ids = build(name), tokens_of(name, 60)
+    found, spec = sensitivity(model, ids), cache_spec(model)
+    for number, group in enumerate(spec.groups):
+        for name_of in STREAMS:
+            key, stream = stream_key(number, name_of), group.stream(name_of)
+            assert found[key].shape == (stream.layers, stream.heads, stream.dim, stream.dim)
+            assert np.isfinite(found[key]).all()
+            assert stream.width == 0 or np.trace(found[key], axis1=2, axis2=3).max() > 0
+    dumped = lm.dump(model, ids)
+    dumped.sensitivity = found
+    dumped.__post_init__()
+
+
+def test_of_a_window_the_oldest_three_quarters_count():
+    model, ids = build("gemma3_text"), tokens_of("gemma3_text", 63)
+    energy = sensitivity(model, ids)["1.k.energy"].sum(axis=(0, 1))
+    context = 63 * CONTEXT_TOKENS // (CONTEXT_TOKENS + PREDICTED_TOKENS)
+    # What follows sees 11 tokens and itself: the oldest one is held, and changes nothing.
+    assert list(np.flatnonzero(energy)) == list(range(context - 11, context - 3))
+
+
+def test_the_sensitivity_of_a_window_is_the_gradient_of_its_unrotated_keys():
+    model, ids = build("gemma3_text"), tokens_of("gemma3_text", 40)
+    spec, cache = cache_spec(model), make_prompt_cache(model)
+    lm.prefill(model, ids[:30], cache)
+    pairs = {index: _tokens_of(entry) for index, entry in _described(cache, spec)}
+    layer, following = spec.window_layers[0], mx.array([ids[30:]])
+    row, error = 5, 1e-2 * mx.random.normal((1, 2, 12, 16), key=mx.random.key(0))
+    moved = {**pairs, layer: _perturb(pairs[layer], (error, mx.zeros_like(error)), spec.layers[layer], 30)}
+    rope = spec.layers[layer].keys.rope
+    back = rope.unrotate(moved[layer][0], 18) - rope.unrotate(pairs[layer][0], 18)
+    np.testing.assert_allclose(np.array(back[:, :, row]), np.array(error[:, :, row]), atol=1e-5)
+    changed = [model(following, cache=_rebuild_cache(model, spec, cache, each)) for each in (pairs, moved)]
+    assert not mx.allclose(*changed, atol=1e-6)
+
+
+def test_models_are_in_evaluation_again_and_leave_kernels_out_only_meanwhile(monkeypatch):
+    model, seen = build("qwen3_next"), []
+    call = type(model).__call__
+    monkeypatch.setattr(
+        type(model), "__call__", lambda self, *a, **k: seen.append(self.training) or call(self, *a, **k)
+    )
+    sensitivity(model, tokens_of("qwen3_next", 20))
+    assert True in seen
+    assert not any(part.training for part in model.modules())
 
 
 def test_too_short_a_text_is_refused(tiny):
