@@ -71,6 +71,7 @@ def dump_command(
         "k_shape": taken.k.shape,
         "v_shape": taken.v.shape,
         "layers": list(taken.spec.attention_layers),
+        "window_layers": list(taken.spec.window_layers) or None,
         "tokens": taken.length,
         "dtype": str(taken.k.dtype),
         "dtype_note": _why(str(taken.k.dtype), taken.dtype, dtype),

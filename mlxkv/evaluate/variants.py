@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import operator
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from mlxkv import lm
+from mlxkv import lm, stock
 from mlxkv.codec.session import CacheCodec
 from mlxkv.codec.summary import summary
 from mlxkv.dump import KVDump
@@ -29,7 +29,7 @@ from mlxkv.live import live_config
 from mlxkv.live.base import LayerCache
 from mlxkv.live.seam import make_cache
 from mlxkv.models import cache_spec
-from mlxkv.spec import STREAMS, Slot
+from mlxkv.spec import STREAMS, Layer
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def codec_variant(codec: CacheCodec, name: str, dtype: str = "auto") -> Variant:
         clock = [time.perf_counter()]
         blob = codec.compress_dump(dump)
         clock.append(time.perf_counter())
-        decoded = codec.decompress_dump(blob, limit=dump.k.nbytes + dump.v.nbytes)
+        decoded = codec.decompress_dump(blob, limit=2 * dump.fp16_bytes)
         clock.append(time.perf_counter())
         with Reader(blob) as reader:
             layout = summary(reader)
@@ -262,20 +262,21 @@ def cache_sizes(model: Any, cache: Sequence[Any]) -> dict[str, Any]:
         an element, where windows hold what they hold now; and `ratio`, the latter over the former.
     """
     spec = cache_spec(model)
-    fp16_bytes = sum(2 * _elements(entry, layer or ()) for entry, layer in zip(cache, spec.layers))
-    cache_bytes = sum(entry.nbytes for entry in cache)
+    entries = stock.entries(cache)
+    fp16_bytes = sum(2 * _elements(entry, layer) for entry, layer in zip(entries, spec.layers) if entry is not None)
+    cache_bytes = sum(entry.nbytes for entry in entries if entry is not None)
     return {
-        "tokens": cache[spec.attention_layers[0]].offset,
+        "tokens": entries[spec.groups[0].indices[0]].offset,
         "fp16_bytes": fp16_bytes,
         "cache_bytes": cache_bytes,
         "ratio": fp16_bytes / cache_bytes,
     }
 
 
-def _elements(entry: Any, slots: Iterable[Slot]) -> int:
+def _elements(entry: Any, layer: Layer | None) -> int:
     """Return the elements that mlx-lm keeps in the place of an entry, of those tokens that it has seen."""
-    if isinstance(entry, LayerCache | KVCache):
-        return sum(entry.offset * slot.heads * slot.dim for slot in slots)
+    if layer is not None and isinstance(entry, LayerCache | KVCache):
+        return sum(layer.rows(entry.offset) * slot.heads * slot.dim for slot in layer)
     rows = getattr(entry, "offset", None)
     leaves = cast(list[tuple[str, Any]], tree_flatten(entry.state))
     arrays = [array for _, array in leaves if isinstance(array, mx.array)]
@@ -284,12 +285,12 @@ def _elements(entry: Any, slots: Iterable[Slot]) -> int:
 
 
 def coding_errors(layout: Mapping[str, Any], original: KVDump, decoded: KVDump) -> dict[str, Any]:
-    """Measure the error of coded tokens, those between sinks and recent tokens.
+    """Measure the error of coded tokens of the main group of layers, those between sinks and recent tokens.
 
     Parameters
     ----------
     layout
-        A container's `summary`, or a mapping with its numbers `sinks`, `recent` and `tokens`.
+        A container's `summary`, or a mapping with its numbers `sinks` and `recent`.
     original, decoded
         A dump before and after coding.
 
@@ -299,7 +300,7 @@ def coding_errors(layout: Mapping[str, Any], original: KVDump, decoded: KVDump) 
         `k_relative_error` and `v_relative_error` over all layers, and `k_layer_mse` and `v_layer_mse`, a list with a
         number for each layer.
     """
-    middle = slice(layout["sinks"], max(layout["sinks"], layout["tokens"] - layout["recent"]))
+    middle = slice(layout["sinks"], max(layout["sinks"], original.k.shape[3] - layout["recent"]))
     pairs = {name: (original.stream(name)[..., middle, :], decoded.stream(name)[..., middle, :]) for name in STREAMS}
     return {
         **{f"{name}_relative_error": metrics.relative_error(*pair) for name, pair in pairs.items()},

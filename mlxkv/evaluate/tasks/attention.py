@@ -11,7 +11,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlxkv import stock
 from mlxkv.config import Config
+from mlxkv.errors import UnsupportedError
 from mlxkv.evaluate import texts
 from mlxkv.evaluate.evaluation import EvalSample, Evaluation, Record, evaluations, option
 from mlxkv.evaluate.optional import import_optional
@@ -72,12 +74,12 @@ def _measure(
     context_tokens: int, tokens: Sequence[int], model: Any, tokenizer: Any, variants: Sequence[Variant]
 ) -> list[Record]:
     """Return a record for each variant."""
-    layers = cache_spec(model).attention_layers
+    layers = _recorded_layers(model)
     exact: list[Entries] = []
     reference: list[np.ndarray] = []
     records = []
     for variant, cached in iter_variants(model, variants, tokens[:context_tokens]):
-        entries = [stored_entries(cached.cache[layer]) for layer in layers]
+        entries = [stored_entries(stock.entries(cached.cache)[layer]) for layer in layers]
         exact = exact or entries
         shares = [entry_shares(*pair) for pair in zip(entries, exact)]
         weights = attention_weights(model, cached.cache, entries, tokens[context_tokens:])
@@ -199,7 +201,7 @@ def attention_weights(
     cache
         A prompt cache; the chunk is in it afterwards.
     entries
-        Entries of the cache, by attention layer.
+        Entries of the cache, by layer: those that keep all tokens and are attended to by mlx-lm's attention function alone.
     tokens
         The `L` tokens of the chunk.
 
@@ -210,12 +212,20 @@ def attention_weights(
         of 1.
     """
     attach(model)
-    recorders = list(cache)
-    layers = cache_spec(model).attention_layers
-    for layer, stored in zip(layers, entries):
-        recorders[layer] = _AttentionRecorder(cache[layer], stored)
-    mx.eval(model(mx.array([list(tokens)]), cache=recorders), [recorders[layer].weights for layer in layers])
-    return [np.array(recorders[layer].weights) for layer in layers]
+    held = stock.entries(cache)
+    recorders = {layer: _AttentionRecorder(held[layer], part) for layer, part in zip(_recorded_layers(model), entries)}
+    output = model(mx.array([list(tokens)]), cache=stock.with_entries(cache, recorders))
+    mx.eval(output, [recorder.weights for recorder in recorders.values()])
+    return [np.array(recorder.weights) for recorder in recorders.values()]
+
+
+def _recorded_layers(model: Any) -> list[int]:
+    """Return the layers whose attention to all tokens can be recorded."""
+    spec = cache_spec(model)
+    found = [i for i, layer in enumerate(spec.layers) if layer and layer.window is None and layer.use == "seam"]
+    if not found:
+        raise UnsupportedError(f"no layer of this {spec.model_type} model has attention that can be recorded")
+    return found
 
 
 class _AttentionRecorder:
@@ -228,7 +238,15 @@ class _AttentionRecorder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cache, name)
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Any = None) -> mx.array:
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: Any = None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
         """Record the attention, and return what the cache itself attends to."""
         everything = keys.astype(mx.float32)
         n, (Hq, L, D) = self.entries.keys.shape[1], queries.shape[1:]
@@ -242,10 +260,14 @@ class _AttentionRecorder:
         visible = causal_mask(L, n + L) if isinstance(mask, str) else mask
         if visible is not None:
             scores = mx.where(visible, scores, -mx.inf) if visible.dtype == mx.bool_ else scores + visible
-        self.weights = mx.softmax(scores, axis=-1).reshape(Hq, L, n + L)
+        scores = scores.reshape(Hq, L, n + L)
+        if sinks is not None:  # a part of the attention goes to no token
+            nothing = mx.broadcast_to(sinks.astype(mx.float32)[:, None, None], (Hq, L, 1))
+            scores = mx.concatenate([scores, nothing], axis=-1)
+        self.weights = mx.softmax(scores, axis=-1)[..., : n + L]
         if isinstance(self.cache, LayerCache):
-            return self.cache.attend(queries, keys, values, scale, mask)
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+            return self.cache.attend(queries, keys, values, scale, mask, sinks)
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
 
 def to_token_attention(weights: np.ndarray, shares: np.ndarray) -> np.ndarray:
