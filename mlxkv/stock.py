@@ -117,7 +117,8 @@ def state_parts(entry: Any) -> dict[str, Any]:
     Returns
     -------
     dict
-        By their place in the state; for an `ArraysCache` by their place among its arrays.
+        By their place in the state; for an `ArraysCache` by their place among its arrays. The number 0 stands for values
+        that are all 0.
 
     Raises
     ------
@@ -125,8 +126,11 @@ def state_parts(entry: Any) -> dict[str, Any]:
         For a class that is not listed here.
     """
     state = used_state(type(entry).__name__, entry.state, entry)
-    parts = state[0] if isinstance(entry, ArraysCache) else state
-    return {str(i): part for i, part in enumerate(parts) if part is not None}
+    found = state[0] if isinstance(entry, ArraysCache) else state
+    parts = {str(i): part for i, part in enumerate(found) if part is not None}
+    if isinstance(entry, KVCache) and "1" in parts and not mx.any(parts["1"]).item():
+        parts["1"] = 0  # an indexer has no values: models give its cache keys or zeros in their place
+    return parts
 
 
 def set_state_parts(entry: Any, parts: Mapping[str, Any], example: Any) -> None:
@@ -151,6 +155,8 @@ def set_state_parts(entry: Any, parts: Mapping[str, Any], example: Any) -> None:
     if set(parts) - {str(i) for i in range(count)}:
         raise FormatError(f"there are parts {str(sorted(parts))[:80]} of a state, which should have {count}")
     filled = [parts.get(str(i)) for i in range(count)]
+    if isinstance(entry, KVCache) and is_int(filled[1]) and isinstance(filled[0], mx.array):
+        filled[1] = mx.zeros((*filled[0].shape[:3], example.values.shape[3]), filled[0].dtype)
     state = (filled, None, None) if arrays else tuple(filled)
     restore(entry, used_state(type(entry).__name__, state, example))
 

@@ -95,3 +95,4 @@ def test_an_indexers_keys_are_states_and_come_back_exactly():
     taken = lm.dump(build("deepseek_v32"), tokens("deepseek_v32", 9))
     assert {key.split(".")[0] for key in taken.states} == {"1", "3", "5"}
     assert taken.states["1.0"].shape[2] == 9
+    assert taken.states["1.1"].size == 1, "the zeros in the place of its values take no room"
