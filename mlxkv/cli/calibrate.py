@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,30 +66,32 @@ def calibrate_command(
     checked = model_preset(preset) if preset else None
     check_out_folder(out)
     check_artifacts_folder(out, overwrite)
-    if checked and files:
-        checked.check(read_dump(files[0]).spec)  # calibrate() holds the other files against the first
+    spec = read_dump(files[0]).spec if files else None  # calibrate() holds the other files against the first
+    if checked and spec:
+        checked.check(spec)
     kept = (out / "meta.json").exists()
     promise(f"the artifacts in {out} are as they were" if kept else f"no artifacts were written to {out}")
-    with steps("calibrating", 3 * len(files) + 5) as start:
+    with steps("calibrating", (3 * len(files) + 5) * len(spec.groups if spec else ())) as start:
         artifacts = calibrate(files, config, start)
     artifacts.save(out, overwrite)
     meta = artifacts.meta
+    facts: dict[str, Any] = {"folder": str(out), "method": artifacts.method_name, "artifact_bytes": artifacts.nbytes}
+    facts |= _measured(meta)
+    for group, found in enumerate(meta.get("groups", []), start=1):
+        facts |= {f"{group}.{key}": value for key, value in _measured(found).items()}
+    facts |= {**artifacts.explain(), "fingerprint": artifacts.fingerprint}
+    warning = calibration_warning(meta)
+    print_record(facts | ({"warning": warning} if warning else {}), json)
+
+
+def _measured(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what calibration counted and measured of a group of layers, for printing."""
     errors = {
         f"{name}_{kind}": error
         for kind in ("held_out_error", "trained_error")
         for name, error in meta.get(kind, {}).items()
     }
-    counts = {key: meta[key] for key in _COUNTS if key in meta}
-    facts = {
-        "folder": str(out),
-        "method": artifacts.method_name,
-        "artifact_bytes": artifacts.nbytes,
-        **counts,
-        **errors,
-    }
-    facts |= {**artifacts.explain(), "fingerprint": artifacts.fingerprint}
-    warning = calibration_warning(meta)
-    print_record(facts | ({"warning": warning} if warning else {}), json)
+    return {key: meta[key] for key in _COUNTS if key in meta} | errors
 
 
 def _with_given(config: CodecConfig, given: dict[str, Any]) -> CodecConfig:

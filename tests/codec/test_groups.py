@@ -140,9 +140,9 @@ def test_a_part_has_windows_and_states_only_where_it_ends_with_the_last_token(le
         write_dump(tmp_path / "part.npz", part)
         assert read_dump(tmp_path / "part.npz").held_groups == part.held_groups
         if len(part.held_groups) < len(spec.groups):
-            with pytest.raises(InputError, match="part of a cache|starts at token"):
+            with pytest.raises(InputError, match=r"part of a cache|starts at token"):
                 codec.compress_dump(part)
-            with pytest.raises(InputError, match="part of a cache|starts at token"):
+            with pytest.raises(InputError, match=r"part of a cache|starts at token"):
                 Samples([tmp_path / "part.npz"], 0).read(tmp_path / "part.npz")
 
 
@@ -266,9 +266,12 @@ def test_layers_without_a_dump_are_of_one_shape(learnt):
 
 
 def test_the_commands_tell_of_all_groups(learnt, tmp_path, says):
-    learnt("kvtc-rd", "window").save(tmp_path / "artifacts")
     dump = grouped_dump(GROUPED["window"], 90, seed=9)
     write_dump(tmp_path / "a.npz", dump)
+    told = says("calibrate", "--npz", tmp_path / "a.npz", "--compression-ratio", "4", "--out", tmp_path / "b")
+    assert (told["calibration_tokens"], told["1.calibration_tokens"]) == (86, 40)
+    assert told["1.k_held_out_error"] > 0 < told["k_held_out_error"]
+    learnt("kvtc-rd", "window").save(tmp_path / "artifacts")
     words = ("--artifacts", tmp_path / "artifacts")
     made = says("compress", "--npz", tmp_path / "a.npz", *words, "--out", tmp_path / "a.mlxkv")
     assert [group["tokens"] for group in made["groups"]] == [90, 40]
