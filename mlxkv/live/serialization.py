@@ -61,7 +61,7 @@ def save_cache(path: str | Path, model: Any, caches: Sequence[CacheEntry]) -> No
         raise InputError("none of these caches is a live one: mlxkv.make_cache makes them")
     check_consistent(caches)
     _check_model(model, caches)
-    examples = _examples(model, caches)
+    examples = _examples(model, caches, [entry.offset for entry in caches if isinstance(entry, LayerCache)])
     methods: dict[Method, int] = {}
     arrays: list[mx.array] = []
     layers: list[list[Any]] = []
@@ -139,7 +139,7 @@ def _read_caches(reader: Reader, model: Any) -> list[CacheEntry]:
     methods, rows = _read_methods(reader), _read_rows(reader, model)
     assembled = assemble_cache(model, {i: methods[row[0]] for i, row in enumerate(rows) if is_int(row[0])})
     caches = stock.entries(assembled)
-    examples = _examples(model, caches)
+    examples = _examples(model, caches, [offset for _, offset, _ in rows])
     arrays = {i: read_array(reader, str(i), *row) for i, row in enumerate(reader.header["arrays"])}
     if len(reader.sections) != len(arrays):
         raise FormatError(f"there are {len(reader.sections)} sections for {len(arrays)} arrays")
@@ -201,10 +201,11 @@ def _restore(entry: LayerCache, offset: Any, state: Any) -> None:
     entry.check_state()
 
 
-def _examples(model: Any, caches: Sequence[Any]) -> list[Any]:
-    """Return mlx-lm's own prompt cache to compare states with; nothing where no layer has one."""
+def _examples(model: Any, caches: Sequence[Any], offsets: Sequence[Any]) -> list[Any]:
+    """Return mlx-lm's own prompt cache after as many tokens, to compare states with; nothing where no layer has one."""
     live = all(isinstance(entry, LayerCache) for entry in caches)
-    return [] if live else stock.entries(stock.example_caches(model))
+    seen = max((offset for offset in offsets if is_int(offset, 1)), default=1)
+    return [] if live else stock.entries(stock.example_caches(model, seen))
 
 
 def _check_model(model: Any, caches: Sequence[Any]) -> None:
