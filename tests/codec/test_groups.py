@@ -245,6 +245,8 @@ def test_attention_is_predicted_from_the_keys_that_a_window_still_holds(tmp_path
         found = samples.sensitivity()
         assert len(found.held) == 221
         assert found.held.sum() == len(found.keys) == (125 if held else 0)
+        rows = Samples([folder / "grouped0.npz"], 0).of_group(1).rows("k")
+        assert np.array_equal(found.keys, rows[: len(found.keys)])
 
 
 def test_layers_that_nothing_was_measured_of_are_weighed_like_the_main_group(tmp_path):
