@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import BatchRotatingKVCache, ChunkedKVCache, RotatingKVCache
+from mlx_lm.models.cache import BatchRotatingKVCache, ChunkedKVCache, KVCache, RotatingKVCache
 
 from mlxkv import stock
 from mlxkv.errors import MismatchError
@@ -152,6 +152,8 @@ def check_consistent(caches: Sequence[Any]) -> None:
 
 def _offset_of(entry: Any) -> int | None:
     """Return the tokens that an entry has seen, None where it does not count them (batches, convolutions)."""
+    if type(entry) is KVCache and entry.keys is None:
+        return None  # some models make caches for layers without attention, and never fill them
     found = getattr(entry, "offset", None)
     return found if isinstance(found, int) else None
 
