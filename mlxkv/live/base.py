@@ -332,6 +332,8 @@ class LayerCache(Rewinding, ABC):
     def _attend_small_chunk(self, call: AttentionCall, chunk: KeysValues) -> mx.array:
         """Take a chunk in token by token, as decoding its tokens would do."""
         kept = self.kept
+        if self.window is not None and isinstance(call.mask, mx.array):
+            call = self._within_window(call)  # whose columns are those of the tokens stored now
         outputs = [self._attention(call, chunk)[0]] if self.latent else []
 
         def attend(index: int, token: KeysValues) -> mx.array | None:
@@ -404,7 +406,9 @@ class LayerCache(Rewinding, ABC):
         """
         if window_size is not None:
             if self.kept != self._offset:
-                raise UnsupportedError(f"{self.method_name} gave tokens up, so that a window of {window_size} has no place")
+                raise UnsupportedError(
+                    f"{self.method_name} gave tokens up, so that a window of {window_size} has no place"
+                )
             return causal_mask(N, self._offset + N, window_size)
         if N == 1:
             return None
@@ -425,7 +429,9 @@ def _check_layer(kind: type[LayerCache], described: Layer, name: str) -> None:
             f"methods for it: {suited}",
         )
     if described.window is not None and not kind.takes_windows:
-        raise UnsupportedError(f"{name} has a sliding window, where {_name_of(kind)} does not work: keep mlx-lm's own cache")
+        raise UnsupportedError(
+            f"{name} has a sliding window, where {_name_of(kind)} does not work: keep mlx-lm's own cache"
+        )
 
 
 def _name_of(kind: type[LayerCache]) -> str:
