@@ -189,7 +189,7 @@ def newest_columns(mask: mx.array, tokens: int) -> mx.array:
     missing = tokens - mask.shape[-1]
     if missing <= 0 or mask.shape[-1] == 1:
         return mask if missing >= 0 else mask[..., -tokens:]
-    hidden = 0 if mask.dtype == mx.bool_ else max(MASKED, mx.finfo(mask.dtype).min)
+    hidden: bool | float = False if mask.dtype == mx.bool_ else max(MASKED, mx.finfo(mask.dtype).min)
     return mx.concatenate([mx.full((*mask.shape[:-1], missing), hidden, mask.dtype), mask], axis=-1)
 
 
