@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 from conftest import run
+from synthetic import toy_dump
 
 from mlxkv.cli import _work
+from mlxkv.dump import write_dump
 
 MISTAKES = {
     "InputError": (["inspect", "{tmp}/none"], 2),
@@ -128,7 +130,7 @@ def test_ctrl_c_leaves_the_artifacts_that_were_to_be_replaced(monkeypatch, tmp_p
 
     monkeypatch.setattr("mlxkv.codec.calibrate.calibrate", stopped)
     monkeypatch.setattr("mlxkv.codec.artifacts.check_artifacts_folder", lambda *_: None)
-    (tmp_path / "a.npz").write_bytes(b"PK\3\4")
+    write_dump(tmp_path / "a.npz", toy_dump(length=20))
     words = ["calibrate", "--npz", tmp_path / "a.npz", "--method", "kvtc-4", "--overwrite", "--out", tmp_path / "new"]
     assert run(*words) == 130
     assert f"no artifacts were written to {tmp_path / 'new'}" in capsys.readouterr().err
