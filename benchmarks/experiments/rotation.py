@@ -1,6 +1,6 @@
 """What sinks and a rotation do for int4 and kivi, each alone and together, beside the same without either.
 
-SmolLM2, and Gemma 3 270M where its packages are installed (`benchmarks/gemma.py`), read 1,024 tokens; then the next 128 are
+SmolLM2, and Gemma 3 270M where its packages are installed, read 1,024 tokens; then the next 128 are
 read at once through each cache, and KL is taken against the untouched cache. Gemma has caches of these methods on its
 3 global layers, and mlx-lm's own on the 15 local ones. All caches take the same keys and values in, in one run.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from statistics import fmean
 from typing import Any
 
@@ -16,10 +17,12 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from rich.progress import track
 
-from benchmarks import gemma, tables, texts
+from benchmarks import tables, texts
 from benchmarks.schema import MODEL, Outcome, Result
 from mlxkv import lm
+from mlxkv.bundled import gemma3
 from mlxkv.config import Config
+from mlxkv.errors import ModelNotFoundError
 from mlxkv.evaluate.tasks import fidelity
 from mlxkv.live import live_config
 from mlxkv.live.base import cache_class_of
@@ -46,20 +49,21 @@ def run(quick: bool) -> Outcome:
     model, tokenizer = lm.load(MODEL)
     found = {kind: tokenizer.encode(texts.OTHER_KINDS[kind]()) for kind in KINDS[: 1 if quick else None]}
     samples += measured(MODEL, model, cache_spec(model), found)
-    if gemma.installed() and not quick:
-        model, tokenizer = gemma.load()
-        spec = gemma_spec()
-        found = {kind: [gemma.BEGIN, *tokenizer.encode(texts.OTHER_KINDS[kind]()).ids] for kind in KINDS}
-        samples += measured("gemma-3-270m", model, spec, found)
+    if not quick:
+        with suppress(ModelNotFoundError):
+            model, tokenizer = lm.load(gemma3.NAME)
+            found = {kind: tokenizer.encode(texts.OTHER_KINDS[kind]()) for kind in KINDS}
+            samples += measured(gemma3.NAME, model, global_layers(model), found)
     settings = {name: dict(config.to_dict()) for name, config in variants().items()}
     config = {"context": CONTEXT, "predict": PREDICT, "texts": list(KINDS), "settings": settings}
     return Outcome(config, samples, summarise(samples))
 
 
-def gemma_spec() -> CacheSpec:
+def global_layers(model: Any) -> CacheSpec:
     """Describe the cache of Gemma's global layers; the others keep mlx-lm's own."""
     slots = kv_slots(1, 256, Rope(256, base=1e6))
-    return CacheSpec("gemma3_text", tuple(slots if i in gemma.GLOBAL_LAYERS else None for i in range(18)))
+    kept = make_prompt_cache(model)
+    return CacheSpec("gemma3_text", tuple(slots if type(entry) is KVCache else None for entry in kept))
 
 
 def variants() -> dict[str, Config]:
