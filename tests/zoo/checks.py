@@ -1,6 +1,7 @@
 """What is asked of each model: its cache dumped and restored, live caches, their files, and the codec."""
 
 import copy
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +21,12 @@ from mlxkv.models import cache_spec
 from mlxkv.sensitivity import sensitivity
 from zoo.build import tokens
 
-# A ring that was put in order adds its terms up in another order.
-SUMMATION_ORDER = 2e-5
 # Live caches pack blocks of 64 tokens: this many have three.
 PROMPT, AFTER = 200, 8
-# Tokens attended to with 8 bits per value: a random model's predictions are much more sensitive than a trained one's.
-NEAR = {"int8": 0.05}
+# Nats from the whole cache, at most. A random model is far more sensitive than a trained one: a router may take another
+# expert. An indexer that takes other tokens changes more.
+NEAR = {"int8": 0.03, "int4": 0.3, "smartkv": 0.3}
+NEAR_WHERE_TOKENS_ARE_CHOSEN = {"int8": 0.2, "int4": 1.0}
 METHODS: dict[str, dict[str, Any]] = {
     "int8": {},
     "int4": {},
@@ -106,9 +107,9 @@ def dumped_and_restored(name: str, model: Any) -> str:
             expected = run(model, copy.deepcopy(cache), text[length : length + 3], chunked=next_chunked)
             found = run(model, restore(model, dump), text[length : length + 3], chunked=next_chunked)
             worst = max(worst, gap(found, expected))
-    if worst > SUMMATION_ORDER:
+    if worst:
         raise WrongError(f"logits differ by {worst:.1e} of the largest")
-    return "within summation order" if worst else "identical"
+    return "identical"
 
 
 def live_full(name: str, model: Any) -> str:
@@ -131,17 +132,25 @@ def _lived(name: str, model: Any, cache: list) -> np.ndarray:
 def live_methods(name: str, model: Any) -> str:
     """Every method gives finite logits or refuses with a reason, and those with many bits are near."""
     expected = _lived(name, model, make_prompt_cache(model))
-    notes = []
+    chosen = any(layer is not None and layer.selects for layer in cache_spec(model).layers)
+    near = NEAR_WHERE_TOKENS_ARE_CHOSEN if chosen else NEAR
+    refusals: dict[str, list[str]] = {}
     for method, settings in METHODS.items():
         try:
-            cache = make_cache(model, method, **settings)
+            found = _lived(name, model, make_cache(model, method, **settings))
         except MlxkvError as error:
-            notes.append(f"{method} refuses: {str(error).splitlines()[0]}")
+            refusals.setdefault(_reason(error, method), []).append(method)
             continue
-        apart = divergence(_lived(name, model, cache), expected)
-        if not apart <= NEAR.get(method, 1e9):
+        apart = divergence(found, expected)
+        if not apart <= near.get(method, 1e9):
             raise WrongError(f"predictions with {method} are {apart:.3g} nats apart")
-    return "; ".join(notes)
+    return "; ".join(f"no {', '.join(methods)}: {reason}" for reason, methods in refusals.items())
+
+
+def _reason(error: MlxkvError, method: str) -> str:
+    """The cause of a refusal, without names that the table has anyway and without its consequence."""
+    text = re.sub(r" of this \S+ model", "", str(error).splitlines()[0])
+    return text.removeprefix(f"{method} ").partition(", so ")[0]
 
 
 def live_files(name: str, model: Any) -> str:

@@ -95,6 +95,7 @@ def test_the_page_counts_what_came_out_right_and_gives_every_reason():
     assert "**1 of 4 types restore exactly, 1 run live, 1 are coded to files.**" in text
     assert "| `a` | KVCache | identical | identical | yes |  |" in text
     assert "| `b` | ArraysCache | refused | refused | no | it has a ring \\| of its own |" in text
+    assert "- `b`: its caches are ArraysCache, and it has a ring \\| of its own." in text
     assert "- `c`: it needs Metal." in text
     assert [row.name for row in rows if row.wrong] == ["d"]
     assert [Row.from_json(row.to_json()) for row in rows] == rows
