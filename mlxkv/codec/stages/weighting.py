@@ -20,12 +20,14 @@ from mlxkv.spec import STREAMS
 # Regularisation of the Fisher information: the exact one generalises worse to other texts (docs/lab-notes.md).
 RIDGE = 0.5  # added to the matrix, in units of a head's mean eigenvalue
 POWER = 0.6  # exponent on the matrix: 1 would trust it, 0 would ignore it
-TEMPER = 0.5  # exponent on the predicted energy: 1 would trust the prediction
+TEMPER = 0.5  # exponent on the predicted energy from enough tokens: 1 would trust the prediction
+SLOPE_TOKENS = 12  # tokens for each number of the predictor that it takes to trust it half as much
 MAX_LOG_GAIN = 1.0  # gains lie within exp(-MAX_LOG_GAIN) .. exp(MAX_LOG_GAIN)
 # Largest numbers of artifacts from any source: with these, whatever else is in a file decodes to finite float32 rows.
 MAX_MEAN, MAX_INVERSE, MAX_SLOPE = 1e15, 1e12, 1e6
 # Settings of the regression that predicts attention.
 _PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1)  # on slopes, per token; the one that predicts held-out tokens best is taken
+_LEAST_SPREAD = 0.01  # of a dim of keys, in units of its head's root mean square
 _FEWEST_KEYS = 16  # with fewer tokens at hand no attention is predicted
 _FOLDS = 3  # of neighbouring tokens, each held out in turn
 _MIN_ENERGY = 1e-3  # added to energies, in units of a head's mean: keeps the logarithm bounded
@@ -132,7 +134,7 @@ def learn_attention_predictor(keys: np.ndarray, energy: np.ndarray, shrink: bool
 
     For each head, the energy of a token (the squared norm of the loss gradient with respect to its cached keys and values,
     divided by the head's mean, so without unit) is modelled as `exp(slopes . key + bias)`. Slopes and bias are then multiplied
-    by TEMPER / 2: half, since a gain multiplies values and energy is quadratic; TEMPER, to trust the prediction only in part.
+    by half the `trust`: half, since a gain multiplies values and energy is quadratic.
 
     Parameters
     ----------
@@ -155,7 +157,9 @@ def learn_attention_predictor(keys: np.ndarray, energy: np.ndarray, shrink: bool
     Nelder, Generalized Linear Models, chapter 8). The penalty is chosen by cross-validation; slopes of a head whose held-out
     tokens are not predicted better than by their mean are zero.
     """
-    mean, spread = keys.mean(axis=0), keys.std(axis=0) + 1e-6
+    mean, spread = keys.mean(axis=0), keys.std(axis=0)
+    # A dim that hardly varies would be magnified, and with it the error of decoded keys, which is many times larger.
+    spread = np.maximum(spread, _LEAST_SPREAD * np.sqrt(np.square(spread).mean(axis=1, keepdims=True)) + 1e-6)
     x = np.concatenate([(keys - mean) / spread, np.ones((*keys.shape[:2], 1), np.float32)], axis=-1).swapaxes(0, 1)
     y = energy.T + np.float32(_MIN_ENERGY)
     penalty, kept = _cross_validate(x, y) if shrink else (_PENALTIES[-1], np.ones(len(x), dtype=bool))
@@ -165,7 +169,31 @@ def learn_attention_predictor(keys: np.ndarray, energy: np.ndarray, shrink: bool
         coefficients[kept] = _fit(x[kept], y[kept], penalty, coefficients[kept], _NEWTON_ROUNDS)
     slopes = coefficients[:, :-1] / spread
     bias = coefficients[:, -1] - (slopes * mean).sum(axis=1)
-    return (TEMPER / 2 * np.concatenate([slopes, bias[:, None]], axis=1)).astype(np.float32)
+    temper = trust(*x.shape[1:]) if shrink else TEMPER
+    return (temper / 2 * np.concatenate([slopes, bias[:, None]], axis=1)).astype(np.float32)
+
+
+def trust(tokens: int, numbers: int) -> float:
+    """Return the exponent on predicted energies: predictions of few tokens hold for no other kind of text.
+
+    Parameters
+    ----------
+    tokens
+        Tokens that the predictor is learnt from.
+    numbers
+        Numbers in it for each head.
+
+    Returns
+    -------
+    float
+        0 to TEMPER.
+
+    Examples
+    --------
+    >>> trust(15_000, 65) > 0.45, trust(300, 257) < 0.05
+    (True, True)
+    """
+    return TEMPER * tokens / (tokens + SLOPE_TOKENS * numbers)
 
 
 def _fit(x: np.ndarray, y: np.ndarray, penalty: float, first: np.ndarray, rounds: int) -> np.ndarray:
