@@ -193,6 +193,7 @@ def _name(name: str) -> str:
 
 def _weight(tensor: Any) -> mx.array:
     """Return a tensor in bfloat16, dequantized some rows at a time."""
+    # Not float16, in which a GPU would compute then: what layers add up to goes beyond 100,000.
     from gguf.quants import dequantize
 
     rows = max(1, _CHUNK // int(tensor.shape[0]))  # a GGUF shape begins with the length of rows
