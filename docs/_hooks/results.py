@@ -4,7 +4,7 @@ A marker on a line of its own becomes a table of rows of benchmarks/results/live
 
     {{ result live_methods h2o random }}
 
-and within a line one number of a summary is `{{ value rate_distortion long/kvtc-rd/at=38/cache_bytes MB }}`.
+with _gemma after the name the same of the result on Gemma, and within a line one number of a summary is `{{ value rate_distortion long/kvtc-rd/at=38/cache_bytes MB }}`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
 RESULTS = "benchmarks/results"
-MODEL = "smollm2-135m"
+MODELS = {"smollm2-135m": "SmolLM2-135M", "gemma3-270m": "Gemma 3 270M"}  # as captions name them
+MODEL, OTHER = next(iter(MODELS)), "_gemma"
 TABLE_MARKER = re.compile(r"^\{\{ result (\S+)(.*?) \}\}$", re.MULTILINE)
 VALUE_MARKER = re.compile(r"\{\{ value (\S+) (\S+) (\S+) \}\}")
 
@@ -110,19 +111,19 @@ RATE_COLUMNS = (("bytes at equal KL", "bd_rate", "change"), ("from", "low", "cha
 TABLES = {
     "live_methods": ResultTable(
         lambda s: sorted(
-            ({"label": row["variant"], **row} for row in s["fidelity"] if row["model"] == MODEL),
+            ({"label": row["variant"], **row} for row in s["fidelity"] if row["model"] in MODELS),
             key=lambda row: -row["share_of_fp16"],
         ),
         (("bytes", "share_of_fp16", "percent"), ("KL", "kl", "number"), ("top-1", "top1_agreement", "percent"),
          ("perplexity", "perplexity_delta", "signed")),
-        "SmolLM2-135M after {context:,} tokens of {texts} held-out texts; the next {predict} are read through each cache. Bytes are those "
+        "{who} after {context:,} tokens of {texts} held-out texts; the next {predict} are read through each cache. Bytes are those "
         "held, as a share of float16's; KL is in nats, top-1 the agreement with the untouched cache, perplexity the change.",
     ),
     "kv_bits": ResultTable(
         _by_variant,
         (("bytes", "share_of_fp16", "percent"), ("KL", "kl", "number"), ("top-1", "top1_agreement", "percent"),
          ("perplexity", "perplexity_delta", "signed")),
-        "SmolLM2-135M after {context:,} tokens of {texts} held-out texts; the next {predict} are read through each cache.",
+        "{who} after {context:,} tokens of {texts} held-out texts; the next {predict} are read through each cache.",
     ),
     **{
         name: ResultTable(
@@ -136,14 +137,14 @@ TABLES = {
     },
     "rate_distortion": ResultTable(
         lambda s: _points(s["long"]), POINT_COLUMNS,
-        "Whole files of {tokens:,.0f} tokens of SmolLM2-135M. \"At\" is the ratio that `kvtc` was calibrated for, or the quality "
+        "Whole files of {tokens:,.0f} tokens of {who}. \"At\" is the ratio that `kvtc` was calibrated for, or the quality "
         "of `kvtc-rd`. The artifacts are shared by all files of a model.", "method",
     ),
     "rate_points": ResultTable(
         lambda s: _points(s["points"]),
         (("at", "at", "count"), ("coded tokens", "ratio_middle", "times"), ("KL", "kl", "number"),
          ("top-1", "top1_agreement", "percent"), ("perplexity", "perplexity_delta", "signed")),
-        "SmolLM2-135M, {held} tokens of {texts} held-out texts, of kinds that calibration has not seen. The ratio is that of the "
+        "{who}, {held} tokens of {texts} held-out texts, of kinds that calibration has not seen. The ratio is that of the "
         "coded tokens alone, without sinks and window.", "method",
     ),
     "rate_window": ResultTable(
@@ -179,18 +180,18 @@ TABLES = {
     "profiling": ResultTable(
         _by_variant, (("bytes held", "cache_bytes", "MB"), ("prefill speed", "prefill_relative", "two"),
                       ("decoding speed", "decode_relative", "two")),
-        "SmolLM2-135M on a CPU, where the `whole` cache is float32. Speeds are relative to it; below 1 is slower.",
+        "{who} on a CPU, where the `whole` cache is float32. Speeds are relative to it; below 1 is slower.",
     ),
     "codec_speed": ResultTable(
         lambda s: [{"label": row["step"], **row} for row in s],
         (("median", "median_seconds", "seconds"), ("faster than prefill", "times_faster_than_prefill", "times")),
-        "{tokens:,} tokens of SmolLM2-135M, medians of {rounds} rounds.", "step",
+        "{tokens:,} tokens of {who}, medians of {rounds} rounds.", "step",
     ),
     "compression_sweep": ResultTable(
         lambda s: [{"label": row["method"], **row} for row in s["rows"]],
         (("ratio", "ratio", "count"), ("bytes", "share_of_fp16", "percent"), ("KL", "kl_geometric", "number"),
          ("perplexity, times", "perplexity_growth", "two"), ("whole keys", "found", "percent")),
-        "SmolLM2-135M after {context:,} tokens of {texts} texts, and {keys} pass keys; KL is a geometric mean.",
+        "{who} after {context:,} tokens of {texts} texts, and {keys} pass keys; KL is a geometric mean.",
     ),
 }  # fmt: skip
 SOURCES = {"rate_points": "rate_distortion", "rotation_kivi": "rotation"}
@@ -198,7 +199,9 @@ SOURCES = {"rate_points": "rate_distortion", "rotation_kivi": "rotation"}
 
 def result_table(name: str, labels: Sequence[str], up: str) -> str:
     """Return a table of the rows with these labels, or of all; `h2o` also stands for h2o-96 and h2o-256."""
-    table, record = TABLES[name], read_result(SOURCES.get(name, name))
+    first = name.removesuffix(OTHER)
+    origin = SOURCES.get(first, first) + name[len(first) :]
+    table, record = TABLES[first], read_result(origin)
     rows = list(table.rows(record["summary"]))
     if labels:
         wanted = re.compile("|".join(f"(?:.*, )?{re.escape(label)}(?:-[0-9.]+)?" for label in labels))
@@ -211,11 +214,12 @@ def result_table(name: str, labels: Sequence[str], up: str) -> str:
     ]  # fmt: skip
     lengths = record["config"].get("options", {}).get("lengths", ())
     renamed = {"context": record["config"].get("context_tokens"), "predict": record["config"].get("eval_tokens")}
-    facts = {**renamed, **record["config"], **rows[0], "lengths": ", ".join(f"{length:,}" for length in lengths)}
+    who = MODELS[record["config"].get("model", MODEL)]
+    facts = {"who": who, **renamed, **record["config"], **rows[0], "lengths": ", ".join(f"{length:,}" for length in lengths)}
     titles = [table.head, *(title for title, _, _ in table.columns)]
     lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *cells]
     shown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{shown}\n\n{table.caption.format(**facts)}\n\n{source(SOURCES.get(name, name), record, up)}"
+    return f"{shown}\n\n{table.caption.format(**facts)}\n\n{source(origin, record, up)}"
 
 
 @cache
