@@ -214,8 +214,8 @@ def result_table(name: str, labels: Sequence[str], up: str) -> str:
     ]  # fmt: skip
     lengths = record["config"].get("options", {}).get("lengths", ())
     renamed = {"context": record["config"].get("context_tokens"), "predict": record["config"].get("eval_tokens")}
-    who = MODELS[record["config"].get("model", MODEL)]
-    facts = {"who": who, **renamed, **record["config"], **rows[0], "lengths": ", ".join(f"{length:,}" for length in lengths)}
+    known = {"who": MODELS[record["config"].get("model", MODEL)], **renamed}
+    facts = {**known, **record["config"], **rows[0], "lengths": ", ".join(f"{length:,}" for length in lengths)}
     titles = [table.head, *(title for title, _, _ in table.columns)]
     lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *cells]
     shown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
