@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import ModuleType
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -17,10 +15,10 @@ from mlxkv.errors import InputError, PresetError, UnsupportedError, suggest
 from mlxkv.live.base import LayerCache, cache_class_of, live_methods
 from mlxkv.live.group import CacheGroup
 from mlxkv.models import cache_spec
+from mlxkv.models.probe import ATTENTION, LOCK, attention_modules
 from mlxkv.presets import method_preset, preset_names, presets_of
 
 _LISTING = "mlxkv presets --all"
-_ATTENTION = "scaled_dot_product_attention"
 
 
 class CacheEntry(Protocol):
@@ -228,10 +226,11 @@ def attach(model: Any) -> None:
     model
         A model that mlx-lm loaded.
     """
-    for module in _attention_modules(model):
-        original = getattr(module, _ATTENTION)
-        if not hasattr(original, "__wrapped__"):
-            setattr(module, _ATTENTION, _with_live_caches(original))
+    with LOCK:
+        for module in attention_modules(model):
+            original = getattr(module, ATTENTION)
+            if not hasattr(original, "__wrapped__"):
+                setattr(module, ATTENTION, _with_live_caches(original))
 
 
 def detach(model: Any) -> None:
@@ -244,14 +243,10 @@ def detach(model: Any) -> None:
     model
         A model that mlx-lm loaded.
     """
-    for module in _attention_modules(model):
-        setattr(module, _ATTENTION, getattr(getattr(module, _ATTENTION), "__wrapped__", getattr(module, _ATTENTION)))
-
-
-def _attention_modules(model: Any) -> Iterator[ModuleType]:
-    """Return the Python modules that define the model's parts and have imported mlx-lm's attention function by name."""
-    names = {kind.__module__ for part in model.modules() for kind in type(part).__mro__}
-    return (sys.modules[name] for name in sorted(names) if hasattr(sys.modules[name], _ATTENTION))
+    with LOCK:
+        for module in attention_modules(model):
+            attached = getattr(module, ATTENTION)
+            setattr(module, ATTENTION, getattr(attached, "__wrapped__", attached))
 
 
 def _with_live_caches(original: Callable[..., mx.array]) -> Callable[..., mx.array]:

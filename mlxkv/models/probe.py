@@ -19,7 +19,7 @@ from mlxkv import stock
 ATTENTION = "scaled_dot_product_attention"
 CHUNKS = (5, 1)  # tokens of the two passes: one of a prompt, one of decoding
 WATCHED = (KVCache, RotatingKVCache)
-_LOCK = threading.RLock()  # functions of modules are replaced meanwhile
+LOCK = threading.RLock()  # functions of modules are replaced meanwhile
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def run(model: Any) -> Probe:
         if type(entry) in WATCHED:
             watched[index] = _watched(entry, index, current)
     caches = stock.with_entries(caches, watched)
-    with _LOCK, _watched_functions(model, current):
+    with LOCK, _watched_functions(model, current):
         first = 1
         for count, current[0] in zip(CHUNKS, passes):
             model(mx.arange(first, first + count, dtype=mx.int32)[None], cache=caches)

@@ -177,6 +177,16 @@ def test_the_attention_of_tokens_leaves_out_what_sinks_take():
         np.testing.assert_allclose(attention_mass(queries, keys, 0.3, "causal", last, 2, sinks), expected, atol=1e-5)
 
 
+def test_methods_count_the_attention_that_sinks_leave():
+    queries, keys = mx.random.normal((1, 4, 21, 16)), mx.random.normal((1, 2, 21, 16))
+    sinks, cache = mx.array([0.5, 3.0, -2.0, 1.0]), lone_cache("h2o", TOY, heavy=30, recent=30)
+    for rows, mask in ((slice(0, 20), "causal"), (slice(20, 21), None)):
+        part = keys[:, :, rows]
+        cache.attend(queries[:, :, rows], *cache.update_and_fetch(part, part), 0.3, mask, sinks)
+    expected = attention_mass(queries, keys, 0.3, "causal", 21, 2, sinks)
+    np.testing.assert_allclose(cache.tokens.attention, expected, atol=1e-3)
+
+
 # Where live caches go
 
 
@@ -190,6 +200,9 @@ def test_the_prompt_cache_keeps_its_form_and_what_is_no_layers_stays(name):
         assert type(new) is (type(old) if layer is None else Int8Cache)
     kept = {type(entry) for entry, layer in zip(stock.entries(live), spec.layers) if layer is None}
     assert kept <= {KVCache, ChunkedKVCache}
+    first = next(entry for entry in stock.entries(live) if isinstance(entry, LayerCache))
+    beside = set(range(len(live[0].caches))) if isinstance(live[0], CacheList) else {first.layer}
+    assert first.group.beside == beside
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - set(KEEPING)))
@@ -243,14 +256,15 @@ def test_all_that_is_stored_is_fetched_and_the_chunk_exactly(method):
 
 @pytest.mark.parametrize("method", ["int8", "int4", "kivi"])
 def test_what_is_stored_where_the_model_fetches_is_what_is_stored_elsewhere(method):
-    cache, plain = fetching(method), lone_cache(method, TOY)
+    settings = {"recent": 0} if method == "kivi" else {}
+    cache, plain = fetching(method, **settings), lone_cache(method, TOY, **settings)
     for length in (61, 6, 1, 80):
         keys, values = (mx.random.normal((1, 2, length, 16), key=mx.random.key(cache.offset + i)) for i in range(2))
         cache.update_and_fetch(keys, values), feed(plain, keys, values)
         assert all(mx.array_equal(*pair) for pair in zip(cache.keys_and_values(), plain.keys_and_values()))
     keys = mx.random.normal((1, 2, 9, 16))
     for each in (cache, plain):
-        each.trim(60)
+        each.trim(25)  # to shortly before a block is full
         each.attend(keys, *each.update_and_fetch(keys, keys), 0.3, "causal")
         assert each.trim(5) == 5  # exactly, of a small chunk
     assert all(mx.array_equal(*pair) for pair in zip(cache.keys_and_values(), plain.keys_and_values()))
