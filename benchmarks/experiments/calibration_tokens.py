@@ -8,7 +8,6 @@ head is taken as it is found, and attention is predicted with a fixed penalty. Q
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,7 @@ from benchmarks import calibration, texts
 from benchmarks.schema import MODEL, Outcome, Result
 from benchmarks.tables import megabytes, table
 from mlxkv import lm
-from mlxkv.codec.artifacts import CalibrationArtifacts
-from mlxkv.codec.calibrate import measure_errors
+from mlxkv.codec.calibrate import learn
 from mlxkv.codec.methods.kvtc_rd import KVTCRD, KVTCRDConfig
 from mlxkv.codec.samples import Samples
 from mlxkv.codec.session import CacheCodec
@@ -45,7 +43,8 @@ def run(quick: bool) -> Outcome:
         for count in track(counts, "calibrations"):
             chosen = [files[i] for i in order[:count]]
             for name in (BEFORE, SHRUNK):
-                learnt = learn(chosen, Unshrunk() if name == BEFORE else KVTCRD())
+                method, given = Unshrunk() if name == BEFORE else KVTCRD(), KVTCRDConfig()
+                learnt = learn(method, Samples(chosen, given.sinks), given)
                 codec = codec_variant(CacheCodec(learnt), name, "float16")
                 facts = {key: learnt.meta[key] for key in ("held_out_error", "saturated_gains") if key in learnt.meta}
                 for kind, tokens in held_out.items():
@@ -67,17 +66,6 @@ class Unshrunk(KVTCRD):
     """The method without shrinkage."""
 
     shrinks = False
-
-
-def learn(files: Sequence[Path], method: KVTCRD) -> CalibrationArtifacts:
-    """Return what a method learns from dumps, and what that is worth on tokens that were held out."""
-    config = KVTCRDConfig()
-    samples = Samples(files, config.sinks)
-    streams = method.train(samples, config)
-    meta = {"method": "kvtc-rd", "model_fingerprint": samples.origin.fingerprint, **samples.facts}
-    return CalibrationArtifacts(
-        streams["k"], streams["v"], samples.spec, meta | measure_errors(method.coder(streams), samples)
-    )
 
 
 def summarise(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -46,9 +46,33 @@ def calibrate(
     MismatchError
         For dumps of different models.
     """
-    name, method_class = _method_of(config)
-    method = method_class()
-    samples = Samples(files, config.sinks, config.samples_per_file, progress)
+    return learn(_method_of(config)[1](), Samples(files, config.sinks, config.samples_per_file, progress), config)
+
+
+def learn(method: CodecMethod, samples: Samples, config: CodecConfig) -> CalibrationArtifacts:
+    """Learn the artifacts of a codec method from training data.
+
+    Parameters
+    ----------
+    method
+        The method that these settings belong to, or a variant of it that makes the same artifacts.
+    samples
+        The data of the main group of layers.
+    config
+        Settings.
+
+    Returns
+    -------
+    CalibrationArtifacts
+        The artifacts of all groups, as `calibrate` returns them.
+
+    Raises
+    ------
+    InputError
+        When there are too few tokens to learn from.
+    MismatchError
+        For dumps of different models.
+    """
     streams, facts = _train(method, samples, config)
     others: dict[str, StreamArtifacts] = {}
     other_facts = []
@@ -57,13 +81,13 @@ def calibrate(
         others |= {stream_key(group, part): artifacts for part, artifacts in parts.items()}
         other_facts.append(found)
     meta = {
-        "method": name,
+        "method": _method_of(config)[0],
         "mlxkv": __version__,
         "model": samples.origin.model,
         "model_fingerprint": samples.origin.fingerprint,
         **config.to_dict(),
         **facts,
-        "calibration_files": len(files),
+        "calibration_files": len(samples.files),
         **({"groups": other_facts} if other_facts else {}),
     }
     return CalibrationArtifacts(streams["k"], streams["v"], samples.spec, meta, others)
