@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from synthetic import PLAIN, toy_dump, toy_sensitivity
@@ -13,7 +14,9 @@ from mlxkv.codec.methods.kvtc_weighted import KVTCWeightedConfig
 from mlxkv.codec.samples import Samples
 from mlxkv.codec.session import CacheCodec
 from mlxkv.codec.stages import basis, shrinkage, weighting
+from mlxkv.codec.stages.dead_zone import dequantize, quantize
 from mlxkv.dump import write_dump
+from mlxkv.errors import InputError
 from mlxkv.spec import STREAMS
 
 CONFIGS = {"kvtc": KVTCConfig(16.0), "kvtc-weighted": KVTCWeightedConfig(16.0), "kvtc-rd": KVTCRDConfig()}
@@ -49,47 +52,64 @@ def test_directions_that_no_token_took_are_coded_as_well(tmp_path):
             assert error < most * np.square(dump.stream(name).astype(np.float32)).sum()
 
 
-def test_rows_of_heads_mix_their_covariance_in_with_the_share():
+def test_directions_of_heads_are_orthonormal_and_the_strongest_first():
+    rows = np.random.default_rng(0).standard_normal((20, HEADS * DIM)).astype(np.float32) * np.arange(1, 49)
+    directions, spread = (found.reshape(HEADS, DIM, -1) for found in shrinkage.head_directions(rows, rows / 2, DIM))
+    np.testing.assert_allclose(directions @ directions.swapaxes(1, 2), np.tile(np.eye(DIM), (HEADS, 1, 1)), atol=1e-5)
+    assert (np.diff(spread[..., 0], axis=1) <= 0).all()
+
+
+@pytest.mark.parametrize("tokens", [4, 20, 47])
+def test_heads_code_what_components_of_few_rows_leave(tokens):
+    rows = np.random.default_rng(0).standard_normal((tokens, HEADS * DIM)).astype(np.float32)
+    assert basis.learn_basis(rows.copy(), 1e-4, None, 0).rank == tokens - 1
+    found = basis.learn_basis(rows.copy(), 1e-4, None, 0, DIM)
+    assert (found.whole, found.rank) == (tokens // 3, tokens // 3 + HEADS * DIM)
+    others = mx.array(np.random.default_rng(1).standard_normal((50, HEADS * DIM)).astype(np.float32))
+    for step in (1.0, 0.1):
+        codes = quantize(found.project(others, found.rank, step=step), step)
+        error = others - found.reconstruct(dequantize(codes, step))
+        assert mx.square(error).mean().item() < 0.2 * step**2
+    assert found.project(others, found.whole, step=1.0).shape == (50, found.whole)
+
+
+def test_components_of_few_rows_fit_a_budget_together_with_their_heads():
     rows = np.random.default_rng(0).standard_normal((40, HEADS * DIM)).astype(np.float32)
-    rows -= rows.mean(axis=0)
-    whole = rows.T @ rows / len(rows)
-    apart = whole * np.kron(np.eye(HEADS), np.ones((DIM, DIM)))
-    for share in (0.0, 0.2, 0.7):
-        every = np.concatenate([rows, shrinkage.head_rows(rows, DIM, share)])
-        mixed = every.T @ every * (1 - share) / len(rows)
-        np.testing.assert_allclose(mixed, (1 - share) * whole + share * apart, atol=0.01)
+    loose, tight = (basis.learn_basis(rows.copy(), 1e-5, budget, 0, DIM) for budget in (None, 1600))
+    assert tight.codes.nbytes + 8 * tight.rank <= 1600 < loose.codes.nbytes
+    assert tight.rank - tight.whole == HEADS * DIM
+    with pytest.raises(InputError, match="raise basis_bytes"):
+        basis.learn_basis(rows.copy(), 1e-5, 100, 0, DIM)
 
 
-def test_a_stream_too_wide_gets_the_strongest_directions_that_fit(monkeypatch):
-    rows = np.random.default_rng(0).standard_normal((30, HEADS * DIM)).astype(np.float32) * np.arange(1, 49)
-    monkeypatch.setattr(shrinkage, "MAX_SIDE", 40)
-    made = shrinkage.head_rows(rows - rows.mean(axis=0), DIM, 0.5)
-    assert made.shape == (10, HEADS * DIM)
-    assert np.square(made[:, 40:]).sum() > np.square(made[:, :40]).sum()
-    monkeypatch.setattr(shrinkage, "MAX_SIDE", 20)
-    assert shrinkage.head_rows(rows, DIM, 0.5).shape == (0, HEADS * DIM)
+def test_artifacts_of_few_tokens_are_no_larger_than_those_of_many(tmp_path):
+    few, many = (learnt(tmp_path, KVTCRDConfig(), length) for length in (30, 400))
+    assert few.nbytes <= many.nbytes
 
 
-def test_the_share_of_heads_alone_falls_with_tokens_and_is_larger_where_heads_are_apart():
+def test_a_dim_of_keys_that_hardly_varies_makes_no_gains():
     random = np.random.default_rng(0)
-    common = random.standard_normal((3000, 4)) @ random.standard_normal((4, HEADS * DIM))
-    together = (common + random.standard_normal(common.shape)).astype(np.float32)
-    apart = random.standard_normal(common.shape).astype(np.float32)
-    shares = [shrinkage.covariance_share(together[:count], DIM) for count in (12, 24, 40, 48, 3000)]
-    assert shares == sorted(shares, reverse=True)
-    assert shares[0] > 0.1
-    assert shares[-2:] == [0, 0]  # as many tokens as directions
-    for count in (12, 24, 40):
-        assert shrinkage.covariance_share(apart[:count], DIM) > shrinkage.covariance_share(together[:count], DIM)
+    keys = random.standard_normal((400, 4, 16)).astype(np.float32)
+    keys[..., 3] *= 1e-5
+    energy = random.gamma(1, 1, (400, 4)).astype(np.float32) * np.exp(keys[..., 0])
+    attention = weighting.learn_attention_predictor(keys, energy)
+    decoded = keys.copy()
+    decoded[..., 3] += 0.1 * random.standard_normal((400, 4))
+    exact, found = (np.log(weighting.attention_gains(each, attention)) for each in (keys, decoded))
+    assert exact.std() > 0.05
+    assert np.abs(found - exact).max() < 0.05
 
 
-def test_a_basis_with_a_share_has_every_component_and_without_only_those_of_its_rows():
-    rows = np.random.default_rng(0).standard_normal((20, HEADS * DIM)).astype(np.float32)
-    assert basis.learn_basis(rows.copy(), 1e-4, None, 0).rank == 19
-    full = basis.learn_basis(rows.copy(), 1e-4, None, 0, DIM, 0.3)
-    assert full.rank == HEADS * DIM
-    np.testing.assert_allclose(np.array(full.matrix @ full.matrix.T), np.eye(HEADS * DIM), atol=0.02)
-    assert (np.diff(full.spread) <= 1e-5).all()
+def test_predictions_of_attention_are_trusted_as_far_as_tokens_go():
+    random = np.random.default_rng(0)
+    keys = random.standard_normal((2000, 2, 8)).astype(np.float32)
+    energy = np.exp(keys.sum(axis=2) / 2)
+    strengths = [
+        np.log(weighting.attention_gains(keys, weighting.learn_attention_predictor(keys[:n], energy[:n]))).std()
+        for n in (30, 100, 400, 2000)
+    ]
+    assert strengths == sorted(strengths)
+    assert strengths[0] < 0.4 * strengths[-1]
 
 
 def test_attention_that_keys_do_not_tell_is_not_predicted():

@@ -111,7 +111,7 @@ def test_errors_go_where_the_model_does_not_notice(tmp_path):
     back = codec.decompress_dump(codec.compress_dump(dump))
     for name in STREAMS:
         error = np.square(back.stream(name) - dump.stream(name).astype(np.float32)).mean(axis=(0, 1, 2, 3))
-        assert error[0] < 0.9 * error[1:].min(), name
+        assert error[0] < 0.95 * error[1:].min(), name
 
 
 def test_values_of_tokens_that_will_be_attended_to_are_kept_better(artifacts):

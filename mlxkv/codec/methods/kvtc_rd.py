@@ -30,9 +30,8 @@ from mlxkv.codec.methods.base import (
 )
 from mlxkv.codec.samples import Samples
 from mlxkv.codec.stages import basis, entropy, weighting
-from mlxkv.codec.stages.basis import Basis
+from mlxkv.codec.stages.basis import Basis, combine
 from mlxkv.codec.stages.dead_zone import dequantize, quantize
-from mlxkv.codec.stages.shrinkage import covariance_share
 from mlxkv.codec.stages.weighting import MAX_INVERSE, MAX_MEAN, MAX_SLOPE, within
 from mlxkv.config import integer
 from mlxkv.errors import FormatError, InputError
@@ -109,7 +108,7 @@ class KVTCRDStream(StreamArtifacts):
             raise FormatError(f"artifacts disagree: {[part.shape for part in parts.values()]}, or are not finite")
         if not (within(self.mu, MAX_MEAN) and within(self.attention, MAX_SLOPE)):
             raise FormatError("the mean or the attention has enormous values: calibrate again")
-        if not min(1, self.mu.size) <= self.basis.rank <= self.mu.size:
+        if not min(1, self.mu.size) <= self.basis.rank <= 2 * self.mu.size:
             raise FormatError(f"artifacts disagree: {self.basis.rank} components of rows {self.mu.size} wide")
         if self.mu.size and (self.tables.sum(axis=1, dtype=np.int64) != rans.TOTAL).any():
             raise FormatError(f"artifacts have entropy tables that do not sum to {rans.TOTAL}: calibrate again")
@@ -122,15 +121,20 @@ class KVTCRDStream(StreamArtifacts):
     @cached_property
     def basis(self) -> Basis:
         """Basis of weighted rows."""
-        return Basis(self.codes, self.scale, self.spread, self.mu.size)
+        return Basis(self.codes, self.scale, self.spread, self.mu.size, self.weights.shape[-1])
 
     @cached_property
-    def unweighted_basis(self) -> mx.array:
-        """Basis times the inverse weights, `[rank, p]` float32: coefficients times this matrix are unweighted rows."""
-        matrix = mx.contiguous(weighting.apply_weights(self.basis.matrix, weighting.invert_weights(self.weights)))
-        if not within(np.array(matrix), MAX_INVERSE):
+    def unweighted_basis(self) -> tuple[mx.array, mx.array]:
+        """Basis times the inverse weights, as `combine` takes it: what it makes of coefficients are unweighted rows.
+
+        Components of whole rows `[whole, p]` and of heads `[heads, D, D]`, float32.
+        """
+        inverse = weighting.invert_weights(self.weights)
+        matrix = mx.contiguous(weighting.apply_weights(self.basis.matrix, inverse))
+        heads = self.basis.heads @ mx.array(inverse) if self.basis.heads.size else self.basis.heads
+        if not all(within(np.array(part), MAX_INVERSE) for part in (matrix, heads)):
             raise FormatError("the basis has enormous values: calibrate again")
-        return matrix
+        return matrix, heads
 
 
 def _checked_quality(quality: object) -> float:
@@ -214,7 +218,7 @@ class KVTCRDCoder(BlockCoder):
             if len(part.attention):
                 x = _apply_gains(x, self._gains(quantize(coefficients["k"], step_size(quality, "k")), quality))
             count, refine = part.basis.rank_above(MIN_SPREAD * step), quality >= REFINE_FROM_QUALITY
-            coefficients[name] = part.basis.project(x, count, refine)
+            coefficients[name] = part.basis.project(x, count, refine, step)
         return coefficients
 
     def encode(self, rows: Mapping[str, mx.array], quality: float | None) -> dict[str, np.ndarray]:
@@ -254,7 +258,7 @@ class KVTCRDCoder(BlockCoder):
         rows = {}
         for name, integers in codes.items():
             part = self._parts[name]
-            x = dequantize(integers, step_size(quality, name)) @ part.unweighted_basis[: integers.shape[1]]
+            x = combine(dequantize(integers, step_size(quality, name)), *part.unweighted_basis)
             if len(part.attention):
                 x = _apply_gains(x, 1 / self._gains(codes["k"], quality))
             rows[name] = x + mx.array(part.mu)
@@ -262,19 +266,21 @@ class KVTCRDCoder(BlockCoder):
 
     def _gains(self, keys: np.ndarray, quality: float) -> mx.array:
         """Return the gains on each token's values, `[n, heads]`, from its quantized keys, which the decoder has as well."""
-        slopes, bias = self._attention_predictor
-        logs = dequantize(keys, step_size(quality, "k")) @ slopes[: keys.shape[1]] + bias
+        whole, of_heads, bias = self._attention_predictor
+        logs = combine(dequantize(keys, step_size(quality, "k")), whole, of_heads) + bias
         return mx.exp(mx.clip(logs, -weighting.MAX_LOG_GAIN, weighting.MAX_LOG_GAIN))
 
     @cached_property
-    def _attention_predictor(self) -> tuple[mx.array, mx.array]:
-        """Predictor of attention in terms of the keys' coefficients: slopes `[rank, heads]` and biases `[heads]`."""
+    def _attention_predictor(self) -> tuple[mx.array, mx.array, mx.array]:
+        """Predictor of attention in terms of the keys' coefficients: slopes as `combine` takes them and biases `[heads]`."""
         attention, part = self._parts["v"].attention, self._parts["k"]
         heads, dim = part.weights.shape[:2]
-        slopes = (part.unweighted_basis.reshape(-1, heads, dim) * mx.array(attention[:, :-1])).sum(axis=-1)
+        whole, of_heads = part.unweighted_basis
+        slopes = mx.array(attention[:, :-1])
         with np.errstate(over="ignore", invalid="ignore"):  # decoded rows are checked to be finite
             bias = (part.mu.reshape(heads, dim) * attention[:, :-1]).sum(axis=1) + attention[:, -1]
-        return slopes, mx.array(bias)
+        whole = (whole.reshape(-1, heads, dim) * slopes).sum(axis=-1)
+        return whole, of_heads @ slopes[:, :, None] if of_heads.size else of_heads, mx.array(bias)
 
 
 @codec_methods.register("kvtc-rd")
@@ -314,9 +320,9 @@ class KVTCRD(CodecMethod):
             stored_weights = (unit * head_weights).astype(np.float16)
             fixed = mu.nbytes + stored_weights.nbytes + predictor.nbytes + 2 * 256 * entropy.CLASSES
             finest = step_size(BASIS_QUALITY, name) / np.sqrt(mu.size)
-            share = covariance_share(rows, dim) if self.shrinks else 0.0
-            samples.facts[f"{name}_shrinkage"] = round(share, 4)
-            learnt = basis.learn_basis(rows, finest, budget and budget - fixed, config.seed, dim, share)
+            learnt = basis.learn_basis(
+                rows, finest, budget and budget - fixed, config.seed, dim if self.shrinks else None
+            )
             samples.progress(f"tables of {name}")
             tables = _learn_tables(rows, learnt, name, config.seed)
             codes, scale, spread = learnt.codes, learnt.scale, learnt.spread
@@ -350,10 +356,9 @@ def _learn_tables(rows: np.ndarray, learnt: Basis, name: str, seed: int) -> np.n
     """Learn entropy tables from evenly spaced blocks of weighted rows, each quantized at several qualities."""
     blocks = np.array_split(rows, -(-len(rows) // BLOCK_ROWS))
     per_block = [
-        entropy.histograms(quantize(coefficients, step_size(quality, name)))
+        entropy.histograms(quantize(learnt.project(mx.array(block), learnt.rank, step=step), step))
         for block in blocks[:: -(-len(blocks) // TABLE_BLOCKS)]
-        for coefficients in [learnt.project(mx.array(block), learnt.rank)]
-        for quality in QUALITIES
+        for step in [step_size(quality, name) for quality in QUALITIES]
     ]
     histograms = np.concatenate(per_block)
     return entropy.learn_tables(histograms[np.random.default_rng(seed).permutation(len(histograms))[:MAX_HISTOGRAMS]])

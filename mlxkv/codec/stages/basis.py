@@ -3,6 +3,9 @@
 The spread of a component is the standard deviation of its coefficients. Rounding an entry of a component causes an error in
 proportion to that spread, so entries are multiplied by the spread and then rounded with one step for all components (reverse
 water-filling). Weak components become small integers, which DEFLATE compresses well, and the weakest are dropped.
+
+From fewer tokens than directions only some components are learnt of whole rows, and the directions of each head code what these
+leave. So there are more components than dims, and no direction is lost because no token took it.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ from functools import cached_property
 import mlx.core as mx
 import numpy as np
 
-from mlxkv.codec.stages import shrinkage
-from mlxkv.codec.stages.pca import components_of_centred, principal_components
+from mlxkv.codec.stages.dead_zone import dequantize, quantize
+from mlxkv.codec.stages.pca import principal_components
+from mlxkv.codec.stages.shrinkage import head_directions
 from mlxkv.errors import FormatError, InputError
 from mlxkv.io import lossless
 from mlxkv.io.inputs import FREE_BYTES, MAX_RATIO
@@ -22,6 +26,8 @@ from mlxkv.io.inputs import FREE_BYTES, MAX_RATIO
 _TYPES = {"codes": "uint8", "scale": "float32", "spread": "float32"}
 STRONG_ENERGY_SHARE = 0.9  # share of the rows' energy in the strong components, which weak ones must not leak into
 MAX_ENTRY = 127 * 256 + 127  # largest integer of two signed bytes
+TOKENS_A_COMPONENT = 3  # at least, of rows fewer than their dims
+HEAD_ENTRY = 127  # integer of the largest entry of a head's direction
 LENGTH_BYTES = 4  # of the byte count at the beginning of the codes
 _SAMPLED_COMPONENTS = 256  # from whose size that of all components is estimated
 _STEP_FACTOR = 2 ** (1 / 16)  # ratio of successive steps tried to fit the budget
@@ -31,17 +37,23 @@ _STEP_FACTOR = 2 ** (1 / 16)  # ratio of successive steps tried to fit the budge
 class Basis:
     """Components of rows `[n, p]`, strongest first, stored as integers.
 
+    More than p of them are the components of whole rows and, after them, p of single heads, head by head, which code what the
+    decoded ones of whole rows leave.
+
     Parameters
     ----------
     codes
         `[bytes]` uint8: a little-endian byte count, then that many bytes compressed by DEFLATE. These are the signed low
-        bytes of all integers `[rank, p]`, then the signed high bytes of the leading components, which need two bytes.
+        bytes of all integers `[rank, p]`, then the signed high bytes of the leading components, which need two bytes. Those of
+        heads are one byte each, `[p, dim]`, after all others.
     scale
         Factor `[rank]` float32 by which each component's integers are multiplied.
     spread
         Standard deviation `[rank]` float32 of each component's coefficients in calibration.
     width
         Width p of the rows.
+    dim
+        Width of a head, for components of heads.
 
     Raises
     ------
@@ -53,6 +65,7 @@ class Basis:
     scale: np.ndarray
     spread: np.ndarray
     width: int
+    dim: int = 1
 
     def __post_init__(self) -> None:
         parts = {name: getattr(self, name) for name in _TYPES}
@@ -62,10 +75,10 @@ class Basis:
             raise FormatError(f"these are no parts of one basis: {[part.shape for part in parts.values()]}")
         if not (np.isfinite(self.scale).all() and np.isfinite(self.spread).all() and (self.spread >= 0).all()):
             raise FormatError("a basis has NaN or infinite scales, or negative spreads")
-        least = self.rank * self.width
-        if not least <= self._byte_count <= 2 * least or (self.width and self._byte_count % self.width):
+        whole, heads = self.whole * self.width, self._head_bytes
+        if not whole <= self._byte_count - heads <= 2 * whole or (self.width and self._byte_count % self.width):
             raise FormatError(f"{self._byte_count} bytes are no integers of {self.rank} components {self.width} wide")
-        if 4 * least > max(FREE_BYTES, MAX_RATIO * self.codes.nbytes):
+        if 4 * (whole + heads) > max(FREE_BYTES, MAX_RATIO * self.codes.nbytes):
             raise FormatError(f"a basis of {self.codes.nbytes} bytes is not one of {self.rank} x {self.width} numbers")
 
     @property
@@ -74,29 +87,52 @@ class Basis:
         return self.spread.size
 
     @property
+    def whole(self) -> int:
+        """Number of components of whole rows; all but where there are more than dims."""
+        return self.rank - self.width if self.rank > self.width else self.rank
+
+    @property
+    def _head_bytes(self) -> int:
+        """Bytes of the components of heads before DEFLATE."""
+        return self.width * self.dim if self.rank > self.width else 0
+
+    @property
     def _byte_count(self) -> int:
         """Bytes of the integers before DEFLATE."""
         return int.from_bytes(self.codes[:LENGTH_BYTES].tobytes(), "little")
 
-    @cached_property
+    @property
     def matrix(self) -> mx.array:
-        """Components `[rank, p]` float32. Raises FormatError for codes that do not inflate to finite ones."""
+        """Components of whole rows `[whole, p]` float32. Raises FormatError for codes that do not inflate to finite ones."""
+        return self._parts[0]
+
+    @property
+    def heads(self) -> mx.array:
+        """Components of heads `[p / dim, dim, dim]` float32, a row each; none where there are no more than p components."""
+        return self._parts[1]
+
+    @cached_property
+    def _parts(self) -> tuple[mx.array, mx.array]:
+        """Components of whole rows and of heads."""
         planes = np.frombuffer(
             lossless.decode("deflate", self.codes[LENGTH_BYTES:].tobytes(), self._byte_count), np.int8
         )
-        low, high = (part.reshape(-1, self.width) for part in np.split(planes, [self.rank * self.width]))
-        entries = low.astype(np.float32)
-        entries[: len(high)] += 256 * high.astype(np.float32)
+        sizes = [self.whole * self.width, self._byte_count - self._head_bytes]
+        low, high, heads = (part.astype(np.float32) for part in np.split(planes, sizes))
+        low[: high.size] += 256 * high
         with np.errstate(over="ignore"):
-            entries *= self.scale[:, None]
-        if not np.isfinite(entries).all():
+            parts = (
+                low.reshape(self.whole, self.width) * self.scale[: self.whole, None],
+                heads.reshape(-1, self.dim) * self.scale[self.whole :, None],
+            )
+        if not all(np.isfinite(part).all() for part in parts):
             raise FormatError("a basis has infinite components: calibrate again")
-        return mx.array(entries)
+        return mx.array(parts[0]), mx.array(parts[1].reshape(-1, self.dim, self.dim))
 
     @cached_property
     def _strong_count(self) -> int:
         """Number of leading components that hold STRONG_ENERGY_SHARE of the energy."""
-        energy = np.cumsum(np.square(self.spread))
+        energy = np.cumsum(np.square(self.spread[: self.whole]))
         return int(np.searchsorted(energy, STRONG_ENERGY_SHARE * energy[-1])) + 1
 
     def rank_above(self, least: float) -> int:
@@ -110,11 +146,12 @@ class Basis:
         Returns
         -------
         int
-            Number of components, 0 to `rank`.
+            Number of components, 0 to `rank`; of heads all or none.
         """
-        return int(np.flatnonzero(np.r_[np.inf, self.spread] >= least)[-1])
+        count = int(np.flatnonzero(np.r_[np.inf, self.spread] >= least)[-1])
+        return count if count <= self.whole else self.rank
 
-    def project(self, rows: mx.array, count: int, refine: bool = False) -> mx.array:
+    def project(self, rows: mx.array, count: int, refine: bool = False, step: float = 1.0) -> mx.array:
         """Return the coefficients of rows.
 
         Parameters
@@ -122,19 +159,25 @@ class Basis:
         rows
             Centred rows `[n, p]` float32.
         count
-            Number of components to use, strongest first.
+            Number of components to use, strongest first; of heads all or none.
         refine
             Also correct for the rounding of the components, at three times the cost.
+        step
+            Width of the quantization interval that the coefficients will have: components of heads code what is left after it.
 
         Returns
         -------
         mx.array
             Coefficients `[n, count]` float32.
         """
-        coefficients = self._project_once(rows, count)
-        return (
-            coefficients + self._project_once(rows - self.reconstruct(coefficients), count) if refine else coefficients
-        )
+        whole = min(count, self.whole)
+        coefficients = self._project_once(rows, whole)
+        if refine:
+            coefficients += self._project_once(rows - self.reconstruct(coefficients), whole)
+        if count == whole:
+            return coefficients
+        left = rows - self.reconstruct(dequantize(quantize(coefficients, step), step))
+        return mx.concatenate([coefficients, by_head(left, self.heads.swapaxes(1, 2))], axis=1)
 
     def _project_once(self, rows: mx.array, count: int) -> mx.array:
         """Return coefficients `[n, count]`, treating the rounded components as orthonormal."""
@@ -158,12 +201,54 @@ class Basis:
         mx.array
             Centred rows `[n, p]` float32.
         """
-        return coefficients @ self.matrix[: coefficients.shape[1]]
+        return combine(coefficients, self.matrix, self.heads)
 
 
-def learn_basis(
-    rows: np.ndarray, step: float, budget: int | None, seed: int, dim: int | None = None, share: float = 0.0
-) -> Basis:
+def by_head(rows: mx.array, matrices: mx.array) -> mx.array:
+    """Multiply each head's part of rows by its matrix.
+
+    Parameters
+    ----------
+    rows
+        Rows `[n, heads * D]`.
+    matrices
+        Matrices `[heads, D, E]`.
+
+    Returns
+    -------
+    mx.array
+        Rows `[n, heads * E]`.
+    """
+    heads, dim = matrices.shape[:2]
+    return (rows.reshape(-1, heads, dim).swapaxes(0, 1) @ matrices).swapaxes(0, 1).reshape(len(rows), -1)
+
+
+def combine(coefficients: mx.array, whole: mx.array, heads: mx.array) -> mx.array:
+    """Return the sum of components times their coefficients.
+
+    Parameters
+    ----------
+    coefficients
+        Coefficients `[n, count]` of the first components; those of the others are 0.
+    whole
+        Components of whole rows `[r, p]`.
+    heads
+        Components of heads `[heads, D, E]`, which come after them; may be none.
+
+    Returns
+    -------
+    mx.array
+        Rows `[n, p]`, or `[n, heads * E]`.
+    """
+    count = coefficients.shape[1]
+    rows = coefficients[:, : len(whole)] @ whole[:count]
+    if count <= len(whole):
+        return rows
+    missing = len(whole) + heads.shape[0] * heads.shape[1] - count
+    return rows + by_head(mx.pad(coefficients[:, len(whole) :], [(0, 0), (0, missing)]), heads)
+
+
+def learn_basis(rows: np.ndarray, step: float, budget: int | None, seed: int, dim: int | None = None) -> Basis:
     """Learn the basis of rows, which are centred in place.
 
     Parameters
@@ -176,9 +261,9 @@ def learn_basis(
         Most bytes of the basis; None for no bound.
     seed
         Seed of the principal components.
-    dim, share
-        Width of a head, and the share of the heads' own covariance in that of rows (`mlxkv.codec.stages.shrinkage`). With
-        no share, rows have no components beyond their own span.
+    dim
+        Width of a head. Rows fewer than p are then given the directions of each head as well; without it, they have no
+        components beyond their own span.
 
     Returns
     -------
@@ -190,25 +275,37 @@ def learn_basis(
     InputError
         For a budget too small for one component.
     """
-    if dim and share:
-        rows -= rows.mean(axis=0, dtype=np.float64).astype(np.float32)
-        weight = (1 - share) / len(rows)
-        rows = np.concatenate([rows, shrinkage.head_rows(rows, dim, share)])
-        components = components_of_centred(rows, min(rows.shape), seed)
-    else:
-        weight = 1 / len(rows)
-        _, components = principal_components(rows, rows.shape[1], seed)
-    spread = np.sqrt(np.square(rows @ components, dtype=np.float64).sum(axis=0) * weight).astype(np.float32)
+    few = dim is not None and len(rows) < rows.shape[1]
+    most = len(rows) // TOKENS_A_COMPONENT if few else rows.shape[1]
+    _, components = principal_components(rows, most, seed)
+    coefficients = rows @ components
+    spread = np.sqrt(np.square(coefficients, dtype=np.float64).mean(axis=0)).astype(np.float32)
     entries = components.T * spread[:, None]
+    heads = _head_part(rows, coefficients @ components.T, dim) if few and dim else None
     if budget is not None:
-        step = _step_within_budget(entries, step, budget)
-    basis = _round_to_step(entries, spread, step)
+        step = _step_within_budget(entries, step, budget - (_deflated_bytes(heads[0]) if heads else 0))
+    basis = _round_to_step(entries, spread, step, heads)
     while budget is not None and _stored_bytes(basis) > budget:
-        if basis.rank == 1:
+        if basis.whole == 1:
             raise InputError(f"{budget} bytes hold no component of {rows.shape[1]} entries: raise basis_bytes")
         step *= _STEP_FACTOR
-        basis = _round_to_step(entries, spread, step)
+        basis = _round_to_step(entries, spread, step, heads)
     return basis
+
+
+def _head_part(rows: np.ndarray, coded: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the directions of heads as integers `[p, dim]` int8 with their scales and spreads `[p]`."""
+    directions, spread = head_directions(rows, rows - coded, dim)
+    largest = np.abs(directions).max(axis=1)
+    integers = np.rint(directions * (HEAD_ENTRY / largest)[:, None]).astype(np.int8)
+    # So that every direction has the length 1 again after rounding.
+    scale = 1 / np.sqrt(np.square(integers, dtype=np.float64).sum(axis=1))
+    return integers, scale.astype(np.float32), spread
+
+
+def _deflated_bytes(integers: np.ndarray) -> int:
+    """Return the bytes of integers and their scales and spreads in the artifacts, approximately."""
+    return len(lossless.encode("deflate", integers.tobytes())) + 8 * len(integers)
 
 
 def _step_within_budget(entries: np.ndarray, step: float, budget: int) -> float:
@@ -223,8 +320,11 @@ def _step_within_budget(entries: np.ndarray, step: float, budget: int) -> float:
     return low
 
 
-def _round_to_step(entries: np.ndarray, spread: np.ndarray, step: float) -> Basis:
-    """Make a basis from entries `[rank, p]`, which are components times their spreads, by rounding."""
+def _round_to_step(
+    entries: np.ndarray, spread: np.ndarray, step: float,
+    heads: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+) -> Basis:  # fmt: skip
+    """Make a basis from entries `[rank, p]`, which are components times their spreads, by rounding; append those of heads."""
     steps = np.maximum(step, np.abs(entries).max(axis=1, initial=0) / MAX_ENTRY)
     integers = np.rint(entries / steps[:, None]).astype(np.int16)
     wide = int(np.flatnonzero(np.r_[True, (np.abs(integers) > 127).any(axis=1)])[-1])
@@ -234,9 +334,13 @@ def _round_to_step(entries: np.ndarray, spread: np.ndarray, step: float) -> Basi
     low = integers[:rank].astype(np.int8)
     high = (integers[:wide] - low[:wide]) // 256
     data = low.tobytes() + high.astype(np.int8).tobytes()
+    scale = (steps[:rank] / np.maximum(spread[:rank], np.finfo(np.float32).tiny)).astype(np.float32)
+    spread, dim = spread[:rank], 1
+    if heads:
+        data, dim = data + heads[0].tobytes(), heads[0].shape[1]
+        scale, spread = (np.concatenate(pair) for pair in zip((scale, spread), heads[1:]))
     codes = len(data).to_bytes(LENGTH_BYTES, "little") + lossless.encode("deflate", data)
-    scale = steps[:rank] / np.maximum(spread[:rank], np.finfo(np.float32).tiny)
-    return Basis(np.frombuffer(codes, np.uint8), scale.astype(np.float32), spread[:rank], entries.shape[1])
+    return Basis(np.frombuffer(codes, np.uint8), scale, spread, entries.shape[1], dim)
 
 
 def _stored_bytes(basis: Basis) -> int:
