@@ -150,7 +150,7 @@ def live_methods(name: str, model: Any) -> str:
 def _reason(error: MlxkvError, method: str) -> str:
     """The cause of a refusal, without names that the table has anyway and without its consequence."""
     text = re.sub(r" of this \S+ model", "", str(error).splitlines()[0])
-    return text.removeprefix(f"{method} ").partition(", so ")[0]
+    return text.removeprefix(f"{method} ").partition(", so every ")[0]
 
 
 def live_files(name: str, model: Any) -> str:
