@@ -1,9 +1,9 @@
 """Live caches: compressed while the model generates, through mlx-lm's own generation loop.
 
-base.py defines what a method is, contract.py what mlx-lm asks of any cache, group.py what the layers of one prompt
+base.py defines what a method is, contract.py and rewinding.py what mlx-lm asks of any cache, group.py what the layers of one prompt
 cache know of each other; seam.py connects methods to mlx-lm, and serialization.py saves caches, with
 trees.py, checks.py and mlxkv/stock.py; methods/ has one file
-per method. Base classes of several methods: packing.py (old tokens are quantized), selection.py (some tokens
+per method. Base classes of several methods: windowing.py (sliding windows), packing.py (old tokens are quantized), selection.py (some tokens
 are kept unchanged), sketching.py (the kept tokens are chosen by a sketch of attention). Building blocks: importance.py,
 allocation.py, clustering.py, sketches.py.
 """
