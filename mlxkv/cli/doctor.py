@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,21 +131,27 @@ def _bundled() -> list[dict[str, Any]]:
 
 
 def _models() -> dict[str, Any]:
-    """List the models of the Hugging Face cache that mlxkv has an adapter for."""
+    """List the models of the Hugging Face cache that mlx-lm can run."""
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
-
-    from mlxkv.models import available
 
     try:
         repos = [repo for repo in scan_cache_dir(constants.HF_HUB_CACHE).repos if repo.repo_type == "model"]
     except (CacheNotFound, OSError, ValueError):
         repos = []
     paths = {(repo.repo_id, rev.snapshot_path / "config.json") for repo in repos for rev in repo.revisions}
-    found = sorted({name for name, path in paths if _model_type(path) in available()})
+    found = sorted({name for name, path in paths if _runs(_model_type(path))})
     if found:
         return _row("models", f"{len(found)}: {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}")
     return _row("models", "none in the Hugging Face cache", GET_A_MODEL, status="missing")
+
+
+def _runs(model_type: Any) -> bool:
+    """Return whether mlx-lm has a module for a model type, which is not imported."""
+    from mlx_lm.utils import MODEL_REMAPPING
+
+    name = MODEL_REMAPPING.get(model_type, model_type) if isinstance(model_type, str) else None
+    return bool(name and name.replace("-", "_").isidentifier() and find_spec(f"mlx_lm.models.{name}"))
 
 
 def _model_type(config: Path) -> Any:

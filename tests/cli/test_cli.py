@@ -164,8 +164,15 @@ def test_doctor_lists_models_of_the_hugging_face_cache(tmp_path, monkeypatch, sa
     assert none["found"].startswith("none")
     assert none["advice"]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    configs = {f"m{i}": '{"model_type": "qwen3"}' for i in range(6)}
-    for name, config in {**configs, "bert": '{"model_type": "bert"}', "broken": "{", "list": "[]"}.items():
+    types = ["qwen3", "gemma3", "gpt_oss", "mistral", "qwen3_5_moe", "lfm2-vl"]
+    configs = {f"m{i}": json.dumps({"model_type": kind}) for i, kind in enumerate(types)}
+    for name, config in {
+        **configs,
+        "bert": '{"model_type": "bert"}',
+        "broken": "{",
+        "list": "[]",
+        "path": '{"model_type": "../x"}',
+    }.items():
         snapshot = tmp_path / f"models--org--{name}" / "snapshots" / ("0" * 40)
         blob = snapshot.parents[1] / "blobs" / "b"
         snapshot.mkdir(parents=True)
