@@ -106,7 +106,7 @@ def test_predictions_of_attention_are_trusted_as_far_as_tokens_go():
     energy = np.exp(keys.sum(axis=2) / 2)
     strengths = [
         np.log(weighting.attention_gains(keys, weighting.learn_attention_predictor(keys[:n], energy[:n]))).std()
-        for n in (30, 100, 400, 2000)
+        for n in (30, 100, 200)
     ]
     assert strengths == sorted(strengths)
     assert strengths[0] < 0.4 * strengths[-1]

@@ -21,7 +21,7 @@ from mlxkv.spec import STREAMS
 RIDGE = 0.5  # added to the matrix, in units of a head's mean eigenvalue
 POWER = 0.6  # exponent on the matrix: 1 would trust it, 0 would ignore it
 TEMPER = 0.5  # exponent on the predicted energy from enough tokens: 1 would trust the prediction
-SLOPE_TOKENS = 12  # tokens for each number of the predictor that it takes to trust it half as much
+SLOPE_TOKENS = 24  # tokens for each number of a head's predictor that it takes to trust it so far
 MAX_LOG_GAIN = 1.0  # gains lie within exp(-MAX_LOG_GAIN) .. exp(MAX_LOG_GAIN)
 # Largest numbers of artifacts from any source: with these, whatever else is in a file decodes to finite float32 rows.
 MAX_MEAN, MAX_INVERSE, MAX_SLOPE = 1e15, 1e12, 1e6
@@ -159,7 +159,7 @@ def learn_attention_predictor(keys: np.ndarray, energy: np.ndarray, shrink: bool
     """
     mean, spread = keys.mean(axis=0), keys.std(axis=0)
     # A dim that hardly varies would be magnified, and with it the error of decoded keys, which is many times larger.
-    spread = np.maximum(spread, _LEAST_SPREAD * np.sqrt(np.square(spread).mean(axis=1, keepdims=True)) + 1e-6)
+    spread = np.maximum(spread, _LEAST_SPREAD * np.sqrt(np.square(spread).mean(axis=1, keepdims=True))) + 1e-6
     x = np.concatenate([(keys - mean) / spread, np.ones((*keys.shape[:2], 1), np.float32)], axis=-1).swapaxes(0, 1)
     y = energy.T + np.float32(_MIN_ENERGY)
     penalty, kept = _cross_validate(x, y) if shrink else (_PENALTIES[-1], np.ones(len(x), dtype=bool))
@@ -190,10 +190,10 @@ def trust(tokens: int, numbers: int) -> float:
 
     Examples
     --------
-    >>> trust(15_000, 65) > 0.45, trust(300, 257) < 0.05
-    (True, True)
+    >>> trust(15_000, 65), trust(780, 65)
+    (0.5, 0.25)
     """
-    return TEMPER * tokens / (tokens + SLOPE_TOKENS * numbers)
+    return TEMPER * min(1.0, tokens / (SLOPE_TOKENS * numbers))
 
 
 def _fit(x: np.ndarray, y: np.ndarray, penalty: float, first: np.ndarray, rounds: int) -> np.ndarray:
