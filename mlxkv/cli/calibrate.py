@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from mlxkv.codec.methods.base import CodecConfig
 
 
-_COUNTS = ("calibration_tokens", "calibration_tokens_needed", "predicted_heads", "saturated_gains")
+_COUNTS = (
+    "calibration_tokens", "calibration_tokens_needed", "attention_tokens", "attention_tokens_needed", "predicted_heads",
+    "saturated_gains",
+)  # fmt: skip
 
 
 @commands.register("calibrate")

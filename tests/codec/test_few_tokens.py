@@ -186,6 +186,7 @@ def test_the_command_warns_and_says_what_was_measured(tmp_path, says):
     assert "36 tokens are few to learn 48 directions" in made["warning"]
     assert made["k_held_out_error"] > 0 < made["v_trained_error"]
     assert {"predicted_heads", "saturated_gains"} <= set(made)
+    assert made["attention_tokens"] < made["attention_tokens_needed"] == 24 * 9
     write_dump(tmp_path / "b.npz", busy_dump(60, 0))
     assert "warning" not in says(
         "calibrate", "--npz", tmp_path / "b.npz", "--method", "kvtc-16", "--out", tmp_path / "b"

@@ -85,7 +85,11 @@ def learn_weights(
     attention = np.zeros((0, 0), np.float32)
     if predict_attention and len(streams) == 2 and len(keys) >= _FEWEST_KEYS:
         energies = {name: energy[held] for name, energy in energies.items()}
-        samples.progress("attention from keys")
+        needed = SLOPE_TOKENS * (streams[0].dim + 1)
+        samples.facts["attention_tokens"], samples.facts["attention_tokens_needed"] = len(keys), needed
+        samples.progress(
+            f"attention from keys: {len(keys):,} measured tokens; {needed:,} are needed to trust it in full"
+        )
         keys = keys.reshape(len(keys), -1, streams[0].dim)
         relative = [energy / np.maximum(energy.mean(axis=0), 1e-30) for energy in energies.values()]
         attention = learn_attention_predictor(keys, (relative[0] + relative[1]) / 2, shrink)
