@@ -60,7 +60,7 @@ def discover(model: Any, name: str) -> CacheSpec:
     except Exception as error:  # whatever the model raises is the reason
         reason = str(error).strip().splitlines()
         raise UnsupportedError(
-            f"a {name} model cannot be run to look at its cache: {reason[0] if reason else error!r}"
+            f"a {name} model cannot be run to look at its cache: {reason[0] if reason else repr(error)}"
         ) from error
     spec = CacheSpec(name, describe(found))
     key = id(model)

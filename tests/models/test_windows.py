@@ -82,6 +82,17 @@ def test_a_cache_of_another_kind_than_the_models_is_refused(other):
         lm.extract_cache(cache, cache_spec(model), [ids])
 
 
+@pytest.mark.parametrize("given", [[], [[]], [1, 2, 3], [[1, 2]]], ids=str)
+@pytest.mark.parametrize("held", [0, 3])
+def test_tokens_that_did_not_make_a_cache_are_refused(given, held):
+    model = build("gemma3_text")
+    cache = make_prompt_cache(model)
+    if held:
+        run(model, cache, [1, 2, 3], 3)
+    with pytest.raises(MismatchError, match="tokens"):
+        lm.extract_cache(cache, cache_spec(model), given)
+
+
 def test_entries_within_lists_are_counted_one_by_one():
     model = build("deepseek_v32")
     cache = make_prompt_cache(model)
