@@ -100,7 +100,9 @@ def extract_cache(cache: list[Any], spec: CacheSpec, tokens: Sequence[Sequence[i
     """
     token_array = np.array(tokens, dtype=np.int32)
     if token_array.ndim != 2 or not token_array.size:
-        raise MismatchError(f"a cache of tokens [B, T] is copied, at least one; those given have shape {token_array.shape}")
+        raise MismatchError(
+            f"a cache of tokens [B, T] is copied, at least one; those given have shape {token_array.shape}"
+        )
     entries = stock.entries(cache)
     _check_entries(entries, spec)
     for index, layer in enumerate(spec.layers):

@@ -170,6 +170,6 @@ def test_a_model_that_cannot_run_is_refused_with_what_it_raised(monkeypatch):
     monkeypatch.setattr(
         type(model), "__call__", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no back-end here"))
     )
-    with pytest.raises(UnsupportedError, match="its cache: no back-end here$"):
+    with pytest.raises(UnsupportedError, match=r"its cache: no back-end here$"):
         cache_spec(model)
     assert not hasattr(sys.modules[type(model).__module__].scaled_dot_product_attention, "__wrapped__")
