@@ -28,7 +28,7 @@ from mlxkv.evaluate.variants import baseline, codec_variant, live_variant
 
 PHASE = 3
 TOKENS = 512  # of a text
-COUNTS, QUICK_COUNTS = (1, 2, 4, 8, 16, 32, 60), (1, 2)
+COUNTS, QUICK_COUNTS = (1, 4, 16, 60), (1, 2)
 QUALITIES, QUICK_QUALITIES = (22, 30, 38, 46), (22, 38)
 KINDS = ("legal", "chat-travel", "code", "reference")
 LENGTH, PREDICT = 768, 128
