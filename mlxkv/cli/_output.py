@@ -59,8 +59,16 @@ def print_record(facts: Mapping[str, Any], as_json: bool, title: str = "") -> No
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for key, value in facts.items():
-        table.add_row(key.replace("_", " "), _cell(format_value(key, value)))
+        for i, part in enumerate(_records(value) or [value]):
+            table.add_row("" if i else key.replace("_", " "), _cell(format_value(key, part)))
     Console().print(table)
+
+
+def _records(value: Any) -> list[dict[str, Any]]:
+    """Return a list of records with names as people read them; an empty list for any other value."""
+    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
+        return []
+    return [{name.replace("_", " "): item for name, item in part.items()} for part in value]
 
 
 def print_table(rows: list[dict[str, Any]], as_json: bool, title: str = "") -> None:
@@ -80,23 +88,32 @@ def format_value(key: str, value: Any) -> str:
     """Return a value as a person reads it; the key tells the unit."""
     if value is None:
         return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return _number(key, value)
+    if isinstance(value, dict):
+        lists = any(isinstance(item, list | tuple) for item in value.values())
+        return ("; " if lists else ", ").join(f"{name} {_item(name, item)}" for name, item in value.items()) or "-"
+    if isinstance(value, list | tuple):
+        return " x ".join(map(str, value)) if key.endswith("shape") else ", ".join(_ranges(value)) or "-"
+    return str(value)
+
+
+def _item(name: str, item: Any) -> str:
+    """Return a value within a record; what is nested deeper stays as it is, for files may nest anything."""
+    return str(item) if isinstance(item, dict) else format_value(name, item)
+
+
+def _number(key: str, value: float) -> str:
+    """Return a number with the unit that its key tells."""
     if key.endswith("bytes"):
         return f"{value / 1e6:,.2f} MB" if value >= 1e5 else f"{value:,} B"
     if key.startswith("ratio"):
         return f"{value:.2f}x"
     if key.endswith("seconds"):
         return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if key.endswith("shape"):
-        return " x ".join(map(str, value))
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {item}" for name, item in value.items()) or "-"
-    if isinstance(value, list | tuple):
-        return ", ".join(_ranges(value)) or "-"
-    return f"{value:,}" if type(value) is int else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
 
 
 def _ranges(values: list[Any] | tuple[Any, ...]) -> list[str]:

@@ -40,6 +40,7 @@ def generate_command(
     Example: mlxkv generate --model smollm2-135m --cache int8 --prompt "Once upon a time"
     """
     from mlxkv.errors import InputError
+    from mlxkv.stock import entries
 
     _check(file, artifacts, cache)
     reading = None if file is None else _read(file, artifacts, read_size(limit), model)
@@ -50,7 +51,7 @@ def generate_command(
         raise InputError("the prompt has no tokens")
     with working("making the cache"):
         caches = _live(loaded, str(cache)) if reading is None else reading(loaded)
-    cached = max(getattr(entry, "offset", 0) for entry in caches)
+    cached = max(getattr(entry, "offset", 0) for entry in entries(caches))
     written, last = _generate(loaded, tokenizer, tokens, max_tokens, caches, show=not json)
     facts = {
         "prompt_tokens": last.prompt_tokens,

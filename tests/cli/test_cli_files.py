@@ -7,6 +7,8 @@ import mlx_lm
 import pytest
 from conftest import run, save_model, tiny_config, tiny_model
 from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
+from zoo.build import build, configuration
+from zoo.configurations import CONFIGURATIONS
 
 from mlxkv import lm, make_cache, save_cache
 from mlxkv.cli._output import format_value
@@ -147,8 +149,41 @@ def test_weights_are_not_taken_for_a_prompt_cache(tmp_path, capsys):
         ("codings", ["deflate", "raw"], "deflate, raw"),
         ("k_shape", (30, 1, 3, 2048, 64), "30 x 1 x 3 x 2048 x 64"),
         ("caches", {"KVCache": 30}, "KVCache 30"),
+        ("groups", {"layers": [0, 1, 2], "k_shape": (3, 1, 2, 12, 16)}, "layers 0-2; k_shape 3 x 1 x 2 x 12 x 16"),
+        ("groups", {"window": None, "file_bytes": 5523}, "window -, file_bytes 5,523 B"),
+        ("metadata", {"file_bytes": "many", "x": {"y": [1]}}, "file_bytes many, x {'y': [1]}"),
+        ("file_bytes", "many", "many"),
         ("flag", True, "yes"),
     ],
 )
 def test_people_get_ranges_and_shapes(key, value, shown):
     assert format_value(key, value) == shown
+
+
+@pytest.fixture
+def saved_model(monkeypatch, tmp_path):
+    """A tiny model of any type as a directory that the byte-level tokenizer fits."""
+
+    def save(name):
+        monkeypatch.setitem(CONFIGURATIONS, name, {**CONFIGURATIONS[name], "vocab_size": 264})
+        (tmp_path / name).mkdir()
+        return save_model(build(name), configuration(name), tmp_path / name)
+
+    return save
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "deepseek_v32"])
+def test_tokens_of_every_kind_of_cache_are_counted(name, saved_model, tmp_path, says):
+    model, out = saved_model(name), tmp_path / "a.npz"
+    says("dump", "--model", model, "--prompt", TEXT, "--out", out)
+    record = says("generate", out, "--model", model, "--prompt", "And then", "--max-tokens", 2)
+    assert record["cached_tokens"] == len(TEXT)
+
+
+def test_people_get_a_line_for_each_group_of_layers(saved_model, tmp_path, capsys):
+    out = tmp_path / "a.npz"
+    assert run("dump", "--model", saved_model("gemma3_text"), "--prompt", TEXT, "--out", out) == 0
+    assert run("inspect", out) == 0
+    said = capsys.readouterr().out
+    assert "{" not in said
+    assert "layers 0, 1, 3, 4; window 12; k shape 4 x 1" in said
