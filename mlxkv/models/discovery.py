@@ -105,9 +105,7 @@ def _layer(found: Probe, entry: Any, updates: Sequence[Update], selects: bool) -
     ropes = [_rope(found.passes, updates, slot, by_numbers=latent or not slot) for slot in (0, 1)]
     keys, values = (Slot(n, x.shape[1], x.shape[3], rope) for n, x, rope in zip(names, arrays, ropes))
     window = entry.max_size if isinstance(entry, RotatingKVCache) else None
-    through_seam = not selects and all(
-        _is_seam(each, entry, update, latent) for each, update in zip(found.passes, updates)
-    )
+    through_seam = all(_is_seam(each, entry, update, latent) for each, update in zip(found.passes, updates))
     return Layer(keys, values, latent, window, "seam" if through_seam else "fetch", selects)
 
 

@@ -67,7 +67,7 @@ def test_they_do_for_rotations_with_tables_and_for_windows(config):
     [
         ("gemma3_text", [("seam", False, 12, False)] * 2 + [("seam", False, None, False)]),
         ("deepseek_v32", [("fetch", True, None, True), None]),
-        ("minimax_m3_vl", [("seam", False, None, False)]),
+        ("minimax_m3_vl", [("seam", False, None, False), ("seam", False, None, True), None]),
         ("longcat_flash", [("seam", True, None, False)] * 4),
         ("gemma2", [("fetch", False, None, False)] * 2),
         ("kimi_linear", [None]),
