@@ -100,11 +100,12 @@ class KVDump:
         keys = [f"{index}.{name}" for index in range(1, len(self.spec.groups)) for name in STREAMS]
         if extra := sorted(set(self.others) - set(keys)):
             raise MismatchError(f"there are arrays {str(extra)[:80]}, which belong to no group of layers")
-        for index in self.held_groups:
+        held_groups = set(self.held_groups)
+        for index in held_groups:
             for name in STREAMS:
                 self._check_stream(index, name)
         for index, ring in self.rings.items():
-            if index not in self.held_groups or self.spec.groups[index].window is None:
+            if index not in held_groups or self.spec.groups[index].window is None:
                 raise MismatchError(f"group {str(index)[:20]} of the layers here is no ring")
             if not is_int(ring, 1, self.stream("k", index).shape[3]):
                 raise MismatchError(f"the ring of group {index} is at {ring!r}, which is no row of it")

@@ -13,9 +13,10 @@ from mlxkv.codec.layout import Layout
 from mlxkv.codec.methods.kvtc import KVTCConfig
 from mlxkv.codec.session import CacheCodec
 from mlxkv.codec.summary import summary
+from mlxkv.dump import KVDump
 from mlxkv.errors import FormatError, InputError, MlxkvError
 from mlxkv.io.container import Reader
-from mlxkv.spec import MAX_LAYERS
+from mlxkv.spec import MAX_LAYERS, CacheSpec, Layer, Slot
 
 LENGTH, HUGE = 60, 10**400
 
@@ -139,6 +140,15 @@ def test_a_window_that_has_moved_on_has_no_sinks():
     for fields in ({"sinks": 1, "start": 5}, {"sinks": 0, "start": 2**31 - 5}):
         with pytest.raises(FormatError, match="not a layout"):
             Layout(**{"batch": 1, "length": 9, "recent": 2, "block_tokens": 4, **fields})
+
+
+def test_rings_of_thousands_of_groups_are_checked_as_fast_as_they_are_read():
+    slot = Slot("x", 1, 1)
+    spec = CacheSpec("toy", tuple(Layer(slot, slot, window=i + 1) for i in range(MAX_LAYERS)))
+    one = np.zeros((1, 1, 1, 1, 1), np.float16)
+    others = {f"{i}.{name}": one for i in range(1, MAX_LAYERS) for name in "kv"}
+    with alarm(SECONDS):  # it was quadratic
+        KVDump(one, one, spec, np.zeros((1, 1), np.int32), others=others, rings=dict.fromkeys(range(MAX_LAYERS), 1))
 
 
 def test_names_of_groups_are_not_names_of_extras(tmp_path):
