@@ -13,7 +13,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
-from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, KVCache, QuantizedKVCache, RotatingKVCache
+from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, QuantizedKVCache, RotatingKVCache
 
 from mlxkv import stock
 from mlxkv.errors import FormatError, InputError, MismatchError, UnsupportedError
@@ -27,6 +27,8 @@ _CLASSES: dict[str, Any] = {
 }
 _IN_PLACE = ("RotatingKVCache", "QuantizedKVCache")  # which mlx-lm makes of a KVCache: --max-kv-size, --kv-bits
 _SLOTS = {"KVCache": 3, "RotatingKVCache": 6, "ChunkedKVCache": 5}
+_LIST = CacheList.__name__
+_MAX_NAME_BYTES = 256
 _OFFSET = 2  # where the number of tokens is in their states
 
 
@@ -58,16 +60,42 @@ class _PromptFile:
             if stored.shape or stored.dtype not in ("I32", "I64"):
                 raise FormatError(f"{self.name}: {name} is no whole number")
             return int.from_bytes(data, "little", signed=True)
-        if not data or not stored.shape:
+        if not stored.shape or max(stored.shape) > MAX_OFFSET or (not data and stored.shape[-1]):
             raise FormatError(f"{self.name}: array {name} is empty")
+        if not data:  # values of an indexer, whose width is 0
+            return mx.zeros(stored.shape, _TYPES[stored.dtype])
         return mx.array(np.frombuffer(data, np.uint8)).view(_TYPES[stored.dtype]).reshape(stored.shape)
+
+    def entries(self) -> list[tuple[str, str]]:
+        """Return where each entry's state is, those within lists of caches one by one, and the entry's class."""
+        found: list[tuple[str, str]] = []
+        for layer, kind in enumerate(self.classes):
+            if kind != _LIST:
+                found.append((str(layer), kind))
+                continue
+            child = 0
+            while (text := self._text(f"{layer}.{child}.1")) is not None:
+                found.append((f"{layer}.{child}.0", text))
+                child += 1
+        return found
+
+    def _text(self, name: str) -> str | None:
+        """Return the name of a class within a list, None where there is none."""
+        stored = self.reader.arrays.get(name)
+        if self._kinds.get(name) != "string" or stored is None or stored.end - stored.start > _MAX_NAME_BYTES:
+            return None
+        return self.reader.read(name).decode("utf-32-le", "replace")
+
+    def is_unused(self, name: str) -> bool:
+        """Return whether an entry keeps nothing: some models make caches for layers without attention."""
+        return self._kinds.get(f"{name}.0") == "none"
 
     def tokens(self) -> int:
         """Return the number of tokens, which all layers have to agree on."""
         offsets = {
-            self.value(f"{layer}.{_OFFSET}")
-            for layer, kind in enumerate(self.classes)
-            if kind in (*_SLOTS, "QuantizedKVCache")
+            self.value(f"{name}.{_OFFSET}")
+            for name, kind in self.entries()
+            if kind in (*_SLOTS, "QuantizedKVCache") and not self.is_unused(name)
         }
         if len(offsets) != 1 or not is_int(found := offsets.pop(), 1, MAX_OFFSET):
             raise FormatError(f"{self.name}: its layers have not seen one number of tokens, 1 or more")
@@ -136,25 +164,41 @@ def read_prompt_cache(path: str | Path, model: Any) -> list[Any]:
     UnsupportedError
         When it holds caches of another class, or of a batch of texts.
     """
-    expected = stock.example_caches(model)
     with SafetensorsReader(path) as reader:
         file = _PromptFile(reader)
+        expected = stock.example_caches(model, file.tokens())
         if len(file.classes) != len(expected):
             raise MismatchError(f"{file.name} has {len(file.classes)} layers, this model {len(expected)}")
-        file.tokens()
-        cache = [_read_layer(file, layer, kind, expected[layer]) for layer, kind in enumerate(file.classes)]
-    mx.eval([entry.state for entry in cache])
-    return cache
+        found, examples = file.entries(), stock.entries(expected)
+        if [name for name, _ in found] != _names(expected):
+            raise MismatchError(f"{file.name} has other layers with lists of caches than this model")
+        read = {i: _read_entry(file, *each, example) for i, (each, example) in enumerate(zip(found, examples))}
+    mx.eval([entry.state for entry in read.values()])
+    return stock.with_entries(expected, read)
 
 
-def _read_layer(file: _PromptFile, layer: int, kind: str, expected: Any) -> Any:
-    """Return one layer's cache: of the class that the file names, where this layer can have it."""
-    own = type(expected).__name__
+def _names(cache: list[Any]) -> list[str]:
+    """Return where the states of a prompt cache's entries are in a file."""
+    lists = [len(entry.caches) if isinstance(entry, CacheList) else None for entry in cache]
+    return [
+        name
+        for layer, count in enumerate(lists)
+        for name in ([str(layer)] if count is None else [f"{layer}.{child}.0" for child in range(count)])
+    ]
+
+
+def _read_entry(file: _PromptFile, name: str, kind: str, expected: Any) -> Any:
+    """Return one entry: of the class that the file names, where this layer can have it."""
+    own, layer = type(expected).__name__, name.partition(".")[0]
     if kind not in _CLASSES:
         raise UnsupportedError(f"{file.name}: layer {layer} is a {kind[:40]!r}; mlxkv reads {', '.join(_CLASSES)}")
     if kind != own and (own != "KVCache" or kind not in _IN_PLACE):
         raise MismatchError(f"{file.name}: layer {layer} is a {kind}, this model has a {own} there")
-    state = _read_state(file, layer, kind)
+    state = _read_state(file, name, kind)
+    if isinstance(expected, KVCache | RotatingKVCache | ChunkedKVCache) and file.is_unused(name) != (
+        expected.keys is None
+    ):
+        raise MismatchError(f"{file.name}: layer {layer} keeps tokens in one of the file and this model only")
     try:
         if kind == "QuantizedKVCache":
             state = _quantized_state(state, expected)
@@ -174,15 +218,15 @@ def _read_layer(file: _PromptFile, layer: int, kind: str, expected: Any) -> Any:
     return entry
 
 
-def _read_state(file: _PromptFile, layer: int, kind: str) -> tuple[Any, ...]:
+def _read_state(file: _PromptFile, name: str, kind: str) -> tuple[Any, ...]:
     """Return a state of the form that this class has."""
     if kind == "ArraysCache":
-        count = len([name for name in file.reader.arrays if name.startswith(f"{layer}.0.")])
-        return [file.value(f"{layer}.0.{slot}") for slot in range(count)], *(file.value(f"{layer}.{i}") for i in (1, 2))
+        count = len([key for key in file.reader.arrays if key.startswith(f"{name}.0.")])
+        return [file.value(f"{name}.0.{slot}") for slot in range(count)], *(file.value(f"{name}.{i}") for i in (1, 2))
     if kind == "QuantizedKVCache":
-        pairs = [tuple(file.value(f"{layer}.{slot}.{part}") for part in range(3)) for slot in range(2)]
-        return *pairs, *(file.value(f"{layer}.{slot}") for slot in range(2, 5))
-    return tuple(file.value(f"{layer}.{slot}") for slot in range(_SLOTS[kind]))
+        pairs = [tuple(file.value(f"{name}.{slot}.{part}") for part in range(3)) for slot in range(2)]
+        return *pairs, *(file.value(f"{name}.{slot}") for slot in range(2, 5))
+    return tuple(file.value(f"{name}.{slot}") for slot in range(_SLOTS[kind]))
 
 
 def _like(kind: str, state: tuple[Any, ...], expected: Any) -> Any:

@@ -13,6 +13,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
     save_prompt_cache,
 )
+from zoo.build import build
 
 from mlxkv.errors import FormatError, InputError, MismatchError, MlxkvError, UnsupportedError
 from mlxkv.live.prompt_files import describe_prompt_cache, read_prompt_cache
@@ -46,6 +47,15 @@ def forge(path, header, body):
 def test_a_model_goes_on_as_with_mlx_lms_own_loading(name, tmp_path):
     model = tiny_model(name)
     path = saved(tmp_path / "a.safetensors", model)
+    assert mx.array_equal(rows(read_prompt_cache(path, model), model), rows(load_prompt_cache(str(path)), model))
+
+
+# Lists of caches, an indexer without values, a layer without attention, a state that grows with the first tokens.
+@pytest.mark.parametrize("name", ["deepseek_v32", "minimax_m3_vl", "nemotron-nas", "longcat_flash_ngram"])
+def test_caches_of_every_kind_are_read(name, tmp_path):
+    model = build(name)
+    path = saved(tmp_path / "a.safetensors", model)
+    assert describe_prompt_cache(path)["tokens"] == 20
     assert mx.array_equal(rows(read_prompt_cache(path, model), model), rows(load_prompt_cache(str(path)), model))
 
 
@@ -175,6 +185,57 @@ def test_a_forged_file_is_refused_with_a_typed_error(change, tmp_path):
     change(header, body)
     with pytest.raises(MlxkvError):
         read_prompt_cache(forge(path, header, bytes(body)), model)
+
+
+def set_text(header, body, name, text):
+    header[name]["shape"] = [len(text)]
+    header[name]["data_offsets"] = [len(body), len(body) + 4 * len(text)]
+    body += text.encode("utf-32-le")
+
+
+def other_child(header, body):
+    set_text(header, body, "0.1.1", "os.system")
+
+
+def long_child(header, body):
+    set_text(header, body, "0.1.1", "KVCache" * 100)
+
+
+def child_is_missing(header, body):
+    del header["0.1.1"]
+
+
+def child_is_no_text(header, body):
+    places = {value: key for key, value in header["__metadata__"].items()}
+    header["__metadata__"][places["0.1.1"][:-1] + "1"] = "scalar"
+
+
+def empty_where_there_are_tokens(header, body):
+    known = sum(1 for key in header["__metadata__"] if key.startswith("2.") and key.endswith(".1"))
+    for slot in (0, 1):
+        header["__metadata__"] |= {
+            f"2.{known + slot + 1}.{i}": each for i, each in enumerate((f"0.0.0.{slot}", "none"))
+        }
+
+
+@pytest.mark.parametrize(
+    "change", [other_child, long_child, child_is_missing, child_is_no_text, empty_where_there_are_tokens]
+)
+def test_a_forged_list_of_caches_is_refused(change, tmp_path):
+    model = build("deepseek_v32")
+    path = saved(tmp_path / "a.safetensors", model)
+    header, body = parts(path)
+    body = bytearray(body)
+    change(header, body)
+    with pytest.raises(MlxkvError):
+        read_prompt_cache(forge(path, header, bytes(body)), model)
+
+
+def test_layers_that_are_lists_in_the_file_or_the_model_alone_are_refused(tmp_path):
+    for of, other in (("deepseek_v32", "deepseek_v3"), ("deepseek_v3", "deepseek_v32")):
+        path = saved(tmp_path / f"{of}.safetensors", build(of))
+        with pytest.raises(MismatchError):
+            read_prompt_cache(path, build(other))
 
 
 def test_a_forged_window_is_refused(tmp_path):
