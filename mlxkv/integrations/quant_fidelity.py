@@ -24,7 +24,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.cache import RotatingKVCache
 
+from mlxkv import stock
 from mlxkv.errors import UnsupportedError
 from mlxkv.live import LayerCache, live_config, make_cache
 from mlxkv.version import __version__
@@ -139,20 +141,24 @@ class LiveMethod:
             For a method that depends on the attention that tokens get.
         """
         caches = self.make_cache(n_layers=len(fp_cache))
-        for i, (exact, cache) in enumerate(zip(fp_cache, caches)):
+        passed: dict[int, Any] = {}
+        for i, (exact, cache) in enumerate(zip(stock.entries(fp_cache), stock.entries(caches))):
             if not isinstance(cache, LayerCache):
-                caches[i] = exact
+                passed[i] = exact
                 continue
             if cache.observation_window:
                 raise UnsupportedError(
                     f"{self.preset} goes by attention, and a prefix of keys and values comes without its queries: "
                     "measure with quantize_start=0 and InChunks(model, n)"
                 )
-            keys, values = exact.keys_and_values()  # type: ignore[attr-defined]
-            cache.offset = keys.shape[2]
+            windowed = isinstance(exact, RotatingKVCache)
+            keys, values, *_ = stock.window_tokens(exact) if windowed else exact.keys_and_values()
+            cache.offset = exact.offset
             cache.absorb(keys, values, None)
-        mx.eval([cache.state for cache in caches])  # type: ignore[attr-defined]
-        return caches
+            if cache.group is not None:
+                cache.group.others = passed
+        mx.eval([cache.state for cache in stock.entries(caches)])
+        return stock.with_entries(caches, passed)
 
     def guard(self) -> AbstractContextManager[None]:
         """Return a context that does nothing.
@@ -213,7 +219,7 @@ class LiveMethod:
         int
             Bytes, without entries of other layers.
         """
-        return sum(entry.nbytes for entry in cache if isinstance(entry, LayerCache))
+        return sum(entry.nbytes for entry in stock.entries(cache) if isinstance(entry, LayerCache))
 
     def provenance(self) -> dict[str, str]:
         """Return the description of the method for reports.

@@ -1,3 +1,4 @@
+import copy
 import importlib.util
 import inspect
 
@@ -7,11 +8,14 @@ import mlxkv  # noqa: F401  # before mlx.core: it loads OpenBLAS
 import mlx.core as mx
 import pytest
 from conftest import tiny_model, tiny_tokens
+from zoo.build import build, tokens
 
+from mlxkv import stock
 from mlxkv.errors import PresetError, UnsupportedError
 from mlxkv.evaluate.tasks import fidelity
 from mlxkv.evaluate.variants import baseline, iter_logits, live_variant
 from mlxkv.integrations.quant_fidelity import InChunks, LiveMethod
+from mlxkv.live.base import LayerCache, check_consistent
 from mlxkv.live.seam import make_cache
 from mlxkv.models import cache_spec
 
@@ -77,6 +81,26 @@ def test_layers_without_keys_and_values_keep_their_state_when_a_prefix_is_conver
     converted = LiveMethod(model, "int4").convert_prefix(cache)
     assert converted[0] is cache[0]
     assert converted[1].offset == len(tokens)
+
+
+# Windows that the text has left or not, lists of caches, chunks that stay mlx-lm's own.
+@pytest.mark.parametrize("length", [8, 150])
+@pytest.mark.parametrize(
+    ("name", "preset"), [("gemma3_text", "int8"), ("gemma3_text", "full"), ("deepseek_v32", "full"), ("llama4", "int8")]
+)
+def test_a_prefix_of_caches_of_every_kind_is_converted(name, preset, length):
+    model, text = build(name), tokens(name, length + 4)
+    cache = make_prompt_cache(model)
+    model(mx.array([text[:length]]), cache=cache)
+    method = LiveMethod(model, preset)
+    converted = method.convert_prefix(copy.deepcopy(cache))
+    held = [entry for entry in stock.entries(converted) if isinstance(entry, LayerCache)]
+    assert {entry.offset for entry in held} == {length}
+    assert method.measured_bytes(converted) == sum(entry.nbytes for entry in held) > 0
+    check_consistent(converted)
+    for token in text[length:]:
+        found, expected = (model(mx.array([[token]]), cache=each)[0, -1] for each in (converted, cache))
+        assert mx.allclose(found, expected, atol=0.05 * mx.abs(expected).max().item())
 
 
 def test_a_prefix_is_refused_where_a_method_needs_the_queries():
