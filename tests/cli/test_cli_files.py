@@ -153,6 +153,7 @@ def test_weights_are_not_taken_for_a_prompt_cache(tmp_path, capsys):
         ("groups", {"window": None, "file_bytes": 5523}, "window -, file_bytes 5,523 B"),
         ("metadata", {"file_bytes": "many", "x": {"y": [1]}}, "file_bytes many, x {'y': [1]}"),
         ("file_bytes", "many", "many"),
+        ("cache_bytes", 44032.0, "44,032 B"),
         ("flag", True, "yes"),
     ],
 )

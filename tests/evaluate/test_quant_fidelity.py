@@ -86,7 +86,8 @@ def test_layers_without_keys_and_values_keep_their_state_when_a_prefix_is_conver
 # Windows that the text has left or not, lists of caches, chunks that stay mlx-lm's own.
 @pytest.mark.parametrize("length", [8, 150])
 @pytest.mark.parametrize(
-    ("name", "preset"), [("gemma3_text", "int8"), ("gemma3_text", "full"), ("deepseek_v32", "full"), ("llama4", "int8")]
+    ("name", "preset"),
+    [("gemma3_text", "int8"), ("gemma3_text", "sliding-window"), ("deepseek_v32", "full"), ("llama4", "int8")],
 )
 def test_a_prefix_of_caches_of_every_kind_is_converted(name, preset, length):
     model, text = build(name), tokens(name, length + 4)

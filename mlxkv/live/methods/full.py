@@ -81,14 +81,11 @@ class FullCache(LayerCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Store a chunk and return all tokens."""
-        store: Any = KVCache()  # type: ignore[no-untyped-call]
-        store.state = self.keys, self.values, self.offset
         self._begin(keys, values)
-        everything = store.update_and_fetch(keys, values)
-        self.keys, self.values, _ = store.state
+        self.absorb(keys, values, None)
         if self._fetching:
             self._end()
-        return everything
+        return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """Return all tokens."""
@@ -97,7 +94,11 @@ class FullCache(LayerCache):
         return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
 
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
-        """Do nothing: the chunk is stored already."""
+        """Append the chunk."""
+        store: Any = KVCache()  # type: ignore[no-untyped-call]
+        store.state = self.keys, self.values, self.offset - keys.shape[2]
+        store.update_and_fetch(keys, values)
+        self.keys, self.values, _ = store.state
 
     def attend(
         self,
