@@ -167,10 +167,11 @@ def _rope(passes: Sequence[Pass], updates: Sequence[Update], slot: int, by_numbe
     if len(counts) > 1:
         return None
     arrays = [update.taken[slot] for update in updates]
-    for index in range(counts.pop()):
-        found = [each.rotations[index] for each in passes]
-        if all(_made(rotation, update) for rotation, update in zip(found, updates)):
-            at = _place(arrays, found, by_numbers)
+    rotations = [[each.rotations[index] for each in passes] for index in range(counts.pop())]
+    made = [found for found in rotations if all(map(_made, found, updates))]
+    for numbers in (False, True)[: 1 + by_numbers]:  # all as objects first: numbers have to be computed
+        for found in made:
+            at = _place(arrays, found, numbers)
             if at is not None:
                 return _describe_rotation(found, at)
     return None

@@ -108,6 +108,12 @@ def test_a_run_leaves_the_model_and_mlx_as_they_were(name):
     assert mx.array_equal(mx.random.state[0], key)
 
 
+@pytest.mark.parametrize("name", ["qwen2", "gemma3_text", "gpt_oss", "olmo3"])
+def test_numbers_are_computed_only_where_the_cache_does_not_get_the_rotation_itself(name, monkeypatch):
+    monkeypatch.setattr(discovery, "_agree", lambda *_: pytest.fail("a model was computed to compare numbers"))
+    assert all(layer.keys.rope is not None for layer in cache_spec(build(name)).layers)
+
+
 def test_a_model_is_run_once(monkeypatch):
     model, runs = build("qwen2"), []
     run = probe.run
