@@ -117,6 +117,8 @@ class KVDump:
         """Compare an array, and its sensitivity if there is one, with the description and the tokens."""
         group, (batch, length) = self.spec.groups[index], self.tokens.shape
         stream, key = group.stream(name), stream_key(index, name)
+        if index and key not in self.others:
+            raise MismatchError(f"there is no {key}, which {stream.layers} layers of the description have")
         rows = length if group.window is None else min(self.start + length, group.window)
         array, expected = self.stream(name, index), (stream.layers, batch, stream.heads, rows, stream.dim)
         if array.shape != expected:

@@ -1,6 +1,7 @@
 """What a file says of its groups of layers is checked before it is used: how many, their layouts, their rings, their sizes."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from mlxkv.codec.methods.kvtc import KVTCConfig
 from mlxkv.codec.session import CacheCodec
 from mlxkv.codec.summary import summary
 from mlxkv.dump import KVDump
-from mlxkv.errors import FormatError, InputError, MlxkvError
+from mlxkv.errors import FormatError, InputError, MismatchError, MlxkvError
 from mlxkv.io.container import Reader
 from mlxkv.spec import MAX_LAYERS, CacheSpec, Layer, Slot
 
@@ -140,6 +141,15 @@ def test_a_window_that_has_moved_on_has_no_sinks():
     for fields in ({"sinks": 1, "start": 5}, {"sinks": 0, "start": 2**31 - 5}):
         with pytest.raises(FormatError, match="not a layout"):
             Layout(**{"batch": 1, "length": 9, "recent": 2, "block_tokens": 4, **fields})
+
+
+@pytest.mark.parametrize("kind", ["window", "shapes"])
+@pytest.mark.parametrize("missing", ["1.k", "1.v"])
+def test_a_dump_that_lacks_an_array_of_a_group_is_refused_by_its_name(kind, missing):
+    dump = grouped_dump(GROUPED[kind], LENGTH, of=90)
+    others = {key: array for key, array in dump.others.items() if key != missing}
+    with pytest.raises(MismatchError, match=rf"no {missing}"):
+        replace(dump, others=others)
 
 
 def test_rings_of_thousands_of_groups_are_checked_as_fast_as_they_are_read():
