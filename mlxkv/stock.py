@@ -320,6 +320,8 @@ def _check_pair(keys: Any, values: Any, example: Any, rows: int) -> bool:
     """Check keys and values against the example's; return whether rows of them are in use."""
     if keys is None and values is None and not rows:
         return False
+    if example.keys is None:
+        raise FormatError(f"there are {rows} tokens of a layer that keeps none")
     check_array(keys, "keys", (None, example.keys.shape[1], None, example.keys.shape[3]))
     check_array(values, "values", (*keys.shape[:1], example.values.shape[1], keys.shape[2], example.values.shape[3]))
     if not keys.shape[0] or keys.shape[2] < rows:

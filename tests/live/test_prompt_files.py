@@ -231,6 +231,17 @@ def test_a_forged_list_of_caches_is_refused(change, tmp_path):
         read_prompt_cache(forge(path, header, bytes(body)), model)
 
 
+@pytest.mark.parametrize("part", ["keys", "values", "offset"])
+def test_tokens_of_a_layer_without_attention_are_refused(part, tmp_path):
+    model = build("nemotron-nas")
+    cache = make_prompt_cache(model)
+    model(mx.array([tiny_tokens(20)]), cache=cache)
+    setattr(cache[2], part, 20 if part == "offset" else cache[1].keys)
+    save_prompt_cache(str(tmp_path / "a.safetensors"), cache)
+    with pytest.raises(MismatchError):
+        read_prompt_cache(tmp_path / "a.safetensors", model)
+
+
 def test_layers_that_are_lists_in_the_file_or_the_model_alone_are_refused(tmp_path):
     for of, other in (("deepseek_v32", "deepseek_v3"), ("deepseek_v3", "deepseek_v32")):
         path = saved(tmp_path / f"{of}.safetensors", build(of))
