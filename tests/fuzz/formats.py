@@ -276,6 +276,8 @@ def fingerprint_of(target, meta):
 
 @cache
 def model(name):
+    if name == "windows":
+        return tiny_model("llama", layer_types=["sliding_attention", "full_attention"], sliding_window=8)
     return tiny_model(name)
 
 
@@ -283,7 +285,7 @@ def model(name):
 def dump_file(name):
     path = room()[1] / f"{name}.npz"
     taken = lm.dump(model(name), tiny_tokens(12), name=name)
-    write_dump(path, replace(taken, sensitivity=toy_sensitivity(taken)))
+    write_dump(path, taken if taken.others else replace(taken, sensitivity=toy_sensitivity(taken)))
     return path
 
 
@@ -458,8 +460,8 @@ FORMATS = {
     "container": (container, CODECS, {}),
     "damage": (damage, CODECS, {"json": False}),
     "artifacts": (artifacts, CODECS, {"arrays": True}),
-    "npz": (npz, ("llama", "lfm2"), {"arrays": True}),
-    "live": (live, (*LIVE, "int8 lfm2", "kivi glm4_moe_lite", "mp-kvm glm4_moe_lite"), {}),
+    "npz": (npz, ("llama", "lfm2", "windows"), {"arrays": True}),
+    "live": (live, (*LIVE, "int8 lfm2", "kivi glm4_moe_lite", "mp-kvm glm4_moe_lite", "int4 windows"), {}),
     "journal": (journal, ("kvtc",), {"json": False}),
     "eval journal": (eval_journal, ("eval",), {}),
     "preset": (preset, ("toml",), {}),
