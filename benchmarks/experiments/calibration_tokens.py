@@ -109,18 +109,22 @@ def section(result: Result) -> str:
     """Show the curve."""
     rows, live, qualities = result["summary"]["rows"], result["summary"]["live"], result["config"]["qualities"]
     heads = (
-        "tokens", *(f"KL at {quality}, times smaller" for quality in qualities), "bytes at equal KL", "artifacts", "learnt in",
+        "tokens", *(f"KL at {quality}, times smaller" for quality in qualities), "coded bytes at equal KL", "files at equal KL",
+        "artifacts", "learnt in",
     )  # fmt: skip
+    bounds = result["config"]["kl"]
+    files = [[(row[f"cache_bytes_{q}"], row[f"kl_{q}"]) for q in qualities] for row in rows]
+    rates = [bd_rate(points, files[-1], *bounds) for points in files]
     cells = [
         [f"{row['tokens']:,}", *(f"{row[f'kl_{q}']:.4f}, {row[f'ratio_middle_{q}']:.1f}x" for q in qualities),
-         "-" if row["bytes_over_most"] is None else f"{row['bytes_over_most']:.2f}", megabytes(row["artifact_bytes"]),
-         f"{row['learn_seconds']:.0f} s"]
-        for row in rows
+         "-" if row["bytes_over_most"] is None else f"{row['bytes_over_most']:.2f}", "-" if rate is None else f"{1 + rate:.2f}",
+         megabytes(row["artifact_bytes"]), f"{row['learn_seconds']:.0f} s"]
+        for row, rate in zip(rows, rates)
     ]  # fmt: skip
     first, last = rows[0], qualities[-1]
     return (
         f"On {NAMED[result['config']['model']]}. Bytes at equal KL are those that learning from {rows[-1]['tokens']:,} tokens needs, times"
-        f" the number shown. `{result['config']['live']}` diverges by {live['kl']:.4f} nats in {megabytes(live['cache_bytes'])};"
+        f" the number shown: of the coded tokens, and of whole files, whose newest tokens are raw. `{result['config']['live']}` diverges by {live['kl']:.4f} nats in {megabytes(live['cache_bytes'])};"
         f" `kvtc-rd` learnt from {first['tokens']:,} tokens by {first[f'kl_{last}']:.4f} at quality {last}, in files of"
-        f" {megabytes(first[f'cache_bytes_{last}'])} with the newest tokens raw.\n\n{table(heads, cells)}"
+        f" {megabytes(first[f'cache_bytes_{last}'])}.\n\n{table(heads, cells)}"
     )

@@ -29,8 +29,8 @@ def test_bytes_at_equal_divergence_are_over_those_from_most_tokens(samples):
 
 
 def test_the_report_sets_files_from_fewest_tokens_against_the_live_cache(samples):
-    config = {"model": "smollm2-135m", "qualities": [20, 30, 40], "live": "int4"}
+    config = {"model": "smollm2-135m", "qualities": [20, 30, 40], "live": "int4", "kl": [0.002, 0.1]}
     said = calibration_tokens.section({"summary": calibration_tokens.summarise(samples), "config": config})
     assert "`int4` diverges by 0.2000 nats" in said
     assert "learnt from 512 tokens by 0.0050 at quality 40" in said
-    assert "| 512 | 0.0800, 60.0x | 0.0200, 30.0x | 0.0050, 15.0x | 1.50 |" in said
+    assert "| 512 | 0.0800, 60.0x | 0.0200, 30.0x | 0.0050, 15.0x | 1.50 | 1.50 |" in said
