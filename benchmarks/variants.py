@@ -139,9 +139,10 @@ def measure_while_growing(
             continue
         stored: list[tuple[float, float]] = []
         parts: list[mx.array] = []
+        restored = cache_sizes(model, held.cache)["fp16_bytes"]  # windows hold fewer tokens than after a prompt's chunk
         for start in range(0, len(following) - 1, CHUNK):
             now = cache_sizes(model, held.cache)
-            since = now["fp16_bytes"] - held.sizes["fp16_bytes"]
+            since = now["fp16_bytes"] - restored
             size = held.sizes["cache_bytes"] + since if variant.needs_baseline else now["cache_bytes"]
             stored.append((size, size / now["fp16_bytes"]))
             parts += iter_logits(model, held.cache, following[start : start + CHUNK + 1], CHUNK)

@@ -45,7 +45,6 @@ QUICK = (
     "full", "int8", "int4", "kivi-2", "kivi-4", "smartkv-0.3", "smartkv-0.5", "h2o-96", "h2o-256", "streaming-llm-96",
     "random-96", "mp-kvm-96", "uniform-3", "uniform-16",
 )  # fmt: skip
-ON_OTHERS_CALIBRATED = {"texts": 8, "tokens": 672}
 ON_OTHERS = (*QUICK, "uniform-2", "uniform-4", "kivi-3")
 FLOAT16 = "uniform-16"  # the end of all curves
 CURVES = ("uniform", "kivi", "kvtc", "h2o", "streaming-llm", "random")
@@ -69,22 +68,21 @@ ABOUT_BYTES = "Bytes are shares of float16's (on a CPU `full` holds float32, so 
 def run(quick: bool, model: str = MODEL) -> Outcome:
     """Quick: two texts, half the context, half a chunk after it, some presets, one miniature, a small calibration.
 
-    On another language model: every third text, fewer codecs, and those calibrated on 8 texts.
+    On another language model: every third text, and no codecs.
     """
     context, predict = (CONTEXT // 2, 8) if quick else (CONTEXT, PREDICT)
-    size = calibration.QUICK if quick else calibration.FULL if model == MODEL else ON_OTHERS_CALIBRATED
+    size = calibration.QUICK if quick else calibration.FULL
     every = {**presets(), **references()}
     chosen = QUICK if quick else every if model == MODEL else ON_OTHERS
     live = [cached_at_once(name, every[name]) for name in every if name in chosen]
-    few = quick or model != MODEL
-    ratios, qualities = (RATIOS[1::2], QUALITIES[1::2]) if few else (RATIOS, QUALITIES)
+    ratios, qualities = (RATIOS[1::2], QUALITIES[1::2]) if quick else (RATIOS, QUALITIES)
     samples: list[dict[str, Any]] = []
     codecs: dict[str, Any] = {}
     beside = miniatures.names()[: 1 if quick else None] if model == MODEL else []
     for name in [model, *beside]:
         loaded, tokenizer = lm.load(name)
         variants = supported(loaded, live)
-        if name == model:
+        if name == model == MODEL:
             codecs = calibration.codecs(loaded, tokenizer, size, ratios, qualities)
             variants += [codec_variant(codec, label, "float16") for label, codec in codecs.items()]
         held = texts.held_out(name, tokenizer, context + predict + 1)
