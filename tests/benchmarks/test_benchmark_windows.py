@@ -24,6 +24,8 @@ def test_parts_of_a_cache_take_one_group_from_the_file_each():
     exact = lm.dump(build("gemma3_text"), tokens("gemma3_text", 30))
     coded = lm.dump(build("gemma3_text"), tokens("gemma3_text", 30, seed=2))
     full, window, both = windows.parts(exact, coded)
-    assert (full.k is coded.k) and (full.others is exact.others)
-    assert (window.k is exact.k) and (window.others is coded.others)
+    assert full.k is coded.k
+    assert full.others is exact.others
+    assert window.k is exact.k
+    assert window.others is coded.others
     assert both is coded
