@@ -131,6 +131,24 @@ def test_what_to_use_has_the_measured_numbers():
     assert said(rows["kvtc-rd"][3]) == pytest.approx(filed["kl"], rel=0.06)
 
 
+def test_what_to_use_has_the_numbers_of_the_second_model_beside_those_of_the_first():
+    measured = {row["variant"]: row for row in result("live_methods_gemma")["fidelity"]}
+    rows = rows_of("Which should I use?")
+    for name in ("int8", "int4"):
+        assert said(rows[name][4]) == pytest.approx(measured[name]["share_of_fp16"], abs=0.006), name
+        assert said(rows[name][5]) == pytest.approx(measured[name]["kl"], rel=0.06), name
+    for name in ("smartkv-0.3", "h2o-256"):
+        assert rows[name][4:] == ["-", "-"], "windows stay as they are, and are most of that cache"
+    (filed,) = [row for row in result("windows") if row["quality"] == 42]
+    assert said(rows["kvtc-rd"][4]) == pytest.approx(1 / filed["file_ratio"], abs=0.001)
+    assert said(rows["kvtc-rd"][5]) == pytest.approx(filed["both"]["kl"], rel=0.06)
+
+
+def test_as_many_model_types_work_as_the_page_of_models_says():
+    counts = re.search(r"\*\*(\d+) of (\d+) types restore exactly", (ROOT / "docs" / "models.md").read_text())
+    assert f"[{counts[1]} of the {counts[2]} model types]" in " ".join(README.split())
+
+
 def test_the_comparison_with_mlx_lm_has_the_measured_numbers():
     measured = {row["variant"]: row for row in result("kv_bits")}
     rows = rows_of("Beside `--kv-bits`, and beside doing nothing")
