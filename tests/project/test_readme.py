@@ -139,9 +139,9 @@ def test_what_to_use_has_the_numbers_of_the_second_model_beside_those_of_the_fir
         assert said(rows[name][5]) == pytest.approx(measured[name]["kl"], rel=0.06), name
     for name in ("smartkv-0.3", "h2o-256"):
         assert rows[name][4:] == ["-", "-"], "windows stay as they are, and are most of that cache"
-    (filed,) = [row for row in result("windows") if row["quality"] == 42]
-    assert said(rows["kvtc-rd"][4]) == pytest.approx(1 / filed["file_ratio"], abs=0.001)
-    assert said(rows["kvtc-rd"][5]) == pytest.approx(filed["both"]["kl"], rel=0.06)
+    (filed,) = [row for row in result("rate_distortion_gemma")["long"]["kvtc-rd"] if row["at"] == 38]
+    assert said(rows["kvtc-rd"][4]) == pytest.approx(filed["cache_bytes"] / filed["fp16_bytes"], abs=0.001)
+    assert said(rows["kvtc-rd"][5]) == pytest.approx(filed["kl"], rel=0.06)
 
 
 def test_as_many_model_types_work_as_the_page_of_models_says():
