@@ -1,4 +1,4 @@
-"""What a layer caches, and which layers are coded together."""
+"""Layers of a cache: slots, windows, and the groups that are coded together."""
 
 from __future__ import annotations
 

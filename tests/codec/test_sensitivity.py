@@ -210,7 +210,7 @@ def test_models_are_in_evaluation_again_and_leave_kernels_out_only_meanwhile(mon
         type(model), "__call__", lambda self, *a, **k: seen.append(self.training) or call(self, *a, **k)
     )
     sensitivity(model, tokens_of("qwen3_next", 20))
-    assert True in seen
+    assert any(seen), "no pass was run in training"
     assert not any(part.training for part in model.modules())
 
 

@@ -1,4 +1,4 @@
-"""What few tokens can tell surely: how the dims of one head vary together, and sensitivity nearer to equal.
+"""Statistics that few tokens tell surely: how the dims of one head vary together, and sensitivity nearer to equal.
 
 How keys of one layer vary with those of another takes thousands of tokens to learn, how the dims of one head vary takes
 hundreds. Directions that no token of the calibration took are then coded as well as their head's other directions suggest,
