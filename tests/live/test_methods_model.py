@@ -86,7 +86,7 @@ def random_victims(tokens, sinks, recent, layer):
 
 PLAIN = {
     "full": lambda: PlainSelection(lambda count, offset: []),
-    "int8": lambda: PlainPacking(0, (8, 1, 16), (8, 1, 16)),
+    "int8": lambda: PlainPacking(0, (8, 64, 1), (8, 1, 16)),
     "int4": lambda: PlainPacking(0, (4, 60, 1), (4, 2, 16), sinks=2, block=60, rotated=(True, True)),
     "kivi": lambda: PlainPacking(8, (2, 32, 1), (2, 1, 16), sinks=2, rotated=(False, True)),
     "streaming-llm": lambda: PlainSelection(window_victims(2, 20)),

@@ -8,9 +8,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from conftest import tiny_model
-from forging import header_of
+from forging import forge, header_of
 from mlx.utils import tree_map
 
+from mlxkv.live import make_cache
 from mlxkv.live.serialization import load_cache, save_cache
 
 pytestmark = pytest.mark.filterwarnings("ignore::mlxkv.errors.WeakFingerprintWarning")
@@ -71,3 +72,20 @@ def test_old_files_have_the_old_names_of_settings():
     configs = {path.stem: load_cache(path, plain_model())[0].config for path in FILES}
     assert configs["kivi"].recent == 4
     assert (configs["mp-kvm"].sinks, configs["mp-kvm"].recent) == (2, 6)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"), [("int8", {"keys_by_channel": False}), ("int4", {"rotate": False, "sinks": 0})]
+)
+def test_a_file_without_the_newer_settings_is_read_as_it_was_packed(method, settings, tmp_path):
+    model = plain_model()
+    caches = make_cache(model, method, **settings)
+    model(mx.arange(75)[None], cache=caches)
+    save_cache(tmp_path / "cache", model, caches)
+    header, body = header_of((tmp_path / "cache").read_bytes())
+    for name in settings:
+        del header["methods"][0][1][name]
+    (tmp_path / "cache").write_bytes(forge(header, body))
+    again = load_cache(tmp_path / "cache", model)
+    assert again[0].config == caches[0].config
+    assert mx.array_equal(model(mx.arange(3)[None], cache=again), model(mx.arange(3)[None], cache=caches))

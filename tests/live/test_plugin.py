@@ -129,5 +129,5 @@ def test_two_methods_may_have_the_same_settings_and_differ_by_name(tmp_path):
     assert done.stdout.splitlines() == [
         "int8 int8",
         "mine mine",
-        "Int8Config() could be of int8 or mine: name the method instead",
+        "Int8Config(keys_by_channel=True) could be of int8 or mine: name the method instead",
     ]
