@@ -131,3 +131,7 @@ def suggest(name: object, known: Iterable[str], listing: str = "") -> str:
 
 class WeakFingerprintWarning(UserWarning):
     """Two fingerprints agree, but one is of an earlier version, which names only the first values of every weight."""
+
+
+class LibraryWarning(UserWarning):
+    """Artifacts in the user's data folder are skipped, or the folder cannot be read."""

@@ -7,6 +7,7 @@ import mlxkv  # noqa: F401  # before mlx.core: it loads OpenBLAS
 import json
 import os
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 
 import mlx.core as mx
@@ -97,6 +98,20 @@ def pytest_collection_modifyitems(items):
             item.add_marker("kernel")
         if room == "benchmarks" or "smollm2" in item.fixturenames:
             item.add_marker("slow")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def libraries(tmp_path_factory):
+    """Where tests keep artifacts, and never among the user's own: fixtures of a module in one library."""
+    folder = tmp_path_factory.mktemp("libraries")
+    os.environ["MLXKV_ARTIFACTS"] = str(folder / "shared")
+    return map(str, map(folder.joinpath, map(str, count())))
+
+
+@pytest.fixture(autouse=True)
+def _a_library_of_its_own(libraries, monkeypatch):
+    """Each test has an empty one, which does not exist yet."""
+    monkeypatch.setenv("MLXKV_ARTIFACTS", next(libraries))
 
 
 def tiny_config(name, **overrides):

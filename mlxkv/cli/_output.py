@@ -37,10 +37,10 @@ def note(text: str) -> None:
 @contextmanager
 def warnings_as_notes() -> Iterator[None]:
     """Print what the library warns users of as notes, without the line of code that warned."""
-    from mlxkv.errors import WeakFingerprintWarning
+    from mlxkv.errors import LibraryWarning, WeakFingerprintWarning
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-        if issubclass(category, WeakFingerprintWarning):
+        if issubclass(category, LibraryWarning | WeakFingerprintWarning):
             note(str(message))
         else:
             usual(message, category, *place, **more)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlxkv.errors import InputError
 from mlxkv.io.disk import NEW_FILE, lock_new, sweep, sync, sync_folder, temporary_path
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")  # as `temporary_path` names them
 _AT_CWD, _SWAP = -100, 2  # AT_FDCWD; RENAME_EXCHANGE of Linux and RENAME_SWAP of a Mac are both 2
 
 
@@ -92,6 +94,61 @@ def write_folder(directory: str | Path, files: Mapping[str, bytes], overwrite: b
             os.close(folder)
     except OSError as error:
         raise InputError(f"cannot write {directory}: {error.strerror or error}") from error
+
+
+def private_folder(directory: str | Path) -> None:
+    """Make a folder that no other user can read, unless there is a folder already.
+
+    Parameters
+    ----------
+    directory
+        The folder; those above it are made as usual.
+
+    Raises
+    ------
+    InputError
+        When it cannot be made.
+    """
+    try:
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {directory}: {error.strerror or error}") from error
+
+
+def remove_folder(directory: str | Path) -> None:
+    """Remove a folder whose name is free at once: whoever reads it finds all of it, or nothing.
+
+    Parameters
+    ----------
+    directory
+        The folder.
+
+    Raises
+    ------
+    InputError
+        When it cannot be removed.
+    """
+    target = Path(directory)
+    temporary = temporary_path(target)
+    try:
+        os.rename(target, temporary)
+    except OSError as error:
+        raise InputError(f"cannot remove {directory}: {error.strerror or error}") from error
+    sync_folder(target.parent)
+    shutil.rmtree(temporary, ignore_errors=True)  # `sweep_all` removes what a killed process leaves
+
+
+def sweep_all(directory: str | Path) -> None:
+    """Remove what writers of anything in a folder left there when they were killed.
+
+    Parameters
+    ----------
+    directory
+        The folder, which need not exist.
+    """
+    with suppress(OSError):
+        for name in {found[1] for found in map(_TEMPORARY.fullmatch, os.listdir(directory)) if found}:
+            sweep(Path(directory, name))
 
 
 def exchange(first: Path, second: Path) -> None:
