@@ -1,6 +1,7 @@
 """The write paths that `killing.py` kills: those of the io layer on made-up bytes, and whole commands."""
 
 import io
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from killing import Scenario, in_child
 from synthetic import PLAIN, stream_values
 
 from mlxkv import lm
+from mlxkv.codec import library
 from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.config import Config
 from mlxkv.dump import KVDump, read_dump, write_dump
@@ -177,6 +179,39 @@ class ArtifactsOverwrite(Artifacts):
         self.old.save(folder / "a")
 
 
+class LibraryAdd(Artifacts):
+    """Artifacts added to the user's own."""
+
+    def prepare(self, folder):
+        os.environ["MLXKV_ARTIFACTS"] = str(folder / "a")
+        library.add(self.old)
+
+    def write(self, folder):
+        library.add(self.new)
+
+    write_again = write
+
+    def read(self, folder):
+        found = library.items()
+        assert not any(item.problem for item in found)
+        return {CalibrationArtifacts.from_dir(item.folder).fingerprint for item in found}
+
+
+class LibraryRemove(LibraryAdd):
+    def prepare(self, folder):
+        super().prepare(folder)
+        library.add(self.new)
+
+    def write(self, folder):
+        library.remove(self.new.fingerprint)
+
+    def write_again(self, folder):
+        if self.new.fingerprint in self.read(folder):
+            self.write(folder)
+        library.add(self.old)
+        assert os.listdir(folder / "a") == [self.old.fingerprint]
+
+
 class AnyEvaluation(Evaluation):
     """Three samples, measured without a model."""
 
@@ -309,6 +344,8 @@ SCENARIOS = {
     "dump-overwrite": DumpOverwrite,
     "artifacts": Artifacts,
     "artifacts-overwrite": ArtifactsOverwrite,
+    "library-add": LibraryAdd,
+    "library-remove": LibraryRemove,
     "eval": Eval,
     "save-cache": SaveCache,
     "save-cache-overwrite": SaveCacheOverwrite,

@@ -147,12 +147,12 @@ def find(model_fingerprint: str, method: str | None = None) -> CalibrationArtifa
         When the artifacts name only the first values of the model's weights.
     """
     found = items() if model_fingerprint else []  # an empty one is of any model
-    for item in sorted(found, key=lambda item: item.model_fingerprint != model_fingerprint):
+    for item in found:
         if item.problem:
             _skip(item, item.problem)
-            continue
+    for item in sorted(found, key=lambda item: item.model_fingerprint != model_fingerprint):
         is_of_it = method in (None, item.method) and same_model(item.model_fingerprint, model_fingerprint)
-        if is_of_it and (artifacts := _read(item)) is not None:
+        if is_of_it and not item.problem and (artifacts := _read(item)) is not None:
             return artifacts
     return None
 
@@ -356,7 +356,8 @@ def import_folder(folder: str | Path) -> Path:
 
 
 def _skip(item: Item, problem: str) -> None:
-    message = f"artifacts {item.fingerprint[:SHORT]} in {item.folder.parent} are skipped: {problem}"
+    name = item.fingerprint[:SHORT]
+    message = f"artifacts {name} in {item.folder.parent} are skipped: {problem}; mlxkv artifacts rm {name} removes them"
     warnings.warn(message, LibraryWarning, stacklevel=4)
 
 

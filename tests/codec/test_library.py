@@ -1,5 +1,6 @@
 """Artifacts in the user's data folder: found by model, kept beside each other, and skipped where they are damaged."""
 
+import errno
 import json
 import os
 import shutil
@@ -66,3 +67,178 @@ def test_what_is_added_is_found_by_its_model_alone(home):
     assert library.find("b.1") is None
     assert library.find("a.1", "kvtc-rd") is None
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
+
+
+def test_of_several_the_newest_is_written_with_and_all_are_there_to_read_with(home):
+    first, second = of("a.1"), of("a.1", shift=1)
+    made(library.add(first), 1000)
+    made(library.add(second), 2000)
+    assert library.find("a.1").fingerprint == second.fingerprint
+    assert [item.fingerprint for item in library.items()] == [second.fingerprint, first.fingerprint]
+    library.add(first)  # calibrated again, to the same
+    assert library.find("a.1").fingerprint == first.fingerprint
+    assert len(library.items()) == 2
+
+
+def test_an_item_says_what_its_meta_json_says(home):
+    folder = made(library.add(of("a.1")), 1000)
+    (item,) = library.items()
+    assert item.nbytes == sum(path.stat().st_size for path in folder.iterdir())
+    assert item[:3] == (GOLDEN["golden"].fingerprint, folder, 1000)
+    assert item[4:] == ("", "kvtc", "golden", "a.1", None)
+
+
+def test_a_listing_reads_no_array(home, monkeypatch):
+    library.add(of("a.1"))
+    read = []
+    monkeypatch.setattr(library, "read_bytes", lambda path, limit: read.append(path.name) or path.read_bytes())
+    monkeypatch.setattr(CalibrationArtifacts, "from_dir", None)
+    assert [item.method for item in library.items()] == ["kvtc"]
+    assert read == ["meta.json"]
+
+
+def test_full_fingerprints_come_before_weak_ones_which_are_used_with_a_note(home):
+    weak, full = of("a", shift=1), of("a.1")
+    library.add(full)
+    library.add(weak)
+    assert library.find("a.1").fingerprint == full.fingerprint
+    with pytest.warns(WeakFingerprintWarning):
+        assert library.find("a.2").fingerprint == weak.fingerprint
+
+
+def test_artifacts_that_name_no_model_are_of_none(home):
+    library.add(of(""))
+    assert library.find("") is None
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def written(name, data):
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def changed(key, value):
+    def change(folder):
+        meta = json.loads((folder / "meta.json").read_text())
+        (folder / "meta.json").write_text(json.dumps({**meta, key: value}))
+
+    return change
+
+
+def fifo(folder):
+    (folder / "meta.json").unlink()
+    os.mkfifo(folder / "meta.json")
+
+
+DAMAGE = {
+    "no meta.json": without("meta.json"),
+    "an empty meta.json": written("meta.json", b""),
+    "a list": written("meta.json", b"[]"),
+    "nested a million times": written("meta.json", b'{"a":' + b"[" * 10**6),
+    "no UTF-8": written("meta.json", b"\xff\xfe\x00"),
+    "a pipe": fifo,
+    "no array": without("k_V.npy"),
+    "another array": written("k_mu.npy", b"\x93NUMPY" + bytes(100)),
+    "another version": changed("version", 99),
+    "an unknown method": changed("method", "pickle"),
+    "another fingerprint": changed("fingerprint", "0" * 32),
+    "no fingerprint": changed("fingerprint", None),
+    "no spec": changed("spec", {}),
+    "no checksums": changed("checksums", []),
+    "an empty folder": lambda folder: [path.unlink() for path in folder.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_entry_is_skipped_with_a_note_and_the_older_one_is_found(damage, home):
+    older, newer = of("a.1"), of("a.1", shift=1)
+    made(library.add(older), 1000)
+    DAMAGE[damage](library.add(newer))
+    with pytest.warns(LibraryWarning, match=rf"artifacts {newer.fingerprint[:8]} .* are skipped"):
+        assert library.find("a.1").fingerprint == older.fingerprint
+    assert len(library.items()) == 2
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_entry_is_put_right_by_adding_it_again_and_can_be_removed(damage, home):
+    DAMAGE[damage](library.add(of("a.1")))
+    library.add(of("a.1"))
+    assert library.find("a.1").fingerprint == GOLDEN["golden"].fingerprint
+    DAMAGE[damage](home / GOLDEN["golden"].fingerprint)
+    library.remove(GOLDEN["golden"].fingerprint[:8])
+    assert list(home.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "value", [None, 3, [1], {"a": 1}, "x" * 10**6, True, "\x1b[31m\u202e"], ids=lambda value: repr(value)[:10]
+)
+@pytest.mark.parametrize("key", ["method", "model", "model_fingerprint", "calibration_tokens"])
+def test_any_value_in_a_meta_json_can_be_listed(key, value, home):
+    changed(key, value)(library.add(of("a.1")))
+    (item,) = library.items()
+    assert all(isinstance(text, str) and len(text) <= 200 for text in item[5:8])
+    assert item.tokens is None or item.tokens == value
+
+
+def test_whatever_else_lies_in_the_folder_is_no_entry(home):
+    library.add(of("a.1"))
+    (home / ".DS_Store").write_bytes(b"x")
+    (home / ("a" * 32)).write_bytes(b"a file")
+    (home / ("b" * 32)).symlink_to(FIXTURES / "golden" / "artifacts")
+    (home / "old").mkdir()
+    assert [item.fingerprint for item in library.items()] == [GOLDEN["golden"].fingerprint]
+    library.add(of("a.2", "golden_rd"))
+    assert library.find("a.2").method_name == "kvtc-rd"
+
+
+def test_what_killed_processes_left_is_swept_by_the_next_change(home):
+    folder = library.add(of("a.1"))
+    for name in ("0" * 32, folder.name):
+        shutil.copytree(folder, home / f".{name}.{'f' * 16}.tmp")
+    library.add(of("a.2", "golden_rd"))
+    assert sorted(path.name for path in home.iterdir()) == sorted(item.fingerprint for item in library.items())
+
+
+def test_a_library_that_cannot_be_written_still_gives_what_it_has(home, monkeypatch):
+    folder = library.add(of("a.1"))
+
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("mkdir", "rename", "utime"):
+        monkeypatch.setattr(os, name, refused)
+    assert library.find("a.1") is not None
+    assert library.add(of("a.1")) == folder
+    with pytest.raises(InputError, match=r"Read-only.*MLXKV_ARTIFACTS"):
+        library.add(of("a.1", shift=1))
+    with pytest.raises(InputError, match=r"cannot remove.*Read-only"):
+        library.remove(folder.name)
+
+
+@pytest.mark.parametrize("place", ["below", "itself"])
+def test_a_library_that_cannot_be_made_is_said_with_the_way_out(place, tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("MLXKV_ARTIFACTS", str(tmp_path / "file" / ("deep" if place == "below" else "")))
+    with pytest.raises(InputError, match="MLXKV_ARTIFACTS"):
+        library.add(of("a.1"))
+    with pytest.warns(LibraryWarning, match="cannot read"):
+        assert library.find("a.1") is None
+
+
+MANY = """
+from test_library import of
+from mlxkv.codec import library
+for n in range(6):
+    library.add(of("a.1", shift=n))
+    assert library.find("a.1") is not None
+"""
+
+
+def test_two_processes_that_add_the_same_both_come_through(home):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, FIXTURES.parent)))}
+    others = [subprocess.Popen([sys.executable, "-c", MANY], env=environment) for _ in range(2)]
+    assert [process.wait() for process in others] == [0, 0]
+    assert {item.fingerprint for item in library.items()} == {of("a.1", shift=n).fingerprint for n in range(6)}
+    assert len(list(home.iterdir())) == 6
