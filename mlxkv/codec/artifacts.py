@@ -162,6 +162,11 @@ class CalibrationArtifacts:
         return facts
 
     @property
+    def recipe(self) -> dict[str, Any] | None:
+        """What a file says to make artifacts of a method without calibration again; None where they were learnt."""
+        return None if self.method.needs_calibration else {"spec": json.loads(json.dumps(self.spec.to_json()))}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all arrays. All files share them, so they are reported beside the files' ratios."""
         parts = (value for _, part in self._parts() for value in _fields(part).values())

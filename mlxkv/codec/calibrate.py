@@ -11,10 +11,13 @@ import numpy as np
 
 from mlxkv.codec.artifacts import CalibrationArtifacts, group_facts
 from mlxkv.codec.methods.base import BlockCoder, CodecConfig, CodecMethod, StreamArtifacts, codec_methods
+from mlxkv.codec.reading import check_origin, header_object
 from mlxkv.codec.samples import Progress, Samples
 from mlxkv.dump import stream_key
-from mlxkv.errors import InputError, PresetError, suggest
+from mlxkv.errors import FormatError, InputError, PresetError, suggest
+from mlxkv.io.container import Reader
 from mlxkv.presets import method_preset, preset_names, presets_of
+from mlxkv.spec import CacheSpec
 from mlxkv.version import __version__
 
 
@@ -46,7 +49,84 @@ def calibrate(
     MismatchError
         For dumps of different models.
     """
-    return learn(_method_of(config)[1](), Samples(files, config.sinks, config.samples_per_file, progress), config)
+    name, method = _method_of(config)
+    if not method.needs_calibration:
+        raise InputError(f"{name} needs no calibration", "mlxkv compress uses it where there are no artifacts")
+    return learn(method(), Samples(files, config.sinks, config.samples_per_file, progress), config)
+
+
+def uncalibrated(
+    spec: CacheSpec, *, model: str = "", fingerprint: str = "", method: str = "direct"
+) -> CalibrationArtifacts:
+    """Make the artifacts of a method that needs no calibration: they follow from the description of the cache.
+
+    Parameters
+    ----------
+    spec
+        Description of the model's cache.
+    model
+        Name that the model is loaded by.
+    fingerprint
+        `mlxkv.identity.fingerprint` of its weights; dumps of other models are refused.
+    method
+        "direct", "exact" or another method without calibration.
+
+    Returns
+    -------
+    CalibrationArtifacts
+        Artifacts with a fingerprint that depends on the method and the description alone. They need not be kept: files say
+        how to make them again, and `read_uncalibrated` does.
+
+    Raises
+    ------
+    InputError
+        For an unknown method, and for one that is calibrated.
+    """
+    found = codec_methods.get(method)()
+    parts: dict[str, StreamArtifacts] = {}
+    for index, group in enumerate(spec.groups):
+        parts |= {stream_key(index, name): part for name, part in found.without_calibration(group).items()}
+    meta = {"method": method, "mlxkv": __version__, "model": model, "model_fingerprint": fingerprint}
+    return CalibrationArtifacts(parts.pop("k"), parts.pop("v"), spec, meta, parts)
+
+
+def read_uncalibrated(reader: Reader) -> CalibrationArtifacts | None:
+    """Make the artifacts of a file again that was written without calibration.
+
+    Parameters
+    ----------
+    reader
+        The open container, from any source.
+
+    Returns
+    -------
+    CalibrationArtifacts
+        Those that the file names, for the model that it names; None where it was written with a calibration.
+
+    Raises
+    ------
+    FormatError
+        When the header describes other artifacts than it names, or does not describe any.
+    """
+    recipe = reader.header.get("uncalibrated")
+    if recipe is None:
+        return None
+    meta = header_object(reader, "meta")
+    if not isinstance(recipe, dict) or set(recipe) != {"spec"} or not isinstance(recipe["spec"], dict):
+        raise FormatError(f"{reader.name} has a header that does not describe its cache: {str(recipe)[:80]}")
+    method = codec_methods.find(reader.header.get("method"))
+    if method is None or method.needs_calibration:
+        raise FormatError(
+            f"{reader.name} is of method {str(reader.header.get('method'))[:80]!r}, which this mlxkv does not have"
+        )
+    artifacts = uncalibrated(
+        CacheSpec.from_json(recipe["spec"]),
+        model=str(meta.get("model", "")),
+        fingerprint=str(meta.get("fingerprint", "")),
+        method=reader.header["method"],
+    )
+    check_origin(reader, artifacts)
+    return artifacts
 
 
 def learn(method: CodecMethod, samples: Samples, config: CodecConfig) -> CalibrationArtifacts:

@@ -12,7 +12,7 @@ from mlxkv.codec import unquantized
 from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.codec.layout import DECODE_ROWS, CodedBlock, Layout, check_layouts, coded_streams
 from mlxkv.codec.methods.base import BlockCoder
-from mlxkv.codec.stages.rows import from_rows
+from mlxkv.codec.stages.rows import from_plain_rows, from_rows
 from mlxkv.dump import stream_key
 from mlxkv.errors import FormatError, InputError, MismatchError
 from mlxkv.io.container import Reader
@@ -210,6 +210,8 @@ def check_origin(reader: Reader, artifacts: CalibrationArtifacts) -> None:
             f"{reader.name} needs artifacts {str(reader.header.get('artifacts'))[:80]},"
             f" these are {artifacts.fingerprint}"
         )
+    if reader.header.get("uncalibrated") != artifacts.recipe:
+        raise FormatError(f"{reader.name} describes another cache than the one that it was made with")
 
 
 def read_coded_blocks(reader: Reader, groups: Sequence[StoredGroup]) -> list[list[CodedBlock]]:
@@ -404,7 +406,10 @@ def _decode_group(
         for codes, count, block in zip(group.coder.unpack(payloads, counts), counts, batch):
             rows = group.coder.decode(codes, count, block.quality)
             for stream in group.streams:
-                restored = from_rows(stream, rows[stream.name], layout.batch, layout.start + block.start, target)
+                if group.coder.undoes_rotation:
+                    restored = from_rows(stream, rows[stream.name], layout.batch, layout.start + block.start, target)
+                else:
+                    restored = from_plain_rows(stream, rows[stream.name], layout.batch, target)
                 place(stream.name, block.start, np.array(restored))
             if progress:
                 progress(block.stop - block.start)

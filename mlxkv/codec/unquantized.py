@@ -21,7 +21,7 @@ SINK_SECTIONS = ("k.sink", "v.sink")
 CACHE_SECTIONS = (*SINK_SECTIONS, "k.window", "v.window")
 _OF_GROUP = re.compile(r"([1-9][0-9]{0,3})\.([kv]\..*)", re.DOTALL)
 _INTEGERS = {str(np.dtype(f"{sign}{size}")): f"<{sign}{size}" for sign in "iu" for size in (1, 2, 4, 8)}
-_STORED_TYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "bool": "<u1", **_INTEGERS}
+STORED_TYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "bool": "<u1", **_INTEGERS}
 _MAX_AXES, _MAX_AXIS = 8, 2**48
 
 
@@ -90,7 +90,7 @@ def encode_array(array: np.ndarray) -> tuple[str, bytes]:
     """
     name = str(array.dtype)
     if name == "bool" or name in _INTEGERS:
-        return name, array.astype(_STORED_TYPES[name]).tobytes()
+        return name, array.astype(STORED_TYPES[name]).tobytes()
     if array.dtype not in (np.float16, np.float32):
         raise InputError(f"only float16, float32, integer and bool arrays can be stored, not {array.dtype}")
     with np.errstate(over="ignore"):
@@ -101,6 +101,27 @@ def encode_array(array: np.ndarray) -> tuple[str, bytes]:
     if not (bits & 0xFFFF).any():
         return "bfloat16", (bits >> 16).astype("<u2").tobytes()
     return "float32", array.astype("<f4").tobytes()
+
+
+def stored_values(data: bytes, kind: str) -> np.ndarray:
+    """Return the numbers that `encode_array` stored.
+
+    Parameters
+    ----------
+    data
+        The bytes.
+    kind
+        The stored type.
+
+    Returns
+    -------
+    np.ndarray
+        One axis, read-only where the bytes are the numbers; bfloat16 as float32.
+    """
+    flat = np.frombuffer(data, dtype=STORED_TYPES[kind])
+    if kind == "bfloat16":
+        flat = (flat.astype("<u4") << 16).view("<f4")
+    return flat != 0 if kind == "bool" else flat
 
 
 def read_description(reader: Reader, name: str) -> tuple[str, list[int]]:
@@ -127,7 +148,7 @@ def read_description(reader: Reader, name: str) -> tuple[str, list[int]]:
     entry = table.get(name) if isinstance(table, dict) else None
     kind, shape = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
     valid = isinstance(shape, list) and len(shape) <= _MAX_AXES and all(is_int(n, 0, _MAX_AXIS) for n in shape)
-    if not isinstance(kind, str) or kind not in _STORED_TYPES or not valid:
+    if not isinstance(kind, str) or kind not in STORED_TYPES or not valid:
         raise FormatError(f"{reader.name}: {name[:80]} is described as {str(entry)[:80]}, not as [type, shape]")
     return kind, shape  # type: ignore[return-value]
 
@@ -153,12 +174,8 @@ def read_array(reader: Reader, name: str) -> np.ndarray:
         When its bytes and its described shape disagree.
     """
     kind, shape = read_description(reader, name)
-    size = math.prod(shape) * np.dtype(_STORED_TYPES[kind]).itemsize
-    flat = np.frombuffer(reader.read(name, size), dtype=_STORED_TYPES[kind])
-    if kind == "bfloat16":
-        flat = (flat.astype("<u4") << 16).view("<f4")
-    if kind == "bool":
-        flat = flat != 0
+    size = math.prod(shape) * np.dtype(STORED_TYPES[kind]).itemsize
+    flat = stored_values(reader.read(name, size), kind)
     try:
         return flat.reshape(shape)
     except (ValueError, OverflowError):  # no bytes at all, and one axis beyond NumPy's reach

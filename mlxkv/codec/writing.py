@@ -26,7 +26,7 @@ from mlxkv.codec.layout import (
     group_layouts,
 )
 from mlxkv.codec.methods.base import BlockCoder
-from mlxkv.codec.stages.rows import to_rows
+from mlxkv.codec.stages.rows import to_plain_rows, to_rows
 from mlxkv.codec.unquantized import CACHE_SECTIONS, SINK_SECTIONS, split_section
 from mlxkv.dump import stream_key
 from mlxkv.errors import InputError, MismatchError
@@ -134,6 +134,7 @@ class CacheEncoder:
             "method": self.artifacts.method_name,
             "mlxkv": __version__,
             "artifacts": self.artifacts.fingerprint,
+            **({"uncalibrated": recipe} if (recipe := self.artifacts.recipe) else {}),
             **layouts_json(layouts),
             **({} if self.quality is None else {"quality": self.quality}),
             **({} if self.window_quality is None else {"window_quality": self.window_quality}),
@@ -266,10 +267,14 @@ class CacheEncoder:
 
     def _rows(self, layers: Mapping[str, Layers], layout: Layout, index: int, block: CodedBlock) -> dict[str, mx.array]:
         """Return each stream's rows `[n, p]` of one block of a group."""
-        return {
-            stream.name: to_rows(stream, layers[stream_key(index, stream.name)], block.start, block.stop, layout.start)
-            for stream in coded_streams(self.artifacts.spec.groups[index])
-        }
+        rows = {}
+        for stream in coded_streams(self.artifacts.spec.groups[index]):
+            cached = layers[stream_key(index, stream.name)]
+            if self.coders[index].undoes_rotation:
+                rows[stream.name] = to_rows(stream, cached, block.start, block.stop, layout.start)
+            else:
+                rows[stream.name] = to_plain_rows(cached, block.start, block.stop)
+        return rows
 
     def _encode_blocks(
         self,

@@ -8,7 +8,7 @@ from conftest import tiny_model, tiny_tokens
 from synthetic import DUAL, LATENT, rotated, stream_values, toy_dump, toy_sensitivity
 
 from mlxkv import lm
-from mlxkv.codec.calibrate import calibrate
+from mlxkv.codec.calibrate import calibrate, uncalibrated
 from mlxkv.codec.methods import codec_methods
 from mlxkv.codec.methods.kvtc import KVTCConfig
 from mlxkv.codec.methods.kvtc_rd import KVTCRDConfig
@@ -17,16 +17,19 @@ from mlxkv.codec.session import CacheCodec
 from mlxkv.dump import write_dump
 from mlxkv.spec import STREAMS
 
-CONFIGS = {"kvtc": KVTCConfig(12.0), "kvtc-weighted": KVTCWeightedConfig(12.0), "kvtc-rd": KVTCRDConfig()}
+LEARNT = {"kvtc": KVTCConfig(12.0), "kvtc-weighted": KVTCWeightedConfig(12.0), "kvtc-rd": KVTCRDConfig()}
+METHODS = (*LEARNT, "direct", "exact")
 FLOAT16_MAX = 65504.0
 SPECS = {"dual": DUAL, "latent": LATENT}
 
 
-def learnt(folder, method, dumps):
+def artifacts_of(folder, method, dumps):
+    if method not in LEARNT:
+        return uncalibrated(dumps[0].spec, fingerprint=dumps[0].fingerprint, method=method)
     paths = [folder / f"{i}.npz" for i in range(len(dumps))]
     for path, dump in zip(paths, dumps):
         write_dump(path, replace(dump, sensitivity=toy_sensitivity(toy_dump(dump.spec, dump.length))))
-    return calibrate(paths, CONFIGS[method])
+    return calibrate(paths, LEARNT[method])
 
 
 def enormous(spec, seed, length=200):
@@ -42,16 +45,16 @@ def enormous(spec, seed, length=200):
 
 
 def test_every_method_is_tested_here():
-    assert set(codec_methods.names()) == set(CONFIGS)
+    assert set(codec_methods.names()) == set(METHODS)
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_finite_cache_near_the_end_of_float16_comes_back_finite(tmp_path, method, spec):
-    artifacts = learnt(tmp_path, method, [enormous(spec, seed) for seed in (0, 1)])
+    artifacts = artifacts_of(tmp_path, method, [enormous(spec, seed) for seed in (0, 1)])
     dump = enormous(spec, 9)
     assert np.isfinite(dump.k).all()
-    for quality in (5, 40) if method == "kvtc-rd" else (None,):
+    for quality in (5, 40) if method in ("kvtc-rd", "direct") else (None,):
         codec = CacheCodec(artifacts, recent=4, quality=quality)
         back = codec.decompress_dump(codec.compress_dump(dump))
         for name in STREAMS:
@@ -72,9 +75,9 @@ def test_a_wider_dump_of_a_float16_cache_is_restored_finite():
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_size_of_coded_tokens_is_estimated_before_they_are_coded(tmp_path, method, spec):
-    artifacts = learnt(tmp_path, method, [toy_dump(spec, seed=seed) for seed in (0, 1)])
+    artifacts = artifacts_of(tmp_path, method, [toy_dump(spec, seed=seed) for seed in (0, 1)])
     codec, dump = CacheCodec(artifacts, lossless="raw"), toy_dump(spec, length=700, seed=9)
     estimated = codec.coded_bytes(dump, blocks=2)
     assert type(estimated) is float

@@ -23,6 +23,7 @@ from mlxkv.codec.samples import Samples
 from mlxkv.config import Config, integer
 from mlxkv.errors import InputError, MismatchError
 from mlxkv.registry import METHOD_GROUP, Registry
+from mlxkv.spec import Group
 
 C = TypeVar("C", bound="CodecConfig")
 S = TypeVar("S", bound="StreamArtifacts")
@@ -82,9 +83,13 @@ class BlockCoder(ABC):
         Default quality, 0 to 100; None for a method with one ratio.
     window_quality_bonus
         Points of quality added for recent tokens (the window); None where they are stored unquantized.
+    undoes_rotation
+        Whether it codes keys with their rotation undone, as float32 rows. Otherwise rows are the cached numbers themselves,
+        in their own type.
     """
 
     uses_lossless_stage: ClassVar[bool] = False
+    undoes_rotation: ClassVar[bool] = True
     default_quality: ClassVar[float | None] = None
     window_quality_bonus: ClassVar[float | None] = None
 
@@ -110,7 +115,7 @@ class BlockCoder(ABC):
         Parameters
         ----------
         rows
-            Each stream's rows `[n, p]` float32.
+            Each stream's rows `[n, p]`, float32 if `undoes_rotation`.
         quality
             A quality that `check_quality` accepts.
 
@@ -235,10 +240,13 @@ class CodecMethod(ABC):
         Class of the settings of its calibration.
     artifacts_class
         Class of the artifacts that it learns for each stream.
+    needs_calibration
+        Whether artifacts are learnt from dumps; otherwise they follow from the description of the cache alone.
     """
 
     config_class: ClassVar[type[CodecConfig]]
     artifacts_class: ClassVar[type[StreamArtifacts]]
+    needs_calibration: ClassVar[bool] = True
 
     @abstractmethod
     def train(self, samples: Samples, config: CodecConfig) -> Mapping[str, StreamArtifacts]:
@@ -263,6 +271,26 @@ class CodecMethod(ABC):
         MismatchError
             For another method's settings.
         """
+
+    def without_calibration(self, group: Group) -> Mapping[str, StreamArtifacts]:
+        """Return the artifacts of both streams of a method that needs no calibration.
+
+        Parameters
+        ----------
+        group
+            Layers that are coded together.
+
+        Returns
+        -------
+        Mapping[str, StreamArtifacts]
+            Artifacts of "k" and "v", small ones.
+
+        Raises
+        ------
+        InputError
+            When the method needs a calibration.
+        """
+        raise InputError("this method is calibrated first", "mlxkv calibrate does that")
 
     @abstractmethod
     def coder(self, streams: Mapping[str, StreamArtifacts]) -> BlockCoder:

@@ -66,3 +66,46 @@ def from_rows(stream: Stream, rows: mx.array, batch: int, start: int, dtype: mx.
     wide = kernel.from_rows(rows, shape, turn, mx.float32)
     # The error of a value near the end of its type's range, or its rotation, may carry it beyond.
     return mx.clip(wide, -limit, limit).astype(dtype)
+
+
+def to_plain_rows(layers: Sequence[np.ndarray] | Sequence[mx.array], start: int, stop: int) -> mx.array:
+    """Return the token rows of one stream as they are cached, rotation included.
+
+    Parameters
+    ----------
+    layers
+        Its cached tensors `[B, H, T, D]`, one for each caching layer.
+    start, stop
+        Range of tokens, from `start` up to `stop`.
+
+    Returns
+    -------
+    mx.array
+        Rows `[B * (stop - start), p]` of the layers' type, batch-major.
+    """
+    x = mx.stack([mx.array(layer[:, :, start:stop]) for layer in layers])  # [L, B, H, t, D]
+    count, batch, heads, tokens, dim = x.shape
+    return x.transpose(1, 3, 0, 2, 4).reshape(batch * tokens, count * heads * dim)
+
+
+def from_plain_rows(stream: Stream, rows: mx.array, batch: int, dtype: mx.Dtype) -> mx.array:
+    """Return the inverse of `to_plain_rows`.
+
+    Parameters
+    ----------
+    stream
+        The stream.
+    rows
+        Token rows `[B * t, p]`.
+    batch
+        Number of sequences B.
+    dtype
+        Type of the result.
+
+    Returns
+    -------
+    mx.array
+        Cached tensors `[layers, B, H, t, D]`.
+    """
+    shape = (batch, rows.shape[0] // batch, stream.layers, stream.heads, stream.dim)
+    return rows.reshape(shape).transpose(2, 0, 3, 1, 4).astype(dtype)
