@@ -11,95 +11,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, QuantizedKVCache, RotatingKVCache
 
 from mlxkv import stock
-from mlxkv.errors import FormatError, InputError, MismatchError, UnsupportedError
+from mlxkv.errors import FormatError, MismatchError, UnsupportedError
 from mlxkv.io.safetensors import SafetensorsReader
 from mlxkv.live.checks import FLOATS, MAX_OFFSET, check_array
-from mlxkv.spec import is_int
+from mlxkv.live.prompt_layouts import Place, PromptFile, prompt_file
+from mlxkv.models import cache_spec
+from mlxkv.spec import Layer, is_int
 
-_TYPES = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32, "U32": mx.uint32, "I32": mx.int32, "I64": mx.int64}
 _CLASSES: dict[str, Any] = {
     kind.__name__: kind for kind in (KVCache, RotatingKVCache, ChunkedKVCache, QuantizedKVCache, ArraysCache)
 }
 _IN_PLACE = ("RotatingKVCache", "QuantizedKVCache")  # which mlx-lm makes of a KVCache: --max-kv-size, --kv-bits
-_SLOTS = {"KVCache": 3, "RotatingKVCache": 6, "ChunkedKVCache": 5}
-_LIST = CacheList.__name__
-_MAX_NAME_BYTES = 256
-_OFFSET = 2  # where the number of tokens is in their states
-
-
-class _PromptFile:
-    """The states in a file, by the names that mlx-lm flattens them to."""
-
-    def __init__(self, reader: SafetensorsReader) -> None:
-        self.name, self.reader = reader.name, reader
-        metadata = reader.metadata
-        if metadata.get("2.0") != "":
-            old = " of a version before 0.32" if "2.0" in metadata else ""
-            raise InputError(
-                f"{self.name} is no prompt cache{old} of mlx-lm", "mlx_lm.models.cache.save_prompt_cache writes them"
-            )
-        self.classes = _numbered(metadata, "1.{}")
-        names, kinds = _numbered(metadata, "2.{}.0", 1), _numbered(metadata, "2.{}.1", 1)
-        self._kinds = dict(zip(names, kinds))
-        self.texts = {key.removeprefix("0."): value for key, value in metadata.items() if key.startswith("0.")}
-
-    def value(self, name: str) -> Any:
-        """Return a part of a state: an array, a whole number, or None."""
-        stored, kind = self.reader.arrays.get(name), self._kinds.get(name)
-        if kind == "none":
-            return None
-        if stored is None or stored.dtype not in _TYPES or kind not in (None, "scalar"):
-            raise FormatError(f"{self.name} has no array or number {name}")
-        data = self.reader.read(name)
-        if kind == "scalar":
-            if stored.shape or stored.dtype not in ("I32", "I64"):
-                raise FormatError(f"{self.name}: {name} is no whole number")
-            return int.from_bytes(data, "little", signed=True)
-        if not stored.shape or max(stored.shape) > MAX_OFFSET or (not data and stored.shape[-1]):
-            raise FormatError(f"{self.name}: array {name} is empty")
-        if not data:  # values of an indexer, whose width is 0
-            return mx.zeros(stored.shape, _TYPES[stored.dtype])
-        return mx.array(np.frombuffer(data, np.uint8)).view(_TYPES[stored.dtype]).reshape(stored.shape)
-
-    def entries(self) -> list[tuple[str, str]]:
-        """Return where each entry's state is, those within lists of caches one by one, and the entry's class."""
-        found: list[tuple[str, str]] = []
-        for layer, kind in enumerate(self.classes):
-            if kind != _LIST:
-                found.append((str(layer), kind))
-                continue
-            child = 0
-            while (text := self._text(f"{layer}.{child}.1")) is not None:
-                found.append((f"{layer}.{child}.0", text))
-                child += 1
-        return found
-
-    def _text(self, name: str) -> str | None:
-        """Return the name of a class within a list, None where there is none."""
-        stored = self.reader.arrays.get(name)
-        if self._kinds.get(name) != "string" or stored is None or stored.end - stored.start > _MAX_NAME_BYTES:
-            return None
-        return self.reader.read(name).decode("utf-32-le", "replace")
-
-    def is_unused(self, name: str) -> bool:
-        """Return whether an entry keeps nothing: some models make caches for layers without attention."""
-        return self._kinds.get(f"{name}.0") == "none"
-
-    def tokens(self) -> int:
-        """Return the number of tokens, which all layers have to agree on."""
-        offsets = {
-            self.value(f"{name}.{_OFFSET}")
-            for name, kind in self.entries()
-            if kind in (*_SLOTS, "QuantizedKVCache") and not self.is_unused(name)
-        }
-        if len(offsets) != 1 or not is_int(found := offsets.pop(), 1, MAX_OFFSET):
-            raise FormatError(f"{self.name}: its layers have not seen one number of tokens, 1 or more")
-        return found
 
 
 def describe_prompt_cache(path: str | Path) -> dict[str, Any]:
@@ -113,7 +39,7 @@ def describe_prompt_cache(path: str | Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        `kind`, `layers`, `caches` (layers by class), `tokens`, `dtypes`, `cache_bytes`, `metadata` and `file_bytes`.
+        `kind`, `layout` (of mlx-lm 0.31 or 0.32), `layers`, `caches` (layers by class), `tokens`, `dtypes`, `cache_bytes`, `metadata` and `file_bytes`.
 
     Raises
     ------
@@ -123,13 +49,14 @@ def describe_prompt_cache(path: str | Path) -> dict[str, Any]:
         When it is damaged.
     """
     with SafetensorsReader(path) as reader:
-        file = _PromptFile(reader)
+        file = prompt_file(reader)
         states = [stored for stored in reader.arrays.values() if stored.shape and stored.end > stored.start]
         return {
             "kind": "prompt cache of mlx-lm",
+            "layout": file.layout,
             "layers": len(file.classes),
             "caches": dict(Counter(file.classes)),
-            "tokens": file.tokens(),
+            "tokens": file.tokens,
             "dtypes": sorted({stored.dtype for stored in states}),
             "cache_bytes": sum(stored.end - stored.start for stored in states),
             "metadata": {key: value[:80] for key, value in file.texts.items()},
@@ -165,40 +92,42 @@ def read_prompt_cache(path: str | Path, model: Any) -> list[Any]:
         When it holds caches of another class, or of a batch of texts.
     """
     with SafetensorsReader(path) as reader:
-        file = _PromptFile(reader)
-        expected = stock.example_caches(model, file.tokens())
+        file = prompt_file(reader)
+        expected = stock.example_caches(model, file.tokens)
         if len(file.classes) != len(expected):
             raise MismatchError(f"{file.name} has {len(file.classes)} layers, this model {len(expected)}")
-        found, examples = file.entries(), stock.entries(expected)
-        if [name for name, _ in found] != _names(expected):
+        places, examples = file.places(), stock.entries(expected)
+        if [(place.layer, place.child) for place in places] != _numbers_of(expected):
             raise MismatchError(f"{file.name} has other layers with lists of caches than this model")
-        read = {i: _read_entry(file, *each, example) for i, (each, example) in enumerate(zip(found, examples))}
+        kept = cache_spec(model).layers
+        read = {
+            i: _read_entry(file, place, example, layer)
+            for i, (place, example, layer) in enumerate(zip(places, examples, kept))
+        }
     mx.eval([entry.state for entry in read.values()])
     return stock.with_entries(expected, read)
 
 
-def _names(cache: list[Any]) -> list[str]:
-    """Return where the states of a prompt cache's entries are in a file."""
-    lists = [len(entry.caches) if isinstance(entry, CacheList) else None for entry in cache]
-    return [
-        name
-        for layer, count in enumerate(lists)
-        for name in ([str(layer)] if count is None else [f"{layer}.{child}.0" for child in range(count)])
-    ]
+def _numbers_of(cache: list[Any]) -> list[tuple[int, int | None]]:
+    """Return the numbers of a prompt cache's entries: of the layer, and of the place in its list of caches."""
+    lists = [range(len(entry.caches)) if isinstance(entry, CacheList) else (None,) for entry in cache]
+    return [(layer, child) for layer, children in enumerate(lists) for child in children]
 
 
-def _read_entry(file: _PromptFile, name: str, kind: str, expected: Any) -> Any:
+def _read_entry(file: PromptFile, place: Place, expected: Any, described: Layer | None) -> Any:
     """Return one entry: of the class that the file names, where this layer can have it."""
-    own, layer = type(expected).__name__, name.partition(".")[0]
+    own, (layer, _, kind) = type(expected).__name__, place
     if kind not in _CLASSES:
         raise UnsupportedError(f"{file.name}: layer {layer} is a {kind[:40]!r}; mlxkv reads {', '.join(_CLASSES)}")
     if kind != own and (own != "KVCache" or kind not in _IN_PLACE):
         raise MismatchError(f"{file.name}: layer {layer} is a {kind}, this model has a {own} there")
-    state = _read_state(file, name, kind)
-    if isinstance(expected, KVCache | RotatingKVCache | ChunkedKVCache) and file.is_unused(name) != (
+    state = file.state(place)
+    if isinstance(expected, KVCache | RotatingKVCache | ChunkedKVCache) and file.is_unused(place) != (
         expected.keys is None
     ):
         raise MismatchError(f"{file.name}: layer {layer} keeps tokens in one of the file and this model only")
+    if described is None and kind == "KVCache":
+        state = _with_values(state, expected)
     try:
         if kind == "QuantizedKVCache":
             state = _quantized_state(state, expected)
@@ -218,15 +147,12 @@ def _read_entry(file: _PromptFile, name: str, kind: str, expected: Any) -> Any:
     return entry
 
 
-def _read_state(file: _PromptFile, name: str, kind: str) -> tuple[Any, ...]:
-    """Return a state of the form that this class has."""
-    if kind == "ArraysCache":
-        count = len([key for key in file.reader.arrays if key.startswith(f"{name}.0.")])
-        return [file.value(f"{name}.0.{slot}") for slot in range(count)], *(file.value(f"{name}.{i}") for i in (1, 2))
-    if kind == "QuantizedKVCache":
-        pairs = [tuple(file.value(f"{name}.{slot}.{part}") for part in range(3)) for slot in range(2)]
-        return *pairs, *(file.value(f"{name}.{slot}") for slot in range(2, 5))
-    return tuple(file.value(f"{name}.{slot}") for slot in range(_SLOTS[kind]))
+def _with_values(state: tuple[Any, ...], expected: Any) -> tuple[Any, ...]:
+    """Return an indexer's state with the zeros that models put in place of values, where 0.31 had values of width 0."""
+    keys, values, offset = state
+    if isinstance(keys, mx.array) and isinstance(values, mx.array) and keys.ndim == 4 and not values.size:
+        values = mx.zeros((*keys.shape[:3], expected.values.shape[3]), keys.dtype)
+    return keys, values, offset
 
 
 def _like(kind: str, state: tuple[Any, ...], expected: Any) -> Any:
@@ -265,11 +191,3 @@ def _arrays(state: Any) -> list[mx.array]:
 
 def _is_float(part: Any) -> bool:
     return isinstance(part, mx.array) and part.dtype in FLOATS
-
-
-def _numbered(metadata: dict[str, str], name: str, first: int = 0) -> list[str]:
-    """Return texts whose names count up, to the first that is not there."""
-    found: list[str] = []
-    while (text := metadata.get(name.format(first + len(found)))) is not None:
-        found.append(text)
-    return found

@@ -1,0 +1,126 @@
+"""Prompt caches that mlx-lm 0.31.3 and 0.32.2 themselves wrote, in tests/fixtures/prompt_caches: read, and gone on from."""
+
+import json
+import struct
+
+import mlx.core as mx
+import pytest
+from prompt_cache_models import FILES, FOLDER, exact_model, next_logits, tokens_of
+
+from mlxkv.errors import FormatError, MismatchError, MlxkvError, UnsupportedError
+from mlxkv.live.prompt_files import describe_prompt_cache, read_prompt_cache
+
+VERSIONS = ("0.31.3", "0.32.2")
+
+
+def path_of(version, name):
+    return FOLDER / version / f"{name}.safetensors"
+
+
+def parts(path):
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def forged(path, header, body):
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+    return path
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", FILES)
+def test_a_model_goes_on_from_what_that_version_wrote_as_it_did_there(name, version):
+    model = exact_model(FILES[name][0])
+    expected = mx.load(str(FOLDER / version / "logits.npz"))[name]
+    assert mx.allclose(next_logits(model, read_prompt_cache(path_of(version, name), model)), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_says_its_layout_and_how_many_tokens_it_holds(name, version):
+    facts = describe_prompt_cache(path_of(version, name))
+    assert (facts["layout"], facts["tokens"]) == (version[:4], len(tokens_of(name)))
+    assert facts["metadata"] == {"model": f"exact/{FILES[name][0]}"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_both_layouts_of_a_cache_hold_the_same(name):
+    model = exact_model(FILES[name][0])
+    old, new = (next_logits(model, read_prompt_cache(path_of(version, name), model)) for version in VERSIONS)
+    assert mx.array_equal(old, new)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "text"),
+    [
+        ("rotating", "0.0.0", "16"),
+        ("rotating", "0.0.1", "0"),
+        ("rotating", "0.0.2", "-1"),
+        ("rotating", "0.0.3", "99"),
+        ("rotating", "0.0.3", "1" * 5000),
+        ("rotating", "0.0.2", "eleven"),
+        ("quantized-4", "0.0.0", "22"),
+        ("quantized-4", "0.0.1", "64"),
+        ("quantized-4", "0.0.2", "7"),
+        ("chunks-past", "0.0.1", "298"),
+        ("chunks-past", "0.0.1", "40"),
+        ("chunks-past", "0.0.0", "None"),
+        ("whole", "2.0", "os.system"),
+        ("whole", "2.0", "QuantizedKVCache"),
+        ("whole", "2.1", "KVCache"),
+        ("latents", "0.0.0.0", "os.system"),
+        ("latents", "0.0.0.1", "QuantizedKVCache"),
+        ("latents", "0.0.0.2", "KVCache"),
+    ],
+)
+def test_old_files_with_forged_text_are_refused(name, key, text, tmp_path):
+    header, body = parts(path_of("0.31.3", name))
+    header["__metadata__"][key] = text
+    with pytest.raises(MlxkvError):
+        read_prompt_cache(forged(tmp_path / "a", header, body), exact_model(FILES[name][0]))
+
+
+def test_old_files_that_lack_a_part_are_refused(tmp_path):
+    for name, key in (("rotating", "0.0.3"), ("quantized-8", "0.0.1"), ("whole", "2.0"), ("latents", "0.0.0.1")):
+        header, body = parts(path_of("0.31.3", name))
+        del header["__metadata__"][key]
+        with pytest.raises(MlxkvError):
+            read_prompt_cache(forged(tmp_path / "a", header, body), exact_model(FILES[name][0]))
+
+
+def test_values_of_width_0_are_zeros_in_an_indexer_alone(tmp_path):
+    header, body = parts(path_of("0.31.3", "whole"))
+    start, end = header["0.0"]["data_offsets"]
+    header["0.0"]["data_offsets"] = [0, end - start]
+    header["0.1"] |= {"shape": [1, 1, 21, 0], "data_offsets": [0, 0]}
+    with pytest.raises(MismatchError, match="does not fit"):
+        read_prompt_cache(forged(tmp_path / "a", header, body[start:end]), exact_model("llama"))
+
+
+def test_chunks_whose_number_of_tokens_nothing_tells_are_refused(tmp_path):
+    header, body = parts(path_of("0.31.3", "chunks-past"))
+    header["__metadata__"]["2.3"] = "ChunkedKVCache"
+    with pytest.raises(MlxkvError):
+        read_prompt_cache(forged(tmp_path / "a", header, body), exact_model("chunks"))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_batch_of_texts_is_refused(version, tmp_path):
+    header, body = parts(path_of(version, "whole"))
+    for key in ("0.0", "0.1"):
+        shape = header[key]["shape"]
+        assert shape[2] % 3 == 0 or version == "0.32.2"
+        header[key]["shape"] = [2, 1, shape[2] // 2, 8] if version == "0.32.2" else [3, 1, 7, 8]
+    with pytest.raises(UnsupportedError, match="texts"):
+        read_prompt_cache(forged(tmp_path / "a", header, body), exact_model("llama"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_cut_old_file_is_damaged(name, tmp_path):
+    data = path_of("0.31.3", name).read_bytes()
+    for length in (0, 7, 100, len(data) // 2, len(data) - 1):
+        (tmp_path / "a").write_bytes(data[:length])
+        with pytest.raises(FormatError):
+            describe_prompt_cache(tmp_path / "a")
