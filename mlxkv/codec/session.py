@@ -8,7 +8,7 @@ memory holds only a few blocks at a time.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Self
@@ -27,7 +27,7 @@ from mlxkv.io import container
 from mlxkv.io.container import Reader, Source
 from mlxkv.io.growing import appending
 from mlxkv.io.lossless import CODINGS
-from mlxkv.spec import STREAMS, Rope, check_rope, is_int
+from mlxkv.spec import Rope, check_rope, is_int
 
 TABLE_ROW_BYTES = 70  # of a section's entry in the header, approximately
 
@@ -182,7 +182,9 @@ class CacheCodec:
             raise InputError(f"meta must be plain JSON values: {error}") from None
         return out.getvalue()
 
-    def compress_dump(self, dump: KVDump, progress: Progress | None = None) -> bytes:
+    def compress_dump(
+        self, dump: KVDump, progress: Progress | None = None, *, notes: Mapping[str, Any] | None = None
+    ) -> bytes:
         """Compress a dump with its tokens, other layers' states and origin, but without its sensitivity.
 
         Parameters
@@ -191,6 +193,8 @@ class CacheCodec:
             A cache from position 0 on.
         progress
             Called with the number of tokens of each block that is done.
+        notes
+            JSON values to store in the header as they are, such as the messages of a conversation.
 
         Returns
         -------
@@ -200,14 +204,24 @@ class CacheCodec:
         Raises
         ------
         InputError
-            For values that cannot be coded, and for a dump that does not start at position 0.
+            For values that cannot be coded, notes that cannot be stored, and a dump that does not start at position 0.
         MismatchError
             When the dump is of another model than the artifacts.
         """
-        extras, meta = self._dump_metadata(dump)
-        return self._compress(_layers(dump), dump.length, extras, meta, progress)
+        if dump.start:
+            raise InputError(f"the dump starts at token {dump.start}: compress a complete one")
+        extras, meta = self._dump_metadata(dump, notes)
+        return self._compress(continuing.dump_layers(dump), dump.length, extras, meta, progress)
 
-    def append_dump(self, path: str | Path, dump: KVDump, progress: Progress | None = None) -> None:
+    def append_dump(
+        self,
+        path: str | Path,
+        dump: KVDump,
+        progress: Progress | None = None,
+        *,
+        notes: Mapping[str, Any] | None = None,
+        rewind: bool = False,
+    ) -> None:
         """Extend a file by the new tokens of a longer dump.
 
         The result equals compressing the longer dump, but complete blocks of the file are neither coded nor written
@@ -218,9 +232,13 @@ class CacheCodec:
         path
             File that `compress_dump` or `append_dump` wrote with the settings of this codec.
         dump
-            The longer dump; it begins with the tokens of the file.
+            The longer dump, which begins with the tokens of the file; or the last part of it, from `append_start` on.
         progress
             Called with the number of tokens of each block that is done.
+        notes
+            JSON values to store in the header; None for those that are there.
+        rewind
+            Let the dump differ from the file's last tokens, or end before them: what both begin with stays.
 
         Raises
         ------
@@ -231,24 +249,40 @@ class CacheCodec:
         InputError
             When it cannot be read or written, and for values that cannot be coded.
         """
-        extras, meta = self._dump_metadata(dump)
-        layers, encoder = _layers(dump), self._encoder
-        header, arrays, layouts = encoder.build_header(layers, dump.length, extras, meta)
+        extras, meta = self._dump_metadata(dump, notes)
         with appending(path) as append:
             with Reader(path) as reader:
-                old = continuing.read_continued_layout(reader, encoder, dump, header)
-                # The file is no surer of its model than the tokens that it already holds.
-                header["meta"]["fingerprint"] = min(
-                    str(reader.header["meta"].get("fingerprint", "")), dump.fingerprint, key=len
+                keep, tail = continuing.append_tail(
+                    reader, self._encoder, dump, extras, meta, rewind=rewind, progress=progress
                 )
-                complete = old.complete_blocks
-                same_sinks = old.middle.start == layouts[0].middle.start
-                kept = continuing.first_sections(reader, self.artifacts.spec, complete) if same_sinks else []
-                keep = reader.end_of(kept)
-            names = {section.name for section in kept}
-            sections = encoder.encode_sections(layers, layouts, arrays, complete, progress)
-            added = [(section, data) for section, data in sections if section.name not in names]
-            append.replace_tail(keep, container.encode_tail(header, kept, added))
+            append.replace_tail(keep, tail)
+
+    def append_start(self, path: str | Path, tokens: Sequence[int]) -> int:
+        """Return where a part of a longer dump may begin that `append_dump` takes.
+
+        Parameters
+        ----------
+        path
+            File that `append_dump` is to extend.
+        tokens
+            Token ids of the whole conversation, for which a rewind is allowed.
+
+        Returns
+        -------
+        int
+            Position of the first token that is not in a complete block of the file; 0 where nothing of it stays.
+
+        Raises
+        ------
+        MismatchError
+            When the file was made with other artifacts.
+        FormatError
+            When it is damaged.
+        InputError
+            When it cannot be read.
+        """
+        with Reader(path) as reader:
+            return continuing.find_continued(reader, self._encoder, 0, np.array([tokens], np.int32), True).start
 
     def decompress(
         self,
@@ -373,7 +407,7 @@ class CacheCodec:
         """
         extras, meta = self._dump_metadata(dump)
         encoder = self._encoder
-        header, arrays, layouts = encoder.build_header(_layers(dump), dump.length, extras, meta)
+        header, arrays, layouts = encoder.build_header(continuing.dump_layers(dump), dump.length, extras, meta)
         sections = writing.encode_arrays(arrays, self.lossless)
         groups = self.artifacts.spec.groups
         coded_sections = sum(len(coded_streams(groups[index])) for index, _ in encoder.coded_blocks(layouts))
@@ -395,7 +429,7 @@ class CacheCodec:
         float
             Bytes, before the lossless stage of a method that uses one.
         """
-        layers, encoder = _layers(dump), self._encoder
+        layers, encoder = continuing.dump_layers(dump), self._encoder
         layouts = encoder.build_header(layers, dump.length, {}, {})[2]
         total = 0.0
         for index, layout in enumerate(layouts):
@@ -417,7 +451,9 @@ class CacheCodec:
             self.artifacts, self._coders, self.recent, self.sinks, self.lossless, self.quality, self.window_quality
         )
 
-    def _dump_metadata(self, dump: KVDump) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def _dump_metadata(
+        self, dump: KVDump, notes: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Check that a dump fits the artifacts and return the arrays and facts stored with it."""
         expected = self.artifacts.meta.get("model_fingerprint", "")
         if not same_model(dump.fingerprint, str(expected)):
@@ -428,8 +464,6 @@ class CacheCodec:
             )
         if dump.spec != self.artifacts.spec:
             raise MismatchError("the cache's layers, heads or rotation differ from the artifacts'")
-        if dump.start:
-            raise InputError(f"the dump starts at token {dump.start}: compress a complete one")
         if len(dump.held_groups) < len(dump.spec.groups):
             raise InputError("the dump is a part of a cache, without its windows: compress a complete one")
         meta: dict[str, Any] = {"model": dump.model, "fingerprint": dump.fingerprint, "dtype": dump.dtype}
@@ -437,10 +471,6 @@ class CacheCodec:
             meta["state_types"] = dump.state_types
         if dump.rings:
             meta["rings"] = {str(group): ring for group, ring in dump.rings.items()}
+        if notes is not None:
+            meta["notes"] = dict(notes)
         return {"tokens": dump.tokens, **{f"state.{key}": value for key, value in dump.states.items()}}, meta
-
-
-def _layers(dump: KVDump) -> dict[str, Layers]:
-    """Return the layers of all groups of a dump, by the names of `stream_key`."""
-    groups = range(len(dump.spec.groups))
-    return {stream_key(group, name): list(dump.stream(name, group)) for group in groups for name in STREAMS}

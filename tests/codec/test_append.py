@@ -50,6 +50,10 @@ def beginning(dump, length):
     return replace(dump, k=dump.k[..., :length, :], v=dump.v[..., :length, :], tokens=dump.tokens[:, :length])
 
 
+def part(dump, start):
+    return replace(dump, k=dump.k[..., start:, :], v=dump.v[..., start:, :], tokens=dump.tokens[:, start:], start=start)
+
+
 @pytest.mark.parametrize("length", [1, 2, 4, 5, 6, 12, 13, 14, 29, 40])
 def test_an_appended_file_is_the_one_that_compressing_makes(codec, tmp_path, length):
     dump, path = toy_dump(length=40, states=True), tmp_path / "a.mlxkv"
@@ -59,6 +63,43 @@ def test_an_appended_file_is_the_one_that_compressing_makes(codec, tmp_path, len
     assert path.read_bytes() == codec.compress_dump(dump)
     assert sum(reported) == 35 - max(0, (length - 5) // BLOCK * BLOCK)
     assert [file.name for file in tmp_path.iterdir()] == ["a.mlxkv"]
+
+
+@pytest.mark.parametrize("length", [1, 5, 13, 14, 29, 40])
+def test_the_last_part_of_a_longer_dump_is_enough_to_append_it(codec, tmp_path, length):
+    dump, path = toy_dump(length=40, states=True), tmp_path / "a.mlxkv"
+    path.write_bytes(codec.compress_dump(beginning(dump, length), notes={"said": "a"}))
+    start = codec.append_start(path, dump.tokens[0])
+    assert start == (2 + max(0, (length - 5) // BLOCK * BLOCK) if length > 1 else 0)
+    codec.append_dump(path, part(dump, start), notes={"said": "b"})
+    assert path.read_bytes() == codec.compress_dump(dump, notes={"said": "b"})
+
+
+@pytest.mark.parametrize("common", [1, 2, 9, 10, 17, 20, 29])
+@pytest.mark.parametrize("length", [5, 15, 25, 40])
+def test_a_conversation_that_goes_back_keeps_what_both_begin_with(codec, tmp_path, common, length):
+    old, other, path = toy_dump(length=30), toy_dump(length=40, seed=7), tmp_path / "a.mlxkv"
+    k, v, tokens = (
+        np.concatenate([first[..., :common, :], second[..., common:length, :]], axis=-2)
+        for first, second in ((old.k, other.k), (old.v, other.v), (old.tokens[..., None], other.tokens[..., None]))
+    )
+    new = replace(other, k=k[..., :length, :], v=v[..., :length, :], tokens=tokens[:, :length, 0])
+    path.write_bytes(before := codec.compress_dump(old, notes={}))
+    with pytest.raises(MismatchError):
+        codec.append_dump(path, new)
+    assert path.read_bytes() == before
+    start = codec.append_start(path, new.tokens[0])
+    assert start <= common
+    codec.append_dump(path, part(new, start), rewind=True)
+    assert path.read_bytes() == codec.compress_dump(new, notes={})
+
+
+def test_an_older_version_may_have_begun_the_file(codec, tmp_path):
+    dump, path = toy_dump(length=40), tmp_path / "a.mlxkv"
+    header, body = header_of(codec.compress_dump(beginning(dump, 30)))
+    path.write_bytes(forge({**header, "mlxkv": "0.0.1"}, body))
+    codec.append_dump(path, dump)
+    assert path.read_bytes() == codec.compress_dump(dump)
 
 
 def test_whole_blocks_are_not_written_again(codec, tmp_path, monkeypatch):
@@ -84,7 +125,9 @@ def test_whole_blocks_are_not_written_again(codec, tmp_path, monkeypatch):
         (lambda codec, dump: (codec, beginning(dump, 20)), "30 tokens already, the dump only 20"),
         (lambda codec, dump: (CacheCodec(codec.artifacts, recent=4, sinks=2), dump), "another layout"),
         (lambda codec, dump: (codec, replace(dump, k=dump.k.astype(np.float32), v=dump.v.astype(np.float32))), "dtype"),
-        (lambda codec, dump: (codec, replace(dump, start=1)), "starts at token 1"),
+        (lambda codec, dump: (codec, replace(dump, start=1)), "other tokens"),
+        (lambda codec, dump: (codec, part(dump, 27)), "starts at token 27, and .* goes on at token 26"),
+        (lambda codec, dump: (codec, part(dump, 31)), "do not go on with it"),
     ],
 )
 def test_what_does_not_go_on_with_the_file_is_refused(codec, tmp_path, change, message):

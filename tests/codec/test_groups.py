@@ -166,6 +166,20 @@ def test_a_file_grows_across_the_end_of_a_window(learnt, tmp_path, monkeypatch, 
         first = [name for name in reader.sections if not name.endswith("sink")][: len(kept)]
         assert first == kept
         assert all(reader.sections[name] == old[name] for name in kept)
+    path.write_bytes(codec.compress_dump(short))
+    codec.append_dump(path, last_part(long, codec.append_start(path, long.tokens[0])))
+    assert path.read_bytes() == codec.compress_dump(long)
+
+
+def last_part(dump, start):
+    """The dump from a token on; windows stay whole."""
+    streams = {
+        key: array if dump.spec.groups[int(key.split(".")[0]) if "." in key else 0].window else array[..., start:, :]
+        for key, array in streams_of(dump).items()
+    }
+    return replace(
+        dump, k=streams.pop("k"), v=streams.pop("v"), others=streams, tokens=dump.tokens[:, start:], start=start
+    )
 
 
 def test_other_settings_do_not_go_on_with_a_file(learnt, tmp_path):
