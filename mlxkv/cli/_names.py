@@ -42,6 +42,14 @@ def preset_and_method_names() -> list[str]:
     return [*family_names(), *codec_names(), *live_names()]
 
 
+def artifact_ids() -> list[tuple[str, str]]:
+    """Return the ids of artifacts in the library, each with what it is of."""
+    from mlxkv.codec import library
+
+    items = library.items()
+    return [(library.short_id(item, items), f"{item.method} of {item.model}") for item in items]
+
+
 Model = Annotated[
     str,
     typer.Option(

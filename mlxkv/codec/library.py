@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +17,8 @@ from typing import Any, NamedTuple
 
 from mlxkv.codec import calibrate
 from mlxkv.codec.artifacts import CalibrationArtifacts
-from mlxkv.errors import FormatError, InputError, LibraryWarning, MismatchError, MlxkvError
+from mlxkv.codec.methods.base import codec_methods
+from mlxkv.errors import FormatError, InputError, LibraryWarning, MismatchError, MlxkvError, suggest
 from mlxkv.identity import same_model
 from mlxkv.io.container import Reader
 from mlxkv.io.folders import private_folder, remove_folder, sweep_all
@@ -24,7 +26,6 @@ from mlxkv.io.inputs import MAX_JSON, parse_json, read_bytes
 from mlxkv.spec import CacheSpec
 
 SHORT = 8  # digits of a fingerprint that name an entry, where they name one alone
-UNCALIBRATED = ("direct", "exact")  # methods whose artifacts follow from the model's description
 _NAME = re.compile(r"[0-9a-f]{32}")
 _WRITABLE = "set MLXKV_ARTIFACTS to a folder that can be written"
 
@@ -181,16 +182,42 @@ def for_model(spec: CacheSpec, fingerprint: str, model: str = "", method: str | 
     InputError
         When there are none of this method.
     """
-    found = None if method in UNCALIBRATED else find(fingerprint, method)
+    free = [name for name, kind in codec_methods.items() if not kind.needs_calibration]
+    found = None if method in free else find(fingerprint, method)
     if found is not None:
         return found
-    if method in (None, *UNCALIBRATED):
-        return calibrate.uncalibrated(spec, model=model, fingerprint=fingerprint, method=method or "direct")  # type: ignore[attr-defined]
-    name = model or "MODEL"
+    if method is None or method in free:
+        return calibrate.uncalibrated(spec, model=model, fingerprint=fingerprint, method=method or "direct")
+    if codec_methods.find(method) is None:
+        raise InputError(f"there is no codec method {str(method)[:80]!r}", suggest(method, codec_methods.names()))
     raise InputError(
-        f"there are no artifacts of {model or 'this model'} for {str(method)[:80]!r}",
-        f"mlxkv calibrate --model {name} --method {str(method)[:80]} makes them; {' and '.join(UNCALIBRATED)} need none",
+        f"there are no artifacts of {model or 'this model'} for {method}",
+        f"{calibrate_command(model, method)} makes them; {' and '.join(free)} need none",
     )
+
+
+def calibrate_command(model: str, method: str = "") -> str:
+    """Return the command that makes artifacts of a model.
+
+    Parameters
+    ----------
+    model
+        Name that the model is loaded by.
+    method
+        Name of a codec method, where it is not the usual one.
+
+    Returns
+    -------
+    str
+        A command line.
+
+    Examples
+    --------
+    >>> calibrate_command("smollm2-135m")
+    'mlxkv calibrate --model smollm2-135m'
+    """
+    words = ["mlxkv", "calibrate", "--model", model or "MODEL", *(["--method", method] if method else [])]
+    return shlex.join(words)
 
 
 def for_file(path: str | Path) -> CalibrationArtifacts:
@@ -217,14 +244,16 @@ def for_file(path: str | Path) -> CalibrationArtifacts:
     """
     with Reader(path) as reader:
         header = reader.header
+        if (again := calibrate.read_uncalibrated(reader)) is not None:
+            return again
     named, origin = str(header.get("artifacts")), header.get("meta")
     if _NAME.fullmatch(named) and (home() / named).is_dir():
         return CalibrationArtifacts.from_dir(home() / named)
     model = str(origin.get("model") or "") if isinstance(origin, Mapping) else ""
     raise MismatchError(
-        f"{path} was made with artifacts {named[:SHORT]} of {model[:200] or 'a model'}, which are not on this machine",
-        f"where they are, run mlxkv artifacts export {named[:SHORT]} FOLDER; here, mlxkv artifacts import FOLDER,"
-        " or name the folder with --artifacts",
+        f"{path} was made with artifacts {named[:SHORT]} of {model[:200] or 'a model'}, which are not in {home()}",
+        f"on the machine that made it: mlxkv artifacts export {named[:SHORT]} --out FOLDER; then here: mlxkv artifacts import"
+        " FOLDER. Or name a folder that holds them with --artifacts",
     )
 
 

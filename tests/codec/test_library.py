@@ -11,13 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from forging import forge, header_of
+from synthetic import toy_dump
 
-from mlxkv import CalibrationArtifacts
+from mlxkv import CacheCodec, CalibrationArtifacts
 from mlxkv.codec import library
-from mlxkv.errors import ChecksumError, FormatError, InputError, LibraryWarning, MismatchError, WeakFingerprintWarning
+from mlxkv.errors import InputError, LibraryWarning, MismatchError, MlxkvError, WeakFingerprintWarning
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 GOLDEN = {name: CalibrationArtifacts.from_dir(FIXTURES / name / "artifacts") for name in ("golden", "golden_rd")}
+DUMP = toy_dump(length=40)
+TOY = DUMP.spec
 
 
 def of(model, name="golden", **arrays):
@@ -139,7 +143,7 @@ DAMAGE = {
     "nested a million times": written("meta.json", b'{"a":' + b"[" * 10**6),
     "no UTF-8": written("meta.json", b"\xff\xfe\x00"),
     "a pipe": fifo,
-    "no array": without("k_V.npy"),
+    "no array": without("k_mu.npy"),
     "another array": written("k_mu.npy", b"\x93NUMPY" + bytes(100)),
     "another version": changed("version", 99),
     "an unknown method": changed("method", "pickle"),
@@ -242,3 +246,97 @@ def test_two_processes_that_add_the_same_both_come_through(home):
     assert [process.wait() for process in others] == [0, 0]
     assert {item.fingerprint for item in library.items()} == {of("a.1", shift=n).fingerprint for n in range(6)}
     assert len(list(home.iterdir())) == 6
+
+
+def test_a_model_without_artifacts_is_written_with_direct_and_with_what_is_asked_for():
+    found = library.for_model(TOY, "a.1", "toy")
+    assert (found.method_name, found.meta["model"], found.meta["model_fingerprint"]) == ("direct", "toy", "a.1")
+    assert library.for_model(TOY, "a.1", method="exact").method_name == "exact"
+    with pytest.raises(
+        InputError, match=r"no artifacts of toy for kvtc-rd; mlxkv calibrate --model toy --method kvtc-rd"
+    ):
+        library.for_model(TOY, "a.1", "toy", "kvtc-rd")
+    with pytest.raises(InputError, match="did you mean kvtc"):
+        library.for_model(TOY, "a.1", "toy", "kvtd")
+    assert library.items() == []
+
+
+def test_a_model_with_artifacts_is_written_with_the_newest_unless_another_method_is_asked_for(home):
+    made(library.add(of("a.1")), 1000)
+    made(library.add(of("a.1", "golden_rd")), 2000)
+    chosen = {method: library.for_model(TOY, "a.1", "toy", method).method_name for method in (None, "kvtc", "exact")}
+    assert chosen == {None: "kvtc-rd", "kvtc": "kvtc", "exact": "exact"}
+
+
+@pytest.mark.parametrize("method", ["direct", "exact"])
+def test_a_file_without_calibration_needs_no_library(method, tmp_path):
+    codec = CacheCodec(library.for_model(TOY, "f00d.cafe", "a/toy", method))
+    (tmp_path / "a.mlxkv").write_bytes(codec.compress_dump(DUMP))
+    found = library.for_file(tmp_path / "a.mlxkv")
+    assert found.fingerprint == codec.artifacts.fingerprint
+    assert CacheCodec(found).decompress_dump(tmp_path / "a.mlxkv").tokens.tolist() == DUMP.tokens.tolist()
+
+
+def test_a_file_is_read_with_the_artifacts_it_names_whatever_was_calibrated_since(home):
+    for name in GOLDEN:
+        library.add(GOLDEN[name])
+    library.add(of("f00d", shift=1))
+    for name, artifacts in GOLDEN.items():
+        (file,) = (FIXTURES / name).glob("*.mlxkv")
+        assert library.for_file(file).fingerprint == artifacts.fingerprint
+
+
+def test_a_file_whose_artifacts_are_not_here_says_which_model_it_is_of_and_what_to_do(home, tmp_path):
+    (file,) = (FIXTURES / "golden_rd").glob("*.mlxkv")
+    message = rf"artifacts {GOLDEN['golden_rd'].fingerprint[:8]} of .*, which are not in {home}"
+    with pytest.raises(MismatchError, match=message) as error:
+        library.for_file(file)
+    assert "mlxkv artifacts export bc86cdbd --out FOLDER" in error.value.hint
+    DAMAGE["no array"](library.add(GOLDEN["golden_rd"]))
+    with pytest.raises(InputError, match=r"cannot read .*k_mu.npy"):
+        library.for_file(file)
+
+
+@pytest.mark.parametrize("name", ["../golden/artifacts", "/etc", "", None, 3, "0" * 31, ["a"]])
+def test_a_file_may_name_anything_and_leads_to_the_library_alone(name, tmp_path):
+    (file,) = (FIXTURES / "golden_rd").glob("*.mlxkv")
+    header, body = header_of(file.read_bytes())
+    (tmp_path / "a.mlxkv").write_bytes(forge({**header, "artifacts": name}, body))
+    with pytest.raises(MismatchError, match="was made with artifacts"):
+        library.for_file(tmp_path / "a.mlxkv")
+
+
+def test_an_exported_folder_is_imported_as_it_was(home, tmp_path, monkeypatch):
+    library.add(of("a.1", "golden_rd"))
+    item = library.export("bc86", tmp_path / "out")
+    monkeypatch.setenv("MLXKV_ARTIFACTS", str(tmp_path / "elsewhere"))
+    assert library.find("a.1") is None
+    assert library.import_folder(tmp_path / "out") == tmp_path / "elsewhere" / item.fingerprint
+    assert library.items()[0][3:] == item[3:]
+    assert library.find("a.1").fingerprint == item.fingerprint
+    with pytest.raises(InputError, match="holds artifacts"):
+        library.export("bc86", tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_nothing_damaged_is_imported(damage, home, tmp_path):
+    shutil.copytree(FIXTURES / "golden_rd" / "artifacts", tmp_path / "in")
+    DAMAGE[damage](tmp_path / "in")
+    with pytest.raises(MlxkvError):
+        library.import_folder(tmp_path / "in")
+    assert library.items() == []
+
+
+def test_an_id_is_as_long_as_it_has_to_be(home):
+    library.add(of("a.1"))
+    name = GOLDEN["golden"].fingerprint
+    twin = name[:20] + ("0" if name[20] != "0" else "1") + name[21:]
+    shutil.copytree(home / name, home / twin)
+    items = library.items()
+    assert {library.short_id(item, items) for item in items} == {name[:21], twin[:21]}
+    assert library.resolve(name[:21]).fingerprint == name
+    with pytest.raises(InputError, match=rf"2 artifacts: .*{name[:21]}"):
+        library.resolve(name[:20])
+    for beginning in ("", "g", name + "0", "../" + name):
+        with pytest.raises(InputError, match="there are no artifacts"):
+            library.resolve(beginning)

@@ -1,0 +1,152 @@
+"""mlxkv artifacts: what calibrations of models there are, and how they go to another machine."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlxkv.cli._checks import check_out_folder
+from mlxkv.cli._commands import commands
+from mlxkv.cli._names import artifact_ids
+from mlxkv.cli._output import Json, note, print_record, print_table
+from mlxkv.cli._work import promise, working
+
+if TYPE_CHECKING:
+    from mlxkv.codec.library import Item
+
+command = typer.Typer(
+    no_args_is_help=True,
+    help="""Calibrations of models, which mlxkv finds by itself.
+
+    Example: mlxkv artifacts ls
+
+    Example: mlxkv artifacts export 4f0c2a91 --out artifacts
+    """,
+)
+commands.register("artifacts")(command)
+
+Id = Annotated[
+    str,
+    typer.Argument(
+        metavar="ID",
+        help="The first digits of their id, as ls shows it.",
+        show_default=False,
+        autocompletion=artifact_ids,
+    ),
+]
+
+
+@command.command("ls")
+def list_command(json: Json = False) -> None:
+    """List the artifacts, the newest first: of each model those are used to write files, and any to read them.
+
+    Example: mlxkv artifacts ls
+    """
+    from mlxkv.codec import library
+
+    items = library.items()
+    rows = [_row(item, items) for item in items]
+    if json:
+        print(json_module.dumps([{**row, **_more(item)} for row, item in zip(rows, items)]))
+        return
+    for item in items:
+        if item.problem:
+            note(f"{library.short_id(item, items)} cannot be used: {item.problem}")
+    if rows:
+        print_table(rows, as_json=False, title=str(library.home()))
+    else:
+        note(f"there are none in {library.home()}; {library.calibrate_command('')} makes some")
+
+
+@command.command("rm")
+def remove_command(
+    id: Id,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    json: Json = False,
+) -> None:
+    """Remove artifacts. Files made with them can then no longer be read.
+
+    Example: mlxkv artifacts rm 4f0c2a91
+    """
+    from mlxkv.codec import library
+    from mlxkv.errors import InputError
+
+    items = library.items()
+    item = library.resolve(id)
+    row = _row(item, items)
+    what = f"artifacts {row['id']}, {row['method'] or 'damaged'} of {row['model'] or 'a model'}"
+    if not yes:
+        warning = f"{what}: files made with them can then no longer be read"
+        if not sys.stdin.isatty():
+            raise InputError(f"{warning}; nothing was removed", "--yes removes them")
+        if not typer.confirm(f"Remove {warning}. Remove?", err=True):
+            raise InputError("nothing was removed")
+    library.remove(item.fingerprint)
+    print_record({"removed": item.fingerprint, **row}, json)
+
+
+@command.command("export")
+def export_command(
+    id: Id,
+    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    json: Json = False,
+) -> None:
+    """Write artifacts to a folder, to carry them to another machine; --artifacts takes such a folder, too.
+
+    Example: mlxkv artifacts export 4f0c2a91 --out artifacts
+    """
+    from mlxkv.codec import library
+
+    check_out_folder(out)
+    promise(f"{out} was not written")
+    with working(f"writing {out}"):
+        item = library.export(id, out)
+    print_record({"folder": str(out), **_row(item, library.items())}, json)
+
+
+@command.command("import")
+def import_command(
+    folder: Annotated[Path, typer.Argument(help="What export or calibrate --out wrote.", show_default=False)],
+    json: Json = False,
+) -> None:
+    """Verify a folder of artifacts, and add it to those that mlxkv finds by itself.
+
+    Example: mlxkv artifacts import artifacts
+    """
+    from mlxkv.codec import library
+
+    promise("the artifacts that there are are as they were")
+    with working(f"reading {folder}"):
+        added = library.import_folder(folder)
+    items = library.items()
+    item = next(item for item in items if item.folder == added)
+    print_record({"folder": str(added), **_row(item, items)}, json)
+
+
+def _row(item: Item, items: list[Item]) -> dict[str, Any]:
+    """Return what a person wants to know of an entry."""
+    from mlxkv.codec import library
+
+    return {
+        "id": library.short_id(item, items),
+        "model": item.model or None,
+        "method": item.method or None,
+        "tokens": item.tokens,
+        "bytes": item.nbytes,
+        "added": datetime.fromtimestamp(item.added).isoformat(" ", "minutes"),
+    }
+
+
+def _more(item: Item) -> dict[str, Any]:
+    """Return what a program may want besides."""
+    return {
+        "fingerprint": item.fingerprint,
+        "model_fingerprint": item.model_fingerprint or None,
+        "folder": str(item.folder),
+        "problem": item.problem or None,
+    }
