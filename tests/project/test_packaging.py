@@ -25,3 +25,6 @@ def test_the_wheel_carries_presets_and_kernels_and_finds_them(tmp_path):
     assert Path(found[0]) == site / "mlxkv" / "metal_kernels"
     assert "'glm'" in found[1]
     assert (site / "mlxkv" / "py.typed").is_file()
+    texts = [path.relative_to(ROOT) for path in (ROOT / "mlxkv" / "bundled" / "corpus").rglob("*") if path.is_file()]
+    assert texts
+    assert [path for path in texts if not (site / path).is_file()] == []
