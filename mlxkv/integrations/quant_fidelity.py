@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import RotatingKVCache
 
 from mlxkv import stock
 from mlxkv.errors import UnsupportedError
 from mlxkv.live import LayerCache, live_config, make_cache
+from mlxkv.live.exchange import live_cache
 from mlxkv.version import __version__
 
 
@@ -140,25 +140,11 @@ class LiveMethod:
         UnsupportedError
             For a method that depends on the attention that tokens get.
         """
-        caches = self.make_cache(n_layers=len(fp_cache))
-        passed: dict[int, Any] = {}
-        for i, (exact, cache) in enumerate(zip(stock.entries(fp_cache), stock.entries(caches))):
-            if not isinstance(cache, LayerCache):
-                passed[i] = exact
-                continue
-            if cache.observation_window:
-                raise UnsupportedError(
-                    f"{self.preset} goes by attention, and a prefix of keys and values comes without its queries: "
-                    "measure with quantize_start=0 and InChunks(model, n)"
-                )
-            windowed = isinstance(exact, RotatingKVCache)
-            keys, values, *_ = stock.window_tokens(exact) if windowed else exact.keys_and_values()
-            cache.offset = exact.offset
-            cache.absorb(keys, values, None)
-            if cache.group is not None:
-                cache.group.others = passed
-        mx.eval([cache.state for cache in stock.entries(caches)])
-        return stock.with_entries(caches, passed)
+        try:
+            return [*live_cache(self.model, self.preset, fp_cache)]
+        except UnsupportedError as error:
+            hint = "measure with quantize_start=0 and InChunks(model, n)" if "queries" in error.message else error.hint
+            raise UnsupportedError(error.message, hint) from error
 
     def guard(self) -> AbstractContextManager[None]:
         """Return a context that does nothing.

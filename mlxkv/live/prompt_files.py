@@ -1,30 +1,45 @@
-"""Prompt caches that mlx-lm's own `save_prompt_cache` wrote: described, and read without trust.
+"""Prompt caches of mlx-lm's own `save_prompt_cache`: described, read without trust, and written.
 
 Such a file names classes and holds their states, but neither a fingerprint nor a checksum. So classes are looked up in a
-short list, and every state is held against the caches that the model itself makes for one token.
+short list, and every state is held against the caches that the model itself makes for one token. Files that are written
+here also name the model's fingerprint and the tokens, where mlx-lm leaves room for text of any kind.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
-from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, QuantizedKVCache, RotatingKVCache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    CacheList,
+    ChunkedKVCache,
+    KVCache,
+    QuantizedKVCache,
+    RotatingKVCache,
+    save_prompt_cache,
+)
 
 from mlxkv import stock
-from mlxkv.errors import FormatError, MismatchError, UnsupportedError
+from mlxkv.errors import FormatError, InputError, MismatchError, UnsupportedError
+from mlxkv.identity import fingerprint, same_model
+from mlxkv.io.atomic import atomic_write
 from mlxkv.io.safetensors import SafetensorsReader
 from mlxkv.live.checks import FLOATS, MAX_OFFSET, check_array
-from mlxkv.live.prompt_layouts import Place, PromptFile, prompt_file
+from mlxkv.live.prompt_layouts import Place, PromptFile, parts_of_031, prompt_file
 from mlxkv.models import cache_spec
 from mlxkv.spec import Layer, is_int
 
 _CLASSES: dict[str, Any] = {
     kind.__name__: kind for kind in (KVCache, RotatingKVCache, ChunkedKVCache, QuantizedKVCache, ArraysCache)
 }
+LAYOUTS = ("0.32", "0.31")
+_FINGERPRINT, _TOKENS = "mlxkv_fingerprint", "mlxkv_tokens"  # names of our own among the texts in a file
 _IN_PLACE = ("RotatingKVCache", "QuantizedKVCache")  # which mlx-lm makes of a KVCache: --max-kv-size, --kv-bits
 
 
@@ -39,7 +54,8 @@ def describe_prompt_cache(path: str | Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        `kind`, `layout` (of mlx-lm 0.31 or 0.32), `layers`, `caches` (layers by class), `tokens`, `dtypes`, `cache_bytes`, `metadata` and `file_bytes`.
+        `kind`, `layout` (of mlx-lm 0.31 or 0.32), `layers`, `caches` (layers by class), `tokens`, `dtypes`, `cache_bytes`,
+        `metadata` (what else is written in it), `model_fingerprint` and `token_ids` (None unless mlxkv wrote it) and `file_bytes`.
 
     Raises
     ------
@@ -59,7 +75,9 @@ def describe_prompt_cache(path: str | Path) -> dict[str, Any]:
             "tokens": file.tokens,
             "dtypes": sorted({stored.dtype for stored in states}),
             "cache_bytes": sum(stored.end - stored.start for stored in states),
-            "metadata": {key: value[:80] for key, value in file.texts.items()},
+            "metadata": {key: text[:80] for key, text in file.texts.items() if key not in (_FINGERPRINT, _TOKENS)},
+            "model_fingerprint": file.texts.get(_FINGERPRINT),
+            "token_ids": _token_ids(file),
             "file_bytes": reader.size,
         }
 
@@ -70,8 +88,8 @@ def read_prompt_cache(path: str | Path, model: Any) -> list[Any]:
     Parameters
     ----------
     path
-        The file, from any source. It says nothing about the weights that made it: with others of the same shapes it is
-        accepted, and the model goes on from what it cannot understand.
+        The file, from any source. Unless mlxkv wrote it, it says nothing about the weights that made it: with others of the
+        same shapes it is accepted, and the model goes on from what it cannot understand.
     model
         A model that mlx-lm loaded.
 
@@ -87,12 +105,14 @@ def read_prompt_cache(path: str | Path, model: Any) -> list[Any]:
     FormatError
         When it is damaged.
     MismatchError
-        When its layers, or their states, cannot be those of this model.
+        When its layers, or their states, cannot be those of this model, or it says that another one made it.
     UnsupportedError
         When it holds caches of another class, or of a batch of texts.
     """
     with SafetensorsReader(path) as reader:
         file = prompt_file(reader)
+        if not same_model(file.texts.get(_FINGERPRINT, ""), fingerprint(model) if _FINGERPRINT in file.texts else ""):
+            raise MismatchError(f"{file.name} says that another model or other weights made it than this one")
         expected = stock.example_caches(model, file.tokens)
         if len(file.classes) != len(expected):
             raise MismatchError(f"{file.name} has {len(file.classes)} layers, this model {len(expected)}")
@@ -106,6 +126,83 @@ def read_prompt_cache(path: str | Path, model: Any) -> list[Any]:
         }
     mx.eval([entry.state for entry in read.values()])
     return stock.with_entries(expected, read)
+
+
+def write_prompt_cache(
+    path: str | Path, model: Any, cache: Sequence[Any], *, name: str = "", tokens: Sequence[int] | None = None,
+    texts: Mapping[str, str] | None = None, layout: str = LAYOUTS[0],
+) -> None:  # fmt: skip
+    """Write a file as mlx-lm's `save_prompt_cache` does, without rows that are only allocated.
+
+    `mlx_lm.generate --prompt-cache-file` of that version goes on from it, and `read_prompt_cache` reads it.
+
+    Parameters
+    ----------
+    path
+        The file to write; a failed write leaves no partial file.
+    model
+        The model that the cache is of.
+    cache
+        A prompt cache of mlx-lm's own classes, after 1 token or more.
+    name
+        Name that the model was loaded by; `mlx_lm.generate` loads it by that name.
+    tokens
+        Token ids that made the cache, for converting it back; None where they are not known.
+    texts
+        What else to write in it, by name.
+    layout
+        Version of mlx-lm that is to read it, one of `LAYOUTS`: "0.32", or "0.31" for 0.31.3.
+
+    Raises
+    ------
+    InputError
+        For another layout, and when the file cannot be written.
+    UnsupportedError
+        For caches of other classes, and for what the layout cannot hold.
+    """
+    if layout not in LAYOUTS:
+        raise InputError(f"prompt caches are written in the layout of {' or '.join(LAYOUTS)}, not {layout[:20]!r}")
+    said = {"model": name, "tokenizer_config": "{}", **(texts or {}), _FINGERPRINT: fingerprint(model)}
+    said.pop(_TOKENS, None)
+    if tokens is not None:
+        said[_TOKENS] = " ".join(map(str, tokens))
+    old = layout == LAYOUTS[1]
+    layers = zip(stock.entries(cache), cache_spec(model).layers)
+    used = stock.with_entries(cache, {i: _used(*each, old, i) for i, each in enumerate(layers)})
+    with atomic_write(path) as file:
+        out: Any = file  # mlx-lm hands it on to MLX, which takes files
+        if old:
+            mx.save_safetensors(out, *parts_of_031(used, said))
+        else:
+            save_prompt_cache(out, used, said)
+
+
+def _used(entry: Any, described: Layer | None, old: bool, index: int) -> Any:
+    """Return an entry that holds only what the other still uses; of an indexer's 0.31 keeps no values."""
+    kind = type(entry).__name__
+    if _CLASSES.get(kind) is not type(entry):
+        raise UnsupportedError(f"layer {index} is a {kind}, which no prompt cache of mlx-lm is written with here")
+    if kind == "QuantizedKVCache":
+        keys, values, offset, *form = entry.state
+        pairs = (tuple(part[..., :offset, :] for part in pair) for pair in (keys, values))
+        state: Any = (*pairs, offset, *form)
+    else:
+        state = stock.used_state(kind, entry.state, entry)
+        if old and described is None and kind == "KVCache" and state[1] is not None:
+            state = state[0], state[1][..., :0], state[2]
+    made = _CLASSES[kind].__new__(_CLASSES[kind])
+    made.state = state
+    return made
+
+
+def _token_ids(file: PromptFile) -> list[int] | None:
+    """Return the tokens that mlxkv wrote into a file, None where there are none."""
+    if (text := file.texts.get(_TOKENS)) is None:
+        return None
+    found = text.split(" ")
+    if len(found) != file.tokens or not all(re.fullmatch(r"[0-9]{1,9}", token) for token in found):
+        raise FormatError(f"{file.name} names tokens, which are not the {file.tokens} that it holds")
+    return [int(token) for token in found]
 
 
 def _numbers_of(cache: list[Any]) -> list[tuple[int, int | None]]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import CacheList
 
 from mlxkv.errors import FormatError, InputError, UnsupportedError
@@ -295,6 +297,58 @@ def prompt_file(reader: SafetensorsReader) -> PromptFile:
             f"{reader.name} is no prompt cache of mlx-lm", "mlx_lm.models.cache.save_prompt_cache writes them"
         )
     return _Layout031(reader) if mark else _Layout032(reader)
+
+
+def parts_of_031(cache: Sequence[Any], texts: Mapping[str, str]) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Return a prompt cache in the form of mlx-lm 0.31.
+
+    Parameters
+    ----------
+    cache
+        A prompt cache of mlx-lm's own classes, whose states hold only what is in use.
+    texts
+        What to write beside the states, by name.
+
+    Returns
+    -------
+    tuple
+        Arrays and text by their names in the file.
+
+    Raises
+    ------
+    UnsupportedError
+        Where 0.31 could not go on from it.
+    """
+    arrays: dict[str, mx.array] = {}
+    said = {f"1.{key}": text for key, text in texts.items()}
+    for layer, entry in enumerate(cache):
+        children = entry.caches if isinstance(entry, CacheList) else [entry]
+        said[f"2.{layer}"] = type(entry).__name__
+        for child, part in enumerate(children):
+            name, above = str(layer), f"0.{layer}"
+            if isinstance(entry, CacheList):
+                name, above = f"{layer}.{child}", f"0.{layer}.1.{child}"
+                said[f"0.{layer}.0.{child}"] = type(part).__name__
+            pairs, numbers = _split_for_031(part, layer)
+            arrays |= tree_flatten(pairs, prefix=f".{name}", destination={})  # type: ignore[arg-type]
+            said |= {f"{above}.{i}": str(number) for i, number in enumerate(numbers)} if numbers else {above: ""}
+    return arrays, said
+
+
+def _split_for_031(entry: Any, layer: int) -> tuple[list[Any], list[int]]:
+    """Return the arrays of a state, and the numbers that 0.31 keeps as text."""
+    kind, state = type(entry).__name__, entry.state
+    arrays, numbers = (state[0], []) if kind == _ARRAYS else (list(state[:2]), list(state[2:]))
+    if any(part is None for part in arrays):
+        raise UnsupportedError(f"layer {layer} holds nothing yet, which 0.31 of mlx-lm cannot save")
+    if kind == _CHUNKED:
+        raise UnsupportedError(f"layer {layer} is a {kind}, from whose files 0.31 of mlx-lm goes on wrongly")
+    if kind in _NUMBERS:
+        count, order = _NUMBERS[kind]
+        numbers = [numbers[order.index(i)] for i in range(count)]
+    else:
+        numbers = []
+    return list(arrays), numbers
 
 
 def _name(place: Place, of_list: str = ".0") -> str:

@@ -5,10 +5,13 @@ import struct
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_map
+from mlx_lm.models.cache import load_prompt_cache
 from prompt_cache_models import FILES, FOLDER, exact_model, next_logits, tokens_of
 
 from mlxkv.errors import FormatError, MismatchError, MlxkvError, UnsupportedError
-from mlxkv.live.prompt_files import describe_prompt_cache, read_prompt_cache
+from mlxkv.identity import fingerprint
+from mlxkv.live.prompt_files import describe_prompt_cache, read_prompt_cache, write_prompt_cache
 
 VERSIONS = ("0.31.3", "0.32.2")
 
@@ -124,3 +127,64 @@ def test_a_cut_old_file_is_damaged(name, tmp_path):
         (tmp_path / "a").write_bytes(data[:length])
         with pytest.raises(FormatError):
             describe_prompt_cache(tmp_path / "a")
+
+
+def rewritten(version, name, path, layout, /, **more):
+    model = exact_model(FILES[name][0])
+    write_prompt_cache(path, model, read_prompt_cache(path_of(version, name), model), layout=layout, **more)
+    return model
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if FILES[name][0] != "chunks"])
+def test_written_in_the_old_layout_a_cache_is_what_mlx_lm_0_31_3_wrote(name, tmp_path):
+    rewritten("0.32.2", name, tmp_path / "a", "0.31", name=f"exact/{FILES[name][0]}")
+    ours, theirs = mx.load(str(tmp_path / "a"), format="safetensors"), mx.load(str(path_of("0.31.3", name)))
+    assert ours.keys() == theirs.keys()
+    assert all(mx.array_equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in theirs)
+    (ours, _), (theirs, _) = parts(tmp_path / "a"), parts(path_of("0.31.3", name))
+    own = {"1.mlxkv_fingerprint", "1.tokenizer_config"}
+    assert {k: v for k, v in ours["__metadata__"].items() if k not in own} == theirs["__metadata__"]
+
+
+@pytest.mark.parametrize("name", ["chunks", "chunks-past"])
+def test_chunks_that_0_31_would_lose_are_not_written_in_its_layout(name, tmp_path):
+    with pytest.raises(UnsupportedError, match="goes on wrongly"):
+        rewritten("0.32.2", name, tmp_path / "a", "0.31")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_written_mlx_lm_itself_goes_on_from(name, version, tmp_path):
+    model = rewritten(version, name, tmp_path / "a.safetensors", "0.32", tokens=tokens_of(name), texts={"of": "me"})
+    cache, texts = load_prompt_cache(str(tmp_path / "a.safetensors"), return_metadata=True)
+    expected = next_logits(model, read_prompt_cache(path_of(version, name), model))
+    assert mx.array_equal(next_logits(model, cache), expected)
+    assert mx.array_equal(next_logits(model, read_prompt_cache(tmp_path / "a.safetensors", model)), expected)
+    facts = describe_prompt_cache(tmp_path / "a.safetensors")
+    assert facts["token_ids"] == tokens_of(name)
+    assert (texts["of"], facts["metadata"]["of"], facts["model_fingerprint"]) == ("me", "me", fingerprint(model))
+
+
+def test_rows_that_are_only_allocated_are_not_written(tmp_path):
+    rewritten("0.32.2", "whole", tmp_path / "a", "0.32")
+    assert mx.load(str(tmp_path / "a"), format="safetensors")["0.0"].shape == (1, 1, 21, 8)
+
+
+@pytest.mark.parametrize("layout", ["0.32", "0.31"])
+def test_what_mlxkv_wrote_is_refused_for_other_weights(layout, tmp_path):
+    model = rewritten("0.32.2", "whole", tmp_path / "a", layout)
+    other = exact_model("llama")
+    other.update(tree_map(lambda weights: weights * 2, other.parameters()))
+    with pytest.raises(MismatchError, match="another model or other weights"):
+        read_prompt_cache(tmp_path / "a", other)
+    read_prompt_cache(tmp_path / "a", model)
+
+
+@pytest.mark.parametrize("text", ["1 2", "x " * 20 + "x", "-1 " * 20 + "1", "1" * 5000])
+def test_forged_tokens_are_refused(text, tmp_path):
+    rewritten("0.32.2", "whole", tmp_path / "a", "0.32", tokens=tokens_of("whole"))
+    header, body = parts(tmp_path / "a")
+    header["__metadata__"]["0.mlxkv_tokens"] = text
+    with pytest.raises(FormatError, match="names tokens"):
+        describe_prompt_cache(forged(tmp_path / "a", header, body))

@@ -10,7 +10,7 @@ from mlx_lm.models.cache import KVCache
 
 from mlxkv.config import Config
 from mlxkv.kernels.decode_attention import Bucket
-from mlxkv.live.arrays import unquantized
+from mlxkv.live.arrays import KeysValues, unquantized
 from mlxkv.live.base import LayerCache, live_methods
 from mlxkv.live.checks import check_array, check_kept
 from mlxkv.spec import CacheSpec
@@ -99,6 +99,10 @@ class FullCache(LayerCache):
         store.state = self.keys, self.values, self.offset - keys.shape[2]
         store.update_and_fetch(keys, values)
         self.keys, self.values, _ = store.state
+
+    def _store(self, chunk: KeysValues, mass: mx.array | None) -> None:
+        """Store a chunk as it is."""
+        self.absorb(*chunk, mass)
 
     def attend(
         self,
