@@ -15,11 +15,11 @@ from mlxkv.errors import InputError, MismatchError, UnsupportedError
 from mlxkv.identity import fingerprint as model_fingerprint
 from mlxkv.lm.running import Progress, continue_greedily, prefill
 from mlxkv.models import cache_spec
-from mlxkv.spec import STREAMS, CacheSpec
+from mlxkv.spec import STREAMS, CacheSpec, is_int
 
 
 def dump(model: Any, tokens: Sequence[int], *, max_tokens: int = 0, stop: Sequence[int] = (), name: str = "",
-         dtype: str = "auto", progress: Progress | None = None) -> KVDump:  # fmt: skip
+         fingerprint: str | None = None, dtype: str = "auto", progress: Progress | None = None) -> KVDump:  # fmt: skip
     """Run a text through a model and copy its cache.
 
     Parameters
@@ -34,6 +34,8 @@ def dump(model: Any, tokens: Sequence[int], *, max_tokens: int = 0, stop: Sequen
         Tokens that end the generation.
     name
         Name that the model was loaded by, for the dump.
+    fingerprint
+        `mlxkv.identity.fingerprint` of the model, where it is known: to compute it reads all weights.
     dtype
         Type of the arrays, as for `extract_cache`.
     progress
@@ -61,11 +63,12 @@ def dump(model: Any, tokens: Sequence[int], *, max_tokens: int = 0, stop: Sequen
         sequence.append(token)
         if progress:
             progress(1)
-    return extract_cache(cache, spec, [sequence], model=name, fingerprint=model_fingerprint(model), dtype=dtype)
+    known = model_fingerprint(model) if fingerprint is None else fingerprint
+    return extract_cache(cache, spec, [sequence], model=name, fingerprint=known, dtype=dtype)
 
 
 def extract_cache(cache: list[Any], spec: CacheSpec, tokens: Sequence[Sequence[int]], *, model: str = "",
-         fingerprint: str = "", dtype: str = "auto") -> KVDump:  # fmt: skip
+         fingerprint: str = "", dtype: str = "auto", start: int = 0) -> KVDump:  # fmt: skip
     """Copy a live mlx-lm cache: exactly `offset` tokens, without the space that mlx-lm preallocates in steps of 256.
 
     Parameters
@@ -82,12 +85,14 @@ def extract_cache(cache: list[Any], spec: CacheSpec, tokens: Sequence[Sequence[i
         `mlxkv.identity.fingerprint` of its weights.
     dtype
         Type of the arrays: "float16", "float32", or "auto" for float16 when that loses nothing and float32 otherwise.
+    start
+        Position of the first token to copy, 0 to T - 1; above 0 for a part that `CacheCodec.append_dump` takes.
 
     Returns
     -------
     KVDump
-        Keys and values `[layers, B, H, T, D]` of each group of layers, of those with a window the newest tokens, and the states
-        of other layers.
+        Keys and values `[layers, B, H, T - start, D]` of each group of layers, of those with a window the newest tokens, and the
+        states of other layers.
 
     Raises
     ------
@@ -110,18 +115,21 @@ def extract_cache(cache: list[Any], spec: CacheSpec, tokens: Sequence[Sequence[i
             raise MismatchError(
                 f"layer {index} holds {entries[index].offset} tokens, but {token_array.shape[1]} were given"
             )
-    streams, rings = _read_groups(entries, spec)
+    if not is_int(start, 0, token_array.shape[1] - 1):
+        raise InputError(f"there is no token {start!r} to start at: the cache has {token_array.shape[1]}")
+    streams, rings = _read_groups(entries, spec, start)
     store = _storage_type([array for arrays in streams.values() for array in arrays], dtype)
     source = _type_name(streams["k"][0])
     stacked = {key: _stack(arrays, store) for key, arrays in streams.items()}
     k, v = stacked.pop("k"), stacked.pop("v")
     states, types = _read_states(entries, spec)
     return KVDump(
-        k, v, spec, token_array, model, fingerprint, source, states, state_types=types, others=stacked, rings=rings
-    )
+        k, v, spec, token_array[:, start:], model, fingerprint, source, states, start=start, state_types=types, others=stacked,
+        rings=rings,
+    )  # fmt: skip
 
 
-def _read_groups(entries: list[Any], spec: CacheSpec) -> tuple[dict[str, list[mx.array]], dict[int, int]]:
+def _read_groups(entries: list[Any], spec: CacheSpec, start: int) -> tuple[dict[str, list[mx.array]], dict[int, int]]:
     """Return the layers' arrays of each stream of each group, and where the rings of windows are."""
     streams: dict[str, list[mx.array]] = {}
     rings: dict[int, int] = {}
@@ -129,7 +137,8 @@ def _read_groups(entries: list[Any], spec: CacheSpec) -> tuple[dict[str, list[mx
         pairs = []
         for index in group.indices:
             if group.window is None:
-                pairs.append(entries[index].keys_and_values())
+                keys, values = entries[index].keys_and_values()
+                pairs.append((keys[:, :, start:], values[:, :, start:]))
             else:
                 *pair, rings[number] = stock.window_tokens(entries[index])
                 pairs.append(tuple(pair))
