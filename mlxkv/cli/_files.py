@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from mlxkv.errors import FormatError, InputError
@@ -48,6 +49,28 @@ def check_kind(path: Path, expected: str) -> None:
     """Raise InputError for a file of another kind than a command takes."""
     if (found := kind_of(path)) != expected:
         raise InputError(f"{path} is {found}, and {expected} is needed here", _ADVICE[found])
+
+
+def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    """Return the text of --prompt, or of --prompt-file, where - is the standard input.
+
+    Raises InputError unless one of them is given and can be read, FormatError for what is no UTF-8.
+    """
+    from mlxkv.io.inputs import MAX_TEXT, read_text
+
+    if (prompt is None) == (prompt_file is None):
+        raise InputError("give either --prompt or --prompt-file")
+    if prompt_file is None:
+        return str(prompt)
+    if prompt_file != Path("-"):
+        return read_text(prompt_file)
+    data = sys.stdin.buffer.read(MAX_TEXT + 1)
+    if len(data) > MAX_TEXT:
+        raise InputError(f"the standard input has more than {MAX_TEXT >> 20} MiB; give a part of it")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"the standard input is not UTF-8 text: {error}") from None
 
 
 def _is_live(path: Path) -> bool:

@@ -30,6 +30,13 @@ def codec_names() -> list[str]:
     return sorted({*preset_names("methods")} - {*live_names()})
 
 
+def codec_method_names() -> list[str]:
+    """Return the names of codec methods."""
+    from mlxkv.codec.methods import codec_methods
+
+    return codec_methods.names()
+
+
 def family_names() -> list[str]:
     """Return what --preset takes: presets of model families."""
     from mlxkv.presets import preset_names

@@ -26,7 +26,9 @@ from rich.text import Text
 from mlxkv.cli._work import working
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, of the result or of the error.")]
-Artifacts = Annotated[Path, typer.Option("--artifacts", help="Folder written by mlxkv calibrate.", show_default=False)]
+Artifacts = Annotated[
+    Path | None, typer.Option("--artifacts", help="Folder of artifacts, if not those that mlxkv artifacts lists.")
+]
 
 
 def note(text: str) -> None:

@@ -19,8 +19,8 @@ from mlxkv.cli._work import promise, working
 @commands.register("decompress")
 def decompress_command(
     file: Annotated[Path, typer.Argument(help="A file written by mlxkv compress.", show_default=False)],
-    artifacts: Artifacts,
     out: Annotated[Path, typer.Option(help="The .npz to write.", show_default=False)],
+    artifacts: Artifacts = None,
     tokens: Annotated[
         str | None,
         typer.Option(metavar="A:B", help="Only tokens A to B - 1, counted from 0; only their blocks are read."),
@@ -30,8 +30,9 @@ def decompress_command(
 ) -> None:
     """Turn a compressed file back into a dump, or a part of it.
 
-    Example: mlxkv decompress notes.mlxkv --artifacts artifacts --out restored.npz
+    Example: mlxkv decompress notes.mlxkv --out restored.npz
     """
+    from mlxkv.codec import library
     from mlxkv.codec.artifacts import CalibrationArtifacts
     from mlxkv.codec.session import CacheCodec
     from mlxkv.codec.summary import summary
@@ -42,7 +43,7 @@ def decompress_command(
     check_kind(file, COMPRESSED)
     allowed = read_size(limit)
     promise(f"{out} was not written")
-    codec = CacheCodec(CalibrationArtifacts.from_dir(artifacts))
+    codec = CacheCodec(CalibrationArtifacts.from_dir(artifacts) if artifacts else library.for_file(file))
     with Reader(file) as reader:
         length = summary(reader)["tokens"]
     part = _part(tokens, length) if tokens is not None else None

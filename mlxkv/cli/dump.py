@@ -9,6 +9,7 @@ import typer
 
 from mlxkv.cli._checks import Dtype, check_out_file
 from mlxkv.cli._commands import commands
+from mlxkv.cli._files import read_prompt
 from mlxkv.cli._names import Model, Preset
 from mlxkv.cli._output import Json, print_record, progress_bar
 from mlxkv.cli._work import load_model, promise, working
@@ -20,7 +21,7 @@ def dump_command(
     out: Annotated[Path, typer.Option(help="The .npz to write.", show_default=False)],
     prompt: Annotated[str | None, typer.Option(help="Text to run.")] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(help="A UTF-8 text file to run instead, of at most 64 MiB.")
+        Path | None, typer.Option(help="A text file to run instead; - is the standard input.")
     ] = None,
     max_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens to generate after the prompt, at most; 0 is prefill only.")
@@ -46,7 +47,7 @@ def dump_command(
     from mlxkv.presets import model_preset
     from mlxkv.sensitivity import sensitivity as measure
 
-    text = _prompt(prompt, prompt_file)
+    text = read_prompt(prompt, prompt_file)
     checked = model_preset(preset) if preset else None
     check_out_file(out)
     promise(f"{out} was not written")
@@ -80,15 +81,6 @@ def dump_command(
         "model_fingerprint": taken.fingerprint,
     }
     print_record(facts, json)
-
-
-def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
-    from mlxkv.errors import InputError
-    from mlxkv.io.inputs import read_text
-
-    if (prompt is None) == (prompt_file is None):
-        raise InputError("give either --prompt or --prompt-file")
-    return str(prompt) if prompt_file is None else read_text(prompt_file)
 
 
 def _why(stored: str, live: str, asked: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -135,9 +136,20 @@ def _container(file: Path) -> dict[str, Any]:
         return {
             "kind": "compressed cache",
             **facts,
+            "artifacts_in": _where(header),
             "model": origin.get("model") if isinstance(origin, dict) else None,
             **summary(reader),
             "sections": len(reader.sections),
             "codings": sorted({section.coding for section in reader.sections.values()}),
             "checksums": "all match",
         }
+
+
+def _where(header: Mapping[str, Any]) -> str | None:
+    """Return where the artifacts of a compressed cache are; None where they are not among those that mlxkv finds."""
+    from mlxkv.codec import library
+
+    if "uncalibrated" in header:
+        return "the file itself"
+    folder = library.folder_for(header)
+    return None if folder is None else str(folder)

@@ -246,15 +246,34 @@ def for_file(path: str | Path) -> CalibrationArtifacts:
         header = reader.header
         if (again := calibrate.read_uncalibrated(reader)) is not None:
             return again
+    if (folder := folder_for(header)) is not None:
+        return CalibrationArtifacts.from_dir(folder)
     named, origin = str(header.get("artifacts")), header.get("meta")
-    if _NAME.fullmatch(named) and (home() / named).is_dir():
-        return CalibrationArtifacts.from_dir(home() / named)
     model = str(origin.get("model") or "") if isinstance(origin, Mapping) else ""
     raise MismatchError(
         f"{path} was made with artifacts {named[:SHORT]} of {model[:200] or 'a model'}, which are not in {home()}",
         f"on the machine that made it: mlxkv artifacts export {named[:SHORT]} --out FOLDER; then here: mlxkv artifacts import"
         " FOLDER. Or name a folder that holds them with --artifacts",
     )
+
+
+def folder_for(header: Mapping[str, Any]) -> Path | None:
+    """Return the folder of the artifacts that a compressed file names, which nothing is read of.
+
+    Parameters
+    ----------
+    header
+        The header of the file, from any source.
+
+    Returns
+    -------
+    Path or None
+        None where the library has no such entry.
+    """
+    named = header.get("artifacts")
+    if not isinstance(named, str) or not _NAME.fullmatch(named):
+        return None
+    return folder if (folder := home() / named).is_dir() else None
 
 
 def resolve(beginning: str) -> Item:
