@@ -2,6 +2,7 @@
 
 - Caches in memory while a model runs: `make_cache`, `save_cache` and `load_cache`.
 - Caches as small files: `calibrate` once per model, then `CacheCodec` with its `CalibrationArtifacts`.
+- Conversations that outlive the process: `Session`; a prompt cache as bytes: `compress` and `decompress`.
 - Uncompressed caches outside a model: `KVDump`, `read_dump` and `write_dump`; `mlxkv.lm` makes and restores them.
 
 Other errors and settings are in `mlxkv.errors`, `mlxkv.codec.methods` and `mlxkv.live.methods`. Public names are imported on
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from mlxkv.live.seam import attach, detach, make_cache
     from mlxkv.live.serialization import load_cache, save_cache
     from mlxkv.presets import method_preset, model_preset
+    from mlxkv.session import Session, compress, decompress
     from mlxkv.spec import CacheSpec, Rope, Slot
 
 __all__ = [
@@ -38,10 +40,13 @@ __all__ = [
     "KVTCRDConfig",
     "MlxkvError",
     "Rope",
+    "Session",
     "Slot",
     "__version__",
     "attach",
     "calibrate",
+    "compress",
+    "decompress",
     "detach",
     "load_cache",
     "make_cache",
@@ -60,9 +65,12 @@ _HOME = {
     "KVTCRDConfig": "codec.methods.kvtc_rd",
     "MlxkvError": "errors",
     "Rope": "spec",
+    "Session": "session",
     "Slot": "spec",
     "attach": "live.seam",
     "calibrate": "codec.calibrate",
+    "compress": "session",
+    "decompress": "session",
     "detach": "live.seam",
     "load_cache": "live.serialization",
     "make_cache": "live.seam",

@@ -213,15 +213,8 @@ class CacheCodec:
         extras, meta = self._dump_metadata(dump, notes)
         return self._compress(continuing.dump_layers(dump), dump.length, extras, meta, progress)
 
-    def append_dump(
-        self,
-        path: str | Path,
-        dump: KVDump,
-        progress: Progress | None = None,
-        *,
-        notes: Mapping[str, Any] | None = None,
-        rewind: bool = False,
-    ) -> None:
+    def append_dump(self, path: str | Path, dump: KVDump, progress: Progress | None = None, *,
+                    notes: Mapping[str, Any] | None = None, rewind: bool = False) -> int:  # fmt: skip
         """Extend a file by the new tokens of a longer dump.
 
         The result equals compressing the longer dump, but complete blocks of the file are neither coded nor written
@@ -240,6 +233,11 @@ class CacheCodec:
         rewind
             Let the dump differ from the file's last tokens, or end before them: what both begin with stays.
 
+        Returns
+        -------
+        int
+            Bytes of the file's new end. They are written twice, to a journal and to the file.
+
         Raises
         ------
         MismatchError
@@ -256,6 +254,7 @@ class CacheCodec:
                     reader, self._encoder, dump, extras, meta, rewind=rewind, progress=progress
                 )
             append.replace_tail(keep, tail)
+        return len(tail)
 
     def append_start(self, path: str | Path, tokens: Sequence[int]) -> int:
         """Return where a part of a longer dump may begin that `append_dump` takes.

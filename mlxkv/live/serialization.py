@@ -6,7 +6,7 @@ of the tree is a section of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,9 @@ _MALFORMED = (ArithmeticError, AssertionError, AttributeError, LookupError, Memo
 Method = tuple[type[LayerCache], Config]
 
 
-def save_cache(path: str | Path, model: Any, caches: Sequence[CacheEntry]) -> None:
+def save_cache(
+    path: str | Path, model: Any, caches: Sequence[CacheEntry], *, notes: Mapping[str, Any] | None = None
+) -> None:
     """Write a model's prompt cache: its live caches, and the states of other layers.
 
     Tokens that were taken back, and rows that mlx-lm allocates in advance, are not written.
@@ -48,11 +50,13 @@ def save_cache(path: str | Path, model: Any, caches: Sequence[CacheEntry]) -> No
         The model that the caches were made for.
     caches
         The prompt cache that `make_cache` returned. Layers may have different methods and settings.
+    notes
+        JSON values to store in the header as they are, such as the tokens and messages of a conversation.
 
     Raises
     ------
     InputError
-        If none of the caches is live, or one is of a kind or in a state that could not be read back.
+        If none of the caches is live, one is of a kind or in a state that could not be read back, or the notes cannot be stored.
     MismatchError
         If the caches are of another model, of other layers, or have seen different numbers of tokens.
     """
@@ -85,6 +89,7 @@ def save_cache(path: str | Path, model: Any, caches: Sequence[CacheEntry]) -> No
         "fingerprint": fingerprint(model),
         "layers": layers,
         "arrays": [[array_type(array), array.shape] for array in arrays],
+        **({} if notes is None else {"notes": dict(notes)}),
     }
     sections = [encode_section(str(i), array_bytes(array), "raw") for i, array in enumerate(arrays)]
     with atomic_write(path) as file:

@@ -11,16 +11,18 @@ from mlx.utils import tree_flatten
 from mlx_lm import load as mlx_lm_load
 
 from mlxkv.bundled import models as bundled
-from mlxkv.errors import MlxkvError, ModelNotFoundError, suggest
+from mlxkv.errors import InputError, MlxkvError, ModelNotFoundError, suggest
 
 
-def load(name: str) -> tuple[Any, Any]:
+def load(name: str, adapter_path: str | Path | None = None) -> tuple[Any, Any]:
     """Load a model and its tokenizer.
 
     Parameters
     ----------
     name
         A local mlx-lm directory, a hub id such as "org/name", "smollm2-135m", "gemma3-270m" or "miniature/<name>".
+    adapter_path
+        Folder of an adapter (LoRA, DoRA) that mlx-lm trained for the model; None for none.
 
     Returns
     -------
@@ -31,7 +33,11 @@ def load(name: str) -> tuple[Any, Any]:
     ------
     ModelNotFoundError
         With the loader's reason, when nothing can be loaded.
+    InputError
+        When the folder is no adapter of this model.
     """
+    if adapter_path is not None and not Path(adapter_path, "adapter_config.json").is_file():
+        raise InputError(f"{adapter_path} is no folder of an adapter: it has no adapter_config.json")
     path = bundled.model_path(name) or Path(name)
     looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if not path.exists() and not looks_like_hub_id:
@@ -42,6 +48,8 @@ def load(name: str) -> tuple[Any, Any]:
         )
     try:
         model, tokenizer = mlx_lm_load(str(path))[:2]
+        if adapter_path is not None:
+            model = _with_adapter(model, adapter_path)
     except MlxkvError:
         raise
     except Exception as error:  # the hub client and mlx-lm raise dozens of types; their message is the reason
@@ -53,6 +61,20 @@ def load(name: str) -> tuple[Any, Any]:
         model.set_dtype(mx.float32)
         mx.eval(model.parameters())
     return model, tokenizer
+
+
+def _with_adapter(model: Any, folder: str | Path) -> Any:
+    """Return the model with an adapter in its layers."""
+    from mlx_lm.tuner.utils import load_adapters  # with all that trains them
+
+    try:
+        adapted = load_adapters(model, str(folder))
+    except Exception as error:  # mlx-lm checks little of what it reads here
+        raise InputError(
+            f"cannot use the adapter {folder}: {str(error).strip()[:200] or type(error).__name__}",
+            "it has to be one that mlx-lm trained for this model",
+        ) from error
+    return adapted.eval()
 
 
 def text_start(tokenizer: Any) -> list[int]:
