@@ -39,7 +39,7 @@ def doctor_command(json: Json = False) -> None:
     """
     ours = f"{mlxkv.__version__}, Python {platform.python_version()}, {platform.platform()}"
     rows = [_row("mlxkv", ours), *_packages()]
-    for check in (_device, _blas, _kernels, _bundled, _models, _resources):
+    for check in (_device, _blas, _kernels, _bundled, _models, _artifacts, _resources):
         with suppress(ImportError), working("checking the installation"):  # the package's own row tells
             found = check()
             rows += found if isinstance(found, list) else [found]
@@ -159,6 +159,18 @@ def _model_type(config: Path) -> Any:
         return loads(config.read_bytes())["model_type"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
+
+
+def _artifacts() -> dict[str, Any]:
+    """Say where the calibrations of models are, and how many there are."""
+    from mlxkv.codec import library
+
+    items, where = library.items(), library.home()
+    if not items:
+        return _row("artifacts", f"none in {where}", library.calibrate_command(""), status="missing")
+    bad = sum(bool(item.problem) for item in items)
+    found = f"{len(items)} in {where}{f', {bad} of them damaged' if bad else ''}"
+    return _row("artifacts", found, "mlxkv artifacts ls tells which; rm removes them" if bad else "")
 
 
 def _resources() -> dict[str, Any]:
