@@ -119,7 +119,9 @@ def _live_cache(reader: Reader) -> dict[str, Any]:
 def _prompt_cache(file: Path) -> dict[str, Any]:
     from mlxkv.live.prompt_files import describe_prompt_cache
 
-    return {**describe_prompt_cache(file), "checksums": None}
+    facts = describe_prompt_cache(file)
+    facts["metadata"] = {key: text[:80] for key, text in facts["metadata"].items()}
+    return {**facts, "token_ids": facts["token_ids"] is not None, "checksums": None}
 
 
 def _container(file: Path) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def describe_prompt_cache(path: str | Path) -> dict[str, Any]:
             "tokens": file.tokens,
             "dtypes": sorted({stored.dtype for stored in states}),
             "cache_bytes": sum(stored.end - stored.start for stored in states),
-            "metadata": {key: text[:80] for key, text in file.texts.items() if key not in (_FINGERPRINT, _TOKENS)},
+            "metadata": {key: text for key, text in file.texts.items() if key not in (_FINGERPRINT, _TOKENS)},
             "model_fingerprint": file.texts.get(_FINGERPRINT),
             "token_ids": _token_ids(file),
             "file_bytes": reader.size,
