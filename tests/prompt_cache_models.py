@@ -5,6 +5,7 @@ This file needs mlx-lm alone, so that any version can run it: see tests/fixtures
 
 import copy
 import sys
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -56,6 +57,7 @@ FILES = {
 }
 
 
+@cache
 def exact_model(name):
     """A tiny model whose weights are multiples of 1/64, the same on every machine."""
     kind, changes = MODELS[name]
@@ -81,9 +83,9 @@ def tokens_of(name):
     return [number * 29 % 89 + 1 for number in range(sum(FILES[name][2]))]
 
 
-def next_logits(model, cache):
+def next_logits(model, caches):
     """What a model says after each of the next tokens, in float32."""
-    return mx.concatenate([model(mx.array([[token]]), cache=cache)[:, -1] for token in NEXT]).astype(mx.float32)
+    return mx.concatenate([model(mx.array([[token]]), cache=caches)[:, -1] for token in NEXT]).astype(mx.float32)
 
 
 def write(folder):
@@ -92,12 +94,12 @@ def write(folder):
     logits = {}
     for name, (kind, made, chunks) in FILES.items():
         model, tokens = exact_model(kind), tokens_of(name)
-        cache = [made() for _ in model.layers] if made else make_prompt_cache(model)
+        caches = [made() for _ in model.layers] if made else make_prompt_cache(model)
         for length in chunks:
-            mx.eval(model(mx.array([tokens[:length]]), cache=cache))
+            mx.eval(model(mx.array([tokens[:length]]), cache=caches))
             tokens = tokens[length:]
-        save_prompt_cache(str(folder / f"{name}.safetensors"), cache, {"model": f"exact/{kind}"})
-        logits[name] = next_logits(model, cache)
+        save_prompt_cache(str(folder / f"{name}.safetensors"), caches, {"model": f"exact/{kind}"})
+        logits[name] = next_logits(model, caches)
     mx.savez(str(folder / "logits.npz"), **logits)
 
 

@@ -112,13 +112,16 @@ def _take_over(entry: LayerCache, keys: mx.array, values: mx.array, offset: int)
     """Let a new live cache store the tokens of another one."""
     entry.offset = offset
     if isinstance(entry, WindowedCache) and entry.window is not None:
-        # Those of the oldest block that no query sees any more are not there: the oldest that is stands for them.
         missing = offset - entry.leaving(offset) - keys.shape[2]
-        if missing > 0:
-            keys, values = (
-                mx.concatenate([mx.repeat(part[..., :1, :], missing, axis=2), part], axis=2) for part in (keys, values)
-            )
+        keys, values = (_with_tokens(part, missing) for part in (keys, values))
     entry._store(KeysValues(keys, values), None)
+
+
+def _with_tokens(part: mx.array, missing: int) -> mx.array:
+    """Return tokens of a window with more before them, or without the oldest: no query sees those of its oldest block."""
+    if missing <= 0:
+        return part[..., -missing:, :]
+    return mx.concatenate([mx.repeat(part[..., :1, :], missing, axis=2), part], axis=2)
 
 
 def _all_tokens(entry: Any, own: Any, layer: Layer | None, index: int) -> tuple[mx.array, mx.array]:

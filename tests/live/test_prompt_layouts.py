@@ -174,7 +174,7 @@ def test_rows_that_are_only_allocated_are_not_written(tmp_path):
 @pytest.mark.parametrize("layout", ["0.32", "0.31"])
 def test_what_mlxkv_wrote_is_refused_for_other_weights(layout, tmp_path):
     model = rewritten("0.32.2", "whole", tmp_path / "a", layout)
-    other = exact_model("llama")
+    other = exact_model.__wrapped__("llama")
     other.update(tree_map(lambda weights: weights * 2, other.parameters()))
     with pytest.raises(MismatchError, match="another model or other weights"):
         read_prompt_cache(tmp_path / "a", other)
