@@ -20,12 +20,13 @@ from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.codec.methods.base import codec_methods
 from mlxkv.errors import FormatError, InputError, LibraryWarning, MismatchError, MlxkvError, suggest
 from mlxkv.identity import same_model
-from mlxkv.io.container import Reader
-from mlxkv.io.folders import private_folder, remove_folder, sweep_all
+from mlxkv.io.container import Reader, Source
+from mlxkv.io.folders import held, identity, private_folder, remove_folder, sweep_all
 from mlxkv.io.inputs import MAX_JSON, parse_json, read_bytes
 from mlxkv.spec import CacheSpec
 
 SHORT = 8  # digits of a fingerprint that name an entry, where they name one alone
+_ATTEMPTS = 5  # to add artifacts that other processes add and remove
 _NAME = re.compile(r"[0-9a-f]{32}")
 _WRITABLE = "set MLXKV_ARTIFACTS to a folder that can be written"
 
@@ -113,15 +114,17 @@ def add(artifacts: CalibrationArtifacts) -> Path:
     InputError
         When the library cannot be written.
     """
-    folder = home() / artifacts.fingerprint
-    try:
-        private_folder(folder.parent)
-        sweep_all(folder.parent)
-        if not _renewed(folder):
+    folder, failures = home() / artifacts.fingerprint, 0
+    while not _renewed(folder):
+        try:
+            private_folder(folder.parent)
+            sweep_all(folder.parent)
             artifacts.save(folder, overwrite=folder.exists())
-    except InputError as error:
-        if not _renewed(folder):  # another process may have been faster
-            raise InputError(error.message, error.hint or _WRITABLE) from error
+            break
+        except InputError as error:
+            failures += 1
+            if failures == _ATTEMPTS:  # before, others may have added it, and removed it again
+                raise InputError(error.message, error.hint or _WRITABLE) from error
     return folder
 
 
@@ -220,13 +223,13 @@ def calibrate_command(model: str, method: str = "") -> str:
     return shlex.join(words)
 
 
-def for_file(path: str | Path) -> CalibrationArtifacts:
+def for_file(source: Source) -> CalibrationArtifacts:
     """Return the artifacts that a compressed file was made with.
 
     Parameters
     ----------
-    path
-        A compressed file, of which the header is read alone.
+    source
+        A compressed file's bytes, or its path; the header is read alone.
 
     Returns
     -------
@@ -242,8 +245,8 @@ def for_file(path: str | Path) -> CalibrationArtifacts:
     MismatchError
         When the artifacts are not here: the message says what to do.
     """
-    with Reader(path) as reader:
-        header = reader.header
+    with Reader(source) as reader:
+        header, name = reader.header, reader.name
         if (again := calibrate.read_uncalibrated(reader)) is not None:
             return again
     if (folder := folder_for(header)) is not None:
@@ -251,7 +254,7 @@ def for_file(path: str | Path) -> CalibrationArtifacts:
     named, origin = str(header.get("artifacts")), header.get("meta")
     model = str(origin.get("model") or "") if isinstance(origin, Mapping) else ""
     raise MismatchError(
-        f"{path} was made with artifacts {named[:SHORT]} of {model[:200] or 'a model'}, which are not in {home()}",
+        f"{name} was made with artifacts {named[:SHORT]} of {model[:200] or 'a model'}, which are not in {home()}",
         f"on the machine that made it: mlxkv artifacts export {named[:SHORT]} --out FOLDER; then here: mlxkv artifacts import"
         " FOLDER. Or name a folder that holds them with --artifacts",
     )
@@ -437,22 +440,36 @@ def _renewed(folder: Path) -> bool:
 def _items() -> Iterator[Item]:
     """Yield an item for each folder of the library that is named by a fingerprint."""
     try:
-        entries = list(os.scandir(home()))
+        with os.scandir(home()) as entries:
+            folders = [
+                Path(entry.path)
+                for entry in entries
+                if _NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+            ]
     except FileNotFoundError:
         return
     except OSError as error:
         warnings.warn(f"cannot read {home()}: {error.strerror or error}", LibraryWarning, stacklevel=4)
         return
-    for entry in entries:
-        if _NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-            with suppress(FileNotFoundError):  # removed meanwhile
-                yield _item(Path(entry.path))
+    yield from filter(None, map(_item, folders))
 
 
-def _item(folder: Path) -> Item:
-    """Return what an entry's meta.json says of it."""
-    name, size, added = folder.name, 0, os.stat(folder).st_mtime
+def _item(folder: Path) -> Item | None:
+    """Return what an entry's meta.json says of it; None where another process has removed it meanwhile."""
+    while True:
+        with held(folder) as before:
+            if before is None:
+                return None
+            item = _described(folder)
+            if not item.problem or identity(folder) == before:
+                return item
+
+
+def _described(folder: Path) -> Item:
+    """Return what an entry's meta.json says of it, or why it says nothing."""
+    name, size, added = folder.name, 0, 0.0
     try:
+        added = os.stat(folder).st_mtime
         with os.scandir(folder) as files:
             size = sum(file.stat(follow_symlinks=False).st_size for file in files)
         meta = parse_json(read_bytes(folder / "meta.json", MAX_JSON), "meta.json")

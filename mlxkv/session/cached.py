@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import copy
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, RotatingKVCache
 
 from mlxkv import stock
 from mlxkv.errors import MismatchError
+from mlxkv.live.base import LayerCache
 from mlxkv.live.group import check_consistent
 from mlxkv.session.templates import common_length
+
+_ONE_WAY = (ArraysCache, RotatingKVCache, ChunkedKVCache)  # of mlx-lm's, those that cannot always take tokens back
+
+
+class _Checkpoint(NamedTuple):
+    """Entries that cannot take tokens back, as they were after so many tokens."""
+
+    tokens: int
+    entries: dict[int, Any]
 
 
 class CachedTokens:
@@ -18,6 +31,10 @@ class CachedTokens:
     ----------
     make
         Makes a new prompt cache.
+    cache
+        One that has read something; None for a new one.
+    tokens
+        Token ids that it has read.
 
     Attributes
     ----------
@@ -27,10 +44,26 @@ class CachedTokens:
         Token ids that are in it.
     """
 
-    def __init__(self, make: Callable[[], list[Any]]) -> None:
+    def __init__(
+        self, make: Callable[[], list[Any]], cache: list[Any] | None = None, tokens: Sequence[int] = ()
+    ) -> None:
         self._make = make
-        self.cache: list[Any] = make()
-        self.tokens: list[int] = []
+        self.cache: list[Any] = make() if cache is None else cache
+        self.tokens = list(tokens)
+        self._checkpoint: _Checkpoint | None = None
+
+    def remember(self, tokens: int) -> None:
+        """Remember what cannot be taken back, so that `go_to` can come back here; of live caches nothing.
+
+        Parameters
+        ----------
+        tokens
+            Number of tokens that the cache has read.
+        """
+        entries = stock.entries(self.cache)
+        one_way = {i: entry for i, entry in enumerate(entries) if isinstance(entry, _ONE_WAY)}
+        if one_way and not any(isinstance(entry, LayerCache) for entry in entries):
+            self._checkpoint = _Checkpoint(tokens, copy.deepcopy(one_way))
 
     def go_to(self, text: Sequence[int], *, unread: int = 1) -> int:
         """Leave in the cache what it shares with a text.
@@ -51,19 +84,34 @@ class CachedTokens:
         lost = len(self.tokens) - keep
         if not lost:
             return 0
-        entries = [entry for entry in stock.entries(self.cache) if entry is not None]
-        if keep and all(_can_lose(entry, lost) for entry in entries):
-            for entry in entries:
-                entry.trim(lost)
-            del self.tokens[keep:]
-            return lost
-        lost = len(self.tokens)
-        self.reset()
-        return lost
+        before = len(self.tokens)
+        if not (keep and self._trim(lost)) and not self._go_to_checkpoint(keep):
+            self.reset()
+        if self._checkpoint is not None and self._checkpoint.tokens > len(self.tokens):
+            self._checkpoint = None
+        return before - len(self.tokens)
+
+    def _trim(self, count: int, but: Collection[int] = ()) -> bool:
+        """Take the last tokens out of all entries that are not left out; return whether they can."""
+        kept = {i: entry for i, entry in enumerate(stock.entries(self.cache)) if entry is not None and i not in but}
+        if not all(_can_lose(entry, count) for entry in kept.values()):
+            return False
+        for entry in kept.values():
+            entry.trim(count)
+        del self.tokens[len(self.tokens) - count :]
+        return True
+
+    def _go_to_checkpoint(self, most: int) -> bool:
+        """Go back to the checkpoint if it is of no more tokens than these."""
+        point = self._checkpoint
+        if point is None or point.tokens > most or not self._trim(len(self.tokens) - point.tokens, point.entries):
+            return False
+        self.cache = stock.with_entries(self.cache, copy.deepcopy(point.entries))
+        return True
 
     def reset(self) -> None:
         """Begin with an empty cache."""
-        self.cache, self.tokens = self._make(), []
+        self.cache, self.tokens, self._checkpoint = self._make(), [], None
 
     def settle(self, text: Sequence[int], *, interrupted: bool = False) -> None:
         """Find out how much of a text has been read into the cache.

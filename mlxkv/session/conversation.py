@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlxkv import stock
 from mlxkv.codec.artifacts import CalibrationArtifacts
+from mlxkv.config import Config
 from mlxkv.errors import InputError, MismatchError
 from mlxkv.identity import fingerprint
 from mlxkv.io.ownership import Ownership
 from mlxkv.live import live_config, make_cache
 from mlxkv.live.base import LayerCache
 from mlxkv.models import cache_spec
+from mlxkv.session.answers import Answer
 from mlxkv.session.cached import CachedTokens
 from mlxkv.session.files import CompressedFile, Facts, LiveFile, Model, SessionFile, is_live
 from mlxkv.session.templates import Message, Template
@@ -101,7 +104,7 @@ class Session:
         self._coding = artifacts, quality
         self._owned: Ownership | None = None
         self._file: SessionFile | None = None
-        self._cached = CachedTokens(self._make_cache)
+        self._cached = CachedTokens(partial(_new_cache, model, cache))
         self._messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._began = datetime.now().replace(microsecond=0)
         self._changed, self.resumed, self.lost = False, False, 0
@@ -204,18 +207,23 @@ class Session:
         prompt = self._template.render(messages)
         self.lost = self._cached.go_to(prompt)
         unread = prompt[len(self._cached.tokens) :]
+
+        def report(done: int, total: int) -> None:
+            if done == total - 1:  # the last token is read together with the first of the answer
+                self._cached.remember(len(prompt) - 1)
+            if progress:
+                progress(done, total)
+
         responses = stream_generate(
             self._model.model, self._tokenizer, mx.array(unread), max_tokens, sampler=sampler,
-            prompt_cache=self._cached.cache, prompt_progress_callback=progress,
+            prompt_cache=self._cached.cache, prompt_progress_callback=report,
         )  # fmt: skip
-        answer = _Answer(self._template.stops)
+        answer = Answer(self._tokenizer, self._template.stops)
         try:
             for response in responses:
-                answer.take(response)
-                yield answer.piece()
+                yield answer.take(response)
                 if answer.stopped:
                     break
-            yield answer.rest()
         except GeneratorExit:
             self._finish(responses, prompt, answer, messages)
             raise
@@ -309,10 +317,6 @@ class Session:
             "cache_bytes": self._cached.nbytes if count else 0,
         }
 
-    def _make_cache(self) -> list[Any]:
-        model = self._model.model
-        return make_prompt_cache(model) if self._preset is None else list(make_cache(model, self._preset))
-
     def _own(self, path: str | Path) -> None:
         """Take a file for this process, and find out of which kind it is."""
         owned = Ownership(path)
@@ -328,8 +332,8 @@ class Session:
         assert self._file is not None
         if not self._file.path.exists():
             return
-        self._cached.cache, self._cached.tokens, facts = self._file.load()
-        self._check_method(self._cached.cache)
+        cache, tokens, facts = self._file.load()
+        self._cached = CachedTokens(partial(_new_cache, self._model.model, self._method_of(cache)), cache, tokens)
         self._messages, self._began, self.resumed = facts.messages, facts.began, True
         found = next((message["content"] for message in self._messages if message["role"] == "system"), None)
         if system not in (None, found):
@@ -337,19 +341,19 @@ class Session:
                 f"{self.path} was begun with the system prompt {str(found)[:80]!r}, not {system[:80]!r}"
             )
 
-    def _check_method(self, cache: Sequence[Any]) -> None:
-        """Compare the method that was asked for with the file's; without a name the file's goes on."""
+    def _method_of(self, cache: Sequence[Any]) -> Config | None:
+        """Return the live method of a file, which has to be the one that was asked for, if one was."""
         found = {entry.config for entry in stock.entries(cache) if isinstance(entry, LayerCache)}
         if self._preset is not None and found != {live_config(self._preset)}:
+            kind = "a live cache of another kind" if found else "a compressed cache"
             raise MismatchError(
-                f"{self.path} was not begun in {self._preset}: it is {'a live' if found else 'a compressed'} cache of another kind",
+                f"{self.path} was not begun in {self._preset}: it is {kind}",
                 "leave the cache out to go on in the file's own",
             )
-        if found:
-            self._make_cache = lambda: list(make_cache(self._model.model, next(iter(found))))  # type: ignore[method-assign]
+        return next(iter(found), None)
 
     def _finish(
-        self, responses: Any, prompt: list[int], answer: _Answer, messages: list[Message], interrupted: bool = False
+        self, responses: Any, prompt: list[int], answer: Answer, messages: list[Message], interrupted: bool = False
     ) -> None:
         """Note what was read and written, and the answer as far as it came."""
         responses.close()
@@ -366,31 +370,6 @@ class Session:
         self._cached.tokens = list(tokens)
 
 
-class _Answer:
-    """An answer as it comes, up to a text that ends it."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops, self._shown = stops, 0
-        self.text, self.tokens, self.stopped = "", [], False  # type: ignore[var-annotated]
-
-    def take(self, response: Any) -> None:
-        """Add what mlx-lm has generated."""
-        if response.generation_tokens > len(self.tokens):  # the last response repeats the last token
-            self.tokens.append(int(response.token))
-        self.text += response.text
-        ends = [found for found in map(self.text.find, self._stops) if found >= 0]
-        if ends:
-            self.text, self.stopped = self.text[: min(ends)], True
-
-    def piece(self) -> str:
-        """Return the text that has not been shown, without what may be the beginning of a stop."""
-        held = max((n for stop in self._stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
-        return self._show(len(self.text) - held)
-
-    def rest(self) -> str:
-        """Return all text that has not been shown."""
-        return self._show(len(self.text))
-
-    def _show(self, end: int) -> str:
-        piece, self._shown = self.text[self._shown : end], max(self._shown, end)
-        return piece
+def _new_cache(model: Any, method: str | Config | None) -> list[Any]:
+    """Return an empty prompt cache: mlx-lm's own, or a live one."""
+    return make_prompt_cache(model) if method is None else list(make_cache(model, method))

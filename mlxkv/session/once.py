@@ -94,5 +94,5 @@ def decompress(
     """
     if not isinstance(source, bytes | bytearray | memoryview | str | Path):
         raise InputError(f"bytes or a path are decompressed, not {type(source).__name__}")
-    codec = CacheCodec(artifacts or library.for_file(source))  # type: ignore[arg-type]
+    codec = CacheCodec(artifacts or library.for_file(source))
     return lm.restore(model, codec.decompress_dump(source, limit=limit))

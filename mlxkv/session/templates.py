@@ -14,7 +14,7 @@ from mlxkv.lm import text_start
 
 Message = dict[str, str]
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-_PLAIN_STOP = "\nUser:"
+_PLAIN_STOP = "\n\nUser:"
 
 
 class Template:
