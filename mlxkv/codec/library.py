@@ -115,10 +115,10 @@ def add(artifacts: CalibrationArtifacts) -> Path:
         When the library cannot be written.
     """
     folder, failures = home() / artifacts.fingerprint, 0
+    sweep_all(folder.parent)
     while not _renewed(folder):
         try:
             private_folder(folder.parent)
-            sweep_all(folder.parent)
             artifacts.save(folder, overwrite=folder.exists())
             break
         except InputError as error:
