@@ -51,10 +51,10 @@ def preset_and_method_names() -> list[str]:
 
 def artifact_ids() -> list[tuple[str, str]]:
     """Return the ids of artifacts in the library, each with what it is of."""
-    from mlxkv.codec import library
+    from mlxkv.codec import entries
 
-    items = library.items()
-    return [(library.short_id(item, items), f"{item.method} of {item.model}") for item in items]
+    items = entries.items()
+    return [(entries.short_id(item, items), f"{item.method} of {item.model}") for item in items]
 
 
 Model = Annotated[
@@ -68,7 +68,7 @@ Model = Annotated[
 ]
 Cache = Annotated[
     str | None,
-    typer.Option(help="Or start in this live cache: a preset or method.", autocompletion=live_names),
+    typer.Option(help="Live preset or method to start in.", autocompletion=live_names),
 ]
 Method = Annotated[
     str | None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +16,7 @@ from mlxkv.cli._output import Json, note, print_record, print_table
 from mlxkv.cli._work import promise, working
 
 if TYPE_CHECKING:
-    from mlxkv.codec.library import Item
+    from mlxkv.codec.entries import Item
 
 command = typer.Typer(
     no_args_is_help=True,
@@ -47,20 +46,20 @@ def list_command(json: Json = False) -> None:
 
     Example: mlxkv artifacts ls
     """
-    from mlxkv.codec import library
+    from mlxkv.codec import entries
 
-    items = library.items()
+    items = entries.items()
     rows = [_row(item, items) for item in items]
     if json:
-        print(json_module.dumps([{**row, **_more(item)} for row, item in zip(rows, items)]))
+        print_table([{**row, **_more(item)} for row, item in zip(rows, items)], as_json=True)
         return
-    for item in items:
+    for row, item in zip(rows, items):
         if item.problem:
-            note(f"{library.short_id(item, items)} cannot be used: {item.problem}")
+            note(f"{row['id']} cannot be used: {item.problem}")
     if rows:
-        print_table(rows, as_json=False, title=str(library.home()))
+        print_table(rows, as_json=False, title=str(entries.home()))
     else:
-        note(f"there are none in {library.home()}; {library.calibrate_command('')} makes some")
+        note(f"there are none in {entries.home()}; mlxkv calibrate --model MODEL makes some")
 
 
 @command.command("rm")
@@ -76,9 +75,8 @@ def remove_command(
     from mlxkv.codec import library
     from mlxkv.errors import InputError
 
-    items = library.items()
     item = library.resolve(id)
-    row = _row(item, items)
+    row = _row(item, library.items())
     what = f"artifacts {row['id']}, {row['method'] or 'damaged'} of {row['model'] or 'a model'}"
     if not yes:
         warning = f"{what}: files made with them can then no longer be read"
@@ -130,10 +128,10 @@ def import_command(
 
 def _row(item: Item, items: list[Item]) -> dict[str, Any]:
     """Return what a person wants to know of an entry."""
-    from mlxkv.codec import library
+    from mlxkv.codec.entries import short_id
 
     return {
-        "id": library.short_id(item, items),
+        "id": short_id(item, items),
         "model": item.model or None,
         "method": item.method or None,
         "tokens": item.tokens,

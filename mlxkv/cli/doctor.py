@@ -163,11 +163,11 @@ def _model_type(config: Path) -> Any:
 
 def _artifacts() -> dict[str, Any]:
     """Say where the calibrations of models are, and how many there are."""
-    from mlxkv.codec import library
+    from mlxkv.codec import entries
 
-    items, where = library.items(), library.home()
+    items, where = entries.items(), entries.home()
     if not items:
-        return _row("artifacts", f"none in {where}", library.calibrate_command(""), status="missing")
+        return _row("artifacts", f"none in {where}", "mlxkv calibrate --model MODEL", status="missing")
     bad = sum(bool(item.problem) for item in items)
     found = f"{len(items)} in {where}{f', {bad} of them damaged' if bad else ''}"
     return _row("artifacts", found, "mlxkv artifacts ls tells which; rm removes them" if bad else "")

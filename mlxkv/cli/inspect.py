@@ -149,9 +149,9 @@ def _container(file: Path) -> dict[str, Any]:
 
 def _where(header: Mapping[str, Any]) -> str | None:
     """Return where the artifacts of a compressed cache are; None where they are not among those that mlxkv finds."""
-    from mlxkv.codec import library
+    from mlxkv.codec.entries import folder_for
 
     if "uncalibrated" in header:
         return "the file itself"
-    folder = library.folder_for(header)
+    folder = folder_for(header)
     return None if folder is None else str(folder)

@@ -16,6 +16,7 @@ Modules:
 - `session`: `CacheCodec`, a cache to one container and back; `layout`, `writing`, `reading` and `unquantized` are its
   parts, and `summary` lists the sizes of a file's parts.
 - `calibrate`: learns the `artifacts` of a method from `samples`, the rows of dumps.
+- `library`: artifacts in the user's data folder, found by model or by file; `entries` tells what there is.
 - `methods`: the interface (`base`) and the methods that implement it.
 - `stages`: arrays to arrays or bytes, each beside its inverse.
 

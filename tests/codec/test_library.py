@@ -15,7 +15,7 @@ from forging import forge, header_of
 from synthetic import toy_dump
 
 from mlxkv import CacheCodec, CalibrationArtifacts
-from mlxkv.codec import library
+from mlxkv.codec import entries, library
 from mlxkv.errors import InputError, LibraryWarning, MismatchError, MlxkvError, WeakFingerprintWarning
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -95,7 +95,7 @@ def test_an_item_says_what_its_meta_json_says(home):
 def test_a_listing_reads_no_array(home, monkeypatch):
     library.add(of("a.1"))
     read = []
-    monkeypatch.setattr(library, "read_bytes", lambda path, limit: read.append(path.name) or path.read_bytes())
+    monkeypatch.setattr(entries, "read_bytes", lambda path, limit: read.append(path.name) or path.read_bytes())
     monkeypatch.setattr(CalibrationArtifacts, "from_dir", None)
     assert [item.method for item in library.items()] == ["kvtc"]
     assert read == ["meta.json"]
@@ -233,7 +233,7 @@ def test_a_library_that_cannot_be_made_is_said_with_the_way_out(place, tmp_path,
 
 MANY = """
 from test_library import of
-from mlxkv.codec import library
+from mlxkv.codec import entries, library
 for n in range(6):
     library.add(of("a.1", shift=n))
     assert library.find("a.1") is not None
