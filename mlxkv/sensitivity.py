@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -19,16 +20,18 @@ import numpy as np
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
 from mlxkv import lm, stock
-from mlxkv.dump import stream_key
+from mlxkv.dump import KVDump, stream_key
 from mlxkv.errors import InputError
 from mlxkv.models import cache_spec
 from mlxkv.spec import STREAMS, CacheSpec, Layer
 
 CONTEXT_TOKENS, PREDICTED_TOKENS = 512, 160  # of each stretch of text
+STRETCH_TOKENS = CONTEXT_TOKENS + PREDICTED_TOKENS
 # Sinks and the newest quarter of the context: codecs keep both as they are, and they matter several times as much.
 SKIPPED_SINKS, SKIPPED_RECENT_DIVISOR = 4, 4
 Progress = Callable[[int], None]
 Pair = tuple[mx.array, mx.array]
+Gradients = dict[str, tuple[range, list[mx.array]]]
 
 
 def sensitivity(
@@ -68,25 +71,85 @@ def sensitivity(
         For a model that `cache_spec` refuses.
     """
     spec = cache_spec(model)
-    if len(tokens) < 4 * SKIPPED_SINKS:
-        raise InputError(f"sensitivity needs at least {4 * SKIPPED_SINKS} tokens, the text has {len(tokens)}")
-    keys = [stream_key(number, name) for number in range(len(spec.groups)) for name in STREAMS]
-    sums = {key: _zeros(spec, key) for key in keys}
-    energies = {key: np.zeros((*sums[key].shape[:2], len(tokens)), np.float32) for key in keys}
-    counts = dict.fromkeys(keys, 0)
+    _check_length(tokens)
+    sums = _Sums(spec, len(tokens))
     for index, (first, stretch) in enumerate(_stretches(tokens, start)):
-        split = len(stretch) * CONTEXT_TOKENS // (CONTEXT_TOKENS + PREDICTED_TOKENS)
-        found = _gradients(model, spec, stretch[:split], stretch[split:], mx.random.key(seed + index))
-        for key, (counted, layers) in found.items():
-            for layer, gradient in enumerate(layers):
-                sums[key][layer] += np.array(gradient.swapaxes(-1, -2) @ gradient)
-                part = slice(first + counted.start, first + counted.stop)
-                energies[key][layer, :, part] = np.array(mx.square(gradient).sum(axis=-1))
-            counts[key] += len(counted)
+        split = len(stretch) * CONTEXT_TOKENS // STRETCH_TOKENS
+        found, _ = _gradients(model, spec, stretch[:split], stretch[split:], mx.random.key(seed + index))
+        sums.add(first, found)
         if progress:
             progress(len(stretch))
-    means = {key: total / np.float32(max(1, counts[key])) for key, total in sums.items()}
-    return means | {f"{key}.energy": energy for key, energy in energies.items()}
+    return sums.means()
+
+
+def dump_with_sensitivity(
+    model: Any, tokens: Sequence[int], *, seed: int = 0, name: str = "", fingerprint: str = "", dtype: str = "auto"
+) -> KVDump:
+    """Run a stretch of text through a model once, and copy its cache together with its sensitivity.
+
+    A dump and a sensitivity of the same tokens compute them twice.
+
+    Parameters
+    ----------
+    model
+        A loaded mlx-lm model.
+    tokens
+        16 to 672 token ids; they begin as every text of the model does.
+    seed
+        Seed of the labels that the model draws.
+    name, fingerprint, dtype
+        As for `lm.extract_cache`.
+
+    Returns
+    -------
+    KVDump
+        The cache of all tokens, with what `sensitivity` measures of them.
+
+    Raises
+    ------
+    InputError
+        For fewer or more tokens, and for what `lm.extract_cache` refuses.
+    UnsupportedError
+        For a model that `cache_spec` refuses, and for an entry of its cache that cannot be copied.
+    """
+    spec = cache_spec(model)
+    _check_length(tokens)
+    if len(tokens) > STRETCH_TOKENS:
+        raise InputError(f"a stretch has at most {STRETCH_TOKENS} tokens, not {len(tokens)}: cut the text")
+    split, sums = len(tokens) * CONTEXT_TOKENS // STRETCH_TOKENS, _Sums(spec, len(tokens))
+    found, cache = _gradients(model, spec, tokens[:split], tokens[split:], mx.random.key(seed))
+    sums.add(0, found)
+    dump = lm.extract_cache(cache, spec, [tokens], model=name, fingerprint=fingerprint, dtype=dtype)
+    return replace(dump, sensitivity=sums.means())
+
+
+class _Sums:
+    """Sums of g g' over tokens, and the energy of each token, of a text of so many tokens."""
+
+    def __init__(self, spec: CacheSpec, tokens: int) -> None:
+        keys = [stream_key(number, name) for number in range(len(spec.groups)) for name in STREAMS]
+        self._sums = {key: _zeros(spec, key) for key in keys}
+        self._energies = {key: np.zeros((*self._sums[key].shape[:2], tokens), np.float32) for key in keys}
+        self._counts = dict.fromkeys(keys, 0)
+
+    def add(self, first: int, found: Gradients) -> None:
+        """Add what was found of a stretch that begins at position `first` of the text."""
+        for key, (counted, layers) in found.items():
+            for layer, gradient in enumerate(layers):
+                self._sums[key][layer] += np.array(gradient.swapaxes(-1, -2) @ gradient)
+                part = slice(first + counted.start, first + counted.stop)
+                self._energies[key][layer, :, part] = np.array(mx.square(gradient).sum(axis=-1))
+            self._counts[key] += len(counted)
+
+    def means(self) -> dict[str, np.ndarray]:
+        """Return the means and energies by the names of a dump."""
+        means = {key: total / np.float32(max(1, self._counts[key])) for key, total in self._sums.items()}
+        return means | {f"{key}.energy": energy for key, energy in self._energies.items()}
+
+
+def _check_length(tokens: Sequence[int]) -> None:
+    if len(tokens) < 4 * SKIPPED_SINKS:
+        raise InputError(f"sensitivity needs at least {4 * SKIPPED_SINKS} tokens, the text has {len(tokens)}")
 
 
 def _counted_tokens(context: int, rows: int | None = None) -> range:
@@ -108,7 +171,7 @@ def _stretches(tokens: Sequence[int], start: Sequence[int] = ()) -> Iterator[tup
 
     A stretch that is given the tokens that every text begins with begins so many positions earlier.
     """
-    size, first = CONTEXT_TOKENS + PREDICTED_TOKENS, 0
+    size, first = STRETCH_TOKENS, 0
     start = list(start[:SKIPPED_SINKS])  # those that are never counted
     while first == 0 or first + size - len(start) <= len(tokens):
         added = [] if list(tokens[first : first + len(start)]) == start else start
@@ -119,22 +182,24 @@ def _stretches(tokens: Sequence[int], start: Sequence[int] = ()) -> Iterator[tup
 
 def _gradients(
     model: Any, spec: CacheSpec, context: Sequence[int], following: Sequence[int], key: mx.array
-) -> dict[str, tuple[range, list[mx.array]]]:
-    """Return the counted tokens of each stream, and their gradients `[H, T, D]` of each layer."""
+) -> tuple[Gradients, list[Any]]:
+    """Return the counted tokens of each stream with their gradients `[H, T, D]` of each layer, and the cache of all tokens."""
     cache = make_prompt_cache(model)
     lm.prefill(model, context, cache)
     held = {index: _tokens_of(entry) for index, entry in _described(cache, spec)}
     inputs = mx.array([following])
+    after: list[Any] = []
 
     def loss(errors: dict[int, Pair]) -> mx.array:
         changed = {i: _perturb(held[i], error, spec.layers[i], len(context)) for i, error in errors.items()}
-        logits = model(inputs, cache=_rebuild_cache(model, spec, cache, changed))[0].astype(mx.float32)
+        after[:] = _rebuild_cache(model, spec, cache, changed)
+        logits = model(inputs, cache=after)[0].astype(mx.float32)
         labels = mx.random.categorical(mx.stop_gradient(logits), key=key)
         return nn.losses.cross_entropy(logits, labels, reduction="sum")
 
     with _differentiable(model):
         gradients = mx.grad(loss)({i: (mx.zeros_like(pair[0]), mx.zeros_like(pair[1])) for i, pair in held.items()})
-    found: dict[str, tuple[range, list[mx.array]]] = {}
+    found: Gradients = {}
     for number, group in enumerate(spec.groups):
         rows = group.rows(len(context))
         counted = _counted_tokens(len(context), rows)
@@ -145,8 +210,8 @@ def _gradients(
         for i, name in enumerate(STREAMS):
             layers = [pair[i][0, :, part].astype(mx.float32) for pair in pairs]
             found[stream_key(number, name)] = counted, layers
-    mx.eval([layers for _, layers in found.values()])
-    return found
+    mx.eval([layers for _, layers in found.values()], [entry.state for entry in after])
+    return found, after
 
 
 @contextmanager

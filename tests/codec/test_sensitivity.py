@@ -24,6 +24,7 @@ from mlxkv.sensitivity import (
     _rebuild_cache,
     _stretches,
     _tokens_of,
+    dump_with_sensitivity,
     sensitivity,
 )
 from mlxkv.spec import STREAMS
@@ -240,3 +241,25 @@ def test_a_dump_keeps_it_and_other_shapes_and_values_are_refused(tiny, tmp_path)
         write_dump(file, dump)
         with pytest.raises(FormatError, match="sensitivity is not finite float32"):
             read_dump(file)
+
+
+@pytest.mark.parametrize("name", [*DIFFERENT, "gemma3_text"])
+def test_one_run_gives_the_dump_and_the_sensitivity_that_two_give(name):
+    window = name == "gemma3_text"
+    model, tokens = (build(name), tokens_of(name, 48)) if window else (tiny_model(name), tiny_tokens(48))
+    found = dump_with_sensitivity(model, tokens, seed=3, fingerprint="f00d")
+    expected, measured = lm.dump(model, tokens), sensitivity(model, tokens, seed=3)
+    assert found.spec == expected.spec
+    assert found.fingerprint == "f00d"
+    for group in range(len(found.spec.groups)):
+        for stream in STREAMS:
+            np.testing.assert_allclose(found.stream(stream, group), expected.stream(stream, group), atol=2e-5)
+    assert found.sensitivity.keys() == measured.keys()
+    for key, array in measured.items():
+        assert np.array_equal(found.sensitivity[key], array), key
+
+
+@pytest.mark.parametrize("length", [15, 673])
+def test_a_stretch_is_neither_too_short_nor_too_long(length):
+    with pytest.raises(InputError, match="tokens"):
+        dump_with_sensitivity(tiny_model("llama"), tiny_tokens(length))
