@@ -107,7 +107,9 @@ def read_content(path: str | Path, kind: str, model: Any = None, *, artifacts: s
     if kind == LIVE:
         return Content(cache=list(load_cache(path, model)))
     facts = describe_prompt_cache(path)
-    return Content(cache=read_prompt_cache(path, model), tokens=facts["token_ids"], texts=facts["metadata"])
+    return Content(
+        cache=read_prompt_cache(path, model, widen=False), tokens=facts["token_ids"], texts=facts["metadata"]
+    )
 
 
 def codec_for(content: Content, method: str | None = None, *, model: Any = None, name: str = "",

@@ -7,9 +7,10 @@ mlx-lm's caches allocate many rows at once, and rows of tokens that were taken b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import (
     ArraysCache,
     CacheList,
@@ -211,6 +212,29 @@ def used_state(kind: str, state: Any, example: Any) -> Any:
     if not isinstance(state, list | tuple) or len(state) != len(example.state):
         raise FormatError(f"the state of a {kind} should have {len(example.state)} parts")
     return use(state, example)
+
+
+def widened(state: Any, example: Any) -> Any:
+    """Return a state in the type that the model computes in, where that is float32: mlx-lm rounds what comes to what is there.
+
+    On a CPU models compute in float32. What a Mac saved is widened there, and not the other way round.
+
+    Parameters
+    ----------
+    state
+        Arrays and plain values, in lists and tuples.
+    example
+        The same layer's entry of `example_caches`.
+
+    Returns
+    -------
+    object
+        The same, floating-point arrays of it in float32 if the example has any such.
+    """
+    own = cast(dict[str, Any], tree_flatten(list(example.state), destination={}))
+    if not any(isinstance(part, mx.array) and part.dtype == mx.float32 for part in own.values()):
+        return state
+    return tree_map(lambda x: x.astype(mx.float32) if isinstance(x, mx.array) and x.dtype in FLOATS else x, state)
 
 
 def restore(entry: Any, state: Any) -> None:

@@ -78,7 +78,7 @@ def plain_cache(model: Any, cache: Sequence[Any]) -> list[Any]:
     -------
     list
         mlx-lm's own caches with the values that the others hold, in the type that the model computes in where that is wider;
-        all of them computed. Entries that are its own already are the same objects.
+        all of them computed. Where a cache is one of its own already, the arrays may be the same: only one of the two can go on.
 
     Raises
     ------
@@ -93,19 +93,20 @@ def plain_cache(model: Any, cache: Sequence[Any]) -> list[Any]:
     for i, (entry, own, layer) in enumerate(zip(entries, new, spec.layers)):
         if isinstance(entry, ArraysCache) and not (entry.left_padding is None and entry.lengths is None):
             raise UnsupportedError(f"layer {i} is of texts of several lengths; only single ones can be converted")
-        if type(entry) is type(own):
-            new[i] = entry
+        if entry is own is None:
             continue
-        keys, values = _all_tokens(entry, own, layer, i)
-        if examples[i].keys.dtype == mx.float32:  # mlx-lm would round the tokens to come to the narrower type
-            keys, values = keys.astype(mx.float32), values.astype(mx.float32)
+        if type(entry) is type(own):
+            own.state = stock.widened(entry.state, examples[i])
+            continue
+        keys, values = stock.widened(_all_tokens(entry, own, layer, i), examples[i])
         if layer is None or layer.window is None:
             own.state = keys, values, entry.offset
         else:
             keys, values = (part[..., -layer.window :, :] for part in (keys, values))
             stock.fill_window(own, keys, values, entry.offset, keys.shape[2])
         mx.eval(own.state[:2])
-    return stock.with_entries(made, dict(enumerate(new)))
+    mx.eval([own.state for own in new if own is not None])
+    return made
 
 
 def _take_over(entry: LayerCache, keys: mx.array, values: mx.array, offset: int) -> None:

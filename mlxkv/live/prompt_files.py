@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import (
     ArraysCache,
     CacheList,
@@ -82,7 +82,7 @@ def describe_prompt_cache(path: str | Path) -> dict[str, Any]:
         }
 
 
-def read_prompt_cache(path: str | Path, model: Any) -> list[Any]:
+def read_prompt_cache(path: str | Path, model: Any, *, widen: bool = True) -> list[Any]:
     """Read a file of mlx-lm's `save_prompt_cache` for a model, whose own caches it is held against.
 
     Parameters
@@ -92,6 +92,8 @@ def read_prompt_cache(path: str | Path, model: Any) -> list[Any]:
         same shapes it is accepted, and the model goes on from what it cannot understand.
     model
         A model that mlx-lm loaded.
+    widen
+        Whether to widen half precision where the model computes in float32, to go on from it.
 
     Returns
     -------
@@ -121,7 +123,7 @@ def read_prompt_cache(path: str | Path, model: Any) -> list[Any]:
             raise MismatchError(f"{file.name} has other layers with lists of caches than this model")
         kept = cache_spec(model).layers
         read = {
-            i: _read_entry(file, place, example, layer)
+            i: _read_entry(file, place, example, layer, widen)
             for i, (place, example, layer) in enumerate(zip(places, examples, kept))
         }
     mx.eval([entry.state for entry in read.values()])
@@ -211,7 +213,7 @@ def _numbers_of(cache: list[Any]) -> list[tuple[int, int | None]]:
     return [(layer, child) for layer, children in enumerate(lists) for child in children]
 
 
-def _read_entry(file: PromptFile, place: Place, expected: Any, described: Layer | None) -> Any:
+def _read_entry(file: PromptFile, place: Place, expected: Any, described: Layer | None, widen: bool) -> Any:
     """Return one entry: of the class that the file names, where this layer can have it."""
     own, (layer, _, kind) = type(expected).__name__, place
     if kind not in _CLASSES:
@@ -237,10 +239,8 @@ def _read_entry(file: PromptFile, place: Place, expected: Any, described: Layer 
             raise UnsupportedError(f"{file.name} is of {array.shape[0]} texts; only one can be continued")
         if array.dtype in FLOATS and not mx.all(mx.isfinite(array)).item():
             raise FormatError(f"{file.name}: layer {layer} holds values that are not finite")
-    wide = kind != "QuantizedKVCache" and any(array.dtype == mx.float32 for array in _arrays(expected.state))
     entry = _CLASSES[kind].__new__(_CLASSES[kind])  # as mlx-lm's own from_state does
-    # On a CPU models compute in float32: what a Mac saved is widened, not the other way round.
-    entry.state = tree_map(lambda part: part.astype(mx.float32) if _is_float(part) else part, state) if wide else state
+    entry.state = stock.widened(state, expected) if widen and kind != "QuantizedKVCache" else state
     return entry
 
 
@@ -284,7 +284,3 @@ def _arrays(state: Any) -> list[mx.array]:
     """Return the arrays of a state with axes."""
     flat = cast(dict[str, Any], tree_flatten(list(state), destination={}))
     return [part for part in flat.values() if isinstance(part, mx.array)]
-
-
-def _is_float(part: Any) -> bool:
-    return isinstance(part, mx.array) and part.dtype in FLOATS
