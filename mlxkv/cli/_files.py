@@ -14,6 +14,7 @@ _ADVICE = {
     LIVE: "mlxkv generate goes on from it",
     PROMPT: "mlxkv generate goes on from a prompt cache of mlx-lm",
 }
+_ENDINGS = {".npz": "npz", ".mlxkv": "mlxkv", ".cache": "live", ".safetensors": "prompt"}
 _OURS = (".npz", ".mlxkv", ".safetensors")  # of a file with such a name, strange bytes are damage
 
 
@@ -49,6 +50,14 @@ def check_kind(path: Path, expected: str) -> None:
     """Raise InputError for a file of another kind than a command takes."""
     if (found := kind_of(path)) != expected:
         raise InputError(f"{path} is {found}, and {expected} is needed here", _ADVICE[found])
+
+
+def kind_by_ending(path: Path, otherwise: str = "") -> str:
+    """Return which kind of `mlxkv.conversion` a file to write is; raise InputError where its ending does not tell."""
+    if (found := _ENDINGS.get(path.suffix.lower())) is None:
+        ways = " or ".join(filter(None, [f"name it {', '.join(_ENDINGS)}", otherwise]))
+        raise InputError(f"the ending of {path} does not tell what to write", ways)
+    return found
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:

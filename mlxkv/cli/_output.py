@@ -138,6 +138,13 @@ def _cell(value: str) -> Text:
     return Text("".join(char if char.isprintable() else "?" for char in printable), overflow="fold")
 
 
+def _console_of_bars() -> Console:
+    """Return standard error; where nobody watches it, a console that says nothing, not even Rich's empty lines."""
+    console = Console(stderr=True)
+    console.quiet = not console.is_interactive
+    return console
+
+
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a progress bar with an estimate on standard error; yield a function that takes how much was done."""
@@ -155,7 +162,7 @@ def counter(description: str, total: int | None = None) -> Iterator[tuple[Progre
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    bar = Progress(*columns, console=_console_of_bars(), transient=True)
     with working(description, spin=False), bar as progress:
         yield progress, progress.add_task(description, total=total)
 
@@ -164,7 +171,7 @@ def counter(description: str, total: int | None = None) -> Iterator[tuple[Progre
 def steps(description: str, count: int) -> Iterator[Callable[[str], None]]:
     """Show a progress bar over named steps; yield a function to call as each step starts."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    bar = Progress(*columns, console=_console_of_bars(), transient=True)
     with working(description, spin=False), bar as progress:
         task = progress.add_task("starting", total=count, completed=-1)
 

@@ -10,7 +10,7 @@ import typer
 
 from mlxkv.cli._checks import Limit, check_out_file, read_size
 from mlxkv.cli._commands import commands
-from mlxkv.cli._files import COMPRESSED, DUMP, LIVE, PROMPT, kind_of, read_prompt
+from mlxkv.cli._files import COMPRESSED, DUMP, LIVE, PROMPT, kind_by_ending, kind_of, read_prompt
 from mlxkv.cli._names import codec_method_names, live_names, model_names
 from mlxkv.cli._output import Artifacts, Json, note, print_record, progress_bar
 from mlxkv.cli._work import load_model, promise, working
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from mlxkv.conversion import Content
 
 _KINDS = {DUMP: "npz", COMPRESSED: "mlxkv", LIVE: "live", PROMPT: "prompt"}
-_ENDINGS = {".npz": "npz", ".mlxkv": "mlxkv", ".cache": "live", ".safetensors": "prompt"}
 _NAMES = {
     "npz": "dump",
     "mlxkv": "compressed cache",
@@ -67,7 +66,7 @@ def convert_command(
 
     Example: mlxkv convert chat.safetensors chat.mlxkv --model smollm2-135m --prompt-file chat.txt
     """
-    source, target = _KINDS[kind_of(a)], to or _kind_by_ending(b)
+    source, target = _KINDS[kind_of(a)], to or kind_by_ending(b, "say it with --to")
     _check(a, b, source, target, {"--model": model, "--cache": cache, "--method": method, "--artifacts": artifacts})
     facts = _describe(a, source)
     text = _text(a, facts, source, target, prompt, prompt_file, tokens)
@@ -97,16 +96,6 @@ def convert_command(
         "seconds": time.perf_counter() - started,
     }
     print_record(done, json)
-
-
-def _kind_by_ending(path: Path) -> str:
-    from mlxkv.errors import InputError
-
-    if (found := _ENDINGS.get(path.suffix.lower())) is None:
-        raise InputError(
-            f"the ending of {path} does not tell what to write", f"name it {', '.join(_ENDINGS)}, or say it with --to"
-        )
-    return found
 
 
 def _check(a: Path, b: Path, source: str, target: str, given: dict[str, Any]) -> None:
