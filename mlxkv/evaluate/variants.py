@@ -275,7 +275,7 @@ def cache_sizes(model: Any, cache: Sequence[Any]) -> dict[str, Any]:
 
 def _elements(entry: Any, layer: Layer | None) -> int:
     """Return the elements that mlx-lm keeps in the place of an entry, of those tokens that it has seen."""
-    if layer is not None and isinstance(entry, LayerCache | KVCache):
+    if layer is not None and (layer.window is None or isinstance(entry, LayerCache | KVCache)):
         return sum(layer.rows(entry.offset) * slot.heads * slot.dim for slot in layer)
     rows = getattr(entry, "offset", None)
     leaves = cast(list[tuple[str, Any]], tree_flatten(entry.state))
