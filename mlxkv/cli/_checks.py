@@ -14,8 +14,7 @@ Limit = Annotated[
     typer.Option(
         "--limit",
         metavar="SIZE",
-        help="Bytes that a compressed file may decode to, such as 500MB or 20GB; if not given, 256 MiB or 200 times"
-        " the file's own bytes, whichever is more.",
+        help="Most bytes that a compressed file may decode to, such as 20GB (256 MiB, or 200 times its own).",
     ),
 ]
 
@@ -25,6 +24,13 @@ Dtype = Annotated[
         help="Type that the cache is stored or coded from; auto is float16 where that loses nothing, else float32."
     ),
 ]
+
+
+def at_least_1(value: int) -> int:
+    """Return the value of an option; a range would widen the column of its name in the help."""
+    if value < 1:
+        raise typer.BadParameter(f"{value} is not 1 or more")
+    return value
 
 
 def read_size(text: str | None) -> int | None:

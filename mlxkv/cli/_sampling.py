@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 
-def _option(name: str, what: str, low: float, high: float, kind: str = "NUMBER") -> Any:
+def _option(name: str, what: str, low: float, high: float, kind: str = "X") -> Any:
     """Return an option whose value lies in a range; not a number and infinity do not."""
 
     def check(value: Any) -> Any:
@@ -16,17 +16,15 @@ def _option(name: str, what: str, low: float, high: float, kind: str = "NUMBER")
             raise typer.BadParameter(f"{value} is not in {low:g} to {high:g}")
         return value
 
-    return typer.Option(name, metavar=kind, help=what, callback=check, rich_help_panel="Sampling")
+    return typer.Option(name, metavar=kind, help=what, callback=check, show_default=False, rich_help_panel="Sampling")
 
 
-Temp = Annotated[float, _option("--temp", "Temperature; 0 takes the likeliest token.", 0, 100)]
-TopP = Annotated[float, _option("--top-p", "Draw from the likeliest tokens of this total.", 0, 1)]
-MinP = Annotated[float, _option("--min-p", "Least probability, relative to the likeliest.", 0, 1)]
-TopK = Annotated[int, _option("--top-k", "Draw from so many tokens; 0 is all.", 0, 2**31 - 1, "N")]
-XtcProbability = Annotated[
-    float, _option("--xtc-probability", "How often all but the last of the likely are left out.", 0, 1)
-]
-XtcThreshold = Annotated[float, _option("--xtc-threshold", "Probability from which a token is likely.", 0, 0.5)]
+Temp = Annotated[float, _option("--temp", "Temperature; at 0 the likeliest is taken (0).", 0, 100)]
+TopP = Annotated[float, _option("--top-p", "Draw from the likeliest that sum to X (1).", 0, 1)]
+MinP = Annotated[float, _option("--min-p", "Draw from X times the likeliest up (0).", 0, 1)]
+TopK = Annotated[int, _option("--top-k", "Draw from the N likeliest; 0 is all (0).", 0, 2**31 - 1, "N")]
+XtcProbability = Annotated[float, _option("--xtc-probability", "How often only the last choice stays (0).", 0, 1)]
+XtcThreshold = Annotated[float, _option("--xtc-threshold", "Probability that makes a choice (0.1).", 0, 0.5)]
 Seed = Annotated[int | None, _option("--seed", "The same seed draws the same text.", 0, 2**63 - 1, "N")]
 
 

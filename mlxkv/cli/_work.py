@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -44,9 +47,33 @@ def interrupted() -> tuple[str, str]:
     return f"interrupted while {what}" if what else "interrupted", left
 
 
-def load_model(name: str) -> tuple[Any, Any]:
-    """Load a model and its tokenizer, which takes seconds."""
+@contextmanager
+def ending_at_interrupt() -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C end something between two steps; yield a function that says whether it was asked for.
+
+    So nothing is stopped in the middle of a step. A second Ctrl-C interrupts at once, as always.
+    """
+    asked = threading.Event()
+
+    def ask(*_: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    usual = signal.getsignal(signal.SIGINT)
+    if usual is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield asked.is_set  # whoever embeds the command, or ignores the signal, has reasons
+        return
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def load_model(name: str, adapter_path: Path | None = None) -> tuple[Any, Any]:
+    """Load a model, with an adapter in it if one is named, and its tokenizer, which takes seconds."""
     with working(f"loading {name}"):
         from mlxkv import lm
 
-        return lm.load(name)
+        return lm.load(name, adapter_path)

@@ -1,94 +1,219 @@
-"""mlxkv generate: text from a cache in a file, or in a live cache."""
+"""mlxkv generate: text from a prompt, in a new cache or in one that a file holds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import chain
+import sys
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from mlxkv.cli._checks import Limit, read_size
+from mlxkv.cli._beginnings import Beginning, new_cache, read_beginning
+from mlxkv.cli._checks import Limit, at_least_1, read_size
 from mlxkv.cli._commands import commands
+from mlxkv.cli._files import read_prompt
 from mlxkv.cli._names import Cache, Model
-from mlxkv.cli._output import Json, format_value, note, print_record
-from mlxkv.cli._work import load_model, working
-
-Reading = Callable[[Any], list[Any]]  # from a model to its prompt cache
+from mlxkv.cli._output import Artifacts, Json, format_value, note, print_record, progress_bar
+from mlxkv.cli._sampling import MinP, Sampling, Seed, Temp, TopK, TopP, XtcProbability, XtcThreshold
+from mlxkv.cli._saving import check_saving
+from mlxkv.cli._work import ending_at_interrupt, load_model, working
 
 
 @commands.register("generate")
 def generate_command(
     model: Model,
-    prompt: Annotated[str, typer.Option(help="Text to go on from, after what a FILE has read.", show_default=False)],
     file: Annotated[
-        Path | None,
-        typer.Argument(help="A cache to go on from: compressed, a dump, a saved live cache, or mlx-lm's own file."),
+        Path | None, typer.Argument(help="A cache to go on from: .mlxkv, .npz, .cache or .safetensors.")
     ] = None,
-    artifacts: Annotated[Path | None, typer.Option(help="Artifacts of a compressed FILE.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What to read; - is stdin.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(metavar="FILE", help="A text file to read instead.")] = None,
+    system_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="For the chat template.")] = None,
+    ignore_chat_template: Annotated[
+        bool, typer.Option("--ignore-chat-template", help="Read a text, not a message.")
+    ] = False,
     cache: Cache = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate, at most.")] = 128,
+    artifacts: Artifacts = None,
+    adapter_path: Annotated[Path | None, typer.Option(metavar="FOLDER", help="A LoRA adapter of the model.")] = None,
+    max_tokens: Annotated[
+        int,
+        typer.Option(metavar="N", help="Most tokens to generate (128).", show_default=False, callback=at_least_1),
+    ] = 128,
+    save: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Save the cache: .mlxkv, .cache, .safetensors or .npz."),
+    ] = None,
+    temp: Temp = 0.0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    top_k: TopK = 0,
+    xtc_probability: XtcProbability = 0.0,
+    xtc_threshold: XtcThreshold = 0.1,
+    seed: Seed = None,
     limit: Limit = None,
     json: Json = False,
 ) -> None:
-    """Generate text from a cache in a file, or in a live cache that stays small.
+    """Generate text: an answer to a message where the model has a chat template; after a FILE, more of its text.
 
-    Example: mlxkv generate notes.mlxkv --artifacts artifacts --model smollm2-135m --prompt "In short:"
+    Example: mlxkv generate --model smollm2-135m --prompt "Name three rivers."
 
-    Example: mlxkv generate --model smollm2-135m --cache int8 --prompt "Once upon a time"
+    Example: mlxkv generate notes.mlxkv --model smollm2-135m --prompt " In short:" --save notes.mlxkv
     """
-    from mlxkv.errors import InputError
-    from mlxkv.stock import entries
+    sampling = Sampling(temp, top_p, min_p, top_k, xtc_probability, xtc_threshold, seed)
+    sampling.check()
+    _check(file, artifacts, cache, system_prompt, ignore_chat_template)
+    text = _text(prompt, prompt_file)
+    begun = new_cache(cache) if file is None else read_beginning(file, artifacts, read_size(limit), model)
+    saving = check_saving(save, begun, file, artifacts)
+    loaded, tokenizer = load_model(model, adapter_path)
+    tokens = _tokens(tokenizer, text, system_prompt, ignore_chat_template, file)
+    with working("making the cache"):
+        caches = begun.make(loaded)
+    if saving:
+        saving.check_cache(caches)
+    cached = _seen(caches, begun, file)
+    run = _Run(loaded, tokenizer, tokens, caches)
+    run.generate(max_tokens, sampling, show=not json)
+    if not json:
+        print("\n")
+    facts = run.facts() | ({} if file is None else {"cached_tokens": cached}) | _held(loaded, caches)
+    if saving:
+        read = None if begun.tokens is None else [*begun.tokens, *tokens, *run.generated]
+        facts |= saving.write(loaded, model, caches, read)
+    if json:
+        print_record({"text": run.text, **facts}, as_json=True)
+    else:
+        _print_line(facts)
 
-    _check(file, artifacts, cache)
-    reading = None if file is None else _read(file, artifacts, read_size(limit), model)
-    loaded, tokenizer = load_model(model)
+
+@dataclass
+class _Run:
+    """A text as it is generated, which is in its cache, token for token, whenever it ends."""
+
+    model: Any
+    tokenizer: Any
+    prompt: list[int]
+    cache: list[Any]
+    text: str = ""
+    generated: list[int] = field(default_factory=list)
+    last: Any = None  # mlx-lm's last response
+    ended: str | None = None
+
+    def generate(self, most: int, sampling: Sampling, show: bool) -> None:
+        """Read the prompt, and generate so many tokens at most; print the text as it comes."""
+        from mlx_lm import stream_generate
+
+        sampler = sampling.make(self.tokenizer)
+        done = 0
+        with progress_bar("reading the prompt", len(self.prompt)) as advance:
+
+            def progress(read: int, _: int) -> None:
+                nonlocal done
+                advance(read - done)
+                done = read
+
+            responses = stream_generate(
+                self.model, self.tokenizer, self.prompt, most, sampler=sampler, prompt_cache=self.cache,
+                prompt_progress_callback=progress,
+            )  # fmt: skip
+            self._take(next(responses), show)
+        with working("generating", spin=False), ending_at_interrupt() as asked:
+            while self.ended is None and not asked():
+                self._take(next(responses), show)
+            if self.ended is None:
+                responses.close()
+                self.ended = "interrupted"
+                self._show(self._held_back(), show)
+
+    def facts(self) -> dict[str, Any]:
+        """Return numbers of tokens and their speed."""
+        return {
+            "prompt_tokens": len(self.prompt),
+            "prompt_tokens_per_second": self.last.prompt_tps,
+            "generated_tokens": len(self.generated),
+            "tokens_per_second": self.last.generation_tps,
+            "finish_reason": self.ended,
+        }
+
+    def _take(self, response: Any, show: bool) -> None:
+        """Add what mlx-lm has generated."""
+        self.generated.append(int(response.token))
+        self.last, self.ended = response, response.finish_reason
+        self._show(response.text, show)
+
+    def _show(self, text: str, show: bool) -> None:
+        self.text += text
+        if show:
+            print(text, end="", flush=True)
+
+    def _held_back(self) -> str:
+        """Return the last word, which mlx-lm shows only when the next one begins."""
+        whole = self.tokenizer.decode(self.generated)
+        return whole[len(self.text) :] if whole.startswith(self.text) else ""
+
+
+def _check(file: Path | None, artifacts: Path | None, cache: str | None, system: str | None, plain: bool) -> None:
+    """Raise InputError for options that do not go together."""
+    from mlxkv.errors import InputError
+
+    if file is not None and cache is not None:
+        raise InputError("give either the FILE of a cache to go on from, or --cache with a live preset to start in")
+    if file is None and artifacts is not None:
+        raise InputError("--artifacts belongs to a compressed FILE to go on from")
+    if system is not None and (file is not None or plain):
+        why = "after a FILE, whose text goes on as it is" if file is not None else "with --ignore-chat-template"
+        raise InputError(f"--system-prompt has no place {why}")
+
+
+def _text(prompt: str | None, prompt_file: Path | None) -> str:
+    """Return the prompt; where no option names it, what is piped in."""
+    from mlxkv.errors import InputError
+
+    piped = prompt is None and prompt_file is None and not sys.stdin.isatty()
+    if piped or (prompt == "-" and prompt_file is None):
+        prompt, prompt_file = None, Path("-")
+    if not (text := read_prompt(prompt, prompt_file)):
+        raise InputError(
+            "the prompt is empty: it has no tokens", "--prompt TEXT or --prompt-file FILE" if piped else ""
+        )
+    return text
+
+
+def _tokens(tokenizer: Any, text: str, system: str | None, plain: bool, file: Path | None) -> list[int]:
+    """Return the tokens of the prompt: of a user's message where the model has a chat template, else of the text."""
+    from mlxkv.errors import InputError
+    from mlxkv.session.templates import Template
+
+    has_template = tokenizer.has_chat_template
+    if file is not None and has_template and not plain:
+        note(
+            f"the prompt goes on with the text in {file} as it is, without the chat template; mlxkv chat holds conversations"
+        )
+    if system is not None and not has_template:
+        raise InputError(
+            "this model has no chat template, and so no place for --system-prompt", "put it into the prompt"
+        )
+    if file is None and has_template and not plain:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        return Template(tokenizer, datetime.now()).render([*messages, {"role": "user", "content": text}])
     # A restored cache already holds the start of the text, so no start token then.
-    tokens = tokenizer.encode(prompt, add_special_tokens=reading is None)
+    tokens = list(tokenizer.encode(text, add_special_tokens=file is None))
     if not tokens:
         raise InputError("the prompt has no tokens")
-    with working("making the cache"):
-        caches = _live(loaded, str(cache)) if reading is None else reading(loaded)
-    cached = max(getattr(entry, "offset", 0) for entry in entries(caches))
-    written, last = _generate(loaded, tokenizer, tokens, max_tokens, caches, show=not json)
-    facts = {
-        "prompt_tokens": last.prompt_tokens,
-        "prompt_tokens_per_second": last.prompt_tps,
-        "generated_tokens": last.generation_tokens,
-        "tokens_per_second": last.generation_tps,
-        **(_held(loaded, caches) if reading is None else {"cached_tokens": cached}),
-    }
-    if json:
-        print_record({"text": written, **facts}, as_json=True)
-    else:
-        line = ", ".join(f"{key.replace('_', ' ')} {format_value(key, value)}" for key, value in facts.items())
-        console = Console(highlight=False, markup=False)
-        print("\n")
-        console.print(line, soft_wrap=not console.is_terminal)
+    return tokens
 
 
-def _generate(model: Any, tokenizer: Any, tokens: list[int], most: int, caches: list[Any], show: bool) -> Any:
-    """Generate, and print the text as it comes; return it, and mlx-lm's last response."""
-    from mlx_lm import stream_generate
+def _seen(caches: list[Any], begun: Beginning, file: Path | None) -> int:
+    """Return how many tokens the cache holds; raise FormatError where the file names others."""
+    from mlxkv.errors import FormatError
+    from mlxkv.stock import entries
 
-    responses = stream_generate(model, tokenizer, tokens, most, prompt_cache=caches)
-    with working("reading the prompt"):
-        first = next(responses)
-    written = ""
-    with working("generating", spin=False):
-        for last in chain([first], responses):
-            written += last.text
-            if show:
-                print(last.text, end="", flush=True)
-    return written, last
-
-
-def _live(model: Any, method: str) -> list[Any]:
-    from mlxkv.live.seam import make_cache
-
-    return list(make_cache(model, method))
+    seen = max((getattr(entry, "offset", 0) for entry in entries(caches)), default=0)
+    if begun.tokens is not None and len(begun.tokens) != seen:
+        raise FormatError(f"{file} names {len(begun.tokens)} tokens, and its cache has seen {seen}")
+    return seen
 
 
 def _held(model: Any, caches: list[Any]) -> dict[str, Any]:
@@ -98,79 +223,7 @@ def _held(model: Any, caches: list[Any]) -> dict[str, Any]:
     return {key: held[key] for key in ("cache_bytes", "fp16_bytes", "ratio")}
 
 
-def _check(file: Path | None, artifacts: Path | None, cache: str | None) -> None:
-    """Raise InputError for options that do not go together, PresetError for a cache that is not there."""
-    from mlxkv.errors import InputError
-    from mlxkv.live import live_config
-
-    if (file is None) == (cache is None):
-        raise InputError("give either the FILE of a cache to go on from, or --cache with a live preset to start in")
-    if cache is not None:
-        if artifacts is not None:
-            raise InputError("--artifacts belongs to a compressed FILE: a live --cache takes none")
-        live_config(cache)
-
-
-def _read(file: Path, artifacts: Path | None, limit: int | None, model: str) -> Reading:
-    """Return how a file becomes a prompt cache; what can be wrong without the model is found now."""
-    from mlxkv.cli._files import COMPRESSED, DUMP, LIVE, kind_of
-    from mlxkv.errors import InputError
-
-    kind = kind_of(file)
-    if kind == COMPRESSED:
-        if artifacts is None:
-            raise InputError(f"{file} is compressed: name its artifacts folder with --artifacts")
-        return _read_compressed(file, artifacts, limit)
-    if kind == DUMP:
-        return _read_dump(file, artifacts)
-    if artifacts is not None:
-        raise InputError(f"{file} is {kind}, which takes no --artifacts", "leave them out")
-    return _read_live(file) if kind == LIVE else _read_prompt(file, model)
-
-
-def _read_compressed(file: Path, artifacts: Path, limit: int | None) -> Reading:
-    from mlxkv import lm
-    from mlxkv.codec.artifacts import CalibrationArtifacts
-    from mlxkv.codec.session import CacheCodec
-
-    codec = CacheCodec(CalibrationArtifacts.from_dir(artifacts))
-    with working(f"decompressing {file}"):
-        dump = codec.decompress_dump(file, limit=limit)
-    return lambda model: lm.restore(model, dump)
-
-
-def _read_dump(file: Path, artifacts: Path | None) -> Reading:
-    """Return a dump's; artifacts are of no use to it, and those of another model are a mistake."""
-    from mlxkv import lm
-    from mlxkv.codec.artifacts import CalibrationArtifacts
-    from mlxkv.dump import read_dump
-    from mlxkv.errors import MismatchError
-    from mlxkv.identity import same_model
-
-    with working(f"reading {file}"):
-        dump = read_dump(file)
-    if artifacts is not None:
-        of = CalibrationArtifacts.from_dir(artifacts).meta.get("model_fingerprint", "")
-        if not same_model(str(of), dump.fingerprint):
-            raise MismatchError(
-                f"{artifacts} are artifacts of another model than {file} is from",
-                "a dump is not compressed and needs none: leave --artifacts out",
-            )
-        note(f"{file} is a dump, not compressed: --artifacts is not needed")
-    return lambda model: lm.restore(model, dump)
-
-
-def _read_live(file: Path) -> Reading:
-    from mlxkv.live.serialization import load_cache
-
-    return lambda model: list(load_cache(file, model))
-
-
-def _read_prompt(file: Path, model: str) -> Reading:
-    from mlxkv.live.prompt_files import describe_prompt_cache, read_prompt_cache
-
-    facts = describe_prompt_cache(file)
-    maker = facts["metadata"].get("model")
-    says = f"says it is of {maker!r}" if maker and maker != model else "does not say of which weights it is"
-    note(f"{file}, a prompt cache of mlx-lm, {says}; only its layers and shapes are compared with {model}")
-    return lambda loaded: read_prompt_cache(file, loaded)
+def _print_line(facts: dict[str, Any]) -> None:
+    line = ", ".join(f"{key.replace('_', ' ')} {format_value(key, value)}" for key, value in facts.items())
+    console = Console(highlight=False, markup=False)
+    console.print(line, soft_wrap=not console.is_terminal)

@@ -131,6 +131,31 @@ def load_cache(path: str | Path, model: Any) -> list[CacheEntry]:
             return _read_caches(reader, model)
 
 
+def read_notes(path: str | Path) -> dict[str, Any]:
+    """Return the notes that `save_cache` was given, without reading the caches.
+
+    Parameters
+    ----------
+    path
+        The file to read, from any source: nothing of the notes is checked.
+
+    Returns
+    -------
+    dict
+        JSON values by name; empty where there are none.
+
+    Raises
+    ------
+    InputError
+        When the file cannot be opened.
+    FormatError
+        When it is no intact container.
+    """
+    with Reader(path) as reader:
+        found = reader.header.get("notes")
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
 def _describes(stated: Any, spec: CacheSpec) -> bool:
     """Return whether a file's description is of this cache; once, layers with a sliding window were not described."""
     if stated == spec.to_json():

@@ -237,7 +237,7 @@ def test_tables_are_for_people(work, capsys):
         (["compress", "--npz", "{tmp}/none", "--artifacts", "{work}/artifacts", "--out", "{tmp}/x"], 2, "cannot read"),
         (["decompress", "{work}/a.npz", "--artifacts", "{work}/artifacts", "--out", "{tmp}/x"], 2, "is a dump (.npz), and a compressed cache"),
         (["inspect", "{tmp}/none"], 2, "cannot read"),
-        (["generate", "{work}/a.mlxkv", "--model", "{model}", "--prompt", "a"], 2, "with --artifacts"),
+        (["generate", "{work}/a.mlxkv", "--model", "{model}", "--prompt", "a"], 4, "mlxkv artifacts import"),
         (["generate", "{work}/a.npz", "--model", "{model}", "--prompt", ""], 2, "no tokens"),
         (["inspect", "{model}/config.json"], 2, "it looks like text"),
         (["eval", "fidelity", "--model", "{model}", "--text-file", "{model}/config.json", "--artifacts", "{work}/artifacts", "--context-tokens", "99999"], 2, "are needed"),

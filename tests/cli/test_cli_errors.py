@@ -85,7 +85,7 @@ def test_a_wrong_command_line_is_told_what_is_near(given, hint, capsys):
 
 
 def test_ctrl_c_says_what_was_being_done(monkeypatch, capsys):
-    def stopped(_):
+    def stopped(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mlxkv.lm.load", stopped)

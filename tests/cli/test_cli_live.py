@@ -81,7 +81,6 @@ def test_presets_lists_what_cache_takes_with_methods_and_settings(says, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["generate", "--prompt", "a"], "either the FILE"),
         (["generate", "{text}", "--cache", "int8", "--prompt", "a"], "either the FILE"),
         (["generate", "--cache", "int8", "--artifacts", "{tmp}", "--prompt", "a"], "--artifacts belongs to"),
         (["generate", "--cache", "int9", "--prompt", "a"], "no preset or live method 'int9'"),
