@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import zipfile
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -27,6 +27,7 @@ from synthetic import (
     toy_sensitivity,
 )
 
+from fuzz import prompt_format
 from fuzz.mutations import edit_array, edit_bytes, edit_json
 from mlxkv import lm, presets
 from mlxkv.cli import main
@@ -462,6 +463,7 @@ FORMATS = {
     "artifacts": (artifacts, CODECS, {"arrays": True}),
     "npz": (npz, ("llama", "lfm2", "windows"), {"arrays": True}),
     "live": (live, (*LIVE, "int8 lfm2", "kivi glm4_moe_lite", "mp-kvm glm4_moe_lite", "int4 windows"), {}),
+    "prompt": (partial(prompt_format.read, inspect=inspect), prompt_format.VARIANTS, {}),
     "journal": (journal, ("kvtc",), {"json": False}),
     "eval journal": (eval_journal, ("eval",), {}),
     "preset": (preset, ("toml",), {}),
