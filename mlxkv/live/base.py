@@ -20,8 +20,8 @@ from mlxkv.live.arrays import (
     unquantized,
 )
 from mlxkv.live.attention import AttentionCall, attention_mass, causal_mask, concat_stored, stored_attention
+from mlxkv.live.forecast import Forecasting
 from mlxkv.live.group import CacheGroup, check_consistent
-from mlxkv.live.rewinding import Rewinding
 from mlxkv.live.storage import SMALL_CHUNK, storage_dtype, to_storage_dtype
 from mlxkv.registry import METHOD_GROUP, Registry
 from mlxkv.spec import CacheSpec, Layer
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 
-class LayerCache(Rewinding, ABC):
+class LayerCache(Forecasting, ABC):
     """Base class of one layer's cache.
 
     The model processes a text in chunks: some chunks of the prompt, then one token at a time. All methods follow the

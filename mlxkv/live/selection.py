@@ -13,6 +13,8 @@ from mlxkv.kernels.decode_attention import Bucket
 from mlxkv.live.base import KeysValues, LayerCache, append_chunk
 from mlxkv.spec import CacheSpec
 
+_ENOUGH = 1024  # tokens of a text to begin with
+
 
 class SelectingCache(LayerCache):
     """Base class of methods that keep some tokens unchanged, the same tokens in all heads.
@@ -56,6 +58,19 @@ class SelectingCache(LayerCache):
         np.ndarray
             Indices below `count` of the tokens to keep, in ascending order.
         """
+
+    def tokens_as_large(self, tokens: int) -> int:
+        """Return a text that is twice as long as one of which no more tokens are kept."""
+        count = _ENOUGH
+        while count < tokens and self._kept_of(count) < self._kept_of(2 * count):
+            count *= 2
+        return min(tokens, 2 * count)
+
+    def _kept_of(self, count: int) -> int:
+        """Return how many tokens are kept of the first chunk of a text."""
+        cache = type(self)(*self._arguments)
+        cache.offset = count
+        return len(cache.kept_indices(count))
 
     def buckets(self) -> list[Bucket]:
         """Return the tokens kept."""

@@ -69,13 +69,15 @@ def discover(model: Any, name: str) -> CacheSpec:
     return spec
 
 
-def describe(found: Probe) -> tuple[Layer | None, ...]:
+def describe(found: Probe, rotations: bool = True) -> tuple[Layer | None, ...]:
     """Return what a watched run says of each entry.
 
     Parameters
     ----------
     found
         The run.
+    rotations
+        Whether to look for rotations, for which numbers have to be computed.
 
     Returns
     -------
@@ -90,19 +92,21 @@ def describe(found: Probe) -> tuple[Layer | None, ...]:
         # A cache that is filled twice in a pass, or not in all, is no list of the tokens.
         regular = all(len(part) == 1 for part in updates) and not getattr(entry, "keep", 0)
         if regular and index not in indexers:
-            layers.append(_layer(found, entry, [part[0] for part in updates], index in selected))
+            updated = [part[0] for part in updates]
+            layers.append(_layer(found, entry, updated, index in selected, rotations))
         else:
             layers.append(None)
     return tuple(layers)
 
 
-def _layer(found: Probe, entry: Any, updates: Sequence[Update], selects: bool) -> Layer:
+def _layer(found: Probe, entry: Any, updates: Sequence[Update], selects: bool, rotations: bool) -> Layer:
     """Describe an entry that keeps keys and values."""
     latent = _is_latent(found, entry)
     arrays = updates[0].taken
     names = ("latent", "k_pe") if latent else ("keys", "values")
     # Values are hardly ever rotated: they are only compared as objects.
-    ropes = [_rope(found.passes, updates, slot, by_numbers=latent or not slot) for slot in (0, 1)]
+    passes = found.passes if rotations else []
+    ropes = [_rope(passes, updates, slot, by_numbers=latent or not slot) for slot in (0, 1)]
     keys, values = (Slot(n, x.shape[1], x.shape[3], rope) for n, x, rope in zip(names, arrays, ropes))
     window = entry.max_size if isinstance(entry, RotatingKVCache) else None
     through_seam = all(_is_seam(each, entry, update, latent) for each, update in zip(found.passes, updates))
@@ -164,7 +168,7 @@ def _neighbours(found: Probe, indexers: set[int]) -> set[int]:
 def _rope(passes: Sequence[Pass], updates: Sequence[Update], slot: int, by_numbers: bool) -> Rope | None:
     """Return the rotation that made a slot's arrays of all passes, None where none is shown to have."""
     counts = {len(each.rotations) for each in passes}
-    if len(counts) > 1:
+    if len(counts) != 1:
         return None
     arrays = [update.taken[slot] for update in updates]
     rotations = [[each.rotations[index] for each in passes] for index in range(counts.pop())]

@@ -115,7 +115,7 @@ class Probe:
         return stock.entries(self.caches)
 
 
-def run(model: Any) -> Probe:
+def run(model: Any, zero: mx.array | int = 0) -> Probe:
     """Run six tokens through a model with a cache of its own, and record what happens.
 
     Nothing is computed that nobody looks at, and the model is left as it was.
@@ -124,6 +124,9 @@ def run(model: Any) -> Probe:
     ----------
     model
         A loaded mlx-lm model.
+    zero
+        Added to the tokens: inside a transformation, such as `mx.compile`, an argument makes everything that is computed from
+        them part of it.
 
     Returns
     -------
@@ -141,7 +144,7 @@ def run(model: Any) -> Probe:
     with LOCK, _watched_functions(model, current):
         first = 1
         for count, current[0] in zip(CHUNKS, passes):
-            model(mx.arange(first, first + count, dtype=mx.int32)[None], cache=caches)
+            model(mx.arange(first, first + count, dtype=mx.int32)[None] + zero, cache=caches)
             first += count
     return Probe(caches, passes)
 

@@ -175,6 +175,13 @@ class MPKVMCache(LayerCache):
         counts = mx.log(visible_counts(self.centroids.counts, self.config))
         return mx.pad(counts, [(0, 0), (0, 0), (0, self.tail.keys.shape[2])])
 
+    def tokens_as_large(self, tokens: int) -> int:
+        """Return a text that fills all centroids and leaves as many tokens in the tail."""
+        config = self.config
+        blocks = -(-config.centroids * config.stride // config.flush) + 1
+        filled = config.recent + config.flush * blocks
+        return filled + (tokens - filled) % config.flush if tokens > filled else tokens
+
     def check_state(self) -> None:
         """Check what every method has, then counts, positions and attention of centroids and tail."""
         super().check_state()

@@ -153,6 +153,10 @@ class SmartKVCache(LayerCache):
         packed = [bucket for bucket in (*self.lower, self.top) if bucket is not None]
         return packed if self.tail is None else [*packed, self.tail.as_bucket()]
 
+    def expected_bytes(self, tokens: int, batch: int = 1) -> int:
+        """Return the budget, which a text of more than some hundred tokens uses to the last thousandth."""
+        return batch * min(self.budget.max_bytes(tokens), tokens * self.budget.tail_token_bytes)
+
     def check_state(self) -> None:
         """Check how each bucket is packed, what every method has, and importance; no token may be missing."""
         if not isinstance(self.lower, list) or len(self.lower) != TOP:
