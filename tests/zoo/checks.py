@@ -1,25 +1,31 @@
-"""What is asked of each model: its cache dumped and restored, live caches, their files, and the codec."""
+"""What is asked of each model: its cache dumped and restored, live caches, their files, the codec, and its plan."""
 
 import copy
 import re
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, QuantizedKVCache, make_prompt_cache
 
-from mlxkv import CacheCodec, calibrate, load_cache, make_cache, read_dump, save_cache, write_dump
+from mlxkv import CacheCodec, calibrate, load_cache, make_cache, read_dump, save_cache, stock, write_dump
 from mlxkv.codec.methods.kvtc import KVTCConfig
 from mlxkv.codec.methods.kvtc_rd import KVTCRDConfig
-from mlxkv.errors import MlxkvError
+from mlxkv.errors import MlxkvError, UnsupportedError
 from mlxkv.identity import fingerprint
+from mlxkv.live import live_config
+from mlxkv.live.arrays import iter_arrays
+from mlxkv.live.base import LayerCache, cache_class_of
 from mlxkv.lm import extract_cache, restore
 from mlxkv.models import cache_spec
+from mlxkv.planning.building import build_model
+from mlxkv.planning.caches import TracedModel
 from mlxkv.sensitivity import sensitivity
-from zoo.build import tokens
+from zoo.build import configuration, tokens
 
 # Live caches pack blocks of 64 tokens: this many have three.
 PROMPT, AFTER = 200, 8
@@ -199,6 +205,90 @@ def coded_kvtc_rd(name: str, model: Any) -> str:
     return _coded(name, model, KVTCRDConfig(), measured=True)
 
 
+def planned(name: str, model: Any) -> str:
+    """What `mlxkv plan` says is what caches hold after a real text, to the byte; smartkv may leave some of its budget.
+
+    A plan is of 2 bytes a number, and MLX computes some of these models in float32 only: mlx-lm's own caches are compared in
+    float32, and what is planned from the configuration alone with that.
+    """
+    traced, from_config = TracedModel(name, model), TracedModel(*build_model(configuration(name)))
+    if [_facts(each) for each in traced.layers] != [_facts(each) for each in from_config.layers]:
+        raise WrongError("layers are described otherwise from the configuration alone")
+    if not any(isinstance(each, ArraysCache) for each in stock.entries(make_prompt_cache(model))):  # some are float32
+        _same_bytes("the plan in 2 bytes", from_config.own(PROMPT).held, traced.own(PROMPT).held // 2)
+    own = _after_text(name, model, make_prompt_cache(model))
+    _same_bytes("mlx-lm's own cache", traced.own(PROMPT).held, own)
+    for bits in (8, 4):
+        _same_bytes(f"--kv-bits {bits}", *_with_bits(name, model, traced, bits))
+    for method, settings in METHODS.items():
+        config = live_config(method, **settings)
+        cache = expected = None
+        with suppress(UnsupportedError):
+            cache = make_cache(model, config)
+        with suppress(UnsupportedError):
+            expected = traced.live(cache_class_of(config), config, PROMPT).held
+        if cache is None or expected is None:
+            _same_bytes(method, expected, cache)
+            continue
+        try:
+            real = _after_text(name, model, cache)
+        except UnsupportedError:  # by what only a run shows: a mask that this method has no place for
+            continue
+        if method == "smartkv" and 0.85 * expected <= real <= expected:
+            continue
+        _same_bytes(method, expected, real)
+    return ""
+
+
+def _facts(layer: Any) -> Any:
+    return layer and (layer, layer.use, layer.selects)
+
+
+def _same_bytes(what: str, expected: int | None, real: Any) -> None:
+    if expected != real:
+        raise WrongError(f"{what} holds {real} bytes, planned {expected}")
+
+
+def _with_bits(name: str, model: Any, traced: TracedModel, bits: int) -> tuple[int | None, int | None]:
+    """Bytes as planned and real with mlx-lm's quantized caches; None where it fails."""
+    cache = make_prompt_cache(model)
+    try:
+        run(model, cache, tokens(name, PROMPT - 1))
+        cache = [each.to_quantized(64, bits) if hasattr(each, "to_quantized") else each for each in cache]
+        run(model, cache, tokens(name, PROMPT)[-1:])
+        real = used_bytes(cache)
+    except Exception:  # noqa: BLE001  # whatever mlx-lm raises
+        real = None
+    try:
+        return traced.quantized(PROMPT, 1, bits).held, real
+    except UnsupportedError:
+        return None, real
+
+
+def _after_text(name: str, model: Any, cache: list) -> int:
+    text = tokens(name, PROMPT)
+    run(model, cache, text[:-1])
+    run(model, cache, text[-1:])
+    return used_bytes(cache)
+
+
+def used_bytes(cache: list) -> int:
+    """Bytes of the rows that a prompt cache uses, without those that are only allocated."""
+    total = 0
+    for entry in stock.entries(cache):
+        if isinstance(entry, LayerCache):
+            parts = [entry.state_to_save()]
+        elif isinstance(entry, QuantizedKVCache):
+            parts = entry.keys_and_values() if entry.offset else ()
+        elif type(entry) in stock.SAVED:
+            parts = stock.used_state(type(entry).__name__, entry.state, entry) if not entry.empty() else ()
+        else:
+            total += entry.nbytes
+            continue
+        total += sum(array.nbytes for array in iter_arrays(list(parts)))
+    return total
+
+
 CHECKS: dict[str, Check] = {
     "dump": dumped_and_restored,
     "full": live_full,
@@ -206,4 +296,5 @@ CHECKS: dict[str, Check] = {
     "files": live_files,
     "kvtc": coded_kvtc,
     "kvtc-rd": coded_kvtc_rd,
+    "planned": planned,
 }

@@ -90,7 +90,7 @@ def test_the_page_counts_what_came_out_right_and_gives_every_reason():
         Row("c", [], {}, "it needs Metal"),
         Row("d", [], {}, "took longer than 60 seconds"),
     ]
-    assert counts(rows) == {"restored": 1, "live": 1, "coded": 1}
+    assert counts(rows) == {"restored": 1, "live": 1, "coded": 1, "planned": 1}
     text = page(rows)
     assert "**1 of 4 types restore exactly, 1 run live, 1 are coded to files.**" in text
     assert "| `a` | KVCache | identical | identical | yes |  |" in text
