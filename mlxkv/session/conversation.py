@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -175,7 +175,7 @@ class Session:
 
     def stream(
         self, text: str, *, max_tokens: int = 256, sampler: Any = None, progress: Progress | None = None
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Say something, and yield the model's answer piece by piece.
 
         An answer that is not read to its end stays as far as it came. One that fails before its first piece leaves the

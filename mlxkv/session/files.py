@@ -21,6 +21,7 @@ from mlxkv.errors import FormatError, InputError, MismatchError
 from mlxkv.identity import same_model
 from mlxkv.io.atomic import atomic_write
 from mlxkv.io.container import Reader
+from mlxkv.io.growing import finish_interrupted_append
 from mlxkv.live.serialization import load_cache, save_cache
 from mlxkv.session.templates import Message
 from mlxkv.spec import CacheSpec, is_int
@@ -120,6 +121,7 @@ class CompressedFile:
         self.path, self._model = path, model
         self._tokens: list[int] = []  # that the file holds
         if path.exists():
+            finish_interrupted_append(path)
             artifacts = library.for_file(path) if artifacts is None else artifacts
             self._codec = codec_of_file(path, artifacts)
         else:
