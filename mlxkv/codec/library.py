@@ -64,7 +64,9 @@ def add(artifacts: CalibrationArtifacts) -> Path:
     return folder
 
 
-def find(model_fingerprint: str, method: str | None = None) -> CalibrationArtifacts | None:
+def find(
+    model_fingerprint: str, method: str | None = None, spec: CacheSpec | None = None
+) -> CalibrationArtifacts | None:
     """Return the newest artifacts of a model.
 
     Parameters
@@ -73,6 +75,8 @@ def find(model_fingerprint: str, method: str | None = None) -> CalibrationArtifa
         Fingerprint of the model, from `mlxkv.identity.fingerprint`.
     method
         Name of a codec method; None for any.
+    spec
+        Description of the model's cache that they must have; None for any.
 
     Returns
     -------
@@ -82,7 +86,7 @@ def find(model_fingerprint: str, method: str | None = None) -> CalibrationArtifa
     Warns
     -----
     LibraryWarning
-        For entries that are skipped, since they are damaged.
+        For entries that are skipped, since they are damaged or have another description.
     WeakFingerprintWarning
         When the artifacts name only the first values of the model's weights.
     """
@@ -92,7 +96,7 @@ def find(model_fingerprint: str, method: str | None = None) -> CalibrationArtifa
             _skip(item, item.problem)
     for item in sorted(found, key=lambda item: item.model_fingerprint != model_fingerprint):
         is_of_it = method in (None, item.method) and same_model(item.model_fingerprint, model_fingerprint)
-        if is_of_it and not item.problem and (artifacts := _read(item)) is not None:
+        if is_of_it and not item.problem and (artifacts := _read(item, spec)) is not None:
             return artifacts
     return None
 
@@ -122,7 +126,7 @@ def for_model(spec: CacheSpec, fingerprint: str, model: str = "", method: str | 
         When there are none of this method.
     """
     free = [name for name, kind in codec_methods.items() if not kind.needs_calibration]
-    found = None if method in free else find(fingerprint, method)
+    found = None if method in free else find(fingerprint, method, spec)
     if found is not None:
         return found
     if method is None or method in free:
@@ -281,12 +285,16 @@ def _skip(item: Item, problem: str) -> None:
     warnings.warn(message, LibraryWarning, stacklevel=4)
 
 
-def _read(item: Item) -> CalibrationArtifacts | None:
+def _read(item: Item, spec: CacheSpec | None) -> CalibrationArtifacts | None:
     """Read and verify an entry; return None, after a warning, where that fails."""
     try:
         found = CalibrationArtifacts.from_dir(item.folder)
         if found.fingerprint != item.fingerprint:
             raise FormatError("it holds other artifacts than its name says")
+        if spec not in (None, found.spec):
+            raise MismatchError(
+                "they describe the layers, heads or rotation of the model otherwise than this mlxkv does"
+            )
     except MlxkvError as error:
         if item.folder.exists():  # else another process has removed it meanwhile
             _skip(item, error.message)

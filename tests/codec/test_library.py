@@ -261,11 +261,19 @@ def test_a_model_without_artifacts_is_written_with_direct_and_with_what_is_asked
     assert library.items() == []
 
 
-def test_a_model_with_artifacts_is_written_with_the_newest_unless_another_method_is_asked_for(home):
-    made(library.add(of("a.1")), 1000)
-    made(library.add(of("a.1", "golden_rd")), 2000)
-    chosen = {method: library.for_model(TOY, "a.1", "toy", method).method_name for method in (None, "kvtc", "exact")}
-    assert chosen == {None: "kvtc-rd", "kvtc": "kvtc", "exact": "exact"}
+def test_a_model_with_artifacts_is_written_with_them_unless_another_method_is_asked_for(home):
+    library.add(of("a.1", "golden_rd"))
+    spec = GOLDEN["golden_rd"].spec
+    chosen = {name: library.for_model(spec, "a.1", "toy", name).method_name for name in (None, "kvtc-rd", "exact")}
+    assert chosen == {None: "kvtc-rd", "kvtc-rd": "kvtc-rd", "exact": "exact"}
+    with pytest.raises(InputError, match="there are no artifacts of toy for kvtc;"):
+        library.for_model(spec, "a.1", "toy", "kvtc")
+
+
+def test_artifacts_that_describe_the_model_otherwise_are_not_written_with(home):
+    library.add(of("a.1"))
+    with pytest.warns(LibraryWarning, match="describe the layers, heads or rotation"):
+        assert library.for_model(TOY, "a.1", "toy").method_name == "direct"
 
 
 @pytest.mark.parametrize("method", ["direct", "exact"])
