@@ -179,3 +179,21 @@ def steps(description: str, count: int) -> Iterator[Callable[[str], None]]:
             progress.update(task, description=step, advance=1)
 
         yield start
+
+
+@contextmanager
+def shares(description: str) -> Iterator[tuple[Callable[[str, float], None], Callable[[str], None]]]:
+    """Show a progress bar over several kinds of work.
+
+    Yield a function that takes what is being done and the share of everything that is done, and one that says something.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    console = _console_of_bars()
+    bar = Progress(*columns, console=console, transient=True)
+    with working(description, spin=False), bar as progress:
+        task = progress.add_task(description, total=1.0)
+
+        def say(text: str) -> None:
+            (console if console.is_interactive else Console(stderr=True)).print(_cell(text), soft_wrap=True)
+
+        yield lambda what, share: progress.update(task, description=what, completed=share), say

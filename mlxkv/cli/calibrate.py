@@ -1,8 +1,9 @@
-"""mlxkv calibrate: dumps to artifacts."""
+"""mlxkv calibrate: a model and texts, or dumps, to artifacts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,12 +12,15 @@ import typer
 from mlxkv.cli._checks import check_out_folder
 from mlxkv.cli._commands import commands
 from mlxkv.cli._files import DUMP, check_kind
-from mlxkv.cli._names import Method, Preset
-from mlxkv.cli._output import Json, print_record, steps
-from mlxkv.cli._work import promise
+from mlxkv.cli._names import Method, Preset, model_names
+from mlxkv.cli._output import Json, note, print_record, print_table, shares, steps
+from mlxkv.cli._work import load_model, promise, working
 
 if TYPE_CHECKING:
+    from mlxkv.calibration import Plan
+    from mlxkv.codec.artifacts import CalibrationArtifacts
     from mlxkv.codec.methods.base import CodecConfig
+    from mlxkv.presets import ModelPreset
 
 
 _COUNTS = (
@@ -27,48 +31,80 @@ _COUNTS = (
 
 @commands.register("calibrate")
 def calibrate_command(
-    out: Annotated[Path, typer.Option(help="Folder for the artifacts.", show_default=False)],
-    npz: Annotated[list[Path] | None, typer.Option(help="Dumps to calibrate on: one flag with several files.")] = None,
-    more: Annotated[list[Path] | None, typer.Argument(help="Further dumps.", metavar="[NPZ]...")] = None,
-    compression_ratio: Annotated[float | None, typer.Option(help="Sets the bits: 16 / ratio per element.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Calibrate this model, as for dump.", autocompletion=model_names)
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Files or folders of text; if not given, texts that ship along.")
+    ] = None,
+    budget_minutes: Annotated[
+        float | None, typer.Option(help="Time for everything; more makes better files.", show_default="3")
+    ] = None,
+    npz: Annotated[list[Path] | None, typer.Option(help="Or dumps to calibrate on: one flag, several files.")] = None,
+    more: Annotated[list[Path] | None, typer.Argument(help="Further texts or dumps.", metavar="[FILE]...")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the artifacts, in place of mlxkv's own.", show_default=False)
+    ] = None,
     method: Method = None,
+    compression_ratio: Annotated[float | None, typer.Option(help="kvtc at this ratio: 16 / ratio bits.")] = None,
     preset: Preset = None,
-    rank: Annotated[int | None, typer.Option(help="Components to consider; follows from the ratio by default.")] = None,
-    max_bit_budget: Annotated[
-        int | None, typer.Option(help="Bits per token, for keys and for values each, at most.")
-    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Components to consider (kvtc).")] = None,
+    max_bit_budget: Annotated[int | None, typer.Option(help="Most bits per token and stream (kvtc).")] = None,
     samples_per_file: Annotated[int | None, typer.Option(help="Tokens to use of each dump, at most.")] = None,
-    basis_bytes: Annotated[
-        int | None,
-        typer.Option(help="Size of the artifacts, at most (kvtc-rd)."),
-    ] = None,
+    basis_bytes: Annotated[int | None, typer.Option(help="Most bytes of the artifacts (kvtc-rd).")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace artifacts in --out; files made with those need them.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Learn a codec's artifacts (basis, bit plan or tables) from dumps of one model.
+    """Learn for a model how its caches are coded in few bytes, once; the other commands find it by themselves.
 
-    Example: mlxkv calibrate --npz a.npz b.npz --compression-ratio 16 --out artifacts
+    Example: mlxkv calibrate --model smollm2-135m
     """
     from mlxkv.codec.artifacts import check_artifacts_folder
-    from mlxkv.codec.calibrate import calibrate, calibration_warning, codec_config
+    from mlxkv.codec.calibrate import codec_config
     from mlxkv.codec.methods.kvtc import KVTCConfig
-    from mlxkv.dump import read_dump
     from mlxkv.errors import InputError
     from mlxkv.presets import model_preset
 
-    files = [*(npz or []), *(more or [])]
-    for file in files:
-        check_kind(file, DUMP)
+    started = time.monotonic()
+    if (model is None) == (npz is None):
+        raise InputError("give either --model or --npz")
+    if model is None and (text or budget_minutes is not None):
+        raise InputError("--text and --budget-minutes go with --model")
+    if model is not None and method is None and compression_ratio is None:
+        method = "kvtc-rd"
     if (compression_ratio is None) == (method is None):
         raise InputError("give either --compression-ratio or --method")
     base: CodecConfig = codec_config(method) if method else KVTCConfig(compression_ratio or 0)
     given = {"rank": rank, "max_bit_budget": max_bit_budget, "samples_per_file": samples_per_file}
     config = _with_given(base, {**given, "basis_bytes": basis_bytes})
     checked = model_preset(preset) if preset else None
-    check_out_folder(out)
-    check_artifacts_folder(out, overwrite)
+    if out is None and model is None:
+        raise InputError("give the folder for the artifacts with --out")
+    if out is not None:
+        check_out_folder(out)
+        check_artifacts_folder(out, overwrite)
+    if model is None:
+        assert out is not None
+        _from_dumps([*(npz or []), *(more or [])], config, checked, out, overwrite, json)
+    else:
+        seconds = None if budget_minutes is None else 60 * budget_minutes
+        artifacts, folder = _from_model(
+            model, [*(text or []), *(more or [])], config, checked, seconds, started, out, overwrite
+        )
+        _show_model(artifacts, folder, model, json)
+
+
+def _from_dumps(
+    files: list[Path], config: CodecConfig, checked: ModelPreset | None, out: Path, overwrite: bool, json: bool
+) -> None:
+    """Calibrate on dumps, and print what was learnt."""
+    from mlxkv.codec.calibrate import calibrate, calibration_warning
+    from mlxkv.dump import read_dump
+
+    for file in files:
+        check_kind(file, DUMP)
     spec = read_dump(files[0]).spec if files else None  # calibrate() holds the other files against the first
     if checked and spec:
         checked.check(spec)
@@ -77,14 +113,84 @@ def calibrate_command(
     with steps("calibrating", (3 * len(files) + 5) * len(spec.groups if spec else ())) as start:
         artifacts = calibrate(files, config, start)
     artifacts.save(out, overwrite)
+    warning = calibration_warning(artifacts.meta)
+    facts = _learnt(artifacts, out)
+    print_record(facts | ({"warning": warning} if warning else {}), json)
+
+
+def _from_model(
+    model: str, paths: Sequence[Path], config: CodecConfig, checked: ModelPreset | None, seconds: float | None,
+    started: float, out: Path | None, overwrite: bool,
+) -> tuple[CalibrationArtifacts, Path]:  # fmt: skip
+    """Calibrate a model on texts; return its artifacts and the folder that they are in."""
+    from mlxkv import calibration
+    from mlxkv.codec import library
+    from mlxkv.models import cache_spec
+
+    texts = calibration.read_texts(paths) if paths else calibration.default_texts()
+    promise("nothing was calibrated")
+    loaded, tokenizer = load_model(model)
+    if checked:
+        checked.check(cache_spec(loaded))
+    with shares("reading texts") as (progress, say):
+        run = calibration.Calibration(
+            loaded, model, calibration.cut(tokenizer, texts), config, started=started,
+            seconds=calibration.DEFAULT_SECONDS if seconds is None else seconds,
+            reports=calibration.Reports(progress, lambda plan: say(_announced(plan))),
+        )  # fmt: skip
+        promise("the same command goes on from here")
+        artifacts = run.run()
+    with working("saving"):
+        if out is None:
+            folder = library.add(artifacts)
+        else:
+            artifacts.save(folder := out, overwrite)
+    run.finish()
+    return artifacts, folder
+
+
+def _announced(plan: Plan) -> str:
+    """Say what a calibration takes."""
+    time_needed = f"about {plan.seconds / 60:.1f} minutes in all, " if plan.seconds else ""
+    first = "" if plan.seconds else "at most "
+    return (
+        f"note: {first}{plan.tokens:,} tokens, {time_needed}{plan.memory_bytes / 1e9:.1f} GB of memory beside the model's,"
+        f" {plan.disk_bytes / 1e9:.1f} GB of disk while it lasts"
+    )
+
+
+def _show_model(artifacts: CalibrationArtifacts, folder: Path, model: str, json: bool) -> None:
+    """Print what the artifacts of a model are worth."""
     meta = artifacts.meta
-    facts: dict[str, Any] = {"folder": str(out), "method": artifacts.method_name, "artifact_bytes": artifacts.nbytes}
+    if json:
+        kept = ("measured", "measured_texts", "calibration_kinds", "calibration_seconds", "warning")
+        print_record({"model": model, **_learnt(artifacts, folder), **{k: meta[k] for k in kept if k in meta}}, True)
+        return
+    facts = {
+        "model": model,
+        "method": artifacts.method_name,
+        "learnt_from": f"{meta['calibration_tokens']:,} tokens of {', '.join(meta['calibration_kinds'])}"[:200],
+        "took": f"{meta['calibration_seconds'] / 60:.1f} minutes",
+        "artifact_bytes": artifacts.nbytes,
+        "folder": str(folder),
+    }
+    print_record(facts, False)
+    if meta["measured"]:
+        print_table(meta["measured"], False, f"Held out: {meta['measured_texts']} texts, files of 2,048 tokens")
+    if "warning" in meta:
+        note(f"warning: {meta['warning']}")
+    if artifacts.method_name == "kvtc-rd":
+        note(f"next: mlxkv compress --model {model} --prompt-file notes.txt --out notes.mlxkv")
+
+
+def _learnt(artifacts: CalibrationArtifacts, folder: Path) -> dict[str, Any]:
+    """Return what is in artifacts and what calibration counted, for printing."""
+    meta = artifacts.meta
+    facts: dict[str, Any] = {"folder": str(folder), "method": artifacts.method_name, "artifact_bytes": artifacts.nbytes}
     facts |= _measured(meta)
     for group, found in enumerate(meta.get("groups", []), start=1):
         facts |= {f"{group}.{key}": value for key, value in _measured(found).items()}
-    facts |= {**artifacts.explain(), "fingerprint": artifacts.fingerprint}
-    warning = calibration_warning(meta)
-    print_record(facts | ({"warning": warning} if warning else {}), json)
+    return facts | {**artifacts.explain(), "fingerprint": artifacts.fingerprint}
 
 
 def _measured(meta: Mapping[str, Any]) -> dict[str, Any]:

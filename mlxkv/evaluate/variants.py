@@ -146,7 +146,7 @@ def live_variant(method: str, **overrides: Any) -> Variant:
     return Variant(f"{method} ({changed})" if changed else method, {"cache": method, **settings}, build)
 
 
-def codec_variant(codec: CacheCodec, name: str, dtype: str = "auto") -> Variant:
+def codec_variant(codec: CacheCodec, name: str, dtype: str = "auto", fingerprint: str | None = None) -> Variant:
     """Return the untouched cache after compression and decompression.
 
     Parameters
@@ -157,6 +157,8 @@ def codec_variant(codec: CacheCodec, name: str, dtype: str = "auto") -> Variant:
         The variant's.
     dtype
         Of the dump that is compressed, as in `lm.extract_cache`.
+    fingerprint
+        `lm.fingerprint` of the model, where it is known: to compute it reads all weights.
 
     Returns
     -------
@@ -167,9 +169,8 @@ def codec_variant(codec: CacheCodec, name: str, dtype: str = "auto") -> Variant:
 
     def build(model: Any, tokens: Sequence[int], exact: CachedContext | None = None) -> CachedContext:
         cache = (exact or baseline().build(model, tokens)).cache
-        dump = lm.extract_cache(
-            cache, cache_spec(model), [list(tokens)], fingerprint=lm.fingerprint(model), dtype=dtype
-        )
+        known = lm.fingerprint(model) if fingerprint is None else fingerprint
+        dump = lm.extract_cache(cache, cache_spec(model), [list(tokens)], fingerprint=known, dtype=dtype)
         clock = [time.perf_counter()]
         blob = codec.compress_dump(dump)
         clock.append(time.perf_counter())

@@ -10,6 +10,7 @@ leave. So there are more components than dims, and no direction is lost because 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -176,6 +177,30 @@ class Basis:
             coefficients += self._project_once(rows - self.reconstruct(coefficients), whole)
         if count == whole:
             return coefficients
+        return self._with_heads(rows, coefficients, step)
+
+    def project_at(self, rows: mx.array, steps: Sequence[float]) -> Iterator[mx.array]:
+        """Return the coefficients of rows at several steps, computing once what is the same for all.
+
+        Parameters
+        ----------
+        rows
+            Centred rows `[n, p]` float32.
+        steps
+            Widths of the quantization interval.
+
+        Yields
+        ------
+        mx.array
+            What `project` returns for all components and this step.
+        """
+        coefficients = self._project_once(rows, self.whole)
+        mx.eval(coefficients)
+        for step in steps:
+            yield self._with_heads(rows, coefficients, step) if self.rank > self.whole else coefficients
+
+    def _with_heads(self, rows: mx.array, coefficients: mx.array, step: float) -> mx.array:
+        """Append coefficients of heads, which code what those of whole rows leave."""
         left = rows - self.reconstruct(dequantize(quantize(coefficients, step), step))
         return mx.concatenate([coefficients, by_head(left, self.heads.swapaxes(1, 2))], axis=1)
 
@@ -248,7 +273,9 @@ def combine(coefficients: mx.array, whole: mx.array, heads: mx.array) -> mx.arra
     return rows + by_head(mx.pad(coefficients[:, len(whole) :], [(0, 0), (0, missing)]), heads)
 
 
-def learn_basis(rows: np.ndarray, step: float, budget: int | None, seed: int, dim: int | None = None) -> Basis:
+def learn_basis(
+    rows: np.ndarray, step: float, budget: int | None, seed: int, dim: int | None = None, most: int | None = None
+) -> Basis:
     """Learn the basis of rows, which are centred in place.
 
     Parameters
@@ -264,6 +291,8 @@ def learn_basis(rows: np.ndarray, step: float, budget: int | None, seed: int, di
     dim
         Width of a head. Rows fewer than p are then given the directions of each head as well; without it, they have no
         components beyond their own span.
+    most
+        Components of whole rows, at most. Rows that have more are given the directions of each head as well. None for no bound.
 
     Returns
     -------
@@ -275,9 +304,10 @@ def learn_basis(rows: np.ndarray, step: float, budget: int | None, seed: int, di
     InputError
         For a budget too small for one component.
     """
-    few = dim is not None and len(rows) < rows.shape[1]
-    most = len(rows) // TOKENS_A_COMPONENT if few else rows.shape[1]
-    _, components = principal_components(rows, most, seed)
+    rank = len(rows) // TOKENS_A_COMPONENT if len(rows) < rows.shape[1] and dim else rows.shape[1]
+    rank = min(rank, most or rank)
+    few = dim is not None and rank < rows.shape[1]
+    _, components = principal_components(rows, rank, seed)
     coefficients = rows @ components
     spread = np.sqrt(np.square(coefficients, dtype=np.float64).mean(axis=0)).astype(np.float32)
     entries = components.T * spread[:, None]

@@ -54,7 +54,7 @@ def within(array: np.ndarray, most: float) -> bool:
 
 
 def learn_weights(
-    samples: Samples, predict_attention: bool = True, shrink: bool = True
+    samples: Samples, predict_attention: bool = True, shrink: bool = True, most: int | None = None
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Learn the weights of each stream, and the predictor of attention.
 
@@ -66,6 +66,8 @@ def learn_weights(
         False to learn no predictor.
     shrink
         False to take estimates as they are, however few the tokens.
+    most
+        Tokens to learn the predictor from, at most, evenly spaced, for each of its numbers; None for all.
 
     Returns
     -------
@@ -85,6 +87,9 @@ def learn_weights(
     attention = np.zeros((0, 0), np.float32)
     if predict_attention and len(streams) == 2 and len(keys) >= _FEWEST_KEYS:
         energies = {name: energy[held] for name, energy in energies.items()}
+        if most and (count := most * (streams[0].dim + 1)) < len(keys):
+            chosen = np.linspace(0, len(keys) - 1, count).astype(int)
+            keys, energies = keys[chosen], {name: energy[chosen] for name, energy in energies.items()}
         needed = SLOPE_TOKENS * (streams[0].dim + 1)
         samples.facts["attention_tokens"], samples.facts["attention_tokens_needed"] = len(keys), needed
         samples.progress(

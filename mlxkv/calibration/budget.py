@@ -1,0 +1,215 @@
+"""What a calibration takes: seconds, memory and disk, estimated from sizes and from how fast this machine is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from mlxkv.calibration.work import stretch_bytes
+from mlxkv.spec import STREAMS, CacheSpec
+
+MAX_ROWS_BYTES = 2 * 10**9  # of the float32 rows of one stream, which training holds a few times
+USEFUL_TOKENS = 4_096  # from fewer, artifacts are of little use: they are run whatever the budget
+_COPIES = 5  # of the rows, at the peak of training
+_PROBE_SIDE = 1_024  # of the matrices whose product tells a machine's speed
+_QUALITY_SECONDS = 0.9  # of a held-out text at one quality, in units of a stretch's
+_OVERHEAD = 1.4  # times the arithmetic that is counted
+
+
+class Plan(NamedTuple):
+    """What a calibration takes, as far as it is known.
+
+    Attributes
+    ----------
+    stretches, tokens
+        To learn from.
+    seconds
+        From the beginning to the end.
+    memory_bytes
+        Beside the model's weights, at most.
+    disk_bytes
+        Of the private folder, until the artifacts are saved.
+    """
+
+    stretches: int
+    tokens: int
+    seconds: float
+    memory_bytes: int
+    disk_bytes: int
+
+
+def machine_flops(clock: Callable[[], float] = time.perf_counter) -> float:
+    """Measure how many floating-point operations a second a product of two matrices makes.
+
+    Parameters
+    ----------
+    clock
+        Returns seconds.
+
+    Returns
+    -------
+    float
+        Above 0.
+    """
+    matrix = np.ones((_PROBE_SIDE, _PROBE_SIDE), np.float32)
+    best = float("inf")
+    for _ in range(3):
+        start = clock()
+        matrix @ matrix  # for its time alone
+        best = min(best, clock() - start)
+    return 2 * _PROBE_SIDE**3 / max(best, 1e-6)
+
+
+def most_stretches(spec: CacheSpec, lengths: Sequence[int]) -> int:
+    """Return how many stretches training can hold in memory.
+
+    Parameters
+    ----------
+    spec
+        Description of the model's cache.
+    lengths
+        Tokens of each stretch.
+
+    Returns
+    -------
+    int
+        One at least.
+    """
+    room = MAX_ROWS_BYTES // (4 * _width(spec))
+    return max(1, int(np.searchsorted(np.cumsum(lengths), room, side="right")))
+
+
+def memory_bytes(spec: CacheSpec, tokens: int) -> int:
+    """Estimate the most memory that training takes.
+
+    Parameters
+    ----------
+    spec
+        Description of the model's cache.
+    tokens
+        To learn from.
+
+    Returns
+    -------
+    int
+        Bytes: a few copies of the rows of one stream, and the matrices of its components.
+    """
+    width = _width(spec)
+    return 4 * width * (_COPIES * tokens + 3 * min(width, tokens))
+
+
+def disk_bytes(spec: CacheSpec, lengths: Sequence[int]) -> int:
+    """Estimate the bytes of finished stretches on disk.
+
+    Parameters
+    ----------
+    spec
+        Description of the model's cache.
+    lengths
+        Tokens of each stretch.
+
+    Returns
+    -------
+    int
+        Bytes.
+    """
+    return sum(stretch_bytes(spec, tokens) for tokens in lengths)
+
+
+def training_seconds(spec: CacheSpec, tokens: int, flops: float) -> float:
+    """Estimate how long training takes.
+
+    Parameters
+    ----------
+    spec
+        Description of the model's cache.
+    tokens
+        To learn from.
+    flops
+        As `machine_flops` measures them.
+
+    Returns
+    -------
+    float
+        Seconds.
+    """
+    work = 0.0
+    for group in spec.groups:
+        for name in STREAMS:
+            width, heads = group.stream(name).width, group.stream(name).layers * group.stream(name).heads
+            dim = group.stream(name).dim
+            side = min(width, tokens)
+            rank = side if tokens >= width else max(1, tokens // 3)
+            components = 2 * tokens * side * width + 25 * side**3 if rank == side else 15 * tokens * width * rank
+            tables = 12 * 512 * 8 * rank * width
+            attention = 300 * heads * min(tokens, 40 * dim) * dim**2
+            work += components + tables + attention + 100 * width * rank
+    return _OVERHEAD * work / flops
+
+
+@dataclass
+class Budget:
+    """Time that is left, by a clock.
+
+    Parameters
+    ----------
+    seconds
+        For everything.
+    clock
+        Returns seconds.
+    started
+        When everything began, by that clock.
+    """
+
+    seconds: float
+    clock: Callable[[], float]
+    started: float
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since everything began."""
+        return self.clock() - self.started
+
+    def allows(self, seconds: float) -> bool:
+        """Return whether there is so much time left.
+
+        Parameters
+        ----------
+        seconds
+            Of work to come.
+
+        Returns
+        -------
+        bool
+            False where it would end too late.
+        """
+        return self.elapsed + seconds <= self.seconds
+
+
+def measuring_seconds(texts: int, qualities: int, stretch_seconds: float) -> float:
+    """Estimate how long measuring on held-out texts takes.
+
+    Parameters
+    ----------
+    texts
+        Number of held-out texts.
+    qualities
+        Number of qualities that each is coded at.
+    stretch_seconds
+        Time that a stretch took.
+
+    Returns
+    -------
+    float
+        Seconds.
+    """
+    return texts * stretch_seconds * (0.6 + _QUALITY_SECONDS * qualities)
+
+
+def _width(spec: CacheSpec) -> int:
+    """Return the width of the widest stream's rows."""
+    return max(group.stream(name).width for group in spec.groups for name in STREAMS)
