@@ -86,7 +86,8 @@ def _files(model: str) -> Iterator[dict[str, Any]]:
         for row in result["summary"]["long"].get("kvtc-rd", ()):
             if row["at"] == QUALITY:
                 row = {**row, "share_of_fp16": round(1 / row["ratio"], 6)}
-                yield _record(f"kvtc-rd file, quality {QUALITY}", model, int(row["tokens"]), name, row)
+                record = _record("kvtc-rd file", model, int(row["tokens"]), name, row)
+                yield {**record, "setting": f"quality {QUALITY}"}
 
 
 def _record(cache: str, model: str, tokens: int, result: str, row: dict[str, Any]) -> dict[str, Any]:
@@ -99,6 +100,7 @@ def _record(cache: str, model: str, tokens: int, result: str, row: dict[str, Any
         "kl": row["kl"],
         "share": share,
         "result": result,
+        "setting": "",
     }
 
 

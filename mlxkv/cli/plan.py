@@ -13,12 +13,13 @@ from mlxkv.cli._commands import commands
 from mlxkv.cli._deferred import defer_mlx_lm
 from mlxkv.cli._names import model_names
 from mlxkv.cli._output import Json, _cell
+from mlxkv.cli._work import working
 from mlxkv.errors import InputError
 
 if TYPE_CHECKING:
     from mlxkv.planning import Plan, PlannedCache
 
-_BAR = 10  # characters of the longest bar
+_BAR = 8  # characters of the longest bar
 _UNITS = {"": 1, "K": 1024, "M": 1024**2}
 
 
@@ -49,7 +50,8 @@ def plan_command(
     defer_mlx_lm()
     from mlxkv.planning import plan
 
-    found = plan(model, tokens, batch=batch, memory=size)
+    with working(f"planning for {model}"):
+        found = plan(model, tokens, batch=batch, memory=size)
     if json:
         print(json_module.dumps({"model": model, **found.to_json()}))
         return
@@ -115,7 +117,7 @@ def _head(model: str, found: Plan) -> list[str]:
     )
     texts = "" if found.batch == 1 else f"{found.batch:,} texts of "
     lines = [
-        f"{model}: {found.model_type}, {weights.parameters / 1e9:.2f} billion parameters, weights {size}",
+        f"{model}: {found.model_type}, {_count(weights.parameters)} parameters, weights {size}",
         f"cache of {texts}{found.context:,} tokens in {'; '.join(map(_kind, found.kinds()))}",
     ]
     if found.trained_context is not None and found.context > found.trained_context:
@@ -126,6 +128,10 @@ def _head(model: str, found: Plan) -> list[str]:
             " the rest is the system's"
         )
     return lines
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} billion" if number >= 10**9 else f"{number / 1e6:.3g} million"
 
 
 def _kind(kind: dict[str, Any]) -> str:

@@ -27,6 +27,8 @@ class Measurement(NamedTuple):
         Bytes, as a share of those in float16.
     result
         The file in benchmarks/results.
+    setting
+        What the cache was measured at, where it can be set.
     windows
         Whether most layers of that model have a sliding window.
     """
@@ -38,6 +40,7 @@ class Measurement(NamedTuple):
     kl: float
     share: float
     result: str
+    setting: str
     windows: bool
 
 

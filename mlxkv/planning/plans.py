@@ -269,10 +269,10 @@ def _rows(
 
 def _files(traced: TracedModel, whole: int, like: bool) -> Iterator[PlannedCache]:
     """Yield the files whose share of the bytes was measured; longer texts than those have a smaller one."""
-    for name in dict.fromkeys(each.cache for each in measurements() if " file" in each.cache):
+    for name in dict.fromkeys(each.cache for each in measurements() if each.cache.endswith(" file")):
         found = measured(name, like)
         if found is not None and traced.spec is not None:
-            note = f"estimated: the share of a text of {found.tokens:,} tokens"
+            note = f"at {found.setting}; estimated: the share of a text of {found.tokens:,} tokens"
             size = round(found.share * whole)
             yield PlannedCache(name, "file", "", size, found.share, grows=True, measurement=found, note=note)
 

@@ -24,7 +24,7 @@ def test_the_table_fits_80_columns_and_names_bytes_what_fits_and_the_loss(capsys
     rows = {
         line.split()[0]: line.split() for line in out.splitlines() if line.startswith(" ") and len(line.split()) > 3
     }
-    assert rows["fp16"] == ["fp16", "4.83", "1.00", "█" * 10, "yes", "33,500", "0"]
+    assert rows["fp16"] == ["fp16", "4.83", "1.00", "█" * 8, "yes", "33,500", "0"]
     assert rows["int4"][1:3] == ["1.33", "0.27"]
     assert rows["h2o-1024"][-2:] == ["any", "-"]
     assert max(map(len, out.split("KL: how far")[0].split("\n\n", 1)[1].splitlines())) <= 80

@@ -63,7 +63,7 @@ def test_every_live_preset_and_every_measured_file_is_planned():
     found = plan(TINY_LLAMA, 2000)
     assert {each.cache for each in found.caches if each.kind == "live"} == set(presets_of(live_methods.names()))
     assert {each.cache for each in found.caches if each.kind == "file"} == {
-        each.cache for each in measurements() if " file" in each.cache
+        each.cache for each in measurements() if each.setting
     }
     json.dumps(found.to_json())
 
@@ -197,6 +197,13 @@ def test_what_ships_along_is_what_was_measured():
 def test_the_page_shows_what_the_command_prints():
     """After a change of either: python -m benchmarks.measured."""
     assert generator.page(generator.PAGE.read_text()) == generator.PAGE.read_text()
+
+
+@pytest.mark.parametrize("each", [m for m in measurements() if m.result in ("kv_bits", "rotation")], ids=lambda m: m.cache)
+def test_what_is_planned_for_the_measured_model_is_what_it_held(each):
+    config = {**TINY_LLAMA, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 64}
+    row = caches(plan(config, each.tokens, presets=[] if each.cache.startswith("--") else [each.cache]))[each.cache]
+    assert row.share == pytest.approx(each.share, abs=1e-6)
 
 
 def test_a_measurement_with_other_settings_than_the_presets_is_left_out():

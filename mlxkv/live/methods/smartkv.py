@@ -154,7 +154,7 @@ class SmartKVCache(LayerCache):
         return packed if self.tail is None else [*packed, self.tail.as_bucket()]
 
     def expected_bytes(self, tokens: int, batch: int = 1) -> int:
-        """Return the budget, which a text of more than some hundred tokens uses to the last thousandth."""
+        """Return the budget, of which a text of a thousand tokens leaves up to a twentieth, and longer ones less."""
         return batch * min(self.budget.max_bytes(tokens), tokens * self.budget.tail_token_bytes)
 
     def check_state(self) -> None:
