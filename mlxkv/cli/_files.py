@@ -55,8 +55,11 @@ def check_kind(path: Path, expected: str) -> None:
 def kind_by_ending(path: Path, otherwise: str = "") -> str:
     """Return which kind of `mlxkv.conversion` a file to write is; raise InputError where its ending does not tell."""
     if (found := _ENDINGS.get(path.suffix.lower())) is None:
-        ways = " or ".join(filter(None, [f"name it {', '.join(_ENDINGS)}", otherwise]))
-        raise InputError(f"the ending of {path} does not tell what to write", ways)
+        *most, last = _ENDINGS
+        names = f"give it a name that ends in {', '.join(most)} or {last}"
+        raise InputError(
+            f"the ending of {path} does not tell what to write", names + (otherwise and f", or {otherwise}")
+        )
     return found
 
 

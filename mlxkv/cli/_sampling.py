@@ -48,7 +48,9 @@ class Sampling(NamedTuple):
         for name in ("top_p", "min_p", "top_k", "xtc_probability"):
             if not self.temp and getattr(self, name) != self._field_defaults[name]:
                 option = f"--{name.replace('_', '-')}"
-                raise InputError(f"{option} needs a --temp above 0: at 0 the likeliest token is taken", "--temp 0.7")
+                raise InputError(
+                    f"{option} needs a --temp above 0: at 0 the likeliest token is taken", "such as --temp 0.7"
+                )
 
     def make(self, tokenizer: Any) -> Callable[..., Any]:
         """Seed MLX's random numbers if a seed was given, and return a sampler for mlx-lm."""

@@ -118,8 +118,9 @@ class _Run:
                 self.model, self.tokenizer, self.prompt, most, sampler=sampler, prompt_cache=self.cache,
                 prompt_progress_callback=progress,
             )  # fmt: skip
-            self._take(next(responses), show)
+            first = next(responses)
         with working("generating", spin=False), ending_at_interrupt() as asked:
+            self._take(first, show)
             while self.ended is None and not asked():
                 self._take(next(responses), show)
             if self.ended is None:
