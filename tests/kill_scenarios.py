@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import tiny_model
 from killing import Scenario, in_child
-from synthetic import PLAIN, stream_values
+from synthetic import PLAIN, stream_values, toy_sensitivity
 
 from mlxkv import lm
 from mlxkv.codec import library
@@ -212,6 +212,42 @@ class LibraryRemove(LibraryAdd):
         assert os.listdir(folder / "a") == [self.old.fingerprint]
 
 
+class WorkKeep(Scenario):
+    """A finished stretch of a calibration, put aside for whoever goes on."""
+
+    def __init__(self, folder):
+        from mlxkv.calibration.texts import Stretch
+        from mlxkv.calibration.work import Work
+
+        dump = toy(12)
+        self.dump = replace(dump, sensitivity=toy_sensitivity(dump))
+        self.work = lambda: Work(dump.fingerprint, dump.spec, [Stretch("prose", dump.tokens[0].tolist())])
+
+    def prepare(self, folder):
+        os.environ["MLXKV_HOME"] = str(folder / "a")
+
+    def write(self, folder):
+        work = self.work()
+        if work.finished() != {0}:
+            work.keep(0, self.dump)
+        work.close()
+
+    def read(self, folder):
+        return [read_dump(path).tokens.tobytes() for path in (folder / "a").glob("calibrating/[!.]*/0*.npz")]
+
+
+class WorkRemove(WorkKeep):
+    """The same removed, as the artifacts are saved."""
+
+    def prepare(self, folder):
+        super().prepare(folder)
+        super().write(folder)
+
+    def write(self, folder):
+        self.work().remove()
+        assert not os.listdir(folder / "a" / "calibrating") or self.read(folder)
+
+
 class AnyEvaluation(Evaluation):
     """Three samples, measured without a model."""
 
@@ -346,6 +382,8 @@ SCENARIOS = {
     "artifacts-overwrite": ArtifactsOverwrite,
     "library-add": LibraryAdd,
     "library-remove": LibraryRemove,
+    "work-keep": WorkKeep,
+    "work-remove": WorkRemove,
     "eval": Eval,
     "save-cache": SaveCache,
     "save-cache-overwrite": SaveCacheOverwrite,

@@ -72,6 +72,8 @@ def calibrate_command(
         raise InputError("give either --model or --npz")
     if model is None and (text or budget_minutes is not None):
         raise InputError("--text and --budget-minutes go with --model")
+    if budget_minutes is not None and not 0 < budget_minutes < float("inf"):
+        raise InputError(f"a budget is a number of minutes above 0, not {budget_minutes}")
     if model is not None and method is None and compression_ratio is None:
         method = "kvtc-rd"
     if (compression_ratio is None) == (method is None):

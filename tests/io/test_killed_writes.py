@@ -11,7 +11,7 @@ import pytest
 TESTS = Path(__file__).parents[1]
 WRITES = ("write", "overwrite", "overwrite-pending", "overwrite-same", "dump", "dump-overwrite", "eval")
 APPENDS = ("append", "append-shorter", "append-to-pending", "finish-pending")
-FOLDERS = ("artifacts", "artifacts-overwrite", "library-add", "library-remove")
+FOLDERS = ("artifacts", "artifacts-overwrite", "library-add", "library-remove", "work-keep", "work-remove")
 LIVE = ("save-cache", "save-cache-overwrite")
 BROKEN = ("in-place", "hasty")
 COMMANDS = ("compress-command", "append-command", "calibrate-command")
