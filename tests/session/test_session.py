@@ -14,6 +14,7 @@ from talking import KINDS, TEMPLATES, dictated, tiny_talker
 
 import mlxkv
 from mlxkv import lm, stock
+from mlxkv.codec import writing
 from mlxkv.codec.calibrate import uncalibrated
 from mlxkv.errors import FormatError, InputError, MismatchError
 from mlxkv.identity import fingerprint
@@ -107,42 +108,54 @@ def arrays(session):
 
 
 @pytest.fixture
-def long(tmp_path):
-    """A conversation of some 1,300 tokens, saved."""
+def long(tmp_path, monkeypatch):
+    """A conversation of many blocks, saved."""
+    monkeypatch.setattr(writing, "BLOCK_ROWS", BLOCK)
     model, spoken = tiny_talker()
     session = Session(model, spoken, tmp_path / "a.mlxkv")
-    session.send("Once upon a time. " * 70, sampler=dictated(spoken, "Yes."))
+    session.send("Once upon a time. " * 10, sampler=dictated(spoken, "Yes."))
     session.save()
     return session, spoken
 
 
+BLOCK = 16
+
+
+def first_blocks(path, tokens):
+    """Sections of the complete blocks of a conversation of so many tokens, in the order of the file, and where they end."""
+    blocks = (tokens - 4 - 128) // BLOCK
+    with Reader(path) as reader:
+        names = ["k.sink", "v.sink", *(f"{name}.{block}" for block in range(blocks) for name in "kv")]
+        found = [reader.sections[name] for name in names]
+        return found, reader.end_of(found)
+
+
 def test_a_turn_does_not_write_the_conversation_again(long, monkeypatch):
     session, spoken = long
-    inode, size = session.path.stat().st_ino, session.path.stat().st_size
-    with Reader(session.path) as reader:
-        old = {name: section for name, section in reader.sections.items() if name in ("k.0", "v.0", "k.1", "v.1")}
+    inode, length = session.path.stat().st_ino, len(session.tokens)
+    old, end = first_blocks(session.path, length)
+    assert len(old) > 6
     copied = []
     really = lm.extract_cache
     monkeypatch.setattr(lm, "extract_cache", lambda *a, **more: copied.append(more["start"]) or really(*a, **more))
     session.send("And then?", sampler=dictated(spoken, "Then the wolf came."))
-    written = session.save()
-    assert copied == [4 + 2 * 512]
-    assert written < size / 2
+    assert session.save() == session.path.stat().st_size - end
+    assert copied == [4 + BLOCK * ((length - 132) // BLOCK)]
     assert session.path.stat().st_ino == inode
-    with Reader(session.path) as reader:
-        assert len(old) == 4
-        assert all(reader.sections[name] == section for name, section in old.items())
+    assert first_blocks(session.path, length) == (old, end)
 
 
 def test_what_was_taken_back_is_not_in_the_file_and_what_stays_is_not_written_again(long):
     session, spoken = long
-    before, tokens = session.path.read_bytes(), session.tokens
-    session.send("And then?", sampler=dictated(spoken, "Then " * 100 + "the wolf came."))
+    tokens, path = session.tokens, session.path
+    old = first_blocks(path, len(tokens))
+    session.send("And then?", sampler=dictated(spoken, "Then " * 20 + "the wolf came."))
     session.save()
+    assert len(first_blocks(path, len(session.tokens))[0]) > len(old[0])
     assert session.undo() == "And then?"
-    written = session.save()
-    assert written < len(before) / 2
-    model, path = session._model.model, session.path
+    assert session.save() == path.stat().st_size - old[1]
+    assert first_blocks(path, len(tokens)) == old
+    model = session._model.model
     session.close()
     again = Session(model, spoken, path)
     assert (again.turns, again.tokens) == (1, [*tokens, *spoken.encode("\n")])  # which the template has after an answer
