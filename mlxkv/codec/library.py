@@ -26,6 +26,7 @@ from mlxkv.errors import FormatError, InputError, LibraryWarning, MismatchError,
 from mlxkv.identity import same_model
 from mlxkv.io.container import Reader, Source
 from mlxkv.io.folders import private_folder, remove_folder, sweep_all
+from mlxkv.presets import presets_of
 from mlxkv.spec import CacheSpec
 
 _ATTEMPTS = 5  # to add artifacts that other processes add and remove
@@ -158,9 +159,12 @@ def calibrate_command(model: str, method: str = "") -> str:
     --------
     >>> calibrate_command("smollm2-135m")
     'mlxkv calibrate --model smollm2-135m'
+    >>> calibrate_command("a b", "kvtc")
+    "mlxkv calibrate --model 'a b' --method kvtc-16"
     """
-    words = ["mlxkv", "calibrate", "--model", model or "MODEL", *(["--method", method] if method else [])]
-    return shlex.join(words)
+    named = presets_of([method]) if method else []
+    words = ["--method", method if method in named else named[0]] if named else []
+    return shlex.join(["mlxkv", "calibrate", "--model", model or "MODEL", *words])
 
 
 def for_file(source: Source) -> CalibrationArtifacts:
