@@ -19,6 +19,7 @@ from mlxkv.planning.measured import Measurement, measured, measurements
 from mlxkv.presets import presets_of
 from mlxkv.spec import Layer, is_int
 
+FAR = 2**20  # tokens after which a cache that does not grow with every token has stopped
 MOST_CONTEXT, MOST_TEXTS, MOST_MEMORY = 2**24, 2**12, 2**50
 BITS = (8, 4)
 BITS_START = 5000  # tokens from which on mlx-lm quantizes with --kv-bits, unless told otherwise
@@ -247,9 +248,11 @@ def _rows(
             found = dataclasses.replace(
                 found, note="mlx-lm leaves the caches of this model as they are", measurement=None
             )
-        grows = sizes(2 * context).held > held or sizes(3 * context).held > held
+        far = sizes(FAR)
+        grows = far.held > 1.5 * sizes(FAR // 2).held
         fits = None if room is None else reading <= room
-        longest = None if room is None or (fits and not grows) else _longest(lambda n: sizes(n).peak, room, context)
+        always = room is None or (not grows and far.peak <= room)
+        longest = None if always else _longest(lambda n: sizes(n).peak, room or 0, context)
         return dataclasses.replace(
             found, bytes=held, share=held / whole if whole else None, reading_bytes=reading, grows=grows, fits=fits,
             longest_context=longest,

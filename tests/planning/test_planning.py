@@ -86,6 +86,19 @@ def test_a_model_that_does_not_fit_has_no_context_and_a_bounded_cache_that_fits_
     assert (large["h2o-96"].fits, large["h2o-96"].longest_context, large["h2o-96"].grows) == (True, None, False)
 
 
+@pytest.mark.parametrize("tokens", [50, 1000, 4099])
+def test_a_cache_grows_that_keeps_every_token_whatever_the_length(tokens):
+    growing = {each.cache for each in plan(LLAMA_70B, tokens).caches if each.kind == "live" and each.grows}
+    assert growing == {"full", "int8", "int4", "kivi-2", "kivi-4", "smartkv-0.3", "smartkv-0.5", "smartkv-0.7"}
+
+
+def test_a_bounded_cache_that_is_not_full_yet_fits_only_if_it_will_when_it_is():
+    memory = 50_000 * 3 // 2 + weigh(build_model(TINY_LLAMA)[1], TINY_LLAMA).bytes * 3 // 2
+    row = caches(plan(TINY_LLAMA, 50, memory=memory, presets=["h2o-1024"]))["h2o-1024"]
+    assert (row.fits, row.grows) == (True, False)
+    assert 50 < row.longest_context < 1024
+
+
 def test_the_prompt_of_windows_takes_a_chunk_more_while_it_is_read():
     config = configuration("gemma3_text")
     row = caches(plan(config, 10_000, presets=[]))["fp16"]
@@ -199,7 +212,9 @@ def test_the_page_shows_what_the_command_prints():
     assert generator.page(generator.PAGE.read_text()) == generator.PAGE.read_text()
 
 
-@pytest.mark.parametrize("each", [m for m in measurements() if m.result in ("kv_bits", "rotation")], ids=lambda m: m.cache)
+@pytest.mark.parametrize(
+    "each", [m for m in measurements() if m.result in ("kv_bits", "rotation")], ids=lambda m: m.cache
+)
 def test_what_is_planned_for_the_measured_model_is_what_it_held(each):
     config = {**TINY_LLAMA, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 64}
     row = caches(plan(config, each.tokens, presets=[] if each.cache.startswith("--") else [each.cache]))[each.cache]
