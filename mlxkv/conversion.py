@@ -19,14 +19,15 @@ from mlxkv.codec import library
 from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.codec.session import CacheCodec
 from mlxkv.dump import KVDump, read_dump, write_dump
-from mlxkv.errors import InputError, MismatchError, UnsupportedError
+from mlxkv.errors import FormatError, InputError, MismatchError, UnsupportedError
 from mlxkv.identity import fingerprint
 from mlxkv.io.atomic import atomic_write
 from mlxkv.live.base import LayerCache
 from mlxkv.live.exchange import live_cache, plain_cache
 from mlxkv.live.prompt_files import LAYOUTS, describe_prompt_cache, read_prompt_cache, write_prompt_cache
-from mlxkv.live.serialization import load_cache, save_cache
+from mlxkv.live.serialization import load_cache, read_notes, save_cache
 from mlxkv.models import cache_spec
+from mlxkv.spec import is_int
 
 DUMP, COMPRESSED, LIVE, PROMPT, OLD_PROMPT = KINDS = ("npz", "mlxkv", "live", "prompt", "prompt-0.31")
 WITHOUT_MODEL = (DUMP, COMPRESSED)
@@ -105,11 +106,40 @@ def read_content(path: str | Path, kind: str, model: Any = None, *, artifacts: s
         found = library.for_file(path) if artifacts is None else CalibrationArtifacts.from_dir(artifacts)
         return Content(CacheCodec(found).decompress_dump(path, progress, limit=limit))
     if kind == LIVE:
-        return Content(cache=list(load_cache(path, model)))
+        content = Content(cache=list(load_cache(path, model)), tokens=noted_tokens(path))
+        if content.tokens is not None and len(content.tokens) != content.length:
+            raise FormatError(f"{path} names {len(content.tokens)} tokens, and its cache has seen {content.length}")
+        return content
     facts = describe_prompt_cache(path)
     return Content(
         cache=read_prompt_cache(path, model, widen=False), tokens=facts["token_ids"], texts=facts["metadata"]
     )
+
+
+def noted_tokens(path: str | Path) -> list[int] | None:
+    """Return the tokens that a saved live cache names in its notes.
+
+    Parameters
+    ----------
+    path
+        The file, from any source.
+
+    Returns
+    -------
+    list of int or None
+        Token ids, which are not held against the cache; None where it names none.
+
+    Raises
+    ------
+    InputError
+        When it cannot be opened.
+    FormatError
+        When it is damaged.
+    """
+    tokens = read_notes(path).get("tokens")
+    if tokens is not None and not (isinstance(tokens, list) and all(is_int(token) for token in tokens)):
+        raise FormatError(f"{path} names {str(tokens)[:40]} as its tokens, which are none")
+    return tokens
 
 
 def codec_for(content: Content, method: str | None = None, *, model: Any = None, name: str = "",
@@ -195,7 +225,7 @@ def write_content(path: str | Path, kind: str, content: Content, model: Any = No
     if kind == LIVE:
         cache = live_cache(model, method, plain_cache(model, cache))
         content.cache = None
-        save_cache(path, model, cache)
+        save_cache(path, model, cache, notes=None if content.tokens is None else {"tokens": content.tokens})
         return
     if any(isinstance(entry, LayerCache) for entry in stock.entries(cache)):
         cache, content.cache = plain_cache(model, cache), None

@@ -89,15 +89,10 @@ def _read_dump(file: Path, artifacts: Path | None) -> KVDump:
 
 
 def _live(file: Path, kind: str) -> Beginning:
-    from mlxkv.errors import FormatError
+    from mlxkv.conversion import noted_tokens
     from mlxkv.live.serialization import load_cache, read_notes
-    from mlxkv.spec import is_int
 
-    notes = read_notes(file)
-    tokens = notes.get("tokens")
-    if tokens is not None and not (isinstance(tokens, list) and all(is_int(token, 0) for token in tokens)):
-        raise FormatError(f"{file} names {str(tokens)[:40]} as its tokens, which are none")
-    return Beginning(lambda model: list(load_cache(file, model)), tokens, kind, notes)
+    return Beginning(lambda model: list(load_cache(file, model)), noted_tokens(file), kind, read_notes(file))
 
 
 def _prompt_cache(file: Path, kind: str, model: str) -> Beginning:

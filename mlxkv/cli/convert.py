@@ -124,7 +124,11 @@ def _check(a: Path, b: Path, source: str, target: str, given: dict[str, Any]) ->
 
 
 def _describe(a: Path, source: str) -> dict[str, Any]:
-    """Return what a prompt cache tells without its model."""
+    """Return what a live cache or a prompt cache tells without its model."""
+    if source == "live":
+        from mlxkv.conversion import noted_tokens
+
+        return {} if (tokens := noted_tokens(a)) is None else {"token_ids": tokens}
     if source != "prompt":
         return {}
     from mlxkv.live.prompt_files import describe_prompt_cache
@@ -143,9 +147,8 @@ def _text(
     if len(given) > 1:
         raise InputError("give one of --prompt, --prompt-file and --tokens")
     known = source in ("npz", "mlxkv") or facts.get("token_ids") is not None
-    if given and (known or target == "live"):
-        reason = f"{a} names its tokens" if known else "a live cache names no tokens"
-        raise InputError(f"{reason}: leave --prompt, --prompt-file and --tokens out")
+    if given and known:
+        raise InputError(f"{a} names its tokens: leave --prompt, --prompt-file and --tokens out")
     if not given and not known and target in ("npz", "mlxkv"):
         many = f"its {facts['tokens']} tokens are" if facts else "its tokens are"
         raise InputError(
@@ -165,7 +168,7 @@ def _read(
     from mlxkv.io.container import Reader
 
     if source != "mlxkv":
-        if facts and facts["model_fingerprint"] is None:
+        if source == "prompt" and facts["model_fingerprint"] is None:
             note(f"{a} does not say which weights made it; its layers and shapes are compared with the model's")
         with working(f"reading {a}"):
             return read_content(a, source, model)

@@ -27,16 +27,19 @@ def files(model_dir, tmp_path_factory):
     cache = make_prompt_cache(model)
     lm.prefill(model, tokenizer.encode(TEXT), cache)
     save_prompt_cache(str(folder / "theirs.safetensors"), cache)
+    words = ["convert", folder / "theirs.safetensors", folder / "theirs.cache", "--model", model_dir]
+    assert run(*words) == 0
     (folder / "t.json").write_text(json.dumps(tokenizer.encode(TEXT)))
     return folder, mlx_lm.generate(model, tokenizer, TEXT + "And then", max_tokens=12)
 
 
-@pytest.mark.parametrize("name", [*NAMES.values(), "theirs.safetensors"])
+@pytest.mark.parametrize("name", [*NAMES.values(), "theirs.safetensors", "theirs.cache"])
 def test_every_kind_becomes_the_same_dump_again(name, files, model_dir, says, tmp_path, capsys):
     folder = files[0]
     if name == "a.npz":
         return
-    text = ["--prompt-file", folder / "t.txt"] if name in ("a.cache", "theirs.safetensors") else []
+    given = {"theirs.safetensors": ["--prompt-file", folder / "t.txt"], "theirs.cache": ["--tokens", folder / "t.json"]}
+    text = given.get(name, [])
     words = [] if name == "a.mlxkv" else ["--model", model_dir]
     record = says("convert", folder / name, tmp_path / "b.npz", *words, *text)
     assert (tmp_path / "b.npz").read_bytes() == (folder / "a.npz").read_bytes()
@@ -65,8 +68,7 @@ def test_a_live_cache_is_packed_by_the_preset_and_a_compressed_one_coded_by_the_
     record = says("convert", files[0] / "old", tmp_path / "b.cache", "--model", model_dir, "--cache", "int8")
     assert record["values"] == "packed by int8"
     assert says("inspect", tmp_path / "b.cache")["method"] == "int8"
-    record = says("convert", tmp_path / "b.cache", tmp_path / "b.mlxkv", "--model", model_dir, "--tokens", files[0] / "t.json",
-                  "--method", "direct")  # fmt: skip
+    record = says("convert", tmp_path / "b.cache", tmp_path / "b.mlxkv", "--model", model_dir, "--method", "direct")
     assert record["values"] == "coded by direct at quality 35"
     assert says("inspect", tmp_path / "b.mlxkv")["method"] == "direct"
 
@@ -98,9 +100,9 @@ MISTAKES = {
     "an unknown preset": (["a.npz", "b.cache", "--model", "MODEL", "--cache", "int9"], 2, "did you mean"),
     "an unknown method": (["a.npz", "b.mlxkv", "--method", "exakt"], 2, "no codec method 'exakt'"),
     "no tokens": (["theirs.safetensors", "b.npz", "--model", "MODEL"], 2, "does not say which its 213 tokens are"),
-    "no tokens of a live one": (["a.cache", "b.mlxkv", "--model", "MODEL"], 2, "give the text with --prompt-file"),
+    "no tokens of a live one": (["theirs.cache", "b.mlxkv", "--model", "MODEL"], 2, "give the text with --prompt-file"),
     "tokens twice": (["a.safetensors", "b.npz", "--model", "MODEL", "--prompt", "x"], 2, "names its tokens"),
-    "tokens of nothing": (["theirs.safetensors", "b.cache", "--model", "MODEL", "--prompt", "x"], 2, "names no tokens"),
+    "tokens of a live one": (["a.cache", "b.npz", "--model", "MODEL", "--prompt", "x"], 2, "names its tokens"),
     "a short text": (
         ["theirs.safetensors", "b.npz", "--model", "MODEL", "--prompt", "x"],
         4,

@@ -14,10 +14,11 @@ import pytest
 from conftest import run, save_model, tiny_config, tiny_model
 from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
 
-from mlxkv import lm, make_cache
+from mlxkv import lm, make_cache, save_cache
 from mlxkv.cli._sampling import Sampling
 from mlxkv.codec import library
 from mlxkv.codec.calibrate import uncalibrated
+from mlxkv.conversion import noted_tokens
 from mlxkv.evaluate.variants import cache_sizes
 from mlxkv.models import cache_spec
 
@@ -199,6 +200,32 @@ def test_a_text_that_goes_on_gets_no_template_and_is_told_so(talker, tmp_path, s
     assert "without the chat template" in said.err
     assert run("generate", out, "--model", talker, *MORE, "--ignore-chat-template") == 0
     assert not capsys.readouterr().err
+
+
+def test_a_live_cache_is_converted_without_its_text(model_dir, tmp_path, says):
+    expected = _Reference(model_dir)
+    _make_exact(expected.model)
+    out, again = tmp_path / "a.cache", tmp_path / "c.cache"
+    says("generate", "--model", model_dir, "--cache", "full", "--prompt", TEXT, "--max-tokens", 6, "--save", out)
+    expected.goes_on(TEXT, 6)
+    says("convert", out, tmp_path / "b.npz", "--model", model_dir)
+    says("convert", tmp_path / "b.npz", again, "--model", model_dir)
+    assert noted_tokens(out) == noted_tokens(again) == expected.tokens
+    text = expected.goes_on(" And", 8)
+    assert [says("generate", file, "--model", model_dir, *MORE)["text"] for file in (tmp_path / "b.npz", again)] == [
+        text
+    ] * 2
+
+
+@pytest.mark.parametrize("tokens", [[1, 2], ["a"] * 106, {"a": 1}, [True] * 106, "text"])
+def test_tokens_that_are_none_or_not_those_of_the_cache_are_damage(tokens, model_dir, tmp_path, capsys):
+    model, tokenizer = lm.load(str(model_dir))
+    cache = make_cache(model, "int8")
+    lm.prefill(model, tokenizer.encode(TEXT) + [1] * 5, cache)
+    save_cache(tmp_path / "a.cache", model, cache, notes={"tokens": tokens})
+    assert run("generate", tmp_path / "a.cache", "--model", model_dir, *MORE) == 3
+    assert run("convert", tmp_path / "a.cache", tmp_path / "b.npz", "--model", model_dir) == 3
+    assert capsys.readouterr().err.count("tokens") >= 2
 
 
 def test_tokens_that_a_file_lacks_are_not_made_up(model_dir, tmp_path, says, capsys):
