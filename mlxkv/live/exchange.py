@@ -42,9 +42,14 @@ def live_cache(model: Any, method: str | Config, cache: Sequence[Any]) -> list[C
     PresetError
         For an unknown method.
     UnsupportedError
-        For a model that the method does not support, and a method that goes by the attention which tokens get.
+        For a model that the method does not support, or of which it leaves all layers to mlx-lm, and a method that goes by the
+        attention which tokens get.
     """
     made = make_cache(model, method)
+    if not any(isinstance(entry, LayerCache) for entry in stock.entries(made)):
+        raise UnsupportedError(
+            f"no layer of this model has a live cache with {method}: its layers have windows, or other states"
+        )
     passed: dict[int, Any] = {}
     for i, (exact, entry) in enumerate(zip(stock.entries(cache), stock.entries(made))):
         if not isinstance(entry, LayerCache):

@@ -126,6 +126,8 @@ class PromptFile(ABC):
     def tokens(self) -> int:
         """The number of tokens, which all layers have to agree on."""
         said = {self._offset(place) for place in self.places() if not self.is_unused(place)} - {None}
+        if not said:
+            raise UnsupportedError(f"{self.name} has no keys and values that count its tokens, only other states")
         if len(said) != 1 or not is_int(found := said.pop(), 1, MAX_OFFSET):
             raise FormatError(f"{self.name}: its layers have not seen one number of tokens, 1 or more")
         return found

@@ -4,8 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import DIFFERENT, tiny_model, tiny_tokens
-from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache, save_prompt_cache
 from prompt_cache_models import FILES, FOLDER, exact_model, next_logits, tokens_of
+from zoo.build import build
 
 from mlxkv import conversion, lm, make_cache, save_cache, stock
 from mlxkv.conversion import COMPRESSED, DUMP, LIVE, OLD_PROMPT, PROMPT, read_content, write_content
@@ -213,3 +214,20 @@ def test_another_text_of_as_many_tokens_is_noticed(architecture):
         mx.eval(model(mx.array([tiny_tokens(200)]), cache=content.cache))
         assert conversion.begins_with(content, model, tiny_tokens(200))
         assert not conversion.begins_with(content, model, tiny_tokens(200, seed=2))
+
+
+def test_a_model_none_of_whose_layers_becomes_live_is_refused(tmp_path):
+    model = build("recurrent_gemma")
+    content = conversion.Content(cache=make_prompt_cache(model), tokens=[1, 2, 3])
+    mx.eval(model(mx.array([content.tokens]), cache=content.cache))
+    with pytest.raises(UnsupportedError, match="no layer of this model has a live cache with full"):
+        write_content(tmp_path / "a", LIVE, content, model)
+
+
+def test_a_prompt_cache_without_keys_and_values_is_refused_as_such(tmp_path):
+    model = build("mamba")
+    cache = make_prompt_cache(model)
+    mx.eval(model(mx.array([[1, 2, 3]]), cache=cache))
+    save_prompt_cache(str(tmp_path / "a.safetensors"), cache)
+    with pytest.raises(UnsupportedError, match="no keys and values"):
+        read_content(tmp_path / "a.safetensors", PROMPT, model)
