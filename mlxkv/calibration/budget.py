@@ -10,11 +10,12 @@ from typing import NamedTuple
 import numpy as np
 
 from mlxkv.calibration.work import stretch_bytes
+from mlxkv.codec.methods.kvtc_rd import QuickKVTCRD
 from mlxkv.spec import STREAMS, CacheSpec
 
 MAX_ROWS_BYTES = 2 * 10**9  # of the float32 rows of one stream, which training holds a few times
 USEFUL_TOKENS = 4_096  # from fewer, artifacts are of little use: they are run whatever the budget
-_COPIES = 5  # of the rows, at the peak of training
+_COPIES = 3  # of the rows, at the peak of training
 _PROBE_SIDE = 1_024  # of the matrices whose product tells a machine's speed
 _QUALITY_SECONDS = 0.9  # of a held-out text at one quality, in units of a stretch's
 _OVERHEAD = 1.4  # times the arithmetic that is counted
@@ -99,7 +100,7 @@ def memory_bytes(spec: CacheSpec, tokens: int) -> int:
         Bytes: a few copies of the rows of one stream, and the matrices of its components.
     """
     width = _width(spec)
-    return 4 * width * (_COPIES * tokens + 3 * min(width, tokens))
+    return 4 * width * (_COPIES * tokens + 3 * min(width, tokens // 3, QuickKVTCRD.most_components or width))
 
 
 def disk_bytes(spec: CacheSpec, lengths: Sequence[int]) -> int:

@@ -54,7 +54,8 @@ def test_directions_that_no_token_took_are_coded_as_well(tmp_path):
 
 def test_directions_of_heads_are_orthonormal_and_the_strongest_first():
     rows = np.random.default_rng(0).standard_normal((20, HEADS * DIM)).astype(np.float32) * np.arange(1, 49)
-    directions, spread = (found.reshape(HEADS, DIM, -1) for found in shrinkage.head_directions(rows, rows / 2, DIM))
+    own = shrinkage.head_products(rows, DIM) / np.float32(len(rows))
+    directions, spread = (found.reshape(HEADS, DIM, -1) for found in shrinkage.head_directions(own, own / 4))
     np.testing.assert_allclose(directions @ directions.swapaxes(1, 2), np.tile(np.eye(DIM), (HEADS, 1, 1)), atol=1e-5)
     assert (np.diff(spread[..., 0], axis=1) <= 0).all()
 

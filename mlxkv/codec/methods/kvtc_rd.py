@@ -316,7 +316,7 @@ class KVTCRD(CodecMethod):
             if name == "k" and len(attention):
                 value_gains = weighting.attention_gains(rows.reshape(-1, heads, dim), attention)
             mu = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
-            rows = np.array(weighting.apply_weights(mx.array(rows - mu), head_weights.astype(np.float32)))
+            rows = self._weighted(rows, mu, head_weights.astype(np.float32))
             # Weighted key rows are scaled to a mean square of 1, so that a quality means the same for every model.
             unit = samples.units.setdefault("key row", float(1 / np.sqrt(np.square(rows).mean())))
             rows *= unit
@@ -339,6 +339,10 @@ class KVTCRD(CodecMethod):
             codes, scale, spread = learnt.codes, learnt.scale, learnt.spread
             parts[name] = KVTCRDStream(mu, codes, scale, spread, stored_weights, predictor, tables)
         return {**dict.fromkeys(STREAMS, _empty_stream()), **parts}
+
+    def _weighted(self, rows: np.ndarray, mu: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Return rows less their mean, weighted."""
+        return np.array(weighting.apply_weights(mx.array(rows - mu), weights))
 
     def coder(self, streams: Mapping[str, StreamArtifacts]) -> KVTCRDCoder:
         """Return a `KVTCRDCoder`."""
@@ -368,6 +372,14 @@ class QuickKVTCRD(KVTCRD):
 
     attention_tokens = 48
     most_components = 1_024
+
+    def _weighted(self, rows: np.ndarray, mu: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Weight rows in place, a few at a time."""
+        for start in range(0, len(rows), basis.CHUNK_ROWS):
+            part = slice(start, start + basis.CHUNK_ROWS)
+            rows[part] = super()._weighted(rows[part], mu, weights)
+        mx.clear_cache()
+        return rows
 
 
 def _learn_tables(rows: np.ndarray, learnt: Basis, name: str, seed: int) -> np.ndarray:

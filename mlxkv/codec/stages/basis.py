@@ -19,7 +19,7 @@ import numpy as np
 
 from mlxkv.codec.stages.dead_zone import dequantize, quantize
 from mlxkv.codec.stages.pca import principal_components
-from mlxkv.codec.stages.shrinkage import head_directions
+from mlxkv.codec.stages.shrinkage import head_directions, head_products
 from mlxkv.errors import FormatError, InputError
 from mlxkv.io import lossless
 from mlxkv.io.inputs import FREE_BYTES, MAX_RATIO
@@ -29,6 +29,7 @@ STRONG_ENERGY_SHARE = 0.9  # share of the rows' energy in the strong components,
 MAX_ENTRY = 127 * 256 + 127  # largest integer of two signed bytes
 TOKENS_A_COMPONENT = 3  # at least, of rows fewer than their dims
 HEAD_ENTRY = 127  # integer of the largest entry of a head's direction
+CHUNK_ROWS = 4_096  # that are worked on at a time where there are many
 LENGTH_BYTES = 4  # of the byte count at the beginning of the codes
 _SAMPLED_COMPONENTS = 256  # from whose size that of all components is estimated
 _STEP_FACTOR = 2 ** (1 / 16)  # ratio of successive steps tried to fit the budget
@@ -311,7 +312,7 @@ def learn_basis(
     coefficients = rows @ components
     spread = np.sqrt(np.square(coefficients, dtype=np.float64).mean(axis=0)).astype(np.float32)
     entries = components.T * spread[:, None]
-    heads = _head_part(rows, coefficients @ components.T, dim) if few and dim else None
+    heads = _head_part(rows, coefficients, components, dim, CHUNK_ROWS if most else len(rows)) if few and dim else None
     if budget is not None:
         step = _step_within_budget(entries, step, budget - (_deflated_bytes(heads[0]) if heads else 0))
     basis = _round_to_step(entries, spread, step, heads)
@@ -323,9 +324,17 @@ def learn_basis(
     return basis
 
 
-def _head_part(rows: np.ndarray, coded: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _head_part(
+    rows: np.ndarray, coefficients: np.ndarray, components: np.ndarray, dim: int, chunk: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the directions of heads as integers `[p, dim]` int8 with their scales and spreads `[p]`."""
-    directions, spread = head_directions(rows, rows - coded, dim)
+    own = left = np.zeros((), np.float32)
+    for start in range(0, len(rows), chunk):
+        part = rows[start : start + chunk]
+        own = own + head_products(part, dim)
+        left = left + head_products(part - coefficients[start : start + chunk] @ components.T, dim)
+    count = np.float32(len(rows))
+    directions, spread = head_directions(own / count, left / count)
     largest = np.abs(directions).max(axis=1)
     integers = np.rint(directions * (HEAD_ENTRY / largest)[:, None]).astype(np.int8)
     # So that every direction has the length 1 again after rounding.

@@ -15,26 +15,43 @@ _OWN_SHARE = 0.1  # of a head's whole covariance, added to that of what is left 
 _HEAD_RIDGE = 0.0025  # of a head's mean variance, added to each of its directions
 
 
-def head_directions(rows: np.ndarray, left: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the principal directions of each head in what components of whole rows leave.
+def head_products(rows: np.ndarray, dim: int) -> np.ndarray:
+    """Return the sum over rows of the products of each head's dims.
 
     Parameters
     ----------
     rows
         Centred rows `[N, p]` float32.
-    left
-        What is left of them, `[N, p]`.
     dim
         Width of a head.
 
     Returns
     -------
+    np.ndarray
+        `[p / dim, dim, dim]`: divided by N, each head's covariance.
+    """
+    x = rows.reshape(len(rows), -1, dim).swapaxes(0, 1)
+    return np.asarray(x.swapaxes(1, 2) @ x)
+
+
+def head_directions(own: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the principal directions of each head in what components of whole rows leave.
+
+    Parameters
+    ----------
+    own
+        Covariance of each head's dims, `[heads, dim, dim]`.
+    left
+        That of what is left of them.
+
+    Returns
+    -------
     tuple[np.ndarray, np.ndarray]
-        Directions `[p, dim]` of unit length, head by head and the strongest of each first, and the standard deviations `[p]` of
-        rows along them. Further rows leave more than those that were learnt from, so a tenth of each head's whole covariance
+        Directions `[heads * dim, dim]` of unit length, head by head and the strongest of each first, and the standard deviations
+        of rows along them. Further rows leave more than those that were learnt from, so a tenth of each head's own covariance
         is added.
     """
-    covariance = _head_covariances(left, dim) + np.float32(_OWN_SHARE) * _head_covariances(rows, dim)
+    covariance, dim = left + np.float32(_OWN_SHARE) * own, own.shape[-1]
     mean = np.trace(covariance, axis1=1, axis2=2)[:, None, None] / dim
     values, vectors = np.linalg.eigh(covariance + np.float32(_HEAD_RIDGE) * mean * np.eye(dim, dtype=np.float32))
     directions = vectors[:, :, ::-1].swapaxes(1, 2).reshape(-1, dim)
@@ -67,9 +84,3 @@ def shrink_fisher(fisher: np.ndarray, energies: np.ndarray) -> np.ndarray:
     fewness = max(0.0, 1 - tokens / (len(fisher) * max(1, dim)))  # 0 for as many tokens as directions of rows
     share = fewness * np.clip(error / beyond, 0, MAX_SHARE)[:, None, None]
     return ((1 - share) * fisher + share * (traces / max(1, dim))[:, None, None] * np.eye(dim)).astype(fisher.dtype)
-
-
-def _head_covariances(rows: np.ndarray, dim: int) -> np.ndarray:
-    """Return each head's covariance `[heads, dim, dim]`."""
-    x = rows.reshape(len(rows), -1, dim).swapaxes(0, 1)
-    return x.swapaxes(1, 2) @ x / np.float32(len(rows))
