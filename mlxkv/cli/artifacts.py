@@ -82,7 +82,8 @@ def remove_command(
         warning = f"{what}: files made with them can then no longer be read"
         if not sys.stdin.isatty():
             raise InputError(f"{warning}; nothing was removed", "--yes removes them")
-        if not typer.confirm(f"Remove {warning}. Remove?", err=True):
+        note(warning)  # which shows no control characters of a name
+        if not typer.confirm("Remove?", err=True):
             raise InputError("nothing was removed")
     library.remove(item.fingerprint)
     print_record({"removed": item.fingerprint, **row}, json)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -230,7 +231,8 @@ def test_ls_tells_what_there_is(work, says, capsys):
 
 
 def test_rm_asks_and_says_what_is_lost(work, says, monkeypatch, capsys):
-    library.import_folder(work.folder / "kvtc-4")
+    found = CalibrationArtifacts.from_dir(work.folder / "kvtc-4")
+    library.add(replace(found, meta={**found.meta, "model": "\x1b[31mred"}))
     (name,) = ids()
     assert run("artifacts", "rm", name[:8]) == 2
     assert "can then no longer be read; nothing was removed" in capsys.readouterr().err
@@ -241,6 +243,7 @@ def test_rm_asks_and_says_what_is_lost(work, says, monkeypatch, capsys):
         assert run("artifacts", "rm", name[:8], "--json") == code
         said = capsys.readouterr()
         assert "can then no longer be read" in said.err
+        assert "\x1b" not in said.err
         assert json.loads(said.out).get("removed") == (None if code else name)
         assert ids() == left
     library.import_folder(work.folder / "kvtc-4")
