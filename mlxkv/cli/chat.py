@@ -138,7 +138,7 @@ class _Chat:
     def _next_line(self) -> str | None:
         """Return what was typed; None at the end, and after Ctrl-C twice."""
         if not self.interactive:
-            return sys.stdin.readline() or None if sys.stdin else None
+            return _piped_line()
         for last in (False, True):
             try:
                 return input("> ")
@@ -274,6 +274,16 @@ class _Chat:
     def _say(self, text: str) -> None:
         """Say something beside the conversation, dimmed."""
         self._console.print(Text(_printable(text), "dim"), soft_wrap=True)
+
+
+def _piped_line() -> str | None:
+    """Return a line of standard input; None at its end."""
+    try:
+        line = sys.stdin.readline() if sys.stdin else ""
+        line.encode()  # in some locales Python lets through what is no text
+    except UnicodeError:
+        raise InputError("standard input has a line that is not UTF-8") from None
+    return line or None
 
 
 def _printable(text: str) -> str:

@@ -132,6 +132,15 @@ def test_what_happens_in_a_pipe_ends_it(piped):
     assert "did you mean /load?" in err
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_line_that_is_no_text_is_named(piped, monkeypatch, errors):
+    lines = io.TextIOWrapper(io.BytesIO(b"Hello\n\xff\n"), "utf-8", errors)
+    monkeypatch.setattr(io, "StringIO", lambda _: lines)
+    code, _, err = piped(None)
+    assert code == 2
+    assert "a line that is not UTF-8" in err
+
+
 def test_a_conversation_is_saved_loaded_and_taken_back(typed, home):
     code, out, err = typed(["Hello", "/save a", "And?", "/undo", "/undo", "/undo", "Again", "/stats", "/quit", "never"])
     assert code == 0

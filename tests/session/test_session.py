@@ -14,8 +14,9 @@ from talking import KINDS, TEMPLATES, dictated, tiny_talker
 
 import mlxkv
 from mlxkv import lm, stock
-from mlxkv.codec import writing
+from mlxkv.codec import library, writing
 from mlxkv.codec.calibrate import uncalibrated
+from mlxkv.dump import write_dump
 from mlxkv.errors import FormatError, InputError, MismatchError
 from mlxkv.identity import fingerprint
 from mlxkv.io.container import Reader
@@ -87,7 +88,11 @@ def test_a_conversation_goes_on_in_another_process_as_in_one(tmp_path, coding, k
         expected = one.send(said, max_tokens=9)
         say = {"sampler": dictated(spoken, expected)} if coding == "direct" else {}
         assert several.send(said, max_tokens=9, **say) == expected
+        before = arrays(several)
         assert several.save() > 0
+        assert all(
+            mx.array_equal(a, b) for a, b in zip(before, arrays(several), strict=True)
+        )  # the file's loss is not in it
         assert several.save() == 0
         several.close()
         several = Session(model, spoken, path, **(live if number == 1 else {}))
@@ -307,6 +312,37 @@ def test_a_conversation_of_another_model_is_refused(tmp_path, coding):
         session.save()
     with pytest.raises(MismatchError, match=r"another model|of fingerprint"):
         Session(tiny_talker(seed=1)[0], spoken, tmp_path / "a")
+
+
+def test_a_file_goes_on_with_what_it_was_begun_with_and_a_new_one_with_the_newest_calibration(saved, tmp_path):
+    model, spoken, path = saved
+    write_dump(tmp_path / "a.npz", lm.dump(model, [i % 96 for i in range(400)]))
+    learnt = mlxkv.calibrate([tmp_path / "a.npz"], mlxkv.KVTCConfig(4))
+    library.add(learnt)
+    for name, method in (("a", "direct"), ("b", "kvtc"), ("b", "kvtc")):
+        with Session(model, spoken, path.with_name(f"{name}.mlxkv")) as session:
+            session.send("So?", max_tokens=3)
+            session.save()
+        with Reader(path.with_name(f"{name}.mlxkv")) as reader:
+            assert reader.header["method"] == method
+    library.remove(learnt.fingerprint)
+    with pytest.raises(MismatchError, match="was made with artifacts"):
+        Session(model, spoken, path.with_name("b.mlxkv"))
+    assert Session(model, spoken, path.with_name("b.mlxkv"), artifacts=learnt).turns == 2
+
+
+def test_a_quality_is_that_of_the_file_for_as_long_as_it_grows(tmp_path):
+    model, spoken = tiny_talker()
+    sizes = {}
+    for quality in (20, 70):
+        for _ in range(2):
+            with Session(model, spoken, path := tmp_path / f"{quality}.mlxkv", quality=quality) as session:
+                session.send("Once upon a time. " * 8, sampler=dictated(spoken, "Yes."))
+                session.save()
+        with Reader(path) as reader:
+            assert reader.header["quality"] == quality
+        sizes[quality] = path.stat().st_size
+    assert sizes[20] < sizes[70]
 
 
 GOOD = {"messages": [{"role": "user", "content": "a"}], "began": "2026-01-02T03:04:05", "template": "plain"}
