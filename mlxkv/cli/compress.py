@@ -91,6 +91,7 @@ def compress_command(
     chosen = _chosen(artifacts, method, out if append else None)
     source = _of_text(str(model), read_prompt(prompt, prompt_file)) if npz is None else _of_dump(npz, model)
     chosen = chosen or _found(source, method)
+    chosen.check_model(source.spec, source.fingerprint, source.name)
     codec = CacheCodec(chosen, recent=recent, sinks=sinks, lossless=lossless, quality=quality, raw_window=raw_window)
     if given.keys() - {"quality"}:
         check_target(codec, *given.values())

@@ -22,6 +22,7 @@ from mlxkv.codec.layout import coded_streams
 from mlxkv.codec.methods.base import BlockCoder, CodecMethod, StreamArtifacts, codec_methods
 from mlxkv.dump import stream_key
 from mlxkv.errors import ChecksumError, FormatError, InputError, MismatchError, VersionError
+from mlxkv.identity import same_model
 from mlxkv.io.container import digest
 from mlxkv.io.folders import check_folder, held, identity, write_folder
 from mlxkv.io.inputs import MAX_JSON, parse_json, read_bytes
@@ -145,6 +146,33 @@ class CalibrationArtifacts:
             The method's coder.
         """
         return self.method.coder(self.group_streams(group))
+
+    def check_model(self, spec: CacheSpec, fingerprint: str, model: str = "") -> None:
+        """Check that caches of a model can be coded with these artifacts, before the work of making one.
+
+        Parameters
+        ----------
+        spec
+            Description of the model's cache.
+        fingerprint
+            Fingerprint of the model.
+        model
+            Name of the model, for the message.
+
+        Raises
+        ------
+        MismatchError
+            When the artifacts are of another model, or describe it otherwise.
+        """
+        expected = str(self.meta.get("model_fingerprint", ""))
+        if not same_model(fingerprint, expected):
+            raise MismatchError(
+                f"the cache is of {model or 'a model'} ({fingerprint}),"
+                f" the artifacts of {self.meta.get('model') or 'a model'} ({expected})",
+                "calibrate the model itself, with the same arguments and adapters",
+            )
+        if spec != self.spec:
+            raise MismatchError("the cache's layers, heads or rotation differ from the artifacts'")
 
     def explain(self) -> dict[str, Any]:
         """Describe in readable form what each stream is coded with.

@@ -22,7 +22,6 @@ from mlxkv.codec.unquantized import CACHE_SECTIONS
 from mlxkv.codec.writing import CacheEncoder, GroupBlock, Progress
 from mlxkv.dump import KVDump, read_rings, read_state_types, stream_key
 from mlxkv.errors import FormatError, InputError, MismatchError, suggest
-from mlxkv.identity import same_model
 from mlxkv.io import container
 from mlxkv.io.container import Reader, Source
 from mlxkv.io.growing import appending
@@ -454,15 +453,7 @@ class CacheCodec:
         self, dump: KVDump, notes: Mapping[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Check that a dump fits the artifacts and return the arrays and facts stored with it."""
-        expected = self.artifacts.meta.get("model_fingerprint", "")
-        if not same_model(dump.fingerprint, str(expected)):
-            raise MismatchError(
-                f"the cache is of {dump.model or 'a model'} ({dump.fingerprint}),"
-                f" the artifacts of {self.artifacts.meta.get('model') or 'a model'} ({expected})",
-                "calibrate on dumps of the model itself, with the same arguments and adapters",
-            )
-        if dump.spec != self.artifacts.spec:
-            raise MismatchError("the cache's layers, heads or rotation differ from the artifacts'")
+        self.artifacts.check_model(dump.spec, dump.fingerprint, dump.model)
         if len(dump.held_groups) < len(dump.spec.groups):
             raise InputError("the dump is a part of a cache, without its windows: compress a complete one")
         meta: dict[str, Any] = {"model": dump.model, "fingerprint": dump.fingerprint, "dtype": dump.dtype}

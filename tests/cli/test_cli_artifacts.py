@@ -129,6 +129,21 @@ def test_another_text_is_not_appended_and_no_model_runs_for_it(other, work, tmp_
     assert (tmp_path / "a.mlxkv").read_bytes() == before
 
 
+@pytest.mark.parametrize("words", [["--artifacts", "{folder}/other"], ["--append"]])
+def test_artifacts_of_another_model_are_refused_before_the_model_runs(
+    words, work, tmp_path, compress, monkeypatch, capsys
+):
+    compress()
+    found = CalibrationArtifacts.from_dir(work.folder / "kvtc-4")
+    replace(found, meta={**found.meta, "model_fingerprint": "a.1"}).save(work.folder / "other", overwrite=True)
+    monkeypatch.setattr(lm, "dump", None)
+    monkeypatch.setattr(lm, "fingerprint", lambda model: "b.1")
+    words = [word.format(folder=work.folder) for word in words]
+    source = ["--model", work.model, "--prompt-file", work.text]
+    assert run("compress", *source, "--out", tmp_path / "a.mlxkv", *words) == 4
+    assert "the cache is of" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["compress", "dump"])
 def test_a_text_may_come_from_the_standard_input(command, work, tmp_path, says, monkeypatch, capsys):
     for data, code in ((TEXT.encode() * 3, 0), (b"\xff\xfe", 3), (b"", 2)):
