@@ -143,12 +143,12 @@ def training_seconds(spec: CacheSpec, tokens: int, flops: float) -> float:
         for name in STREAMS:
             width, heads = group.stream(name).width, group.stream(name).layers * group.stream(name).heads
             dim = group.stream(name).dim
-            side = min(width, tokens)
-            rank = side if tokens >= width else max(1, tokens // 3)
-            components = 2 * tokens * side * width + 25 * side**3 if rank == side else 15 * tokens * width * rank
-            tables = 12 * 512 * 8 * rank * width
-            attention = 300 * heads * min(tokens, 40 * dim) * dim**2
-            work += components + tables + attention + 100 * width * rank
+            rank = max(1, min(width, tokens // 3, QuickKVTCRD.most_components or width))
+            passes = min(12 * rank, width) if tokens > width else 10 * rank
+            components = tokens * width * (passes + 6 * rank + 4 * dim) + 60 * width * rank**2 + 25 * rank**3
+            tables = 12 * 512 * 16 * rank * width
+            attention = 300 * heads * min(tokens, 50 * dim) * dim**2
+            work += components + tables + attention
     return _OVERHEAD * work / flops
 
 

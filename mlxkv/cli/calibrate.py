@@ -82,13 +82,10 @@ def calibrate_command(
     given = {"rank": rank, "max_bit_budget": max_bit_budget, "samples_per_file": samples_per_file}
     config = _with_given(base, {**given, "basis_bytes": basis_bytes})
     checked = model_preset(preset) if preset else None
-    if out is None and model is None:
-        raise InputError("give the folder for the artifacts with --out")
     if out is not None:
         check_out_folder(out)
         check_artifacts_folder(out, overwrite)
     if model is None:
-        assert out is not None
         _from_dumps([*(npz or []), *(more or [])], config, checked, out, overwrite, json)
     else:
         seconds = None if budget_minutes is None else 60 * budget_minutes
@@ -99,7 +96,7 @@ def calibrate_command(
 
 
 def _from_dumps(
-    files: list[Path], config: CodecConfig, checked: ModelPreset | None, out: Path, overwrite: bool, json: bool
+    files: list[Path], config: CodecConfig, checked: ModelPreset | None, out: Path | None, overwrite: bool, json: bool
 ) -> None:
     """Calibrate on dumps, and print what was learnt."""
     from mlxkv.codec.calibrate import calibrate, calibration_warning
@@ -110,13 +107,14 @@ def _from_dumps(
     spec = read_dump(files[0]).spec if files else None  # calibrate() holds the other files against the first
     if checked and spec:
         checked.check(spec)
-    kept = (out / "meta.json").exists()
-    promise(f"the artifacts in {out} are as they were" if kept else f"no artifacts were written to {out}")
+    kept = out is not None and (out / "meta.json").exists()
+    promise(
+        f"the artifacts in {out} are as they were" if kept else f"no artifacts were written to {out or 'the library'}"
+    )
     with steps("calibrating", (3 * len(files) + 5) * len(spec.groups if spec else ())) as start:
         artifacts = calibrate(files, config, start)
-    artifacts.save(out, overwrite)
     warning = calibration_warning(artifacts.meta)
-    facts = _learnt(artifacts, out)
+    facts = _learnt(artifacts, _saved(artifacts, out, overwrite))
     print_record(facts | ({"warning": warning} if warning else {}), json)
 
 
@@ -126,7 +124,6 @@ def _from_model(
 ) -> tuple[CalibrationArtifacts, Path]:  # fmt: skip
     """Calibrate a model on texts; return its artifacts and the folder that they are in."""
     from mlxkv import calibration
-    from mlxkv.codec import library
     from mlxkv.models import cache_spec
 
     texts = calibration.read_texts(paths) if paths else calibration.default_texts()
@@ -142,13 +139,20 @@ def _from_model(
         )  # fmt: skip
         promise("the same command goes on from here")
         artifacts = run.run()
-    with working("saving"):
-        if out is None:
-            folder = library.add(artifacts)
-        else:
-            artifacts.save(folder := out, overwrite)
+    folder = _saved(artifacts, out, overwrite)
     run.finish()
     return artifacts, folder
+
+
+def _saved(artifacts: CalibrationArtifacts, out: Path | None, overwrite: bool) -> Path:
+    """Save artifacts to a folder, or to where all commands find them; return where they are."""
+    from mlxkv.codec import library
+
+    with working("saving"):
+        if out is None:
+            return library.add(artifacts)
+        artifacts.save(out, overwrite)
+        return out
 
 
 def _announced(plan: Plan) -> str:

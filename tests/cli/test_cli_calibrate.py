@@ -37,9 +37,19 @@ def test_after_it_a_text_is_compressed_and_read_back_without_naming_artifacts(sa
     says("decompress", file, "--out", tmp_path / "back.npz")
 
 
+def test_artifacts_of_dumps_are_found_as_well(says, model_dir, notes, tmp_path):
+    says("dump", "--model", model_dir, "--prompt-file", notes / "2.md", "--out", tmp_path / "a.npz")
+    learnt = says("calibrate", "--npz", tmp_path / "a.npz", "--method", "kvtc-4")
+    says("compress", "--model", model_dir, "--prompt-file", notes / "1.md", "--out", tmp_path / "a.mlxkv")
+    assert says("inspect", tmp_path / "a.mlxkv")["artifacts"] == learnt["fingerprint"]
+
+
 def test_people_read_a_table_and_what_to_do_next(model_dir, notes, tmp_path, capsys):
     out = tmp_path / "artifacts"
-    assert run("calibrate", "--model", model_dir, "--text", notes / "0.md", notes / "1.md", notes / "2.md", "--out", out) == 0
+    assert (
+        run("calibrate", "--model", model_dir, "--text", notes / "0.md", notes / "1.md", notes / "2.md", "--out", out)
+        == 0
+    )
     said = capsys.readouterr()
     assert "Held out" in said.out
     assert "worst kind" in said.out
@@ -74,7 +84,6 @@ def test_an_interruption_says_how_to_go_on_and_the_same_command_does(model_dir, 
     [
         ([], "give either --model or --npz"),
         (["--model", "m", "--npz", "a.npz"], "give either --model or --npz"),
-        (["--npz", "a.npz", "--method", "kvtc-rd"], "--out"),
         (["--npz", "a.npz", "--text", "b", "--out", "c"], "go with --model"),
         (["--npz", "a.npz", "--budget-minutes", "2", "--out", "c"], "go with --model"),
         (["--model", "m", "--text", "missing.txt"], "missing.txt"),

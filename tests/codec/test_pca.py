@@ -115,3 +115,16 @@ def test_the_randomised_way_needs_little_memory_too(monkeypatch):
         tracemalloc.stop()
     assert is_orthonormal(basis)
     assert peak < 10 * rows.nbytes < 6000 * 6000 * 4 / 2
+
+
+@pytest.mark.parametrize("shape", [(900, 120), (100, 120), (400, 300)])
+def test_leading_components_hold_as_much_as_the_exact_ones(shape):
+    random = np.random.default_rng(0)
+    rows = (random.standard_normal(shape) * 0.97 ** np.arange(shape[1])) @ np.linalg.qr(
+        random.standard_normal((shape[1],) * 2)
+    )[0]
+    rows = (rows - rows.mean(axis=0)).astype(np.float32)
+    found = pca.leading_components(rows, 20)
+    np.testing.assert_allclose(found.T @ found, np.eye(20), atol=1e-4)
+    exact = pca.components_of_centred(rows, 20)
+    assert np.square(rows @ found).sum() > 0.995 * np.square(rows @ exact).sum()

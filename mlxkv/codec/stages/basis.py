@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxkv.codec.stages.dead_zone import dequantize, quantize
-from mlxkv.codec.stages.pca import principal_components
+from mlxkv.codec.stages.pca import leading_components, principal_components
 from mlxkv.codec.stages.shrinkage import head_directions, head_products
 from mlxkv.errors import FormatError, InputError
 from mlxkv.io import lossless
@@ -308,7 +308,11 @@ def learn_basis(
     rank = len(rows) // TOKENS_A_COMPONENT if len(rows) < rows.shape[1] and dim else rows.shape[1]
     rank = min(rank, most or rank)
     few = dim is not None and rank < rows.shape[1]
-    _, components = principal_components(rows, rank, seed)
+    if most:
+        rows -= rows.mean(axis=0, dtype=np.float64).astype(np.float32)
+        components = leading_components(rows, max(1, min(rank, len(rows) - 1)), seed)
+    else:
+        _, components = principal_components(rows, rank, seed)
     coefficients = rows @ components
     spread = np.sqrt(np.square(coefficients, dtype=np.float64).mean(axis=0)).astype(np.float32)
     entries = components.T * spread[:, None]
