@@ -32,6 +32,7 @@ from mlxkv.spec import is_int
 DUMP, COMPRESSED, LIVE, PROMPT, OLD_PROMPT = KINDS = ("npz", "mlxkv", "live", "prompt", "prompt-0.31")
 WITHOUT_MODEL = (DUMP, COMPRESSED)
 Progress = Callable[[int], None]
+_MOST = 2**31 - 1  # of a token id
 _COMPARED = 64  # first tokens of a text that the model runs, to see whether a cache is of it
 _FAR = 0.8  # relative distance of a token's values; those of another token are about 1.4 apart
 
@@ -137,7 +138,7 @@ def noted_tokens(path: str | Path) -> list[int] | None:
         When it is damaged.
     """
     tokens = read_notes(path).get("tokens")
-    if tokens is not None and not (isinstance(tokens, list) and all(is_int(token) for token in tokens)):
+    if tokens is not None and not (isinstance(tokens, list) and all(is_int(token, 0, _MOST) for token in tokens)):
         raise FormatError(f"{path} names {str(tokens)[:40]} as its tokens, which are none")
     return tokens
 

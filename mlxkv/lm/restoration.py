@@ -81,6 +81,7 @@ def _restore_groups(entries: list[Any], dump: KVDump) -> None:
                 entries[index].update_and_fetch(keys, values)
             else:
                 stock.fill_window(entries[index], keys, values, dump.length, dump.rings.get(number, keys.shape[2]))
+            mx.eval(entries[index].state)  # layer by layer, so that only one copy exists beside the dump
 
 
 def _restore_states(entries: list[Any], model: Any, dump: KVDump) -> None:

@@ -11,7 +11,7 @@ from zoo.build import build
 from mlxkv import conversion, lm, make_cache, save_cache, stock
 from mlxkv.conversion import COMPRESSED, DUMP, LIVE, OLD_PROMPT, PROMPT, read_content, write_content
 from mlxkv.dump import read_dump, write_dump
-from mlxkv.errors import InputError, MismatchError, UnsupportedError
+from mlxkv.errors import FormatError, InputError, MismatchError, UnsupportedError
 from mlxkv.live import live_methods
 from mlxkv.live.base import LayerCache
 from mlxkv.live.prompt_files import write_prompt_cache
@@ -231,3 +231,12 @@ def test_a_prompt_cache_without_keys_and_values_is_refused_as_such(tmp_path):
     save_prompt_cache(str(tmp_path / "a.safetensors"), cache)
     with pytest.raises(UnsupportedError, match="no keys and values"):
         read_content(tmp_path / "a.safetensors", PROMPT, model)
+
+
+@pytest.mark.parametrize("tokens", [[1, 2], ["a"] * 20, [-1] * 20, [2**31] * 20, [1.0] * 20, "x" * 20, {"1": 2}])
+def test_forged_tokens_of_a_live_cache_are_refused(tokens, tmp_path):
+    cache = make_cache(LLAMA, "int8")
+    mx.eval(LLAMA(mx.array([tiny_tokens(20)]), cache=cache))
+    save_cache(tmp_path / "a", LLAMA, cache, notes={"tokens": tokens})
+    with pytest.raises(FormatError, match="names"):
+        read_content(tmp_path / "a", LIVE, LLAMA)
