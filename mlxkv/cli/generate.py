@@ -150,9 +150,9 @@ class _Run:
             print(text, end="", flush=True)
 
     def _held_back(self) -> str:
-        """Return the last word, which mlx-lm shows only when the next one begins."""
-        whole = self.tokenizer.decode(self.generated)
-        return whole[len(self.text) :] if whole.startswith(self.text) else ""
+        """Return the last word, which some of mlx-lm's tokenizers show only when the next one begins."""
+        whole, shown = self.tokenizer.decode(self.generated).lstrip(" "), self.text.lstrip(" ")
+        return whole[len(shown) :] if whole.startswith(shown) else ""
 
 
 def _check(file: Path | None, artifacts: Path | None, cache: str | None, system: str | None, plain: bool) -> None:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx_lm
@@ -16,6 +17,7 @@ from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
 
 from mlxkv import lm, make_cache, save_cache
 from mlxkv.cli._sampling import Sampling
+from mlxkv.cli.generate import _Run
 from mlxkv.codec import library
 from mlxkv.codec.calibrate import uncalibrated
 from mlxkv.conversion import noted_tokens
@@ -314,6 +316,15 @@ def test_ctrl_c_ends_the_text_and_keeps_all_of_it(model_dir, tmp_path, monkeypat
     assert 7 <= count <= 9
     assert record["text"] == expected.goes_on(TEXT, count)
     assert says("generate", out, "--model", model_dir, *MORE)["text"] == expected.goes_on(" And", 8)
+
+
+@pytest.mark.parametrize(
+    ("whole", "shown", "rest"),
+    [("Once upon", "Once", " upon"), (" Once upon", "Once", " upon"), (" a", "", "a"), ("a", "a", ""), ("ab", "b", "")],
+)
+def test_ctrl_c_does_not_lose_a_word_that_waits_for_the_next_one(whole, shown, rest):
+    stopped = _Run(None, SimpleNamespace(decode=lambda _: whole), [], [], shown)
+    assert stopped._held_back() == rest
 
 
 def test_a_second_ctrl_c_does_not_wait(model_dir, tmp_path, monkeypatch, capsys):
