@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from mlxkv.codec.methods.kvtc_rd import KVTCRDConfig
 from mlxkv.codec.session import CacheCodec
 from mlxkv.errors import InputError
 from mlxkv.models import cache_spec
+from mlxkv.sensitivity import STRETCH_TOKENS
+from mlxkv.spec import CacheSpec, Rope, Slot
 
 
 class Bytes:
@@ -230,6 +233,19 @@ def test_rows_in_memory_are_bounded_whatever_the_texts(llama):
     most = budget.most_stretches(spec, [10**7] * 1000)
     assert 4 * width * 10**7 * most <= budget.MAX_ROWS_BYTES < 4 * width * 10**7 * (most + 1)
     assert budget.most_stretches(spec, [10**12]) == 1
+
+
+def test_the_page_says_what_is_computed_for_a_model_of_8_billion_weights():
+    pair = Slot("keys", 8, 128, Rope(128, base=1e6)), Slot("values", 8, 128)
+    qwen = CacheSpec("qwen3", (pair,) * 36)
+    lengths = [STRETCH_TOKENS] * 100
+    count = budget.most_stretches(qwen, lengths)
+    tokens = count * STRETCH_TOKENS
+    page = (Path(__file__).parents[2] / "docs" / "calibrate.md").read_text()
+    assert f"| tokens, at most | {tokens:,} |" in page
+    assert f"| memory beside the model's | {budget.memory_bytes(qwen, tokens) / 1e9:.1f} GB |" in page
+    assert f"| disk while it lasts | {budget.disk_bytes(qwen, lengths[:count]) / 1e9:.1f} GB |" in page
+    assert 60 <= budget.training_seconds(qwen, tokens, 1e12) < budget.training_seconds(qwen, tokens, 5e11) <= 140
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
