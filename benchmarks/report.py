@@ -23,7 +23,7 @@ from typing import Any
 
 from markdown_it import MarkdownIt
 
-from benchmarks import pareto, run, tables
+from benchmarks import pareto, planned, run, tables
 from benchmarks.schema import ENDINGS, FOLDER, MODEL, NAMED, QUICK, RESULTS, Result, read_result, result_name
 from mlxkv.evaluate.statistics import MAX_EXACT_SAMPLES
 
@@ -100,6 +100,7 @@ def main() -> None:
     for path, text in {**documents(experiments), PAGE: page(written(experiments))}.items():
         path.write_text(text, encoding="utf-8")
         print(path)
+    print(*planned.write(), sep="\n")
 
 
 def found(quick: bool = False) -> list[Experiment]:

@@ -82,10 +82,9 @@ class TracedModel:
         self.name, self._model = name, model
         self.refusal = ""
         self._sizes: dict[tuple[int | str, ...], Any] = {}  # of entries, by index, tokens and texts
-        found = self._in_transformation(lambda zero: self._look(zero))
+        found = self._in_transformation(self._look)
         self._caches, self._seen = make_prompt_cache(model), found.entries
         self.layers: tuple[Layer | None, ...] = describe(found, rotations=False)
-        self._tokens = sum(probe.CHUNKS)
         self._quantizes = [hasattr(each, "to_quantized") for each in self._caches for _ in stock.entries([each])]
         self._alike: dict[Any, list[int]] = {}
         for index, (entry, seen) in enumerate(zip(stock.entries(self._caches), self._seen)):
@@ -247,9 +246,9 @@ class TracedModel:
         held = sum(array.nbytes for array in _arrays(cache.keys_and_values()))
         return Size(held, held)
 
-    def _rows(self, seen: Any, count: int, batch: int) -> list[mx.array]:
-        """Return keys and values of so many tokens, which nothing computes; some models store several rows a token."""
-        count = count * seen.offset // self._tokens
+    @staticmethod
+    def _rows(seen: Any, count: int, batch: int) -> list[mx.array]:
+        """Return keys and values of so many tokens, which nothing computes."""
         return [mx.zeros((batch, x.shape[1], count, x.shape[3]), x.dtype) for x in (seen.keys, seen.values)]
 
     @staticmethod

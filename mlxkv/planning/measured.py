@@ -1,4 +1,4 @@
-"""What caches cost in predictions, as measured: `measured.json`, which benchmarks/measured.py writes from results."""
+"""What caches cost in predictions, as measured: `measured.json`, which benchmarks/planned.py writes from results."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from conftest import TINY, tiny_model
 from mlx.utils import tree_flatten
 from zoo.build import configuration
 
-from benchmarks import measured as generator
+from benchmarks import planned as generator
 from mlxkv.errors import FormatError, InputError, ModelNotFoundError, UnsupportedError
 from mlxkv.planning import configs, plan, read_config, usable_bytes
 from mlxkv.planning.building import build_model, weigh
@@ -203,12 +203,12 @@ def test_the_measured_model_is_the_one_that_is_more_alike():
 
 
 def test_what_ships_along_is_what_was_measured():
-    """After new results: python -m benchmarks.measured."""
+    """After new results: python -m benchmarks.planned."""
     assert generator.PATH.read_text() == generator.text()
 
 
 def test_the_page_shows_what_the_command_prints():
-    """After a change of either: python -m benchmarks.measured."""
+    """After a change of either: python -m benchmarks.planned."""
     assert generator.page(generator.PAGE.read_text()) == generator.PAGE.read_text()
 
 
@@ -361,6 +361,12 @@ def test_a_hostile_config_ends_in_a_typed_error(changes, error):
         return
     with pytest.raises(error):
         plan(config, 64, presets=[])
+
+
+def test_what_a_module_of_mlx_lm_prints_is_not_printed(capsys):
+    with pytest.raises(UnsupportedError, match="cannot be imported"):
+        plan({**TINY_LLAMA, "model_type": "olmo"}, 64)
+    assert capsys.readouterr().out == ""
 
 
 def test_objects_nested_deeply_are_refused():

@@ -1,6 +1,6 @@
 """What `mlxkv plan` says a cache costs: mlxkv/planning/measured.json and the output in docs/plan.md, from committed results.
 
-    python -m benchmarks.measured
+    python -m benchmarks.planned      which python -m benchmarks.report does, too
 
 A measurement whose recorded settings are no longer those of the preset is left out; tests hold both files against this.
 """
@@ -143,8 +143,19 @@ def _columns(count: int) -> Iterator[None]:
         os.environ.update({} if before is None else {"COLUMNS": before})
 
 
-if __name__ == "__main__":
+def write() -> list[Path]:
+    """Write both files.
+
+    Returns
+    -------
+    list of Path
+        The files.
+    """
     PATH.write_text(text(), encoding="utf-8")
     measurements.cache_clear()
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"{len(records())} records in {PATH}; {PAGE}")
+    return [PATH, PAGE]
+
+
+if __name__ == "__main__":
+    print(*write(), sep="\n")
