@@ -34,6 +34,7 @@ def test_after_it_a_text_is_compressed_and_read_back_without_naming_artifacts(sa
     file = tmp_path / "a.mlxkv"
     says("compress", "--model", model_dir, "--prompt-file", notes / "1.md", "--out", file)
     assert says("inspect", file)["artifacts"] == learnt["fingerprint"]
+    assert says("inspect", learnt["folder"])["measured"] == learnt["measured"]
     says("decompress", file, "--out", tmp_path / "back.npz")
 
 
