@@ -21,6 +21,7 @@ from mlxkv.spec import MAX_LAYERS, STREAMS, Group, Stream
 
 Progress = Callable[[int], None]
 WORKING_BYTES = 40  # for each number of a block that is being decoded, at most
+FREE_NUMBERS = 2**24  # of a block of a file that describes its cache itself; for more, decoding counts as well
 _DTYPES = {"float16": np.float16, "float32": np.float32, "bfloat16": np.float32}
 
 
@@ -358,7 +359,9 @@ def decode_tokens(
         )
     chosen = [groups[0]] if main_only else [each for each in groups if each.group.window is None or last == total]
     parts = {g.number: (0, g.layout.length) if g.group.window is not None else (first, last) for g in chosen}
-    sizes = [g.width * _decoded_bytes(g.layout, *parts[g.number], dtype.itemsize) for g in chosen]
+    sizes = [
+        g.width * _decoded_bytes(g.layout, *parts[g.number], dtype.itemsize, _free_rows(g, artifacts)) for g in chosen
+    ]
     check_decoded_size(reader.name, sum(sizes), reader.size, limit)
     arrays: dict[str, np.ndarray] = {}
     for each in chosen:
@@ -416,11 +419,16 @@ def _decode_group(
     return outputs
 
 
-def _decoded_bytes(layout: Layout, first: int, last: int, item_bytes: int) -> int:
+def _free_rows(group: StoredGroup, artifacts: CalibrationArtifacts) -> int:
+    """Return the rows of a block whose decoding is not counted. A calibration pays for its width; a file may state any."""
+    return DECODE_ROWS if artifacts.recipe is None else FREE_NUMBERS // max(1, group.width)
+
+
+def _decoded_bytes(layout: Layout, first: int, last: int, item_bytes: int, free_rows: int) -> int:
     """Return how many bytes some tokens decode to, for each number of a row, before any of them is decoded."""
     # A part is cut out of whole blocks, sinks and recent tokens, which may be larger.
     largest = max(last - first, layout.block_tokens, layout.length - len(layout.middle))
     # Writers' blocks are small, but a file can be one block, which takes far more while it is decoded.
     block_rows = layout.batch * min(layout.block_tokens, layout.length)
-    working = WORKING_BYTES * max(0, block_rows - DECODE_ROWS)
+    working = WORKING_BYTES * max(0, block_rows - free_rows)
     return layout.batch * min(largest, layout.length) * item_bytes + working

@@ -35,10 +35,9 @@ class UncalibratedStream(StreamArtifacts):
     shape: np.ndarray
 
     def __post_init__(self) -> None:
-        if (self.kind.dtype, self.kind.ndim, self.shape.dtype, self.shape.shape) != (np.uint8, 1, np.int32, (3,)):
+        of_types = self.kind.dtype == np.uint8 and self.shape.dtype == np.int32
+        if not of_types or self.kind.ndim != 1 or self.shape.shape != (3,) or self.shape.min() < 0:
             raise FormatError("artifacts of a method without calibration are its kind and three numbers")
-        if self.shape.min() < 0:
-            raise FormatError(f"a stream has no shape {self.shape.tolist()}")
 
     @property
     def width(self) -> int:
@@ -107,7 +106,7 @@ class UncalibratedMethod(CodecMethod):
 
     def train(self, samples: Samples, config: CodecConfig) -> Mapping[str, StreamArtifacts]:
         """Refuse: there is nothing to learn."""
-        raise InputError(f"{self.kind} needs no calibration", "leave out the artifacts instead")
+        raise InputError(f"{self.kind} needs no calibration", "mlxkv compress uses it where there are no artifacts")
 
     def facts(self, streams: Mapping[str, StreamArtifacts]) -> dict[str, Any]:
         """Return nothing: all facts are in the description."""

@@ -12,12 +12,11 @@ work for every method.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import mlx.core as mx
-import numpy as np
 
 from mlxkv.codec.samples import Samples
 from mlxkv.config import Config, integer
@@ -109,7 +108,7 @@ class BlockCoder(ABC):
         """
 
     @abstractmethod
-    def encode(self, rows: Mapping[str, mx.array], quality: float | None) -> dict[str, np.ndarray]:
+    def encode(self, rows: Mapping[str, mx.array], quality: float | None) -> Mapping[str, Any]:
         """Quantize one block.
 
         Parameters
@@ -121,8 +120,8 @@ class BlockCoder(ABC):
 
         Returns
         -------
-        dict[str, np.ndarray]
-            Each stream's codes, in a representation that the method chooses.
+        Mapping[str, Any]
+            Each stream's codes, in a representation that the method chooses, such as an array of integers.
 
         Raises
         ------
@@ -131,7 +130,7 @@ class BlockCoder(ABC):
         """
 
     @abstractmethod
-    def pack(self, name: str, codes: np.ndarray) -> bytes:
+    def pack(self, name: str, codes: Any) -> bytes:
         """Pack the codes of one stream into bytes. It may run in another thread.
 
         Parameters
@@ -148,7 +147,7 @@ class BlockCoder(ABC):
         """
 
     @abstractmethod
-    def estimate(self, name: str, codes: np.ndarray) -> float:
+    def estimate(self, name: str, codes: Any) -> float:
         """Estimate how many bytes `pack` makes, without making them.
 
         Parameters
@@ -186,9 +185,7 @@ class BlockCoder(ABC):
         """
 
     @abstractmethod
-    def unpack(
-        self, blocks: Sequence[Mapping[str, bytes]], tokens: Sequence[int]
-    ) -> Sequence[Mapping[str, np.ndarray]]:
+    def unpack(self, blocks: Sequence[Mapping[str, bytes]], tokens: Sequence[int]) -> Iterable[Mapping[str, Any]]:
         """Return the inverse of `pack` for several blocks together.
 
         Parameters
@@ -200,7 +197,7 @@ class BlockCoder(ABC):
 
         Returns
         -------
-        Sequence[Mapping[str, np.ndarray]]
+        Iterable[Mapping[str, Any]]
             Each block's codes by stream.
 
         Raises
@@ -210,7 +207,7 @@ class BlockCoder(ABC):
         """
 
     @abstractmethod
-    def decode(self, codes: Mapping[str, np.ndarray], tokens: int, quality: float | None) -> dict[str, mx.array]:
+    def decode(self, codes: Mapping[str, Any], tokens: int, quality: float | None) -> dict[str, mx.array]:
         """Return the inverse of `encode`.
 
         Parameters

@@ -15,6 +15,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +36,12 @@ _TAIL_SHARE = 0.01  # of a table is given to a geometric tail, for magnitudes th
 _LANE_BYTES = 512  # coded bytes per lane; its state and word count take about 5
 _LANE_SYMBOLS = 2**15  # per lane, at most: bounds a reader's steps and keeps word counts in 16 bits
 _MAX_PADDING = 4  # times the coded symbols; with more padding, sections are decoded one by one
+WIDE_SHIFTS = 63  # largest shift with even tables, where tokens may be of very different sizes
+_LEAST_VARIANCE = 1 << 10  # of even tables, in 2**-16 squared steps: a standard deviation of 1/8
+_CUBE_ROOTS = (65536, 82570, 104032)
+_NEAR, _FAR = 8, 1000  # magnitudes of whose intervals ten points are taken; magnitudes that are counted
+_LEAST_COUNT = 1 << 15  # of 2**30: as _MIN_SHARE
+_FIT_ROUNDS, _FLOOR = 3, 2.0**-20
 _HEADER = struct.Struct("<III")  # lanes, escaped values, bytes of the deflated model
 
 
@@ -113,6 +120,77 @@ def _frequency_tables(counts: np.ndarray, centers: np.ndarray) -> np.ndarray:
     return rans.frequencies(np.rint(signed * 2.0**30).astype(np.int64))
 
 
+@cache
+def even_tables() -> np.ndarray:
+    """Return tables that need no calibration: of coefficients of all sizes, each class 2**(1/6) times as large as that before.
+
+    Returns
+    -------
+    np.ndarray
+        Frequencies `[64, 256]` uint16, smallest coefficients first, the same on every machine: they are made of integers alone.
+        Coefficients have Student's t distribution with 5 degrees of freedom, and the dead zone of `dead_zone`.
+    """
+    variances = [(_LEAST_VARIANCE * _CUBE_ROOTS[k % 3]) << k // 3 for k in range(CLASSES)]  # in 2**-32 squared steps
+    return rans.frequencies(np.array([_student_counts(variance) for variance in variances], np.int64))
+
+
+def _student_counts(variance: int) -> list[int]:
+    """Return counts by symbol, from densities at ten points of each small interval; the last is of all other magnitudes."""
+
+    def density(twentieths: int) -> int:
+        return (1 << 170) // (3 * variance + (twentieths**2 << 32) // 400) ** 3
+
+    near = [
+        density(2 * point + 1) for point in range(6 + 10 * _NEAR)
+    ]  # a tenth of a step apart; up to 0.6 is rounded to 0
+    bins = [2 * sum(near[:6]), *(sum(near[at : at + 10]) for at in range(6, len(near), 10))]
+    bins += [10 * density(20 * magnitude + 2) for magnitude in range(_NEAR + 1, _FAR)]
+    total = bins[0] + 2 * sum(bins[1:])
+    shares = [(count << 30) // total for count in bins]
+    symbols = [shares[(symbol + 1) // 2] for symbol in range(ESCAPE)]
+    rest = 2 * sum(shares[MAX_MAGNITUDE + 1 :])
+    return [*(count if count >= _LEAST_COUNT else 0 for count in symbols), max(_LEAST_COUNT, rest)]
+
+
+class Sizes(NamedTuple):
+    """Sizes of the coefficients of a block, where both components and tokens are of very different sizes.
+
+    Parameters
+    ----------
+    classes
+        Classes `[r]` of components, 1 to 64.
+    shifts
+        Offsets on table indices `[n]` of tokens.
+    """
+
+    classes: np.ndarray
+    shifts: np.ndarray
+
+
+def sizes_of(coefficients: np.ndarray) -> Sizes:
+    """Return the sizes of coefficients for `even_tables`: a coefficient's is that of its component times that of its token.
+
+    Parameters
+    ----------
+    coefficients
+        Coefficients `[n, r]` float32 in steps.
+
+    Returns
+    -------
+    Sizes
+        Classes, and shifts from -63 to 63.
+    """
+    energy = np.square(coefficients)
+    rows, columns = np.ones(len(energy), np.float32), np.ones(energy.shape[1], np.float32)
+    for _ in range(_FIT_ROUNDS):
+        columns = (1 / rows) @ energy / len(energy) + _FLOOR
+        rows = energy @ (1 / columns) / energy.shape[1] + _FLOOR
+        rows /= np.exp(np.log(rows).mean())
+    shifts = np.rint(3 * np.log2(rows)).clip(-WIDE_SHIFTS, WIDE_SHIFTS)
+    classes = np.rint(3 * np.log2(columns * 2.0**16 / _LEAST_VARIANCE)).clip(0, CLASSES - 1) + 1
+    return Sizes(classes.astype(np.uint8), shifts.astype(np.int8))
+
+
 def _magnitude_bits(tables: np.ndarray) -> np.ndarray:
     """Return the bits of each magnitude with its sign, `[K, 129]`; magnitudes that a table lacks are escaped."""
     bits = _symbol_bits(tables)
@@ -142,14 +220,17 @@ class _BlockPlan:
     lanes: int
 
 
-def _plan_block(integers: np.ndarray, tables: np.ndarray) -> _BlockPlan:
-    """Choose classes, shifts, symbols and lanes of integers `[n, r]`."""
-    counts = histograms(integers)
-    classes = np.where(counts[:, 1:].any(axis=1), (counts @ _magnitude_bits(tables).T).argmin(axis=1) + 1, 0)
+def _plan_block(integers: np.ndarray, tables: np.ndarray, sizes: Sizes | None) -> _BlockPlan:
+    """Choose classes and shifts, unless they are given, and symbols and lanes of integers `[n, r]`."""
+    if sizes is None:
+        counts = histograms(integers)
+        classes = np.where(counts[:, 1:].any(axis=1), (counts @ _magnitude_bits(tables).T).argmin(axis=1) + 1, 0)
+    else:
+        classes = np.where(integers.any(axis=0), sizes.classes.astype(int), 0)
     coded = np.flatnonzero(classes)
     values = integers[:, coded]
     symbols = (2 * np.minimum(np.abs(values), MAX_MAGNITUDE) - (values > 0)).astype(np.uint8)
-    shifts = _best_shifts(symbols, classes[coded] - 1, tables)
+    shifts = _best_shifts(symbols, classes[coded] - 1, tables) if sizes is None else sizes.shifts
     table_of = _table_indices(classes[coded] - 1, shifts)
     escaped = tables[table_of, symbols] == 0
     escaped |= np.abs(values) > MAX_MAGNITUDE
@@ -159,7 +240,7 @@ def _plan_block(integers: np.ndarray, tables: np.ndarray) -> _BlockPlan:
     return _BlockPlan(classes, symbols, table_of, shifts, escaped, bits, lanes)
 
 
-def estimate(integers: np.ndarray, tables: np.ndarray) -> float:
+def estimate(integers: np.ndarray, tables: np.ndarray, sizes: Sizes | None = None) -> float:
     """Estimate how many bytes `encode` makes, from code lengths alone.
 
     Parameters
@@ -167,18 +248,20 @@ def estimate(integers: np.ndarray, tables: np.ndarray) -> float:
     integers
         Quantized coefficients `[n, r]` int32.
     tables
-        Frequencies `[64, 256]` of `learn_tables`.
+        Frequencies `[64, 256]` of `learn_tables` or `even_tables`.
+    sizes
+        Classes and shifts; None to choose those with the shortest code.
 
     Returns
     -------
     float
         Bytes.
     """
-    plan = _plan_block(integers, tables)
+    plan = _plan_block(integers, tables, sizes)
     return float(plan.bits / 8 + len(integers) + 4 * plan.escaped.sum() + 5 * plan.lanes + plan.classes.size / 3)
 
 
-def encode(integers: np.ndarray, tables: np.ndarray) -> bytes:
+def encode(integers: np.ndarray, tables: np.ndarray, sizes: Sizes | None = None) -> bytes:
     """Code integers to bytes.
 
     Parameters
@@ -186,7 +269,9 @@ def encode(integers: np.ndarray, tables: np.ndarray) -> bytes:
     integers
         Quantized coefficients `[n, r]` int32 above -2**31, tokens by components.
     tables
-        Frequencies `[64, 256]` of `learn_tables`.
+        Frequencies `[64, 256]` of `learn_tables` or `even_tables`.
+    sizes
+        Classes and shifts; None to choose those with the shortest code.
 
     Returns
     -------
@@ -202,7 +287,7 @@ def encode(integers: np.ndarray, tables: np.ndarray) -> bytes:
     >>> np.array_equal(decode([Section(data, tables, tokens=64, components=3)])[0], integers)
     True
     """
-    plan = _plan_block(integers, tables)
+    plan = _plan_block(integers, tables, sizes)
     streams = rans.encode(plan.symbols.ravel(), tables, plan.table_of.ravel(), 1, plan.lanes)
     words = streams.counts.astype("<u2").tobytes()
     deltas = np.diff(plan.classes, prepend=0).astype(np.uint8).tobytes()
@@ -232,12 +317,15 @@ class Section(NamedTuple):
         Number of tokens n.
     components
         Number of components r.
+    most_shift
+        Largest shift of a token, up or down.
     """
 
     data: bytes
     tables: np.ndarray
     tokens: int
     components: int
+    most_shift: int = SHIFTS
 
 
 def decode(sections: Sequence[Section]) -> list[np.ndarray]:
@@ -304,8 +392,8 @@ def _parse_section(section: Section) -> _ParsedSection:
         raise FormatError(f"the coded coefficients claim {lanes} lanes, {escapes} escapes, {length} bytes of classes")
     classes, counts = _parse_model(data[starts[0] : starts[1]], section.components, lanes)
     shifts = np.frombuffer(data, np.int8, tokens, starts[1])
-    if np.abs(shifts.astype(int)).max(initial=0) > SHIFTS:
-        raise FormatError(f"shifts of coded coefficients are -{SHIFTS} to {SHIFTS}")
+    if np.abs(shifts.astype(int)).max(initial=0) > section.most_shift:
+        raise FormatError(f"shifts of coded coefficients are -{section.most_shift} to {section.most_shift}")
     coded = np.flatnonzero(classes)
     size = tokens * len(coded)
     if lanes < 1 or lanes * _LANE_SYMBOLS < size:
