@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from mlxkv import lm
@@ -27,7 +28,7 @@ from mlxkv.errors import InputError
 from mlxkv.models import cache_spec
 from mlxkv.sensitivity import dump_with_sensitivity
 
-DEFAULT_SECONDS = 175.0
+DEFAULT_SECONDS = 180.0
 _FEWEST_MEASURED = 2  # held-out texts, whatever the budget
 _PROBED = 2  # stretches after which the speed is known; the first one is slower than those that follow
 
@@ -93,6 +94,8 @@ class Calibration:
         self.stretches = texts.trained[:most]
         self.work = Work(self.fingerprint, self.spec, self.stretches)
         self.resumed = 0
+        mx.reset_peak_memory()
+        self._model_bytes = mx.get_active_memory()
         self._flops = sizes.machine_flops()
         self._seconds: list[float] = []
 
@@ -134,10 +137,11 @@ class Calibration:
                 start = self.budget.clock()
                 self.work.keep(index, self._dump(stretch, index))
                 self._seconds.append(self.budget.clock() - start)
+                mx.clear_cache()  # what MLX keeps of the gradients for later
                 if len(self._seconds) == _PROBED:
                     self.reports.plan(self._plan(self._expected(index + 1)))
             count = index + 1
-            self._show("running texts")
+            self._show(f"running texts: {stretch.kind}", self._ahead(count))
         return count
 
     def _dump(self, stretch: Stretch, index: int) -> KVDump:
@@ -188,18 +192,21 @@ class Calibration:
 
     def _plan(self, count: int) -> Plan:
         tokens, lengths = self._tokens(count), [len(stretch.tokens) for stretch in self.stretches[:count]]
+        memory = max(sizes.memory_bytes(self.spec, tokens), mx.get_peak_memory() - self._model_bytes)
         ahead = max(0, count - len(self._seconds) - self.resumed) * self._pace + self._rest(count)
-        return Plan(
-            count, tokens, self.budget.elapsed + ahead if self._seconds else 0.0, sizes.memory_bytes(self.spec, tokens),
-            sizes.disk_bytes(self.spec, lengths),
-        )  # fmt: skip
+        seconds = self.budget.elapsed + ahead if self._seconds else 0.0
+        return Plan(count, tokens, seconds, memory, sizes.disk_bytes(self.spec, lengths))
 
-    def _show(self, what: str, rest: float | None = None) -> None:
-        """Report the share of the time that is over."""
-        whole = max(self.budget.seconds, self.budget.elapsed + (self._pace if rest is None else rest))
-        if rest is not None:
-            whole = self.budget.elapsed + rest
-        self.reports.progress(what, min(1.0, self.budget.elapsed / max(whole, 1e-9)))
+    def _ahead(self, done: int) -> float:
+        """Estimate the seconds that are left when so many stretches are finished."""
+        if len(self._seconds) < _PROBED:
+            return max(0.0, self.budget.seconds - self.budget.elapsed)
+        count = self._expected(done)
+        return (count - done) * self._pace + self._rest(count)
+
+    def _show(self, what: str, ahead: float) -> None:
+        """Report what is being done, and the share of the time that is over."""
+        self.reports.progress(what, self.budget.elapsed / max(self.budget.elapsed + ahead, 1e-9))
 
     def _learn(self, count: int) -> CalibrationArtifacts:
         """Learn from so many finished stretches."""
