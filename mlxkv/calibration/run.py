@@ -215,7 +215,7 @@ class Calibration:
 
         def show(step: str) -> None:
             spent = self.budget.clock() - start
-            self._show(f"learning: {step.partition(':')[0]}", max(expected - spent, 0.1 * expected) + after)
+            self._show(f"learning: {step.partition(' of 0')[0].partition(':')[0]}", max(expected - spent, 0.1 * expected) + after)
 
         files: list[Path] = [self.work.path(index) for index in range(count)]
         if not isinstance(self.config, KVTCRDConfig):

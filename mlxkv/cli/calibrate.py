@@ -131,7 +131,7 @@ def _from_model(
     loaded, tokenizer = load_model(model)
     if checked:
         checked.check(cache_spec(loaded))
-    with shares("reading texts") as (progress, say):
+    with shares("calibrating") as (progress, say):
         run = calibration.Calibration(
             loaded, model, calibration.cut(tokenizer, texts), config, started=started,
             seconds=calibration.DEFAULT_SECONDS if seconds is None else seconds,
