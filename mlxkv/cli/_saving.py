@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mlxkv.cli._beginnings import Beginning
     from mlxkv.codec.session import CacheCodec
     from mlxkv.dump import KVDump
+    from mlxkv.io.ownership import Ownership
 
 _WITH_TOKENS = ("npz", "mlxkv")
 
@@ -28,6 +29,7 @@ class Saving(NamedTuple):
     begun: Beginning
     file: Path | None  # that the text goes on from
     artifacts: Path | None
+    owned: Ownership  # so that no conversation writes the file meanwhile
 
     @property
     def appends(self) -> bool:
@@ -65,6 +67,7 @@ class Saving(NamedTuple):
                 from mlxkv.conversion import Content, write_content
 
                 write_content(self.out, self.kind, Content(cache=cache, tokens=tokens), model, name=name)
+        self.owned.release()
         return {"saved": str(self.out), "file_bytes": self.out.stat().st_size}
 
     def _save_live(self, model: Any, cache: list[Any], tokens: list[int] | None) -> None:
@@ -130,16 +133,18 @@ class Saving(NamedTuple):
 def check_saving(out: Path | None, begun: Beginning, file: Path | None, artifacts: Path | None) -> Saving | None:
     """Return what to write after the text, if anything; raise InputError for what cannot be written."""
     from mlxkv.errors import InputError
+    from mlxkv.io.ownership import Ownership
 
     if out is None:
         return None
-    saving = Saving(out, kind_by_ending(out), begun, file, artifacts)
+    kind = kind_by_ending(out)
     check_out_file(out)
-    if begun.tokens is None and saving.kind in _WITH_TOKENS:
+    if begun.tokens is None and kind in _WITH_TOKENS:
         raise InputError(
             f"{file} does not name its tokens, and a file like {out} does",
             "mlxkv convert adds them, with --prompt-file; or save as .cache or .safetensors",
         )
+    saving = Saving(out, kind, begun, file, artifacts, Ownership(out))
     promise("" if saving.appends else f"{out} was not written")
     return saving
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import run, save_model, tiny_config, tiny_model
 from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
 
-from mlxkv import lm, make_cache, save_cache
+from mlxkv import Session, lm, make_cache, save_cache
 from mlxkv.cli._sampling import Sampling
 from mlxkv.cli.generate import _Run
 from mlxkv.codec import library
@@ -228,6 +228,27 @@ def test_tokens_that_are_none_or_not_those_of_the_cache_are_damage(tokens, model
     assert run("generate", tmp_path / "a.cache", "--model", model_dir, *MORE) == 3
     assert run("convert", tmp_path / "a.cache", tmp_path / "b.npz", "--model", model_dir) == 3
     assert capsys.readouterr().err.count("tokens") >= 2
+
+
+@pytest.mark.parametrize("name", ["a.mlxkv", "a.cache"])
+def test_the_file_of_a_conversation_is_not_written_while_it_is_held_and_keeps_its_messages(
+    name, talker, tmp_path, says, capsys
+):
+    model, tokenizer = lm.load(str(talker))
+    out = tmp_path / name
+    words = ["generate", out, "--model", talker, *MORE, "--save", out]
+    with Session(model, tokenizer, out, cache="int8" if name == "a.cache" else None) as session:
+        session.send("Hello", max_tokens=3)
+        session.save()
+        messages, tokens = session.messages, len(session.tokens)
+        assert run(*words) == 2
+        assert "another process works on" in capsys.readouterr().err
+    assert says(*words)["cached_tokens"] == tokens
+    with Session(model, tokenizer, out) as session:
+        assert session.messages == messages
+        assert len(session.tokens) == tokens + 4 + 8
+        assert session.send("So", max_tokens=3) is not None
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_tokens_that_a_file_lacks_are_not_made_up(model_dir, tmp_path, says, capsys):
