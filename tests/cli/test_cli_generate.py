@@ -119,17 +119,18 @@ def _make_exact(model):
     library.add(uncalibrated(cache_spec(model), fingerprint=lm.fingerprint(model), method="exact"))
 
 
-@pytest.mark.parametrize("model_dir", ["llama", "lfm2"], indirect=True)
 @pytest.mark.parametrize(
-    ("method", "ending"),
+    ("model_dir", "method", "ending"),
     [
-        (None, "mlxkv"),
-        (None, "npz"),
-        (None, "safetensors"),
-        (None, "cache"),
-        ("int8", "cache"),
-        ("h2o-96", "cache"),
+        ("llama", None, "mlxkv"),
+        ("lfm2", None, "mlxkv"),
+        ("llama", None, "npz"),
+        ("llama", None, "safetensors"),
+        ("lfm2", None, "cache"),
+        ("llama", "int8", "cache"),
+        ("lfm2", "h2o-96", "cache"),
     ],
+    indirect=["model_dir"],
 )
 def test_a_saved_cache_goes_on_as_if_nothing_had_been_saved(method, ending, model_dir, tmp_path, says):
     expected = _Reference(model_dir, method)
