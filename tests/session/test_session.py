@@ -23,6 +23,7 @@ from mlxkv.io.container import Reader
 from mlxkv.live.base import LayerCache
 from mlxkv.models import cache_spec
 from mlxkv.session import Session
+from mlxkv.session.cached import CachedTokens
 from mlxkv.session.templates import Template
 
 SAID = ("Hello there", "And? ", "So")
@@ -166,8 +167,9 @@ def test_what_was_taken_back_is_not_in_the_file_and_what_stays_is_not_written_ag
     assert (again.turns, again.tokens) == (1, [*tokens, *spoken.encode("\n")])  # which the template has after an answer
 
 
-def test_everything_can_be_taken_back(tmp_path):
-    model, spoken = tiny_talker()
+@pytest.mark.parametrize("kind", ["llama", "lfm2"])
+def test_everything_can_be_taken_back(tmp_path, kind):
+    model, spoken = tiny_talker(kind)
     session = Session(model, spoken, tmp_path / "a.mlxkv")
     expected = session.send("Hello", max_tokens=9)
     session.save()
@@ -178,11 +180,44 @@ def test_everything_can_be_taken_back(tmp_path):
     session.save()
     session.close()
     again = Session(model, spoken, tmp_path / "a.mlxkv")
+    assert (again.turns, len(again.tokens)) == (0, 1)
     assert again.send("Hello", max_tokens=9) == expected
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision_goes_on_in_the_file_it_was_begun_in(tmp_path, dtype):
+    model, spoken = tiny_talker()
+    model.set_dtype(dtype)
+    inodes = set()
+    for turns in range(3):
+        with Session(
+            model, spoken, path := tmp_path / "a.mlxkv", **({} if turns else {"artifacts": exact(model)})
+        ) as session:
+            assert session._cached.tokens == [] or stock.entries(session._cached.cache)[0].keys.dtype == dtype
+            session.send("Hello", max_tokens=5)
+            session.save()
+        inodes.add(path.stat().st_ino)
+    assert len(inodes) == 1
+
+
+def test_a_point_to_go_back_to_is_forgotten_with_its_text():
+    model, _ = tiny_talker("gemma3_text")
+    cached = CachedTokens(lambda: make_prompt_cache(model))
+
+    def read(text):
+        lm.prefill(model, text[len(cached.tokens) :], cached.cache)
+        cached.tokens = text
+
+    read(first := list(range(8)))
+    cached.remember(8)
+    assert cached.go_to(first[:4], unread=0) == 4  # while all windows have room
+    read(other := [0, 1, 2, 3, *range(50, 90)])
+    assert cached.go_to(other[:20], unread=0) == len(other)
+    assert cached.tokens == []
+
+
 @pytest.mark.parametrize("kind", ["llama", "lfm2", "gemma3_text"])
-@pytest.mark.parametrize("way", ["closed", "in the model", "while reading"])
+@pytest.mark.parametrize("way", ["closed", "after the model", "between layers", "while reading"])
 def test_an_answer_that_is_stopped_stays_as_far_as_it_came_and_the_next_is_right(kind, way, monkeypatch):
     model, spoken = tiny_talker(kind)
     session = Session(model, spoken)
@@ -194,13 +229,34 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_came_and_the_next_is_right
         pieces.close()
     else:
         told = "" if way == "while reading" else "It was"
+        sampler = dictated(spoken, told + "!!!") if way == "between layers" else interrupted(spoken, told)
+        if way == "between layers":
+            interrupt_layer(monkeypatch, model, after=len(told) + 1)
         with pytest.raises(KeyboardInterrupt):
-            session.send("Tell me all.", sampler=interrupted(spoken, told))
+            session.send("Tell me all.", sampler=sampler)
+        monkeypatch.undo()
+        # A convolution may have read one token more than the layers that count.
+        assert bool(session.tokens) == (kind != "lfm2" and way != "between layers")
     expected = [*before, {"role": "user", "content": "Tell me all."}, {"role": "assistant", "content": told}]
     assert session.messages == (expected if told else before)
     prompt, answer = read_at_once(model, spoken, [*session.messages, {"role": "user", "content": "So?"}], 6)
     assert session.send("So?", max_tokens=6) == answer
     assert session.tokens[: len(prompt)] == prompt
+
+
+def interrupt_layer(monkeypatch, model, after):
+    """Someone presses Ctrl-C in a layer in the middle, in a call of one token."""
+    kind, middle, left = type(model.layers[1]), model.layers[1], [after]
+    really = kind.__call__
+
+    def call(self, x, *more, **named):
+        if self is middle and x.shape[1] == 1:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+        return really(self, x, *more, **named)
+
+    monkeypatch.setattr(kind, "__call__", call)
 
 
 def interrupted(spoken, text):
@@ -214,6 +270,20 @@ def interrupted(spoken, text):
         return say(logprobs)
 
     return sampler
+
+
+def test_the_same_can_be_said_again_when_all_of_it_has_been_read():
+    model, spoken = tiny_talker()
+    session = Session(model, spoken)
+
+    def stop(done, total):
+        if done == total:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        "".join(session.stream("Hello", progress=stop))
+    assert session.messages == []
+    assert session.send("Hello", max_tokens=5) == Session(model, spoken).send("Hello", max_tokens=5)
 
 
 def test_reading_can_be_stopped_between_chunks(tmp_path):
