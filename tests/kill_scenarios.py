@@ -11,6 +11,7 @@ import pytest
 from conftest import tiny_model
 from killing import Scenario, in_child
 from synthetic import PLAIN, stream_values, toy_sensitivity
+from talking import dictated, tiny_talker
 
 from mlxkv import lm
 from mlxkv.codec import library
@@ -24,8 +25,11 @@ from mlxkv.evaluate.variants import CachedContext, Variant
 from mlxkv.io import container, growing
 from mlxkv.io.atomic import atomic_write
 from mlxkv.io.container import Reader, encode_section
+from mlxkv.io.safetensors import SafetensorsReader
+from mlxkv.live.prompt_files import write_prompt_cache
 from mlxkv.live.seam import make_cache
 from mlxkv.live.serialization import save_cache
+from mlxkv.session import Session
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -277,8 +281,8 @@ class Eval(Scenario):
 
     def write(self, folder):
         self.command._evaluate(
-            "any", AnyEvaluation.options_class(), model="m", cache=None, artifacts=None, recent=None, sinks=None, dtype="auto",
-            limit=None, seeds=1, out=folder / "a", json=True,
+            "any", AnyEvaluation.options_class(), words="", model="m", cache=["int8"], method=None, artifacts=None, recent=None, sinks=None, dtype="auto",
+            limit=None, seeds=1, out=folder / "a", html=None, json=True,
         )  # fmt: skip
 
     def read(self, folder):
@@ -302,6 +306,64 @@ class SaveCache(ContainerWrite):
 class SaveCacheOverwrite(SaveCache):
     def prepare(self, folder):
         in_child(lambda: super(SaveCacheOverwrite, self).write(folder, (2, 7)))
+
+
+class PromptCache(ContainerWrite):
+    """A prompt cache of mlx-lm's own form."""
+
+    uses_mlx, layout = True, "0.32"
+
+    def write(self, folder, tokens=(3, 1, 4, 1, 5)):
+        import mlx.core as mx
+        from mlx_lm.models.cache import make_prompt_cache
+
+        model = tiny_model("llama")
+        cache = make_prompt_cache(model)
+        model(mx.array([tokens]), cache=cache)
+        write_prompt_cache(folder / "a", model, cache, tokens=tokens, layout=self.layout)
+
+    def read(self, folder):
+        if not (folder / "a").exists():
+            return None
+        with SafetensorsReader(folder / "a") as reader:
+            return reader.metadata, {name: reader.read(name) for name in reader.arrays}
+
+
+class PromptCacheOverwrite(PromptCache):
+    layout = "0.31"
+
+    def prepare(self, folder):
+        in_child(lambda: super(PromptCacheOverwrite, self).write(folder, (2, 7)))
+
+
+class SessionTurn(ContainerWrite):
+    """A turn of a conversation; a killed process also leaves a mark that it owned the file."""
+
+    uses_mlx = True
+
+    def __init__(self, folder):
+        self.begun = folder / "begun"
+        if not self.begun.exists():
+            self.begun.mkdir()
+            in_child(self.talk, self.begun, 1)
+
+    def prepare(self, folder):
+        shutil.copy(self.begun / "a", folder / "a")
+
+    def write(self, folder):
+        self.talk(folder, 2)
+
+    def talk(self, folder, turns):
+        model, spoken = tiny_talker()
+        with Session(model, spoken, folder / "a") as session:
+            if session.turns < turns:  # the process that follows a killed one finds out how far that came
+                session.send("Hello", sampler=dictated(spoken, "Hi."))
+                session.save()
+
+    def read(self, folder):
+        with Reader(folder / "a") as reader:
+            reader.verify()
+            return reader.header["meta"]["notes"]["messages"], [reader.read(name) for name in reader.sections]
 
 
 def toy(length):
@@ -353,6 +415,13 @@ class CompressAppend(Command):
         self.run("compress", *self.of(1200), "--out", folder / "a", "--append")
 
 
+class Convert(Command):
+    def write(self, folder):
+        self.run(
+            "convert", self.given / "700.npz", folder / "a", "--to", "mlxkv", "--artifacts", self.given / "artifacts"
+        )
+
+
 class Calibrate(Command):
     def prepare(self, folder):
         shutil.copytree(self.given / "artifacts", folder / "a")
@@ -387,7 +456,11 @@ SCENARIOS = {
     "eval": Eval,
     "save-cache": SaveCache,
     "save-cache-overwrite": SaveCacheOverwrite,
+    "prompt-cache": PromptCache,
+    "prompt-cache-overwrite": PromptCacheOverwrite,
+    "session-turn": SessionTurn,
     "compress-command": Compress,
     "append-command": CompressAppend,
+    "convert-command": Convert,
     "calibrate-command": Calibrate,
 }

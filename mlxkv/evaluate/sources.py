@@ -17,6 +17,7 @@ from mlxkv.errors import FormatError, InputError
 from mlxkv.io.inputs import read_text
 
 _BUILT_IN = {"essays": "essay.txt", "squad": "squad.json", "hotpotqa": "hotpotqa.json"}
+ESSAYS = "text, folder of .txt files or RULER's JSON, in place of an essay"  # help of options
 _SHAPE_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
 
 

@@ -16,8 +16,8 @@ from mlxkv.lm import text_start
 
 BUILT_IN = Path(__file__).parent / "data" / "essay.txt"
 # Help of options that evaluations share.
-TEXT_FILE = "UTF-8 text that the model reads; if not given, an essay written for this project"
-UNSEEN_TEXT_FILE = "UTF-8 text, one that calibration has not seen; if not given, an essay written for this project"
+TEXT_FILE = "text to read, in place of an essay"
+UNSEEN_TEXT_FILE = "text that calibration has not seen"
 EXCERPTS = "excerpts of the text for each seed"
 
 

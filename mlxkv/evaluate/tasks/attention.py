@@ -33,7 +33,7 @@ class AttentionOptions(Config):
     """Options of `mlxkv eval attention`."""
 
     text_file: Path | None = option(None, texts.UNSEEN_TEXT_FILE)
-    context_tokens: int = option(512, "tokens that the cache holds", least=1)
+    context_tokens: int = option(512, "tokens cached", least=1)
     queries: int = option(32, "tokens after them, whose attention is compared", least=1)
     samples: int = option(1, texts.EXCERPTS, least=1)
 
@@ -47,8 +47,11 @@ class Attention(Evaluation):
     - entropy: entropy of attention, in nats
     - lost_mass: share of the untouched cache's attention that is on tokens which the other cache has lost
 
-    All are means over layers, heads and queries; records also have them by layer, and attention by position
-    (mass_by_position). The queries are the tokens after the text, which the model reads as one chunk; from the second
+    All are means over layers, heads and queries.
+
+    Notes
+    -----
+    Records also have the scores by layer, and attention by position (mass_by_position). The queries are the tokens after the text, which the model reads as one chunk; from the second
     layer on the queries differ, too.
 
     Where a cache merges tokens, the attention of an entry is shared evenly among the tokens that it stands for. These

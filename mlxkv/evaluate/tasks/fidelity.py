@@ -21,12 +21,10 @@ class FidelityOptions(Config):
     """Options of `mlxkv eval fidelity`."""
 
     text_file: Path | None = option(None, texts.UNSEEN_TEXT_FILE)
-    context_tokens: int = option(512, "tokens that the cache holds before any is predicted", least=1)
-    eval_tokens: int = option(200, "tokens that are predicted after them", least=1)
+    context_tokens: int = option(512, "tokens cached before any is predicted", least=1)
+    eval_tokens: int = option(200, "tokens predicted after them", least=1)
     samples: int = option(3, texts.EXCERPTS, least=1)
-    chunk: int = option(
-        16, "tokens that the model reads at a time after the context; 1 is as in generation, and slower", least=1
-    )
+    chunk: int = option(16, "tokens read at a time; 1 as in generation, slower", least=1)
 
 
 @evaluations.register("fidelity")
@@ -38,6 +36,8 @@ class Fidelity(Evaluation):
     - next_token_cosine: cosine of the logits of the first prediction
     - perplexity_delta: perplexity less that with the untouched cache
 
+    Notes
+    -----
     Records of codecs also have the sizes of the file's parts, and errors of keys and values by layer.
     """
 

@@ -28,9 +28,9 @@ class LatencyOptions(Config):
     """Options of `mlxkv eval latency`."""
 
     text_file: Path | None = option(None, texts.TEXT_FILE)
-    context_tokens: int = option(512, "tokens that the cache holds before any is decoded", least=1)
-    tokens: int = option(32, "tokens that are decoded in each round", least=1)
-    rounds: int = option(3, "rounds, in each of which every variant decodes the same tokens", least=1)
+    context_tokens: int = option(512, "tokens cached before any is decoded", least=1)
+    tokens: int = option(32, "tokens decoded in each round", least=1)
+    rounds: int = option(3, "rounds, in which all decode the same tokens", least=1)
 
 
 @evaluations.register("latency")
@@ -42,6 +42,8 @@ class Latency(Evaluation):
     - slowest_token_seconds: 95 % quantile, as methods that pack a block now and then have slow tokens
     - prefill_relative, decode_relative: speed relative to the untouched cache; 2 is twice as fast
 
+    Notes
+    -----
     All variants decode the same tokens, in turn: a machine that slows down slows all of them, and relative speeds are
     medians of those within a round. Records also have decode_peak_bytes, the peak above the memory of all caches.
     """

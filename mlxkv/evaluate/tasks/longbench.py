@@ -84,10 +84,8 @@ class LongBenchOptions(Config):
     """Options of `mlxkv eval longbench`."""
 
     folder: Path = option(MISSING, "LongBench's own folder, with config/ and data/ in it")
-    length: int = option(
-        4096, "most tokens of prompt and answer together; of a longer prompt the middle is cut out", least=1
-    )
-    tasks: tuple[str, ...] = option(tuple(TASKS), f"tasks to run, of {', '.join(TASKS)}")
+    length: int = option(4096, "most tokens; the middle of more is cut out", least=1)
+    tasks: tuple[str, ...] = option(tuple(TASKS), "tasks to run")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,8 +103,12 @@ class LongBench(Evaluation):
     - score: the task's own metric (F1, ROUGE-L, accuracy or similarity), 0 to 1
 
     The data are not part of mlxkv. --folder is the folder LongBench of github.com/THUDM/LongBench with the data
-    unpacked in it: config/dataset2prompt.json, config/dataset2maxlen.json and data/TASK.jsonl.
+    unpacked in it: config/dataset2prompt.json, config/dataset2maxlen.json and data/TASK.jsonl. Tasks: narrativeqa,
+    qasper, multifieldqa_en, multifieldqa_zh, hotpotqa, 2wikimqa, musique, dureader, gov_report, qmsum, multi_news,
+    vcsum, trec, triviaqa, samsum, lsht, passage_count, passage_retrieval_en, passage_retrieval_zh, lcc, repobench-p.
 
+    Notes
+    -----
     The cache is built of the prompt up to the end of its long text; the rest, the question, is asked then. Metrics,
     tokens to generate, and the tasks of which only the first line of an answer counts are the published ones.
     Departures:

@@ -22,7 +22,7 @@ class MemoryOptions(Config):
     """Options of `mlxkv eval memory`."""
 
     text_file: Path | None = option(None, texts.TEXT_FILE)
-    lengths: tuple[int, ...] = option((512, 1024), "tokens that the cache holds", least=1)
+    lengths: tuple[int, ...] = option((512, 1024), "tokens cached", least=1)
 
 
 @evaluations.register("memory")
@@ -34,7 +34,11 @@ class Memory(Evaluation):
     - prefill_peak_bytes: peak while the context is read, above the memory before
     - decode_peak_bytes: peak while one token is decoded, above the resident memory
 
-    Peaks include the model's activations. Bytes do not depend on what a text says, so a text that is too short for a
+    Peaks include the model's activations.
+
+    Notes
+    -----
+    Bytes do not depend on what a text says, so a text that is too short for a
     length is repeated.
     """
 

@@ -15,7 +15,7 @@ from mlxkv import lm
 from mlxkv.config import Config
 from mlxkv.errors import InputError
 from mlxkv.evaluate.evaluation import EvalSample, Evaluation, Record, evaluations, option
-from mlxkv.evaluate.sources import Sources
+from mlxkv.evaluate.sources import ESSAYS, Sources
 from mlxkv.evaluate.variants import Variant, iter_variants, split_tokens
 
 DIGITS = 5
@@ -28,13 +28,11 @@ QUESTION = "\n\nWhat is the pass key? The pass key is "
 class NeedleOptions(Config):
     """Options of `mlxkv eval needle`."""
 
-    lengths: tuple[int, ...] = option((256, 512, 1024), "tokens of essay and needle together", least=1)
+    lengths: tuple[int, ...] = option((256, 512, 1024), "tokens of essay and needle", least=1)
     depths: tuple[float, ...] = option(
-        (0.1, 0.3, 0.5, 0.7, 0.9), "positions of the needle, from 0, the start, to 1, the end"
+        (0.1, 0.3, 0.5, 0.7, 0.9), "places of the needle, from 0 to 1"
     )
-    essays: Path | None = option(
-        None, "text file, folder of .txt files or RULER's JSON; if not given, a built-in essay"
-    )
+    essays: Path | None = option(None, ESSAYS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,6 +48,8 @@ class Needle(Evaluation):
     - digits_first: share of digits that are the most probable ones
     - log_probability: mean log-probability of a digit, in nats
 
+    Notes
+    -----
     After github.com/gkamradt/LLMTest_NeedleInAHaystack, with digits in place of a sentence and without a model that
     judges answers: the model is given the key digit by digit, and its predictions are scored. That tells methods apart
     even on models that are too small to answer freely.

@@ -23,7 +23,7 @@ EXCELLENT_DELTA, GOOD_DELTA = 0.1, 0.5
 class PerplexityOptions(fidelity.FidelityOptions):
     """Options of `mlxkv eval perplexity`."""
 
-    eval_tokens: int = option(512, "tokens that are predicted after them", least=1)
+    eval_tokens: int = option(512, "tokens predicted after them", least=1)
     samples: int = option(2, texts.EXCERPTS, least=1)
 
 
@@ -35,6 +35,8 @@ class Perplexity(Evaluation):
     - perplexity_delta: perplexity less that with the untouched cache
     - bits_per_token: the cross-entropy itself
 
+    Notes
+    -----
     The verdict in records is excellent for a delta below 0.1, good below 0.5, and noticed otherwise.
     """
 

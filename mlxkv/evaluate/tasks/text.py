@@ -36,6 +36,8 @@ class Text(Evaluation):
     - equal_leading_tokens: share of tokens before the first difference
     - exact: share of continuations that are equal to the end
 
+    Notes
+    -----
     BLEU and ROUGE-L need alphabets that put spaces between words; the other two hold for any text.
     """
 

@@ -11,7 +11,7 @@ from typing import Any
 from mlxkv.config import Config
 from mlxkv.errors import InputError, suggest
 from mlxkv.evaluate.evaluation import EvalSample, Evaluation, Record, evaluations, option
-from mlxkv.evaluate.sources import Sources
+from mlxkv.evaluate.sources import ESSAYS, Sources
 from mlxkv.evaluate.tasks.ruler.niah import NeedleInHaystack
 from mlxkv.evaluate.tasks.ruler.qa import QuestionAnswering
 from mlxkv.evaluate.tasks.ruler.samples import Sample, read_rows, samples
@@ -42,18 +42,13 @@ ROWS = "validation.jsonl"  # RULER's name for the file in each task's folder
 class RulerOptions(Config):
     """Options of `mlxkv eval ruler`."""
 
-    tasks: tuple[str, ...] = option(tuple(TASKS), f"tasks to run, of {', '.join(TASKS)}")
+    tasks: tuple[str, ...] = option(tuple(TASKS), "tasks to run")
     lengths: tuple[int, ...] = option((1024,), "tokens of context, question and answer together", least=1)
-    samples: int = option(5, "samples of each task and length, for each seed", least=1)
-    essays: Path | None = option(
-        None,
-        "text file, folder of .txt files or RULER's JSON; if not given, a built-in essay of 1,500 tokens, repeated",
-    )
-    squad: Path | None = option(None, "SQuAD's JSON, for qa_1; if not given, a few built-in questions")
-    hotpotqa: Path | None = option(None, "HotpotQA's JSON, for qa_2; if not given, a few built-in questions")
-    rows: Path | None = option(
-        None, f"folder of samples that RULER itself wrote, TASK/{ROWS}; they are used in place of generated ones"
-    )
+    samples: int = option(5, "samples of each task, length and seed", least=1)
+    essays: Path | None = option(None, ESSAYS)
+    squad: Path | None = option(None, "SQuAD's JSON for qa_1, in place of a few questions")
+    hotpotqa: Path | None = option(None, "HotpotQA's JSON for qa_2, likewise")
+    rows: Path | None = option(None, "folder of samples that RULER itself wrote")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,9 +67,13 @@ class Ruler(Evaluation):
 
     - score: share of the right answers that the generated text contains; for qa, whether it contains one of them
 
-    After github.com/NVIDIA/RULER. Tasks are needles in a haystack (niah), variable tracking (vt), common and frequent
-    words (cwe, fwe), and questions about documents (qa). Their sizes, tokens to generate and metrics are the published
-    ones; the files in mlxkv/evaluate/tasks/ruler list departures. Inputs have no chat markup, as in RULER's template
+    Tasks are needles in a haystack (niah_single_1, _2 and _3, niah_multikey_1, _2 and _3, niah_multivalue,
+    niah_multiquery), variable tracking (vt), common and frequent words (cwe, fwe), and questions about documents (qa_1,
+    qa_2).
+
+    Notes
+    -----
+    After github.com/NVIDIA/RULER, whose own samples are files TASK/validation.jsonl. Sizes, tokens to generate and metrics of the tasks are the published ones; the files in mlxkv/evaluate/tasks/ruler list departures. Inputs have no chat markup, as in RULER's template
     "base". The cache is built of the context before the question is asked, so a method cannot prepare for it.
     """
 
