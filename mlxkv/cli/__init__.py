@@ -27,7 +27,6 @@ from mlxkv.version import __version__
 def build() -> typer.Typer:
     """Return the application with every command file registered."""
     app = typer.Typer(
-        help="Key/value caches of mlx-lm models, many times smaller.",
         no_args_is_help=True,
         rich_markup_mode="rich",
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -52,7 +51,10 @@ def _options(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Key/value caches of mlx-lm models, many times smaller."""
+    """Key/value caches of mlx-lm models, many times smaller.
+
+    Example: mlxkv chat --model smollm2-135m
+    """
 
 
 def main(arguments: list[str] | None = None) -> None:
