@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from synthetic import PLAIN, toy_dump, toy_sensitivity
 
-from mlxkv.codec.calibrate import calibrate, calibration_warning
+from mlxkv.codec.calibrate import calibrate, calibration_warning, learn
 from mlxkv.codec.methods.kvtc import KVTCConfig
-from mlxkv.codec.methods.kvtc_rd import KVTCRDConfig
+from mlxkv.codec.methods.kvtc_rd import KVTCRD, KVTCRDConfig, QuickKVTCRD
 from mlxkv.codec.methods.kvtc_weighted import KVTCWeightedConfig
 from mlxkv.codec.samples import Samples
 from mlxkv.codec.session import CacheCodec
@@ -192,3 +192,24 @@ def test_the_command_warns_and_says_what_was_measured(tmp_path, says):
     assert "warning" not in says(
         "calibrate", "--npz", tmp_path / "b.npz", "--method", "kvtc-16", "--out", tmp_path / "b"
     )
+
+
+def test_quick_training_loses_no_direction_and_codes_about_as_well(tmp_path, monkeypatch):
+    monkeypatch.setattr(QuickKVTCRD, "most_components", 16)
+    monkeypatch.setattr(QuickKVTCRD, "attention_tokens", 4)
+    monkeypatch.setattr(basis, "CHUNK_ROWS", 100)
+    write_dump(tmp_path / "a.npz", busy_dump(900, 0))
+    dump, found = busy_dump(300, seed=9), []
+    for method in (KVTCRD(), QuickKVTCRD()):
+        artifacts = learn(method, Samples([tmp_path / "a.npz"], 4), KVTCRDConfig())
+        codec = CacheCodec(artifacts, recent=0)
+        blob = codec.compress_dump(dump)
+        back = codec.decompress_dump(blob)
+        error = sum(np.square(back.stream(n).astype(np.float32) - dump.stream(n)).sum() for n in STREAMS)
+        found.append((len(blob), error, artifacts))
+    (size, error, full), (quick_size, quick_error, quick) = found
+    assert full.k.basis.rank == full.k.width
+    assert (quick.k.basis.whole, quick.k.basis.rank) == (16, 16 + quick.k.width)
+    assert quick.meta["attention_tokens"] == 4 * (DIM + 1)
+    assert quick_error < 1.3 * error
+    assert quick_size < 1.3 * size
