@@ -73,9 +73,15 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if (prompt is None) == (prompt_file is None):
         raise InputError("give either --prompt or --prompt-file")
     if prompt_file is None:
+        try:
+            str(prompt).encode()
+        except UnicodeEncodeError:  # bytes that are no text come as lone surrogates
+            raise InputError("--prompt is not UTF-8 text") from None
         return str(prompt)
     if prompt_file != Path("-"):
         return read_text(prompt_file)
+    if sys.stdin is None:
+        raise InputError("the standard input is closed")
     data = sys.stdin.buffer.read(MAX_TEXT + 1)
     if len(data) > MAX_TEXT:
         raise InputError(f"the standard input has more than {MAX_TEXT >> 20} MiB; give a part of it")

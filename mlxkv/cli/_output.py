@@ -132,6 +132,11 @@ def _ranges(values: list[Any] | tuple[Any, ...]) -> list[str]:
     return texts
 
 
+def printable(text: str) -> str:
+    """Return a text for a terminal without control characters, which could move the cursor or set the window's title."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
+
+
 def _cell(value: str) -> Text:
     """Return text from a file as it is: no markup, no control characters, no lone surrogates."""
     printable = value.encode("utf-8", "replace").decode()

@@ -17,7 +17,7 @@ from mlxkv.cli._checks import at_least_1
 from mlxkv.cli._commands import commands
 from mlxkv.cli._failures import failure_of
 from mlxkv.cli._names import Cache, Model
-from mlxkv.cli._output import format_value, print_record
+from mlxkv.cli._output import format_value, print_record, printable
 from mlxkv.cli._sampling import Sampling, Seed, Temp, TopP, XtcProbability, XtcThreshold
 from mlxkv.cli._sessions import line_editing, session_names, session_path
 from mlxkv.cli._work import ending_at_interrupt, load_model, promise, working
@@ -185,7 +185,7 @@ class _Chat:
         self._summarize(seconds, session.lost)
 
     def _show(self, text: str) -> None:
-        print(_printable(text) if self.interactive else text, end="", flush=True)
+        print(printable(text) if self.interactive else text, end="", flush=True)
 
     def _write(self) -> float | None:
         """Save the conversation where it has a file; return how long that took."""
@@ -273,7 +273,7 @@ class _Chat:
 
     def _say(self, text: str) -> None:
         """Say something beside the conversation, dimmed."""
-        self._console.print(Text(_printable(text), "dim"), soft_wrap=True)
+        self._console.print(Text(printable(text), "dim"), soft_wrap=True)
 
 
 def _piped_line() -> str | None:
@@ -284,8 +284,3 @@ def _piped_line() -> str | None:
     except UnicodeError:
         raise InputError("standard input has a line that is not UTF-8") from None
     return line or None
-
-
-def _printable(text: str) -> str:
-    """Return a text without control characters, which could move the cursor or set the terminal's title."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)

@@ -16,7 +16,7 @@ from mlxkv.cli._checks import Limit, at_least_1, read_size
 from mlxkv.cli._commands import commands
 from mlxkv.cli._files import read_prompt
 from mlxkv.cli._names import Cache, Model
-from mlxkv.cli._output import Artifacts, Json, format_value, note, print_record, progress_bar
+from mlxkv.cli._output import Artifacts, Json, format_value, note, print_record, printable, progress_bar
 from mlxkv.cli._sampling import MinP, Sampling, Seed, Temp, TopK, TopP, XtcProbability, XtcThreshold
 from mlxkv.cli._saving import check_saving
 from mlxkv.cli._work import ending_at_interrupt, load_model, working
@@ -147,7 +147,7 @@ class _Run:
     def _show(self, text: str, show: bool) -> None:
         self.text += text
         if show:
-            print(text, end="", flush=True)
+            print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
     def _held_back(self) -> str:
         """Return the last word, which some of mlx-lm's tokenizers show only when the next one begins."""
@@ -172,7 +172,7 @@ def _text(prompt: str | None, prompt_file: Path | None) -> str:
     """Return the prompt; where no option names it, what is piped in."""
     from mlxkv.errors import InputError
 
-    piped = prompt is None and prompt_file is None and not sys.stdin.isatty()
+    piped = prompt is None and prompt_file is None and sys.stdin is not None and not sys.stdin.isatty()
     if piped or (prompt == "-" and prompt_file is None):
         prompt, prompt_file = None, Path("-")
     if not (text := read_prompt(prompt, prompt_file)):

@@ -231,6 +231,21 @@ def test_tokens_that_are_none_or_not_those_of_the_cache_are_damage(tokens, model
     assert capsys.readouterr().err.count("tokens") >= 2
 
 
+def test_a_text_cannot_move_the_cursor_of_a_terminal(model_dir, monkeypatch, capsys):
+    stopped = _Run(None, None, [], [])
+    stopped._show("a\x1b[2J\tb\n", show=True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    stopped._show("a\x1b[2J\tb\n", show=True)
+    assert capsys.readouterr().out == "a\x1b[2J\tb\na\ufffd[2J\tb\n"
+
+
+@pytest.mark.parametrize("words", [[], ["--prompt", "-"], ["--prompt-file", "-"]])
+def test_a_closed_standard_input_holds_no_prompt(words, model_dir, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert run("generate", "--model", model_dir, *words) == 2
+    assert ("give either --prompt" if not words else "is closed") in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["a.mlxkv", "a.cache"])
 def test_the_file_of_a_conversation_is_not_written_while_it_is_held_and_keeps_its_messages(
     name, talker, tmp_path, says, capsys
@@ -287,6 +302,7 @@ def test_a_file_of_all_tokens_is_not_made_of_some(ending, model_dir, tmp_path, c
         (["--seed", "-1"], "-1 is not in"),
         (["--prompt-file", "{tmp}/none"], "give either"),
         (["--adapter-path", "{tmp}"], "no adapter_config.json"),
+        (["--prompt", "a\udcff"], "--prompt is not UTF-8"),
     ],
 )
 def test_mistakes_are_found_before_the_model_is_loaded(words, message, tmp_path, monkeypatch, capsys):
