@@ -101,7 +101,7 @@ def encode_section(name: str, data: bytes, coding: str = "deflate") -> tuple[Sec
 
 
 def write(file: IO[bytes], header: Mapping[str, Any], sections: Iterable[tuple[Section, bytes]]) -> None:
-    """Write a container: the sections in order, then the header.
+    """Write a container: the sections in order, one at a time, then the header.
 
     Parameters
     ----------
@@ -121,7 +121,11 @@ def write(file: IO[bytes], header: Mapping[str, Any], sections: Iterable[tuple[S
     ({'kind': 'note'}, b'hello')
     """
     file.write(_PREAMBLE.pack(MAGIC, VERSION, 0))
-    file.write(encode_tail(header, [], sections))
+    written = []
+    for section, stored in sections:
+        file.write(stored)
+        written.append(section)
+    file.write(encode_tail(header, written, []))
 
 
 def encode_tail(header: Mapping[str, Any], kept: Sequence[Section], sections: Iterable[tuple[Section, bytes]]) -> bytes:

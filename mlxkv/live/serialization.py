@@ -91,7 +91,7 @@ def save_cache(
         "arrays": [[array_type(array), array.shape] for array in arrays],
         **({} if notes is None else {"notes": dict(notes)}),
     }
-    sections = [encode_section(str(i), array_bytes(array), "raw") for i, array in enumerate(arrays)]
+    sections = (encode_section(str(i), array_bytes(array), "raw") for i, array in enumerate(arrays))
     with atomic_write(path) as file:
         container.write(file, header, sections)
 
