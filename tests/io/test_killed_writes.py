@@ -12,9 +12,10 @@ TESTS = Path(__file__).parents[1]
 WRITES = ("write", "overwrite", "overwrite-pending", "overwrite-same", "dump", "dump-overwrite", "eval")
 APPENDS = ("append", "append-shorter", "append-to-pending", "finish-pending")
 FOLDERS = ("artifacts", "artifacts-overwrite", "library-add", "library-remove", "work-keep", "work-remove")
-LIVE = ("save-cache", "save-cache-overwrite")
+LIVE = ("save-cache", "save-cache-overwrite", "prompt-cache", "prompt-cache-overwrite")
 BROKEN = ("in-place", "hasty")
-COMMANDS = ("compress-command", "append-command", "calibrate-command")
+SESSIONS = ("session-turn",)
+COMMANDS = ("compress-command", "append-command", "convert-command", "calibrate-command")
 
 
 def killed(folder, names):
@@ -44,7 +45,7 @@ def test_a_write_killed_at_any_operation_leaves_the_old_or_the_new_and_the_next_
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "darwin", reason="a forked process cannot use Metal")
-@pytest.mark.parametrize("names", [LIVE, COMMANDS], ids=["live caches", "commands"])
+@pytest.mark.parametrize("names", [LIVE, SESSIONS, COMMANDS], ids=["live caches", "sessions", "commands"])
 def test_whole_commands_and_live_caches_keep_that_promise(tmp_path, names):
     for name, (operations, wrong) in killed(tmp_path, names).items():
         assert operations > 5, name
