@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parents[1] / "fixtures" / "golden_uncalibrated"
 SPEC = CacheSpec("toy", tuple(x and replace(x, window=x.window and 24) for x in GROUPED["window"].layers))
 LENGTH, SINKS, RECENT, BLOCK, QUALITY = 40, 2, 5, 16, 37.5
 FINGERPRINTS = {"direct": "09529b5bd97afe018b78d11b5592d7cb", "exact": "5575b317cb21574d13975d30615e8adc"}
-TABLES = "b2b6494dd8e8245ef44b087e6bcb3a48"
+TABLES = "2a9ac12ce5d8cde49e1628ca26864577"
 
 
 def golden_dump():

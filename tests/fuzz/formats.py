@@ -34,7 +34,7 @@ from mlxkv.cli import main
 from mlxkv.codec import artifacts as artifact_files
 from mlxkv.codec import writing
 from mlxkv.codec.artifacts import CalibrationArtifacts
-from mlxkv.codec.calibrate import calibrate
+from mlxkv.codec.calibrate import calibrate, read_uncalibrated, uncalibrated
 from mlxkv.codec.methods.kvtc import KVTCConfig
 from mlxkv.codec.methods.kvtc_rd import KVTCRDConfig
 from mlxkv.codec.methods.kvtc_weighted import KVTCWeightedConfig
@@ -43,7 +43,7 @@ from mlxkv.dump import read_dump, stream_key, write_dump
 from mlxkv.errors import MlxkvError
 from mlxkv.evaluate.journal import Journal
 from mlxkv.io import growing, lossless
-from mlxkv.io.container import digest
+from mlxkv.io.container import Reader, digest
 from mlxkv.live.base import live_methods
 from mlxkv.live.seam import make_cache
 from mlxkv.live.serialization import load_cache, save_cache
@@ -54,7 +54,8 @@ LIVE = {"int8": {}, "int4": {}, "kivi": {}, "full": {}, "h2o": {"heavy": 8, "rec
 LIVE |= {"sliding-window": {"recent": 16}, "streaming-llm": {"recent": 16}, "random": {"tokens": 16, "recent": 4}}
 LIVE |= {"smartkv": {}, "sketch-topk": {"heavy": 8, "recent": 8}, "sketch-aggregate": {"heavy": 8, "recent": 8}}
 LIVE |= {"mp-kvm": {"centroids": 8, "recent": 8, "flush": 4}}
-CODECS = ("kvtc", "kvtc rans", "kvtc-weighted", "kvtc-rd", "kvtc-rd mla", "kvtc groups", "kvtc-rd groups")
+CODECS = ("kvtc", "kvtc rans", "kvtc-weighted", "kvtc-rd", "kvtc-rd mla", "kvtc groups", "kvtc-rd groups", "direct",
+          "direct mla", "exact groups")  # fmt: skip
 # Full layers beside a window that the files' 30 tokens have moved on.
 WINDOWED = CacheSpec("toy", tuple(x and replace(x, window=x.window and 12) for x in GROUPED["window"].layers))
 
@@ -97,7 +98,10 @@ def codec(variant):
     method, folder = variant.partition(" ")[0], room()[1] / variant
     folder.mkdir()
     spec = DUAL if method == "kvtc" else LATENT if variant.endswith("mla") else PLAIN
-    if variant.endswith("groups"):
+    if method in ("direct", "exact"):
+        of_spec = WINDOWED if variant.endswith("groups") else spec
+        made = uncalibrated(of_spec, fingerprint="f00d.cafe", method=method)
+    elif variant.endswith("groups"):
         config = KVTCConfig(4.0) if method == "kvtc" else KVTCRDConfig()
         made = grouped_artifacts(folder, WINDOWED, config, seeds=(0,))
     elif method == "kvtc":
@@ -184,6 +188,9 @@ def container(recipe, folder):
 def read_compressed(variant, reader, path):
     inspect(path)
     results = []
+    with contextlib.suppress(MlxkvError), Reader(path) as opened:
+        if (made := read_uncalibrated(opened)) is not None:
+            CacheCodec(made).decompress_dump(path)
     for call in (
         lambda: reader.decompress_dump(path),
         lambda: reader.decompress(path, tokens=(1, 9)),

@@ -78,7 +78,7 @@ class DirectCoder(BlockCoder):
         Artifacts of "k" and "v".
     """
 
-    default_quality = 35.0
+    default_quality = 45.0
     window_quality_bonus = 10.0
 
     def __init__(self, streams: Mapping[str, UncalibratedStream]) -> None:

@@ -128,7 +128,7 @@ def even_tables() -> np.ndarray:
     -------
     np.ndarray
         Frequencies `[64, 256]` uint16, smallest coefficients first, the same on every machine: they are made of integers alone.
-        Coefficients have Student's t distribution with 5 degrees of freedom, and the dead zone of `dead_zone`.
+        Coefficients have Student's t distribution with 9 degrees of freedom, and the dead zone of `dead_zone`.
     """
     variances = [(_LEAST_VARIANCE * _CUBE_ROOTS[k % 3]) << k // 3 for k in range(CLASSES)]  # in 2**-32 squared steps
     return rans.frequencies(np.array([_student_counts(variance) for variance in variances], np.int64))
@@ -138,7 +138,7 @@ def _student_counts(variance: int) -> list[int]:
     """Return counts by symbol, from densities at ten points of each small interval; the last is of all other magnitudes."""
 
     def density(twentieths: int) -> int:
-        return (1 << 170) // (3 * variance + (twentieths**2 << 32) // 400) ** 3
+        return (1 << 400) // (7 * variance + (twentieths**2 << 32) // 400) ** 5
 
     near = [
         density(2 * point + 1) for point in range(6 + 10 * _NEAR)
