@@ -18,7 +18,7 @@ from mlxkv.calibration.budget import Budget, Plan
 from mlxkv.calibration.texts import Stretch, Stretches
 from mlxkv.calibration.work import Work
 from mlxkv.codec.artifacts import CalibrationArtifacts
-from mlxkv.codec.calibrate import calibrate, learn
+from mlxkv.codec.calibrate import calibrate, learn, method_to_calibrate
 from mlxkv.codec.methods.base import CodecConfig
 from mlxkv.codec.methods.kvtc_rd import KVTCRDConfig, QuickKVTCRD
 from mlxkv.codec.samples import Samples
@@ -74,7 +74,7 @@ class Calibration:
     Raises
     ------
     InputError
-        For no time at all, and when another process calibrates this model on these texts.
+        For no time at all, for a method that needs no calibration, and when another process calibrates this model on these texts.
     UnsupportedError
         For a model that `cache_spec` refuses.
     """
@@ -85,6 +85,7 @@ class Calibration:
     ) -> None:  # fmt: skip
         if not 0 < seconds < float("inf"):
             raise InputError(f"a budget is a number of minutes above 0, not {seconds / 60}")
+        method_to_calibrate(config)
         self.model, self.name, self.config = model, name, config
         self.reports = reports or Reports()
         self.budget = Budget(seconds, clock, clock() if started is None else started)
@@ -215,7 +216,10 @@ class Calibration:
 
         def show(step: str) -> None:
             spent = self.budget.clock() - start
-            self._show(f"learning: {step.partition(' of 0')[0].partition(':')[0]}", max(expected - spent, 0.1 * expected) + after)
+            self._show(
+                f"learning: {step.partition(' of 0')[0].partition(':')[0]}",
+                max(expected - spent, 0.1 * expected) + after,
+            )
 
         files: list[Path] = [self.work.path(index) for index in range(count)]
         if not isinstance(self.config, KVTCRDConfig):

@@ -62,7 +62,7 @@ def calibrate_command(
     Example: mlxkv calibrate --model smollm2-135m
     """
     from mlxkv.codec.artifacts import check_artifacts_folder
-    from mlxkv.codec.calibrate import codec_config
+    from mlxkv.codec.calibrate import codec_config, method_to_calibrate
     from mlxkv.codec.methods.kvtc import KVTCConfig
     from mlxkv.errors import InputError
     from mlxkv.presets import model_preset
@@ -81,6 +81,7 @@ def calibrate_command(
     base: CodecConfig = codec_config(method) if method else KVTCConfig(compression_ratio or 0)
     given = {"rank": rank, "max_bit_budget": max_bit_budget, "samples_per_file": samples_per_file}
     config = _with_given(base, {**given, "basis_bytes": basis_bytes})
+    method_to_calibrate(config)
     checked = model_preset(preset) if preset else None
     if out is not None:
         check_out_folder(out)

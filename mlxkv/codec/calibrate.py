@@ -49,10 +49,31 @@ def calibrate(
     MismatchError
         For dumps of different models.
     """
+    return learn(method_to_calibrate(config)(), Samples(files, config.sinks, config.samples_per_file, progress), config)
+
+
+def method_to_calibrate(config: CodecConfig) -> type[CodecMethod]:
+    """Return the method that settings belong to, before any work for it.
+
+    Parameters
+    ----------
+    config
+        Settings of a codec method.
+
+    Returns
+    -------
+    type[CodecMethod]
+        Its class.
+
+    Raises
+    ------
+    InputError
+        When it needs no calibration, or these are no settings of a codec method.
+    """
     name, method = _method_of(config)
     if not method.needs_calibration:
         raise InputError(f"{name} needs no calibration", "mlxkv compress uses it where there are no artifacts")
-    return learn(method(), Samples(files, config.sinks, config.samples_per_file, progress), config)
+    return method
 
 
 def uncalibrated(
