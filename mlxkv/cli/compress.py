@@ -45,7 +45,7 @@ def compress_command(
         ),
     ] = None,
     quality: Annotated[
-        float | None, typer.Option(metavar="Q", help="0 to 100 (35): 10 points more halve the quantization step.")
+        float | None, typer.Option(metavar="Q", help="0 to 100 (direct 45, kvtc-rd 35): 10 points more halve the step.")
     ] = None,
     target_ratio: Annotated[
         float | None, typer.Option(metavar="X", help="Times smaller than fp16, the whole file, within 2 %.")
