@@ -21,6 +21,10 @@ TEMPLATES = {
     "chatml": CHATML,
     "trims answers": CHATML.replace("m['content'] }}", "m['content'] | trim }}"),
     "drops thinking": CHATML.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] }}"),
+    "channels": CHATML.replace(
+        "{{ m['content'] }}",
+        "{% if '<|channel|>' in m['content'] %}{{ raise_exception('no channels') }}{% endif %}{{ m['content'] }}",
+    ),
     "dates": "Today is {{ strftime_now('%d %B %Y') }}, {{ strftime_now(\"%H:%M:%S\") }}.\n" + CHATML,
     "none": None,
 }

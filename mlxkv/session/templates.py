@@ -14,6 +14,7 @@ from mlxkv.lm import text_start
 
 Message = dict[str, str]
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_CHANNEL, _BODY = "<|channel|>", "<|message|>"
 _PLAIN_STOP = "\n\nUser:"
 
 
@@ -45,6 +46,7 @@ class Template:
             dated = _TODAY.sub(lambda found: json.dumps(began.strftime(found[2]), ensure_ascii=False), template)
             self._options["chat_template"] = dated
         self._text = template if isinstance(template, str) else "" if self._is_plain else repr(type(tokenizer))
+        self._has_channels = _CHANNEL in self._text
         self.stops: tuple[str, ...] = (_PLAIN_STOP,) if self._is_plain else ()
 
     @property
@@ -77,13 +79,20 @@ class Template:
             return [*text_start(self._tokenizer), *self._tokenizer.encode(text, add_special_tokens=False)]
         try:
             found = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=answer, **self._options
+                [self._told(message) for message in messages], add_generation_prompt=answer, **self._options
             )
         except Exception as error:  # of Jinja, or of whatever the template's own code raises
             raise InputError(
                 f"the model's chat template refuses this conversation: {str(error)[:200] or type(error).__name__}"
             ) from error
         return [int(token) for token in found]
+
+    def _told(self, message: Message) -> Message:
+        """Return a message as the template takes it: gpt-oss thinks in channels, and its template takes the last one alone."""
+        content = message["content"]
+        if self._has_channels and message["role"] == "assistant" and _CHANNEL in content:
+            content = content.rpartition(_BODY)[2]
+        return {**message, "content": content}
 
 
 def plain_text(messages: Sequence[Message]) -> str:

@@ -482,6 +482,18 @@ def test_a_template_that_refuses_leaves_the_conversation_as_it_was():
     assert len(session.messages) == 1
 
 
+def test_of_an_answer_in_channels_the_last_is_what_the_template_gets():
+    model, spoken = tiny_talker(template="channels")
+    session = Session(model, spoken)
+    told = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes."
+    session.send("Is it?", sampler=dictated(spoken, told))
+    assert session.messages[-1]["content"] == told
+    session.send("So?", max_tokens=2)
+    assert spoken.decode(session.tokens).startswith(
+        "<|im_start|>user\nIs it?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n<|im_start|>user\nSo?<|im_end|>"
+    )
+
+
 def test_without_a_template_an_answer_ends_where_the_next_question_would_begin():
     model, spoken = tiny_talker(template="none")
     session = Session(model, spoken)
