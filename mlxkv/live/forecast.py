@@ -46,8 +46,8 @@ class Forecasting(Rewinding):
         cache = type(self)(*self._arguments)
         count = self.tokens_as_large(tokens)
         for part in (count - 1, 1) if count > 1 else (1,):
-            cache._take_shapes(part, batch)
-        return sum(array.nbytes for array in iter_arrays(list(cache.state_to_save().values())))
+            cache._take_shapes(part)
+        return batch * sum(array.nbytes for array in iter_arrays(list(cache.state_to_save().values())))
 
     def tokens_as_large(self, tokens: int) -> int:
         """Return a shorter text after which the cache is as large, for methods whose work grows with the text.
@@ -64,15 +64,15 @@ class Forecasting(Rewinding):
         """
         return tokens
 
-    def _take_shapes(self, count: int, batch: int) -> None:
+    def _take_shapes(self, count: int) -> None:
         """Take in a chunk of zeros that nothing computes."""
-        shapes = [(batch, slot.heads, count, slot.dim) for slot in self.slots]
+        shapes = [(1, slot.heads, count, slot.dim) for slot in self.slots]
         chunk = self._begin(*(mx.zeros(shape, mx.bfloat16) for shape in shapes))
         if self._fetching:
             self._fetch(chunk)
             return
         kept = self.kept if self.observation_window else 0
-        mass = mx.zeros((batch, self.slots[0].heads, kept + count)) if self.observation_window else None
+        mass = mx.zeros((1, self.slots[0].heads, kept + count)) if self.observation_window else None
         self._store(chunk, mass)
         self._end()
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -109,7 +110,7 @@ class Probe:
     caches: list[Any]
     passes: list[Pass]
 
-    @property
+    @cached_property
     def entries(self) -> list[Any]:
         """The entries of the prompt cache, those within lists one by one."""
         return stock.entries(self.caches)

@@ -30,6 +30,7 @@ from mlxkv.models.discovery import describe
 from mlxkv.spec import CacheSpec, Layer
 
 CHUNK = 2048  # tokens that mlx-lm reads of a prompt at a time
+MOST_DIMS = 4096  # of a head; some methods rotate heads by a matrix of so many rows
 GROUP = 64  # values that share a scale with --kv-bits
 _WINDOWS = (RotatingKVCache, ChunkedKVCache)
 
@@ -163,6 +164,10 @@ class TracedModel:
         spec = self.spec
         if spec is None:
             raise UnsupportedError(f"no layer of this {self.name} model keeps a key/value cache")
+        if (widest := max(slot.dim for layer in spec.layers if layer for slot in layer)) > MOST_DIMS:
+            raise UnsupportedError(
+                f"heads of {widest:,} dims are wider than any model's: up to {MOST_DIMS:,} are planned"
+            )
         live = {*spec.attention_layers, *(spec.window_layers if kind.takes_windows else ())}
 
         def size(index: int) -> Size:
@@ -175,7 +180,10 @@ class TracedModel:
 
     def _sum(self, size: Callable[[int], Size]) -> Size:
         """Return the bytes of all entries, of which those that are alike are asked for once."""
-        sizes = [(len(indices), size(indices[0])) for indices in self._alike.values()]
+        try:
+            sizes = [(len(indices), size(indices[0])) for indices in self._alike.values()]
+        except (OverflowError, RuntimeError, ValueError) as error:  # MLX has bounds of its own, as of any dimension
+            raise UnsupportedError(f"these caches would be larger than MLX's arrays may be: {error}") from error
         return Size(sum(count * each.held for count, each in sizes), sum(count * each.peak for count, each in sizes))
 
     def _look(self, zero: mx.array) -> probe.Probe:
@@ -232,9 +240,9 @@ class TracedModel:
         for count in self._chunks(entry, tokens):
             if issubclass(kind, ChunkedKVCache):
                 fresh.maybe_trim_front()
-            fresh.update_and_fetch(*self._rows(seen, count, batch))
-            peak = max(peak, fresh.nbytes)
-        held = sum(array.nbytes for array in _arrays(stock.used_state(type(fresh).__name__, fresh.state, fresh)))
+            fresh.update_and_fetch(*self._rows(seen, count))
+            peak = max(peak, batch * fresh.nbytes)
+        held = batch * sum(array.nbytes for array in _arrays(stock.used_state(kind.__name__, fresh.state, fresh)))
         return Size(held, max(held, peak) if isinstance(entry, _WINDOWS) else held)
 
     def _quantized(self, index: int, tokens: int, batch: int, bits: int) -> Size:
@@ -242,14 +250,14 @@ class TracedModel:
         if seen.keys is None:
             return Size(0, 0)
         cache: Any = QuantizedKVCache(GROUP, bits)  # type: ignore[no-untyped-call]
-        cache.update_and_fetch(*self._rows(seen, tokens, batch))
-        held = sum(array.nbytes for array in _arrays(cache.keys_and_values()))
+        cache.update_and_fetch(*self._rows(seen, tokens))
+        held = batch * sum(array.nbytes for array in _arrays(cache.keys_and_values()))
         return Size(held, held)
 
     @staticmethod
-    def _rows(seen: Any, count: int, batch: int) -> list[mx.array]:
+    def _rows(seen: Any, count: int) -> list[mx.array]:
         """Return keys and values of so many tokens, which nothing computes."""
-        return [mx.zeros((batch, x.shape[1], count, x.shape[3]), x.dtype) for x in (seen.keys, seen.values)]
+        return [mx.zeros((1, x.shape[1], count, x.shape[3]), x.dtype) for x in (seen.keys, seen.values)]
 
     @staticmethod
     def _chunks(entry: Any, tokens: int) -> list[int]:

@@ -20,10 +20,11 @@ from typing import Any
 from mlxkv.bundled import models as bundled
 from mlxkv.errors import FormatError, InputError, ModelNotFoundError, UnsupportedError, suggest
 from mlxkv.io.inputs import MAX_JSON, read_bytes
-from mlxkv.spec import MAX_LAYERS, is_int
+from mlxkv.spec import is_int
 
 FILE = "config.json"
 MOST_DEEP = 32  # objects and lists within each other; published ones have up to 6
+MOST_LAYERS = 512  # published models have up to 126
 MOST_COUNT = 2**16  # of heads, experts and other things that a model may make one by one
 MOST_NUMBER = 2**27  # of anything else; contexts and vocabularies stay below
 _COUNTS = re.compile(r"head|expert|block|group|interval|pattern|depth|kernel|codebook|neighbo|split")
@@ -84,7 +85,7 @@ def check_config(config: Mapping[str, Any]) -> None:
             "plan for a model of a type that mlx-lm has",
         )
     for key, number in _numbers(config):
-        most = MAX_LAYERS if _LAYERS.search(key) else MOST_COUNT if _COUNTS.search(key) else MOST_NUMBER
+        most = MOST_LAYERS if _LAYERS.search(key) else MOST_COUNT if _COUNTS.search(key) else MOST_NUMBER
         if abs(number) > most and not _FREE.search(key):
             raise InputError(f"{key[:80]} of this config.json is {_shown(number)}: there may be at most {most:,}")
 

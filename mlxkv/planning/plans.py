@@ -241,22 +241,13 @@ def _rows(
     def row(cache: str, kind: str, sizes: Sizes, method: str = "", note: str = "") -> PlannedCache:
         found = PlannedCache(cache, kind, method, measurement=measured(cache, like), note=note)
         try:
-            held, reading = sizes(context)
+            found = _with_sizes(found, sizes, context, room, whole)
         except UnsupportedError as error:
             return dataclasses.replace(found, note=error.message, measurement=None)
-        if cache != "fp16" and kind == "mlx-lm" and held == whole:
-            found = dataclasses.replace(
-                found, note="mlx-lm leaves the caches of this model as they are", measurement=None
-            )
-        far = sizes(FAR)
-        grows = far.held > 1.5 * sizes(FAR // 2).held
-        fits = None if room is None else reading <= room
-        always = room is None or (not grows and far.peak <= room)
-        longest = None if always else _longest(lambda n: sizes(n).peak, room or 0, context)
-        return dataclasses.replace(
-            found, bytes=held, share=held / whole if whole else None, reading_bytes=reading, grows=grows, fits=fits,
-            longest_context=longest,
-        )  # fmt: skip
+        if cache != "fp16" and kind == "mlx-lm" and found.bytes == whole:
+            as_it_is = "mlx-lm leaves the caches of this model as they are"
+            return dataclasses.replace(found, note=as_it_is, measurement=None)
+        return found
 
     late = f"begins after {BITS_START:,} tokens, or where --quantized-kv-start says" if context < BITS_START else ""
     own = [row("fp16", "mlx-lm", partial(traced.own, batch=batch))]
@@ -268,6 +259,22 @@ def _rows(
         sizes = partial(traced.live, method, config, batch=batch)
         live.append(row(preset, "live", sizes, live_methods.name_of(method)))
     return own, live, list(_files(traced, whole, like))
+
+
+def _with_sizes(row: PlannedCache, sizes: Sizes, context: int, room: int | None, whole: int) -> PlannedCache:
+    """Return a row with its bytes, and what fits into a room."""
+    (held, reading), far = sizes(context), sizes(FAR)
+    grows = far.held > 1.5 * sizes(FAR // 2).held
+    always = room is None or (not grows and far.peak <= room)
+    return dataclasses.replace(
+        row,
+        bytes=held,
+        share=held / whole if whole else None,
+        reading_bytes=reading,
+        grows=grows,
+        fits=None if room is None else reading <= room,
+        longest_context=None if always else _longest(lambda tokens: sizes(tokens).peak, room or 0, context),
+    )
 
 
 def _files(traced: TracedModel, whole: int, like: bool) -> Iterator[PlannedCache]:

@@ -338,6 +338,11 @@ HUGE = 10**30
         ({"num_hidden_layers": 0}, (InputError, UnsupportedError)),
         ({"num_hidden_layers": "many"}, InputError),
         ({"num_hidden_layers": HUGE}, InputError),
+        ({"num_hidden_layers": 1300}, InputError),
+        (
+            {"num_key_value_heads": 2**16, "num_attention_heads": 2**16, "head_dim": 2**14},
+            (InputError, UnsupportedError),
+        ),
         ({"hidden_size": HUGE}, InputError),
         ({"hidden_size": -64}, InputError),
         ({"hidden_size": 64.5}, InputError),
@@ -361,6 +366,17 @@ def test_a_hostile_config_ends_in_a_typed_error(changes, error):
         return
     with pytest.raises(error):
         plan(config, 64, presets=[])
+
+
+def test_heads_of_a_width_that_no_model_has_are_planned_without_the_matrices_of_live_methods():
+    rows = caches(plan({**TINY_LLAMA, "head_dim": 2**14}, 64))
+    assert rows["fp16"].bytes == 2 * 2 * 2 * 2**14 * 2 * 64
+    assert rows["int4"].bytes is None
+    assert "wider than any model's" in rows["int4"].note
+
+
+def test_the_most_tokens_of_the_most_texts_have_sizes():
+    assert caches(plan(LLAMA_70B, 2**24, batch=2**12, memory=2**50, presets=["mp-kvm-96"]))["mp-kvm-96"].fits
 
 
 def test_what_a_module_of_mlx_lm_prints_is_not_printed(capsys):
