@@ -341,7 +341,7 @@ HUGE = 10**30
         ({"num_hidden_layers": 1300}, InputError),
         (
             {"num_key_value_heads": 2**16, "num_attention_heads": 2**16, "head_dim": 2**14},
-            (InputError, UnsupportedError),
+            (FormatError, InputError),
         ),
         ({"hidden_size": HUGE}, InputError),
         ({"hidden_size": -64}, InputError),
