@@ -16,6 +16,7 @@ from rich.text import Text
 from mlxkv.cli._checks import at_least_1
 from mlxkv.cli._commands import commands
 from mlxkv.cli._failures import failure_of
+from mlxkv.cli._files import COMPRESSED, LIVE, kind_of
 from mlxkv.cli._names import Cache, Model
 from mlxkv.cli._output import format_value, print_record, printable
 from mlxkv.cli._sampling import Sampling, Seed, Temp, TopP, XtcProbability, XtcThreshold
@@ -65,6 +66,8 @@ def chat_command(
     sampling = Sampling(temp, top_p, xtc_probability=xtc_probability, xtc_threshold=xtc_threshold, seed=seed)
     sampling.check()
     path = None if session is None else session_path(session)
+    if path is not None and path.exists() and (kind := kind_of(path)) not in (COMPRESSED, LIVE):
+        raise InputError(f"{path} is {kind}, and no session", "give another name")
     if cache is not None:
         from mlxkv.live import live_config
 

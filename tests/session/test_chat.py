@@ -125,6 +125,17 @@ def test_mistakes_are_named_before_anything_is_said(piped, words, message):
     assert message in err
 
 
+@pytest.mark.parametrize(
+    ("content", "code", "message"),
+    [(b"PK\x03\x04", 2, "a dump (.npz), and no session"), (b"Dear diary", 2, "looks like text"), (b"", 3, "is empty")],
+)
+def test_other_files_are_no_sessions(piped, tmp_path, content, code, message):
+    (path := tmp_path / "a.mlxkv").write_bytes(content)
+    found, out, err = piped("Hello\n", "--session", path)
+    assert (found, out, path.read_bytes()) == (code, "", content)
+    assert message in err
+
+
 def test_what_happens_in_a_pipe_ends_it(piped):
     code, out, err = piped("Hello\n/lod x\nAnd?\n")
     assert (code, out.count("\n")) == (2, 1)
