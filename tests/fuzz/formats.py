@@ -28,7 +28,7 @@ from synthetic import (
 )
 
 from fuzz import prompt_format
-from fuzz.mutations import edit_array, edit_bytes, edit_json
+from fuzz.mutations import edit_array, edit_bytes, edit_json, toml_of
 from mlxkv import lm, presets
 from mlxkv.cli import main
 from mlxkv.codec import artifacts as artifact_files
@@ -422,17 +422,6 @@ def preset_texts():
     for path in sorted(presets.resource_dir("presets").glob("*/*.toml")):
         found[path.parent.name, path.stem] = tomllib.loads(path.read_text())
     return found
-
-
-def toml_of(value):
-    """A value as TOML, which has no null and knows dates, so that some of them come out odd."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(str(key))} = {toml_of(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(toml_of, value)) + "]"
-    if isinstance(value, float):
-        return repr(value)
-    return "1979-05-27" if value is None else json.dumps(value)
 
 
 def preset(recipe, folder):

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import struct
 
 import numpy as np
@@ -106,3 +107,14 @@ def npy_bytes(data, descr, shape):
     text = str({"descr": descr, "fortran_order": False, "shape": tuple(shape)}).encode()
     text += b" " * (-(len(text) + 11) % 64) + b"\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data
+
+
+def toml_of(value):
+    """A value as TOML, which has no null and knows dates, so that some of them come out odd."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(str(key))} = {toml_of(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml_of, value)) + "]"
+    if isinstance(value, float):
+        return repr(value)
+    return "1979-05-27" if value is None else json.dumps(value)
