@@ -37,7 +37,7 @@ SMALLER = {
     "eval text": ["--samples", "1", "--context-tokens", "50", "--max-tokens", "8"],
 }
 LAST = ("artifacts rm", "artifacts import")  # after all that need artifacts
-SLOW = ("doctor", "eval ruler", "eval longbench")
+SLOW = ("doctor", "eval attention", "eval longbench", "eval memory", "eval ruler", "eval text")
 
 
 def commands(command, words=()):

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -38,32 +39,46 @@ def shorter(script):
     return re.sub(r"max_tokens=\d+", "max_tokens=12", script)
 
 
+# What keeps a command small, after its own words.
+SMALLER = {
+    "calibrate": ["--text", "notes.txt", "--budget-minutes", "0.05"],
+    "chat": ["--max-tokens", "8"],
+    "generate": ["--max-tokens", "8"],
+    "eval": ["--samples", "1", "--context-tokens", "100", "--eval-tokens", "20"],
+}
+
+
 def test_the_commands_run_as_written(model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("a.txt").write_text(PROSE * 8)
+    monkeypatch.setenv("MLXKV_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("sys.stdin", StringIO("Hello.\n"))
     Path("notes.txt").write_text(PROSE * 10)
-    lines = [*block(README, "", "mlxkv dump").splitlines(), *block(README, "", "mlxkv eval").splitlines()]
-    commands = [shlex.split(line)[1:] for line in lines if line.startswith("mlxkv ")]
-    assert [command[0] for command in commands] == ["dump", "calibrate", "compress", "generate", "eval"]
+    lines = [*block(README, "", "mlxkv chat").splitlines(), *block(README, "", "mlxkv eval").splitlines()]
+    commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("mlxkv ")]
+    first = ["chat", "plan", "compress", "calibrate", "compress", "generate", "convert", "generate", "eval"]
+    assert [command[0] for command in commands] == first
+    sizes = []
     for command in commands:
-        here = {"mlx-community/Qwen3-4B-4bit": str(model_dir)}
+        here = dict.fromkeys(("smollm2-135m", "mlx-community/Qwen3-4B-4bit"), str(model_dir))
         with pytest.raises(SystemExit) as exit_info:
-            main([here.get(word, word) for word in command])
+            main([*(here.get(word, word) for word in command), *SMALLER.get(command[0], [])])
         assert not exit_info.value.code, command
-    assert 0 < Path("a.mlxkv").stat().st_size < Path("a.npz").stat().st_size
+        sizes += [Path("notes.mlxkv").stat().st_size] if command[0] == "compress" else []
+    assert sizes[1] < sizes[0], "a calibration makes files smaller"
+    assert "<svg" in Path("fidelity.html").read_text()
 
 
 @pytest.mark.slow
-def test_the_live_example_runs_as_written_with_fewer_tokens(smollm2, tmp_path, monkeypatch, capsys):
+def test_the_python_example_runs_as_written_with_fewer_tokens(smollm2, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    script = block(README, "python", "save_cache")
+    script = block(README, "python", "mlxkv.Session")
     assert len([line for line in script.splitlines() if line]) == 10
     exec(shorter(script), {})
-    first, size, second = re.split(r"^(\d+) bytes$", capsys.readouterr().out, flags=re.MULTILINE)
-    assert min(len(first), len(second)) > 30
+    said, size, _ = re.split(r"^(\d+) bytes$", capsys.readouterr().out, flags=re.MULTILINE)
+    assert len(said) > 60
     tokens = 4 + 12 + 5  # the prompt, what is generated, and some room
     assert 0 < int(size) <= tokens * 30 * 2 * 3 * 64 * 2
-    assert Path("story.cache").stat().st_size > int(size)
+    assert Path("work.mlxkv").stat().st_size > 0
 
 
 @pytest.mark.slow
