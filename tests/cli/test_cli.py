@@ -227,7 +227,7 @@ def test_tables_are_for_people(work, capsys):
         (["dump", "--model", "{model}", "--prompt", "a", "--preset", "glm", "--out", "{tmp}/x.npz"], 4, "preset 'glm' is for"),
         (["dump", "--model", "{model}", "--prompt", "a", "--preset", "no", "--out", "{tmp}/x.npz"], 2, "no preset 'no' of a model family"),
         (["dump", "--model", "{model}", "--prompt", "a", "--dtype", "int3", "--out", "{tmp}/x.npz"], 2, "int3"),
-        (["calibrate", "--out", "{tmp}/a", "--compression-ratio", "4"], 2, "at least one dump"),
+        (["calibrate", "--out", "{tmp}/a", "--compression-ratio", "4"], 2, "give either --model or --npz"),
         (["calibrate", "--out", "{tmp}/a", "--npz", "{work}/a.npz"], 2, "either --compression-ratio or --method"),
         (["calibrate", "--out", "{tmp}/a", "--npz", "{work}/a.npz", "--compression-ratio", "-1"], 2, "at least 0.01"),
         (["calibrate", "--out", "{tmp}/a", "--npz", "{work}/a.npz", "--compression-ratio", "4", "--rank", "0"], 2, "rank must be 1"),
