@@ -69,7 +69,7 @@ def test_a_live_cache_is_packed_by_the_preset_and_a_compressed_one_coded_by_the_
     assert record["values"] == "packed by int8"
     assert says("inspect", tmp_path / "b.cache")["method"] == "int8"
     record = says("convert", tmp_path / "b.cache", tmp_path / "b.mlxkv", "--model", model_dir, "--method", "direct")
-    assert record["values"] == "coded by direct at quality 35"
+    assert record["values"].startswith("coded by direct at quality ")
     assert says("inspect", tmp_path / "b.mlxkv")["method"] == "direct"
 
 
