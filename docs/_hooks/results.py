@@ -140,6 +140,13 @@ TABLES = {
         "Whole files of {tokens:,.0f} tokens of {who}. \"At\" is the ratio that `kvtc` was calibrated for, or the quality "
         "of `kvtc-rd`. The artifacts are shared by all files of a model.", "method",
     ),
+    "uncalibrated": ResultTable(
+        lambda s: [{"label": row["variant"].replace(" ", "-"), **row} for row in s],
+        (("bytes", "share_of_fp16", "percent"), ("KL", "kl", "number"),
+         ("of the worst text", "worst_kl", "number"), ("top-1", "top1_agreement", "percent")),
+        "Whole files of up to {held:,} tokens of {who}, by quality, and the next {predict} predicted. Bytes are a share of float16's.",
+        "cache",
+    ),
     "rate_points": ResultTable(
         lambda s: _points(s["points"]),
         (("at", "at", "count"), ("coded tokens", "ratio_middle", "times"), ("KL", "kl", "number"),

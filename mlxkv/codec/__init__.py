@@ -2,6 +2,8 @@
 
     kvtc     layers --rows--> [B*T, p] --pca--> [B*T, r] --plan, quantize, payload--> codes --deflate or rans--> container
     kvtc-rd  layers --rows--> [B*T, p] --weighting, basis--> [B*T, r] --dead_zone--> integers --entropy--> container
+    direct   layers --rows--> [B*T, p] --reflections--> [B*T, p] --dead_zone--> integers --entropy--> container
+    exact    layers --rows--> [B*T, p] --planes of bytes--> container
 
 Vocabulary:
 
@@ -15,7 +17,8 @@ Modules:
 
 - `session`: `CacheCodec`, a cache to one container and back; `layout`, `writing`, `reading` and `unquantized` are its
   parts, and `summary` lists the sizes of a file's parts.
-- `calibrate`: learns the `artifacts` of a method from `samples`, the rows of dumps.
+- `calibrate`: learns the `artifacts` of a method from `samples`, the rows of dumps, or makes those of a method that needs no
+  calibration.
 - `library`: artifacts in the user's data folder, found by model or by file; `entries` tells what there is.
 - `methods`: the interface (`base`) and the methods that implement it.
 - `stages`: arrays to arrays or bytes, each beside its inverse.

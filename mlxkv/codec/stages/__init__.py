@@ -10,6 +10,7 @@ They work on arrays and tables and know neither files nor caches.
 | `basis` | learns and stores principal components in few bytes | `Basis.reconstruct` | kvtc-rd |
 | `plan` | allocates bits to components | - | kvtc, kvtc-weighted |
 | `quantize`, `payload` | groups of coefficients to packed bytes | `decode_block` | kvtc, kvtc-weighted |
-| `dead_zone` | coefficients to integers with one step size | `dequantize` | kvtc-rd |
-| `entropy` | integers to bytes with static tables and rANS | `decode` | kvtc-rd |
+| `reflections` | gathers what a block's tokens have in common in its first rows | `reflect_back` | direct |
+| `dead_zone` | coefficients to integers with one step size | `dequantize` | kvtc-rd, direct |
+| `entropy` | integers to bytes with static tables and rANS | `decode` | kvtc-rd, direct |
 """
