@@ -68,7 +68,7 @@ def calibrate_command(
     from mlxkv.presets import model_preset
 
     started = time.monotonic()
-    if (model is None) == (npz is None):
+    if (model is None) == (npz is None) and not (model is None and more):  # dumps alone, without --npz, as ever
         raise InputError("give either --model or --npz")
     if model is None and (text or budget_minutes is not None):
         raise InputError("--text and --budget-minutes go with --model")
