@@ -134,7 +134,7 @@ def _read_groups(entries: list[Any], spec: CacheSpec, start: int) -> tuple[dict[
     streams: dict[str, list[mx.array]] = {}
     rings: dict[int, int] = {}
     for number, group in enumerate(spec.groups):
-        pairs = []
+        pairs: list[Any] = []
         for index in group.indices:
             if group.window is None:
                 keys, values = entries[index].keys_and_values()
