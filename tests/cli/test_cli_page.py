@@ -32,10 +32,17 @@ def record(name, variants=("whole", "int8", "h2o-96"), samples=8, ratios=(0.5, 1
             key = {name: values[i % len(values)] for name, values in facts.items()}
             numbers = dict.fromkeys(scores, v * (1 + i % 3) * 10.0 ** (-v))
             made.append(
-                {**key, "variant": variant, "tokens": 64, **({"ratio": ratios[v]} if ratios else {}), **numbers}
+                {
+                    **key,
+                    "variant": variant,
+                    "tokens": 64,
+                    "predicted_tokens": i,
+                    **({"ratio": ratios[v]} if ratios else {}),
+                    **numbers,
+                }
             )
     return {
-        "model": "<b>model</b>", "fingerprint": "f00d", "quantization": "float16", "evaluation": name, "options": {"text_file": "<i>"},
+        "model": "<b>model & \"all\"", "fingerprint": "f00d", "quantization": "float16", "evaluation": name, "options": {"text_file": "<i>&"},
         "variants": {variant: {"cache": variant} for variant in variants}, "seeds": 1, "limit": None,
         "summary": summarise(made, scores), "samples": made, "machine": MACHINE,
     }  # fmt: skip
@@ -77,6 +84,9 @@ def test_every_evaluation_has_a_page_with_all_its_scores_and_variants(name):
     for figure in drawn:
         said = " ".join(figure.itertext()) + figure.get("aria-label")
         assert all(variant in said for variant in ("whole", "int8", "h2o-96"))
+    labels = [element.text for element in drawn[0] if element.tag.endswith("text")]
+    assert {"int8", "h2o-96"} < set(labels)
+    assert any(label.startswith("whole: ") for label in labels)
     for score in evaluations.get(name).scores:
         assert score.replace("_", " ") in text
     assert not addresses(text)
@@ -118,7 +128,7 @@ def test_a_dot_tells_its_sample_and_a_mean_its_interval():
 
 def test_an_axis_is_logarithmic_only_where_numbers_are_far_apart_and_not_below_0():
     assert scale_of([0.0, 1e-5, 1.0], 0, 100).log
-    assert not scale_of([-1e-5, 1.0], 0, 100).log
+    assert not scale_of([-1.0, 1e-5, 1.0], 0, 100).log
     assert not scale_of([0.5, 1.0], 0, 100).log
     for values in ([0.0], [5.0, 5.0], [float("nan")], [1e-9, 1e9], [-3.0, 2.0]):
         scale = scale_of(values, 0, 100)
