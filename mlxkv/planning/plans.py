@@ -290,15 +290,16 @@ def _files(traced: TracedModel, whole: int, like: bool) -> Iterator[PlannedCache
 def _longest(size: Callable[[int], int], room: int, start: int) -> int:
     """Return the most tokens whose bytes fit into a room, to a thousandth; bytes grow with tokens, nearly in proportion."""
     low, high = 0, MOST_CONTEXT + 1
-    guess, step = start, 1
+    guess, step = start, 0
     while high - low > max(1, low >> 10):
         if size(guess) <= room:
             low = guess
         else:
             high = guess
-        step += 1
-        near = _in_proportion(size, room, low or guess) if step % 2 else (low + min(high, low + max(2, low >> 9))) // 2
-        guess = near if low < near < high else (low + high) // 2
+        # In turn: where a line leads, a little further on, and the middle, for sizes that are no line.
+        middle = (low + high) // 2
+        near = (_in_proportion(size, room, low or guess), low + max(1, low >> 10), middle)[step % 3]
+        guess, step = near if low < near < high else middle, step + 1
     return low
 
 
