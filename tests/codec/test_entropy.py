@@ -208,3 +208,32 @@ def test_shifts_beyond_the_largest_are_refused(tables):
     data[12 + struct.unpack_from("<I", data, 8)[0]] = SHIFTS + 1
     with pytest.raises(FormatError, match="shifts"):
         decode(bytes(data), tables, 200, 60)
+
+
+# Tables that need no calibration
+
+
+def test_even_tables_fit_coefficients_of_their_size():
+    tables, random = entropy.even_tables(), np.random.default_rng(0)
+    assert (tables.sum(axis=1, dtype=int) == 4096).all()
+    for index in (6, 18, 30, 42):
+        values = np.rint(random.standard_normal((2000, 1)) * 2 ** (index / 6) / 8).astype(np.int32)
+        bits = [
+            entropy.estimate(values, tables, entropy.Sizes(np.array([c]), np.zeros(2000, int))) for c in range(1, 65)
+        ]
+        assert abs(int(np.argmin(bits)) - index) <= 3
+
+
+def test_sizes_of_rows_and_columns_together_make_the_code_shorter_and_come_back():
+    random = np.random.default_rng(0)
+    scale = np.exp(random.standard_normal((60, 1))) * np.exp(random.standard_normal(40))
+    coefficients = (2 * scale * random.standard_normal((60, 40))).astype(np.float32)
+    coefficients[:, 3] = 0
+    integers, tables = np.rint(coefficients).astype(np.int32), entropy.even_tables()
+    sizes = entropy.sizes_of(coefficients)
+    data = entropy.encode(integers, tables, sizes)
+    assert len(data) < len(entropy.encode(integers, tables))
+    section = entropy.Section(data, tables, 60, 40, entropy.WIDE_SHIFTS)
+    assert np.array_equal(entropy.decode([section])[0], integers)
+    with pytest.raises(FormatError, match="shifts"):
+        entropy.decode([section._replace(most_shift=entropy.SHIFTS)])
