@@ -37,8 +37,6 @@ def test_what_tokens_share_is_gathered_in_the_first_rows():
 def test_noise_has_no_reflections_since_they_would_not_pay():
     assert len(reflections.learn_reflections(rows_with(0))) == 0
     assert len(reflections.learn_reflections(mx.zeros((120, 900)))) == 0
-        "so few numbers save less than a vector costs"
-    )
 
 
 def test_any_stored_bytes_are_orthogonal_reflections():
