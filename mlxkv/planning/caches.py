@@ -261,12 +261,12 @@ class TracedModel:
 
     @staticmethod
     def _chunks(entry: Any, tokens: int) -> list[int]:
-        """Return the chunks in which a prompt comes, and its last token: of a window no more than fill it twice."""
+        """Return the chunks in which a prompt comes, and its last token: of a window no more than fill it."""
         if not isinstance(entry, _WINDOWS):
             return [tokens]
-        if isinstance(entry, RotatingKVCache):
-            tokens = min(tokens, 2 * CHUNK + entry.max_size)
+        window = entry.max_size if isinstance(entry, RotatingKVCache) else entry.chunk_size
         whole, rest = divmod(tokens - 1, CHUNK)
+        whole = min(whole, window // CHUNK + 3)  # from there on every chunk leaves as many rows
         return [*([CHUNK] * whole), *([rest] if rest else []), 1]
 
     def _whole(self, tokens: int, batch: int) -> list[Size]:

@@ -129,6 +129,13 @@ def test_the_prompt_of_windows_takes_a_chunk_more_while_it_is_read():
     assert row.reading_bytes - row.bytes == more
 
 
+def test_chunks_of_ten_million_tokens_are_as_large_as_those_of_a_shorter_text():
+    traced, more = TracedModel(*build_model(configuration("llama4"))), 2048 * 5000
+    whole = [layer for layer in traced.layers if layer is not None]  # those that keep every token
+    grown = sum(2 * slot.heads * slot.dim for layer in whole for slot in layer)
+    assert traced.own(30_001 + more).held - traced.own(30_001).held == more * grown
+
+
 def test_batches_multiply_bytes():
     one, four = (caches(plan(configuration("qwen3_next"), 700, batch=n)) for n in (1, 4))
     for name in ("fp16", "int4", "h2o-96", "mp-kvm-96", "smartkv-0.5"):
