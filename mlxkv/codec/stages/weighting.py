@@ -32,6 +32,7 @@ _FEWEST_KEYS = 16  # with fewer tokens at hand no attention is predicted
 _FOLDS = 3  # of neighbouring tokens, each held out in turn
 _MIN_ENERGY = 1e-3  # added to energies, in units of a head's mean: keeps the logarithm bounded
 _NEWTON_ROUNDS, _WARM_ROUNDS = 15, 5  # from nothing, and from the solution for another penalty
+_UNTHREADED = 2**18 - 1  # multiplications that OpenBLAS makes in one thread
 _MAX_STEP = 2.0  # largest step of Newton's method, in the logarithm of energy
 
 
@@ -97,7 +98,7 @@ def learn_weights(
         )
         keys = keys.reshape(len(keys), -1, streams[0].dim)
         relative = [energy / np.maximum(energy.mean(axis=0), 1e-30) for energy in energies.values()]
-        attention = learn_attention_predictor(keys, (relative[0] + relative[1]) / 2, shrink)
+        attention = learn_attention_predictor(keys, (relative[0] + relative[1]) / 2, shrink, split=most is not None)
         # Energy that the gains account for must not be counted again in the weights.
         gains = attention_gains(keys, attention)
         samples.facts["predicted_heads"] = int(attention[:, :-1].any(axis=1).sum())
@@ -138,7 +139,9 @@ def head_weights(fisher: np.ndarray, mean: float) -> np.ndarray:
     return (vectors * powers[:, None]) @ vectors.swapaxes(1, 2)
 
 
-def learn_attention_predictor(keys: np.ndarray, energy: np.ndarray, shrink: bool = True) -> np.ndarray:
+def learn_attention_predictor(
+    keys: np.ndarray, energy: np.ndarray, shrink: bool = True, split: bool = False
+) -> np.ndarray:
     """Regress each token's gradient energy on its key, and return the logarithm of the gains that follow.
 
     For each head, the energy of a token (the squared norm of the loss gradient with respect to its cached keys and values,
@@ -153,6 +156,8 @@ def learn_attention_predictor(keys: np.ndarray, energy: np.ndarray, shrink: bool
         Energy `[N, n]` of each token and head, relative to the head's mean.
     shrink
         False for the smallest penalty, and a prediction for every head.
+    split
+        Whether products are made of few tokens at a time: several times as fast on few cores, and other in their last bits.
 
     Returns
     -------
@@ -171,11 +176,11 @@ def learn_attention_predictor(keys: np.ndarray, energy: np.ndarray, shrink: bool
     spread = np.maximum(spread, _LEAST_SPREAD * np.sqrt(np.square(spread).mean(axis=1, keepdims=True))) + 1e-6
     x = np.concatenate([(keys - mean) / spread, np.ones((*keys.shape[:2], 1), np.float32)], axis=-1).swapaxes(0, 1)
     y = energy.T + np.float32(_MIN_ENERGY)
-    penalty, kept = _cross_validate(x, y) if shrink else (_PENALTIES[-1], np.ones(len(x), dtype=bool))
+    penalty, kept = _cross_validate(x, y, split) if shrink else (_PENALTIES[-1], np.ones(len(x), dtype=bool))
     coefficients = np.zeros((x.shape[0], x.shape[2]), np.float32)
     coefficients[:, -1] = np.log(y.mean(axis=1))
     if kept.any():
-        coefficients[kept] = _fit(x[kept], y[kept], penalty, coefficients[kept], _NEWTON_ROUNDS)
+        coefficients[kept] = _fit(x[kept], y[kept], penalty, coefficients[kept], _NEWTON_ROUNDS, split)
     slopes = coefficients[:, :-1] / spread
     bias = coefficients[:, -1] - (slopes * mean).sum(axis=1)
     temper = trust(*x.shape[1:]) if shrink else TEMPER
@@ -205,7 +210,7 @@ def trust(tokens: int, numbers: int) -> float:
     return TEMPER * min(1.0, tokens / (SLOPE_TOKENS * numbers))
 
 
-def _fit(x: np.ndarray, y: np.ndarray, penalty: float, first: np.ndarray, rounds: int) -> np.ndarray:
+def _fit(x: np.ndarray, y: np.ndarray, penalty: float, first: np.ndarray, rounds: int, split: bool) -> np.ndarray:
     """Return the coefficients `[n, D + 1]` of all heads' regressions, from those of a first guess."""
     coefficients = first.copy()
     ridge = penalty * x.shape[1] * np.eye(x.shape[2], dtype=np.float32)
@@ -213,13 +218,24 @@ def _fit(x: np.ndarray, y: np.ndarray, penalty: float, first: np.ndarray, rounds
     for _ in range(rounds):
         ratio = y * np.exp(-np.clip(x @ coefficients[..., None], -30, 30)[..., 0])
         gradient = ((1 - ratio)[:, None] @ x)[:, 0] + coefficients @ ridge
-        hessian = (x * np.maximum(ratio, 0.3)[..., None]).swapaxes(1, 2) @ x + ridge
+        hessian = _products(x * np.maximum(ratio, 0.3)[..., None], x, split) + ridge
         change = np.linalg.solve(hessian, gradient[..., None])
         coefficients -= change[..., 0] * np.minimum(1, _MAX_STEP / np.abs(x @ change).max(axis=1))
     return coefficients
 
 
-def _cross_validate(x: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
+def _products(scaled: np.ndarray, x: np.ndarray, split: bool) -> np.ndarray:
+    """Return the sum over tokens of the products of each head's numbers, `[n, D + 1, D + 1]`."""
+    # OpenBLAS gives larger products to threads, which cost many times as much as these are worth.
+    size = max(1, _UNTHREADED // x.shape[2] ** 2) if split else max(1, x.shape[1])
+    total = np.zeros((), np.float32)
+    for start in range(0, x.shape[1], size):
+        part = slice(start, start + size)
+        total = total + scaled[:, part].swapaxes(1, 2) @ x[:, part]
+    return total
+
+
+def _cross_validate(x: np.ndarray, y: np.ndarray, split: bool) -> tuple[float, np.ndarray]:
     """Return the penalty whose predictions of held-out tokens are best, and the heads `[n]` where they beat the mean."""
     tokens = x.shape[1]
     loss, without = np.zeros((len(_PENALTIES), len(x))), np.zeros(len(x))
@@ -232,7 +248,7 @@ def _cross_validate(x: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
         found[:, -1] = np.log(known[1].mean(axis=1))
         without += _gamma_loss(*wanted, found)
         for index, penalty in enumerate(_PENALTIES):  # each from the solution of a stronger one
-            found = _fit(*known, penalty, found, _WARM_ROUNDS)
+            found = _fit(*known, penalty, found, _WARM_ROUNDS, split)
             loss[index] += _gamma_loss(*wanted, found)
     best = int(loss.sum(axis=1).argmin())
     return _PENALTIES[best], loss[best] < without
