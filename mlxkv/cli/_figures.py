@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -127,7 +127,7 @@ def strips(score: str, rows: Mapping[str, Sequence[float]], means: Sequence[Poin
     height = 14 + row_height * len(rows) + 34
     x = scale_of((value for values in rows.values() for value in values), left, width - 16)
     bottom = height - 34
-    parts = [_vertical(x, bottom, lambda tick: format_value(score, tick))]
+    parts = [_x_axis(x, bottom, score)]
     for number, ((name, values), mean) in enumerate(zip(rows.items(), means)):
         y = 14 + row_height * (number + 0.5)
         parts.append(
@@ -245,22 +245,31 @@ def _x_of_bytes(x: Scale, bottom: float) -> str:
 
 def _y_axis(y: Scale, x: Scale, score: str) -> str:
     parts = []
-    for tick in y.ticks():
+    for tick, text in _ticks(y, score):
         parts.append(f'<path class="grid" d="M{x.start},{y(tick):.1f}H{x.end}"/>')
         parts.append(
-            f'<text class="tick" x="{x.start - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{plain(format_value(score, tick))}</text>'
+            f'<text class="tick" x="{x.start - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{plain(text)}</text>'
         )
     return "".join(parts)
 
 
-def _vertical(x: Scale, bottom: float, told: Callable[[float], str]) -> str:
+def _x_axis(x: Scale, bottom: float, score: str) -> str:
     parts = []
-    for tick in x.ticks():
+    for tick, text in _ticks(x, score):
         parts.append(f'<path class="grid" d="M{x(tick):.1f},8V{bottom}"/>')
         parts.append(
-            f'<text class="tick" x="{x(tick):.1f}" y="{bottom + 18}" text-anchor="middle">{plain(told(tick))}</text>'
+            f'<text class="tick" x="{x(tick):.1f}" y="{bottom + 18}" text-anchor="middle">{plain(text)}</text>'
         )
     return "".join(parts)
+
+
+def _ticks(scale: Scale, score: str) -> list[tuple[float, str]]:
+    """Return the ticks of a scale with their text, of as many digits as tell them apart."""
+    ticks = scale.ticks()
+    texts = [format_value(score, tick) for tick in ticks]
+    if len(set(texts)) < len(texts):
+        texts = [f"{tick:.8g}" for tick in ticks]
+    return list(zip(ticks, texts))
 
 
 def _svg(width: int, height: float, what: str, parts: Iterable[Any], natural: bool = False) -> str:

@@ -234,14 +234,18 @@ def _number(row: Mapping[str, Any], score: str, with_p: bool) -> str:
     """Return a cell: the mean, and below it the interval of the difference and its p."""
     deviation, bounds, p = (row.get(f"{score}_{name}") for name in ("deviation", "interval", "p"))
     text = format_value(score, row[score])
-    text += f" ± {format_value(score, deviation)}" if deviation is not None else ""
+    text += f" ± {_short(score, deviation)}" if deviation is not None else ""
     below = [f"{_signed(score, bounds[0])} to {_signed(score, bounds[1])}"] if bounds and row["samples"] > 1 else []
     below += [f"p {p:.2g}"] if with_p and p is not None else []
     return plain(text) + "".join(f"<br/><small>{plain(line)}</small>" for line in below)
 
 
 def _signed(score: str, value: float) -> str:
-    return ("-" if value < 0 else "+" if value > 0 else "") + format_value(score, float(f"{abs(value):.2g}"))
+    return ("-" if value < 0 else "+" if value > 0 else "") + _short(score, abs(value))
+
+
+def _short(score: str, value: float) -> str:
+    return format_value(score, float(f"{value:.2g}"))
 
 
 def _compared(result: Result) -> str:

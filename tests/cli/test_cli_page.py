@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 from conftest import run
 
-from mlxkv.cli._figures import scale_of
+from mlxkv.cli._figures import _ticks, scale_of
 from mlxkv.cli._page import page
 from mlxkv.cli.eval import help_of
 from mlxkv.evaluate import evaluations
@@ -135,6 +135,12 @@ def test_an_axis_is_logarithmic_only_where_numbers_are_far_apart_and_not_below_0
         assert all(0 <= scale(value) <= 100 for value in values if value == value)
         assert all(scale.low <= tick <= scale.high for tick in scale.ticks())
         assert len(scale.ticks()) <= 7
+
+
+def test_ticks_tell_apart_what_is_close():
+    texts = [text for _, text in _ticks(scale_of([0.99981, 0.99999], 0, 100), "top1_agreement")]
+    assert len(set(texts)) == len(texts) >= 3
+    assert _ticks(scale_of([1e6, 2e6], 0, 100), "cache_bytes")[0][1].endswith("MB")
 
 
 def test_what_is_run_again_gives_the_same_numbers(model_dir, tmp_path, monkeypatch, says):
