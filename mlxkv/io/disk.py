@@ -147,10 +147,14 @@ def write_target(path: str | Path) -> Path:
     Raises
     ------
     InputError
-        When something else than a file is there.
+        When something else than a file is there, or can never be.
     """
-    target = Path(path).resolve()
-    if not str(path) or (target.exists() and not target.is_file()):
+    try:
+        target = Path(path).resolve()
+        is_other = target.exists() and not target.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, or links in a circle
+        raise InputError(f"cannot write {str(path)[:200]!r}: {getattr(error, 'strerror', None) or error}") from None
+    if not str(path) or is_other:
         raise InputError(f"cannot write {str(path)!r}: not a file name, or something else than a file")
     return target
 

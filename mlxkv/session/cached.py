@@ -122,7 +122,7 @@ class CachedTokens:
             Token ids that were being read and written.
         interrupted
             Whether the model may have been stopped in the middle of a call. What layers without keys and values hold then
-            cannot be told.
+            cannot be told, nor whether those that have seen nothing should have.
         """
         entries = stock.entries(self.cache)
         counted = [entry for entry in entries if isinstance(getattr(entry, "offset", None), int)]
@@ -132,7 +132,8 @@ class CachedTokens:
         except MismatchError:
             self.reset()
             return
-        if interrupted and len(counted) < len(entries):
+        # Layers that do not count may have read more, and those that have seen nothing less.
+        if interrupted and sum(entry.offset == seen for entry in counted) < len(entries):
             self.reset()
             return
         unknown = [-1] * (seen - len(text))  # the model runs one token ahead of what it shows
@@ -149,4 +150,8 @@ def _can_lose(entry: Any, count: int) -> bool:
     """Return whether an entry can take back so many tokens now."""
     if hasattr(entry, "can_take_back"):
         return bool(entry.can_take_back(count))
+    if (
+        isinstance(entry, ChunkedKVCache) and entry.start_position
+    ):  # it says that it can: what it dropped would be missing
+        return False
     return bool(entry.is_trimmable())

@@ -17,6 +17,7 @@ from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.config import Config
 from mlxkv.errors import InputError, MismatchError
 from mlxkv.identity import fingerprint
+from mlxkv.io.disk import write_target
 from mlxkv.io.ownership import Ownership
 from mlxkv.live import live_config, make_cache
 from mlxkv.live.base import LayerCache
@@ -25,6 +26,7 @@ from mlxkv.session.answers import Answer
 from mlxkv.session.cached import CachedTokens
 from mlxkv.session.files import CompressedFile, Facts, LiveFile, Model, SessionFile, is_live
 from mlxkv.session.templates import Message, Template
+from mlxkv.spec import is_int
 
 Progress = Callable[[int, int], None]
 
@@ -104,12 +106,13 @@ class Session:
         self._coding = artifacts, quality
         self._owned: Ownership | None = None
         self._file: SessionFile | None = None
+        self._running: Generator[str, None, None] | None = None
         self._cached = CachedTokens(partial(_new_cache, model, cache))
-        self._messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self._messages: list[Message] = [] if system is None else [{"role": "system", "content": _text(system)}]
         self._began = datetime.now().replace(microsecond=0)
         self._changed, self.resumed, self.lost = False, False, 0
         if path is not None:
-            self._own(path)
+            self._file, self._owned = self._own(path)
             try:
                 self._open(system)
             except BaseException:
@@ -169,7 +172,7 @@ class Session:
         Raises
         ------
         InputError
-            When the model's template refuses the conversation.
+            When the model's template refuses the conversation, and for what is no text, or no number of tokens.
         """
         return "".join(self.stream(text, max_tokens=max_tokens, sampler=sampler))
 
@@ -178,8 +181,8 @@ class Session:
     ) -> Generator[str, None, None]:
         """Say something, and yield the model's answer piece by piece.
 
-        An answer that is not read to its end stays as far as it came. One that fails before its first piece leaves the
-        conversation as it was.
+        An answer that is not read to its end stays as far as it came: it ends at the latest with the next turn, `undo` or
+        `save`. One that fails before its first piece leaves the conversation as it was.
 
         Parameters
         ----------
@@ -201,8 +204,28 @@ class Session:
         Raises
         ------
         InputError
-            When the model's template refuses the conversation.
+            When the model's template refuses the conversation, and for what is no text, or no number of tokens.
         """
+        if not (is_int(max_tokens, 1) or max_tokens == -1):
+            raise InputError(f"max_tokens must be 1 or more, or -1 for any number, not {str(max_tokens)[:80]}")
+        self._end_answer()
+        pieces = self._running = self._answer(_text(text), max_tokens, sampler, progress)
+        try:
+            yield from pieces
+        finally:
+            if self._running is pieces:
+                self._running = None
+
+    def _end_answer(self) -> None:
+        """End an answer that someone has not read to its end, before the cache is used for something else."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+    def _answer(
+        self, text: str, max_tokens: int, sampler: Any, progress: Progress | None
+    ) -> Generator[str, None, None]:
+        """Yield an answer, for `stream`."""
         messages: list[Message] = [*self._messages, {"role": "user", "content": text}]
         prompt = self._template.render(messages)
         self.lost = self._cached.go_to(prompt)
@@ -245,16 +268,17 @@ class Session:
         InputError
             When nothing was said.
         """
+        self._end_answer()
         last = max((i for i, message in enumerate(self._messages) if message["role"] == "user"), default=None)
         if last is None:
             raise InputError("nothing has been said that could be taken back")
-        said = self._messages[last]["content"]
-        del self._messages[last:]
+        said, stay = self._messages[last]["content"], self._messages[:last]
+        answered = any(message["role"] == "assistant" for message in stay)
         # Every conversation begins with the same token, so that one always stays: a file holds at least one.
-        rest = self._template.render(self._messages, answer=False) if self.turns else self._cached.tokens[:1]
-        tokens = self._cached.tokens
+        rest = self._template.render(stay if answered else self._messages, answer=False)[: None if answered else 1]
+        self._messages = stay
         self.lost = self._cached.go_to(rest, unread=0)
-        if not self._cached.tokens and tokens:
+        if not self._cached.tokens:
             self._read(rest)
         self._changed = True
         return said
@@ -279,17 +303,30 @@ class Session:
         MismatchError
             When something else has written the file meanwhile.
         """
-        if path is not None and (self._file is None or Path(path).resolve() != self._file.path):
-            if Path(path).exists():
-                raise InputError(f"{path} exists: give another name")
-            self._own(path)
-            self._changed = True
-        if self._file is None:
-            raise InputError("this conversation has no file: give save a name")
-        if not self._changed or not self._cached.tokens:
+        self._end_answer()
+        if path is None or (self._file is not None and write_target(path) == self._file.path):
+            if self._file is None:
+                raise InputError("this conversation has no file: give save a name")
+            return self._write(self._file) if self._changed else 0
+        file, owned = self._own(path, new=True)
+        try:
+            written = self._write(file)
+        except BaseException:
+            owned.release()
+            raise
+        if self._owned is not None:
+            self._owned.release()
+        self._file, self._owned = file, owned
+        return written
+
+    def _write(self, file: SessionFile) -> int:
+        """Write the conversation to a file; return the bytes."""
+        if not self._cached.tokens and self.turns:  # an interruption has cost the whole cache
+            self._read(self._template.render(self._messages, answer=False))
+        if not self._cached.tokens:
             return 0
         facts = Facts(self._messages, self._began, self._template.digest)
-        written = self._file.save(self._cached.cache, self._cached.tokens, facts)
+        written = file.save(self._cached.cache, self._cached.tokens, facts)
         self._changed = False
         return written
 
@@ -317,15 +354,20 @@ class Session:
             "cache_bytes": self._cached.nbytes if count else 0,
         }
 
-    def _own(self, path: str | Path) -> None:
+    def _own(self, path: str | Path, *, new: bool = False) -> tuple[SessionFile, Ownership]:
         """Take a file for this process, and find out of which kind it is."""
         owned = Ownership(path)
-        target = owned.target
-        live = is_live(target) if target.exists() else self._preset is not None
-        self._file = LiveFile(target, self._model) if live else CompressedFile(target, self._model, *self._coding)
-        if self._owned is not None:
-            self._owned.release()
-        self._owned = owned
+        try:
+            target, is_there = owned.target, owned.target.exists()
+            if new and is_there:
+                raise InputError(f"{path} exists: give another name")
+            entries = stock.entries(self._cached.cache)
+            live = is_live(target) if is_there else any(isinstance(entry, LayerCache) for entry in entries)
+            coded = None if live else CompressedFile(target, self._model, *self._coding)
+            return coded or LiveFile(target, self._model), owned
+        except BaseException:
+            owned.release()
+            raise
 
     def _open(self, system: str | None) -> None:
         """Read the conversation from the file, if there is one."""
@@ -373,3 +415,12 @@ class Session:
 def _new_cache(model: Any, method: str | Config | None) -> list[Any]:
     """Return an empty prompt cache: mlx-lm's own, or a live one."""
     return make_prompt_cache(model) if method is None else list(make_cache(model, method))
+
+
+def _text(said: str) -> str:
+    """Return what is said, which has to be text: a file could not hold it otherwise."""
+    try:
+        said.encode()
+    except (AttributeError, UnicodeError):
+        raise InputError(f"what is said must be text, without halves of characters: {said!r:.80}") from None
+    return said

@@ -119,7 +119,7 @@ class CompressedFile:
 
     def __init__(self, path: Path, model: Model, artifacts: CalibrationArtifacts | None, quality: float | None) -> None:
         self.path, self._model = path, model
-        self._tokens: list[int] = []  # that the file holds
+        self._own: list[list[int]] = []  # tokens that the file can hold if only this conversation writes it
         if path.exists():
             finish_interrupted_append(path)
             artifacts = library.for_file(path) if artifacts is None else artifacts
@@ -150,9 +150,10 @@ class CompressedFile:
         dump = self._codec.decompress_dump(self.path)
         if dump.tokens.shape[0] != 1:
             raise FormatError(f"{self.path} is of {dump.tokens.shape[0]} texts: a conversation is one")
-        self._tokens = dump.tokens[0].tolist()
+        tokens = dump.tokens[0].tolist()
+        self._own = [tokens]
         cache = lm.restore(self._model.model, replace(dump, fingerprint=""))  # which was compared above
-        return Saved(cache, list(self._tokens), facts)
+        return Saved(cache, list(tokens), facts)
 
     def save(self, cache: list[Any], tokens: Sequence[int], facts: Facts) -> int:
         """Write the conversation, of which complete blocks are neither copied out of the cache nor written again.
@@ -187,7 +188,9 @@ class CompressedFile:
                 dtype="float16" if kind == "float16" else "float32", start=start,
             )  # fmt: skip
 
-        if self._goes_on(kind):
+        goes_on = self._goes_on(kind)
+        self._own.append(list(tokens))  # also where an interruption comes after the write
+        if goes_on:
             start = self._codec.append_start(self.path, tokens)
             written = self._codec.append_dump(self.path, copy(start), notes=notes, rewind=True)
         else:
@@ -195,16 +198,16 @@ class CompressedFile:
             with atomic_write(self.path) as file:
                 file.write(data)
             written = len(data)
-        self._tokens = list(tokens)
+        del self._own[:-1]
         return written
 
     def _goes_on(self, kind: str) -> bool:
         """Return whether the file can be appended to: it is there, as this conversation left it, of a cache of this type."""
-        if not self._tokens:
+        if not self.path.exists():
             return False
         with Reader(self.path) as reader:
             found, meta = stored_tokens(reader), header_object(reader, "meta")
-        if found != self._tokens:
+        if found not in self._own:
             raise MismatchError(
                 f"{self.path} is not as this conversation left it: something else has written it",
                 "save under another name",

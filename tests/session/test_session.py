@@ -167,13 +167,13 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_came_and_the_next_is_right
     assert session.tokens[: len(prompt)] == prompt
 
 
-def interrupt_layer(monkeypatch, model, after):
-    """Someone presses Ctrl-C in a layer in the middle, in a call of one token."""
+def interrupt_layer(monkeypatch, model, after, everywhere=False):
+    """Someone presses Ctrl-C in a layer in the middle, in a call of one token, or of any number."""
     kind, middle, left = type(model.layers[1]), model.layers[1], [after]
     really = kind.__call__
 
     def call(self, x, *more, **named):
-        if self is middle and x.shape[1] == 1:
+        if self is middle and (everywhere or x.shape[1] == 1):
             left[0] -= 1
             if left[0] < 0:
                 raise KeyboardInterrupt
