@@ -231,6 +231,7 @@ def write_content(path: str | Path, kind: str, content: Content, model: Any = No
     if any(isinstance(entry, LayerCache) for entry in stock.entries(cache)):
         cache, content.cache = plain_cache(model, cache), None
     layout = LAYOUTS[kind == OLD_PROMPT]
+    name = lm.name_for_mlx_lm(name)
     write_prompt_cache(path, model, cache, name=name, tokens=content.tokens, texts=content.texts, layout=layout)
 
 

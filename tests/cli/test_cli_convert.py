@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 from conftest import run, save_model, tiny_config, tiny_model
-from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
+from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 
 from mlxkv import lm
 
@@ -174,3 +174,10 @@ def test_a_text_is_found_in_the_cache_as_it_was_put_there(before, after, way):
     content = Content(cache=make_prompt_cache(model))
     mx.eval(model(mx.array([tokens]), cache=content.cache))
     assert find_tokens(content, model, tokenizer, "Hello, sailor") == (tokens, way)
+
+
+def test_mlx_lm_loads_a_bundled_model_by_what_is_written_into_a_prompt_cache(tmp_path):
+    words = ["--model", "miniature/qwen3", "--prompt", "import os", "--max-tokens", "1"]
+    assert run("generate", *words, "--save", tmp_path / "a.safetensors") == 0
+    said = load_prompt_cache(str(tmp_path / "a.safetensors"), return_metadata=True)[1]
+    assert mlx_lm.load(said["model"])[0].model_type == "qwen3"

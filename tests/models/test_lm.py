@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TINY, save_model, tiny_config, tiny_model, tiny_tokens
+from mlx_lm import load as mlx_lm_load
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
@@ -280,6 +281,13 @@ def test_weights_become_float32_where_there_is_no_gpu(tmp_path):
 def test_a_missing_directory_is_named_with_what_is_allowed(name):
     with pytest.raises(ModelNotFoundError, match=rf"no model directory '{name}'; give a local path, a hub id"):
         lm.load(name)
+
+
+def test_a_bundled_model_is_named_to_mlx_lm_by_its_folder_and_any_other_as_it_is():
+    folder = lm.name_for_mlx_lm("miniature/qwen3")
+    assert mlx_lm_load(folder)[0].model_type == "qwen3"
+    for name in ("org/name", "./folder", "miniature/none", ""):
+        assert lm.name_for_mlx_lm(name) == name
 
 
 def test_a_directory_without_config_is_refused_with_the_reason(tmp_path):
