@@ -44,7 +44,7 @@ def model_path(name: str) -> Path:
         When it is not trained; the message lists those that are, or says how to train one.
     """
     if name not in names():
-        found = suggest(name, names()) if names() else f"{FOLDER} holds none"
+        found = suggest(name, names()) if names() else "an installed mlxkv has none"
         raise ModelNotFoundError(
             f"no trained model {name[:80]!r}",
             f"{found}; train one in a checkout of the tag studies-2026-11: python -m benchmarks.miniature_training NAME",

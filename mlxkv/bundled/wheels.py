@@ -68,6 +68,8 @@ def convert_once(name: str, needs: str, convert: Callable[[Path], None]) -> Path
         When the cache folder cannot be written.
     """
     target = cache_home() / name
+    # As mlx-lm does: Transformers, which writes the tokenizer, would say that it misses PyTorch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _turn(target.parent) as alone:

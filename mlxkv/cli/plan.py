@@ -18,8 +18,11 @@ from mlxkv.errors import InputError
 
 if TYPE_CHECKING:
     from mlxkv.planning import Plan, PlannedCache
+    from mlxkv.planning.building import Weights
 
+_BYTES_OF_4_BITS = 4.5 / 8  # of a weight, with scale and bias in 16 bits for 64 weights
 _BAR = 8  # characters of the longest bar
+_LEAST_MEMORY = 10**6
 _UNITS = {"": 1, "K": 1024, "M": 1024**2}
 
 
@@ -67,9 +70,12 @@ def _tokens(text: str) -> int:
 
 def _memory(text: str | None) -> int | None:
     try:
-        return read_size(text)
+        size = read_size(text)
     except InputError:
-        raise InputError(f"--memory is a size, such as 32GB or 96GB, not {str(text)[:80]!r}") from None
+        size = 0
+    if size is not None and size < _LEAST_MEMORY:  # also a number whose unit was forgotten
+        raise InputError(f"--memory is a size with its unit, such as 32GB or 96GB, not {str(text)[:80]!r}")
+    return size
 
 
 def show_plan(model: str, found: Plan, everything: bool = False) -> None:
@@ -127,7 +133,17 @@ def _head(model: str, found: Plan) -> list[str]:
             f"of {_gb(found.memory)} GB, {_gb(found.usable_bytes)} GB are for weights and cache, as Metal recommends;"
             " the rest is the system's"
         )
+        if weights.bytes is not None and weights.bytes > found.usable_bytes:
+            lines.append(_too_large(weights, found.usable_bytes))
     return lines
+
+
+def _too_large(weights: Weights, usable: int) -> str:
+    """Return what to do where weights leave nothing for a cache."""
+    small = int(weights.parameters * _BYTES_OF_4_BITS)
+    if small >= usable:
+        return "the weights alone do not fit"
+    return f"the weights alone do not fit; in 4 bits they take about {_gb(small)} GB: plan for a quantized model"
 
 
 def _count(number: int) -> str:

@@ -137,7 +137,9 @@ def model_types() -> list[str]:
         Sorted.
     """
     paths = sorted(_models_folder().glob("*.py"))
-    return [path.stem for path in paths if "ModelArgs" in path.read_text(encoding="utf-8", errors="replace")]
+    return [
+        path.stem for path in paths if re.search(r"\bModelArgs\b", path.read_text(encoding="utf-8", errors="replace"))
+    ]
 
 
 def trained_context(config: Mapping[str, Any]) -> int | None:
@@ -164,6 +166,8 @@ def trained_context(config: Mapping[str, Any]) -> int | None:
 def _config_path(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
+        if not (path / FILE).is_file():
+            raise ModelNotFoundError(f"{path.absolute()} is no folder of a model: it has no {FILE}")
         return path / FILE
     if path.is_file():
         return path

@@ -70,7 +70,22 @@ def test_a_context_that_is_none_is_refused(context, tiny, capsys):
     assert "context" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("memory", ["lots", "32 GBs", "0", "-5GB", "9999999TB"])
+def test_weights_that_do_not_fit_alone_are_named_with_what_to_do(tmp_path, capsys):
+    sizes = {"8GB": "in 4 bits they take about 4.61 GB", "4GB": "do not fit\n", "32GB": ""}
+    for memory, said in sizes.items():
+        assert run("plan", QWEN3_8B, "--context", "32K", "--memory", memory) == 0
+        out = capsys.readouterr().out
+        assert said in out
+        assert ("the weights alone do not fit" in out) == bool(said)
+
+
+def test_a_folder_that_is_of_no_model_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("plan", ".", "--context", "1K") == 2
+    assert f"{tmp_path} is no folder of a model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("memory", ["lots", "32 GBs", "0", "-5GB", "9999999TB", "16"])
 def test_a_memory_that_is_none_is_refused(memory, tiny, capsys):
     assert run("plan", tiny, "--context", "1K", f"--memory={memory}") == 2
     assert "memory" in capsys.readouterr().err

@@ -39,10 +39,12 @@ def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_model_is_converted_once_into_mlxkv_home(home):
+def test_a_model_is_converted_once_into_mlxkv_home(home, monkeypatch):
+    monkeypatch.delenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", raising=False)
     first, second = home.module.model_path(), home.module.model_path()
     assert first == second == home.path / home.module.NAME == models.model_path(home.module.NAME)
     assert len(home.conversions) == 1
+    assert os.environ.pop("TRANSFORMERS_NO_ADVISORY_WARNINGS"), "Transformers would ask for PyTorch"
     assert (first / "config.json").read_text() == "model.gguf 1"
     assert names_in(first) == ["config.json"]
     assert names_in(home.path) == [home.module.NAME], "the work folder was left behind"
