@@ -33,7 +33,10 @@ DUMP, COMPRESSED, LIVE, PROMPT, OLD_PROMPT = KINDS = ("npz", "mlxkv", "live", "p
 WITHOUT_MODEL = (DUMP, COMPRESSED)
 Progress = Callable[[int], None]
 _MOST = 2**31 - 1  # of a token id
-_COMPARED = 64  # first tokens of a text that the model runs, to see whether a cache is of it
+_COMPARED = (
+    64  # first tokens of a text that are compared where what a layer keeps of later ones depends on those before
+)
+_CHUNK, _BEFORE = 512, 16  # else all are, so many at a time, with a few before them: some models embed several as one
 _FAR = 0.8  # relative distance of a token's values; those of another token are about 1.4 apart
 
 
@@ -261,8 +264,9 @@ def _as_cache(content: Content, model: Any) -> list[Any]:
 def find_tokens(content: Content, model: Any, tokenizer: Any, text: str) -> tuple[list[int], str]:
     """Tokenize the text that a cache is of as it was when the cache was made.
 
-    The number of tokens has to be the cache's, and the first 64 are run through the model: what it keeps of them has to be
-    what the cache holds, but for rounding.
+    The number of tokens has to be the cache's, and what the model keeps of them in its first layer what the cache holds, but
+    for rounding. Where that layer has a window or is none of attention, the first 64 tokens are compared, in the first layer
+    that keeps all.
 
     Parameters
     ----------
@@ -298,7 +302,7 @@ _OTHERS = "give the whole text, answers included, that is in the cache; or its t
 
 
 def begins_with(content: Content, model: Any, tokens: Sequence[int]) -> bool:
-    """Return whether a prompt cache can be of a text, by what the model keeps of the first 64 tokens.
+    """Return whether a prompt cache can be of a text, by what the model keeps of its tokens, or of the first 64.
 
     Parameters
     ----------
@@ -314,19 +318,32 @@ def begins_with(content: Content, model: Any, tokens: Sequence[int]) -> bool:
     bool
         True also where no layer keeps these tokens.
     """
-    spec, length = cache_spec(model), min(_COMPARED, len(tokens))
+    spec = cache_spec(model)
     whole = [i for i in spec.attention_layers if not spec.layers[i].latent] or list(spec.attention_layers)  # type: ignore[union-attr]
     if not whole:
         return True
-    held = stock.entries(plain_cache(model, content.cache or []))[whole[0]]
-    fresh = make_prompt_cache(model)
-    model(mx.array([list(tokens[:length])]), cache=fresh)
-    pairs = zip(held.keys_and_values(), stock.entries(fresh)[whole[0]].keys_and_values())
+    layer, held = whole[0], stock.entries(plain_cache(model, content.cache or []))[whole[0]]
+    latent = spec.layers[layer].latent  # type: ignore[union-attr]
+    # The first layer reads tokens alone; learned positions are in them, and a text in the middle would get others.
+    alone = layer == 0 and (latent or any(slot.rope for slot in spec.layers[0]))  # type: ignore[union-attr]
+    found = held.keys_and_values()[0 if latent else 1]
     # Latents, which stand first, and values are not rotated, and no few of their dims are large in all tokens.
-    found, expected = list(pairs)[0 if spec.layers[whole[0]].latent else 1]  # type: ignore[union-attr]
-    found, expected = (x[0, :, :length].astype(mx.float32) for x in (found, expected))
+    for start in range(0, len(tokens) if alone else 1, _CHUNK):
+        stop, first = min(len(tokens), start + (_CHUNK if alone else _COMPARED)), max(0, start - _BEFORE)
+        fresh = make_prompt_cache(model)
+        model(mx.array([list(tokens[first:stop])]), cache=fresh)  # of which only this layer is computed
+        kept = stock.entries(fresh)[layer].keys_and_values()[0 if latent else 1][0, :, start - first : stop - first]
+        if not _are_alike(found[0, :, start:stop], kept):
+            return False
+    return True
+
+
+def _are_alike(found: mx.array, expected: mx.array) -> bool:
+    """Return whether values `[H, t, D]` of all tokens are the same, but for rounding to a few bits."""
+    found, expected = found.astype(mx.float32), expected.astype(mx.float32)
     distance, size = (mx.square(x).sum(axis=(0, 2)) for x in (found - expected, expected))
-    return bool((mx.mean(distance < _FAR**2 * size) > 0.5).item())
+    usual = mx.sort(size)[size.size // 2]  # small ones are rounded to steps as large as those of others
+    return bool(mx.all(distance < _FAR**2 * mx.maximum(size, usual)).item())
 
 
 def check_ids(tokens: Any, tokenizer: Any, length: int, name: str) -> list[int]:

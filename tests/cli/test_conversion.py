@@ -216,6 +216,21 @@ def test_another_text_of_as_many_tokens_is_noticed(architecture):
         assert not conversion.begins_with(content, model, tiny_tokens(200, seed=2))
 
 
+@pytest.mark.parametrize("method", ["full", "int8", "int4", "kivi"])
+@pytest.mark.parametrize(
+    ("architecture", "noticed"),
+    [("llama", (3, 63, 600, 1099)), ("glm4_moe_lite", (3, 600)), ("lfm2", (3, 63))],
+)
+def test_a_text_that_differs_in_one_token_is_noticed(architecture, noticed, method):
+    model, tokens = tiny_model(architecture), tiny_tokens(1100)
+    content = conversion.Content(cache=make_cache(model, method))
+    mx.eval(model(mx.array([tokens]), cache=content.cache))
+    assert conversion.begins_with(content, model, tokens)
+    for place in noticed:
+        other = [*tokens[:place], (tokens[place] + 7) % 97, *tokens[place + 1 :]]
+        assert not conversion.begins_with(content, model, other)
+
+
 def test_a_model_none_of_whose_layers_becomes_live_is_refused(tmp_path):
     model = build("recurrent_gemma")
     content = conversion.Content(cache=make_prompt_cache(model), tokens=[1, 2, 3])
