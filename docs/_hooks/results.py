@@ -147,6 +147,13 @@ TABLES = {
         "Whole files of up to {held:,} tokens of {who}, by quality, and the next {predict} predicted. Bytes are a share of float16's.",
         "cache",
     ),
+    "one_command": ResultTable(
+        lambda s: [{"label": f"quality {row['quality']}", **row} for row in s["rows"]],
+        (("file", "ratio", "times"), ("coded tokens", "ratio_middle", "times"), ("KL", "kl", "number"),
+         ("top-1", "top1_agreement", "percent")),
+        "{who}, calibrated on {calibration_tokens:,} tokens of the texts that ship along. Means over files of {length:,} tokens of texts of "
+        "other kinds and of Python's documentation; the next {predicted} are predicted.", "kvtc-rd at",
+    ),
     "rate_points": ResultTable(
         lambda s: _points(s["points"]),
         (("at", "at", "count"), ("coded tokens", "ratio_middle", "times"), ("KL", "kl", "number"),
