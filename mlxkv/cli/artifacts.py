@@ -100,8 +100,11 @@ def export_command(
     Example: mlxkv artifacts export 4f0c2a91 --out artifacts
     """
     from mlxkv.codec import library
+    from mlxkv.errors import InputError
 
     check_out_folder(out)
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"cannot write {out}: something is in it", "give a new folder")
     promise(f"{out} was not written")
     with working(f"writing {out}"):
         item = library.export(id, out)

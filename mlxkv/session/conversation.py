@@ -379,8 +379,10 @@ class Session:
         self._messages, self._began, self.resumed = facts.messages, facts.began, True
         found = next((message["content"] for message in self._messages if message["role"] == "system"), None)
         if system not in (None, found):
+            before = "without a system prompt" if found is None else f"with the system prompt {str(found)[:80]!r}"
             raise MismatchError(
-                f"{self.path} was begun with the system prompt {str(found)[:80]!r}, not {system[:80]!r}"
+                f"{self.path} was begun {before}, not with {system[:80]!r}",
+                "go on without naming one, or begin another session",
             )
 
     def _method_of(self, cache: Sequence[Any]) -> Config | None:

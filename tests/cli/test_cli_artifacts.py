@@ -226,6 +226,15 @@ def test_a_file_whose_artifacts_are_elsewhere_is_read_once_they_are_carried_here
     says(*decompress)
 
 
+def test_export_writes_into_nothing_that_is_there_and_advises_only_what_it_can_do(work, tmp_path, says, capsys):
+    words = ["artifacts", "export", says("artifacts", "import", work.folder / "kvtc-4")["id"], "--out", tmp_path / "a"]
+    says(*words)
+    assert run(*words) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.endswith("something is in it give a new folder")
+    assert "overwrite" not in said
+
+
 def test_ls_tells_what_there_is(work, says, capsys):
     assert says("artifacts", "ls") == []
     assert run("artifacts", "ls") == 0

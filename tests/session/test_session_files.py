@@ -157,6 +157,15 @@ def test_a_conversation_goes_on_only_as_it_was_begun(saved, change, message):
     Session(model, spoken, path, system="Be brief.").close()  # and is free again
 
 
+def test_a_conversation_without_a_system_prompt_says_so_where_one_is_asked_for(tmp_path):
+    model, spoken = tiny_talker()
+    with Session(model, spoken, tmp_path / "a.mlxkv") as session:
+        session.send("Hello", max_tokens=2)
+        session.save()
+    with pytest.raises(MismatchError, match="was begun without a system prompt, not with 'Be brief"):
+        Session(model, spoken, tmp_path / "a.mlxkv", system="Be brief.")
+
+
 def test_a_live_conversation_goes_on_in_its_own_method_alone(tmp_path):
     model, spoken = tiny_talker()
     with Session(model, spoken, tmp_path / "a", cache="int8") as session:
