@@ -23,11 +23,14 @@ def kind_of(path: Path) -> str:
 
     Raises InputError for a file of something else, FormatError for one that is damaged at its beginning.
     """
+    from mlxkv.cli._sessions import session_names, session_path
     from mlxkv.io.container import MAGIC
     from mlxkv.io.inputs import open_input
 
     if path.is_dir():
         raise InputError(f"{path} is a folder, not a file", "mlxkv inspect describes a folder of artifacts")
+    if not path.exists() and str(path) in session_names():
+        raise InputError(f"there is no file {path}", f"the session of this name is {session_path(str(path))}")
     with open_input(path) as file:
         start = file.read(512)
     if start.startswith(MAGIC):

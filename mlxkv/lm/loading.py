@@ -54,7 +54,8 @@ def load(name: str, adapter_path: str | Path | None = None) -> tuple[Any, Any]:
         raise
     except Exception as error:  # the hub client and mlx-lm raise dozens of types; their message is the reason
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelNotFoundError(f"cannot load {name!r}: {reason}") from error
+        advice = "" if path.exists() else "is the id right, and is there a network?"
+        raise ModelNotFoundError(f"cannot load {name!r}: {reason}", advice) from error
     # An mlx module keeps a string as an ordinary attribute, beside its parameters.
     model.stored_dtype = _weights_dtype(model)
     if mx.default_device() == mx.cpu:

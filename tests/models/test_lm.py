@@ -13,7 +13,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlxkv import lm
 from mlxkv.dump import read_dump, write_dump
 from mlxkv.errors import InputError, MismatchError, ModelNotFoundError, UnsupportedError
-from mlxkv.lm import running
+from mlxkv.lm import loading, running
 from mlxkv.models import cache_spec
 from mlxkv.spec import CacheSpec, Slot
 
@@ -281,6 +281,17 @@ def test_weights_become_float32_where_there_is_no_gpu(tmp_path):
 def test_a_missing_directory_is_named_with_what_is_allowed(name):
     with pytest.raises(ModelNotFoundError, match=rf"no model directory '{name}'; give a local path, a hub id"):
         lm.load(name)
+
+
+def test_a_hub_that_does_not_answer_is_told_with_what_to_look_at(monkeypatch):
+    def fail(_):
+        raise OSError("no route")
+
+    monkeypatch.setattr(loading, "mlx_lm_load", fail)
+    with pytest.raises(
+        ModelNotFoundError, match="cannot load 'org/name': no route; is the id right, and is there a network"
+    ):
+        lm.load("org/name")
 
 
 def test_a_bundled_model_is_named_to_mlx_lm_by_its_folder_and_any_other_as_it_is():

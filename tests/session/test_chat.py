@@ -188,6 +188,16 @@ def test_no_answer_moves_the_cursor(typed, monkeypatch):
     assert "a\ufffd[2Jb\ufffd\n" in out
 
 
+@pytest.mark.parametrize("command", ["inspect", "generate", "convert"])
+def test_commands_that_take_files_say_where_a_session_of_that_name_is(command, home, tmp_path, monkeypatch, capsys):
+    (home / "sessions").mkdir(parents=True)
+    (home / "sessions" / "work.mlxkv").touch()
+    monkeypatch.chdir(tmp_path)
+    more = {"generate": ["--model", "any", "--prompt", "a"], "convert": ["a.npz"]}
+    assert run(command, "work", *more.get(command, [])) == 2
+    assert str(home / "sessions" / "work.mlxkv") in capsys.readouterr().err.replace("\n", "")
+
+
 def test_lines_are_remembered_where_no_one_else_reads_them(home, monkeypatch):
     readline = pytest.importorskip("readline")
     readline.clear_history()
