@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from mlxkv.session import Session
 
 HELP = """\
-/save NAME   save the conversation under a name, and from now on after each answer
+/save NAME   save the conversation under a name, from now on after each answer
 /load NAME   go on with another conversation
 /undo        take the last question and its answer back
-/stats       sizes: of the conversation, its file, and what mlx-lm's own cache takes
+/stats       sizes: in the file, in 16 bits without compression, in memory
 /quit        leave, as Ctrl-D does; Ctrl-C stops an answer
 //...        say something that begins with a slash"""
 
@@ -265,10 +265,11 @@ class _Chat:
 
     def _stats(self, _: str) -> None:
         """Print what is known of the conversation's size."""
-        facts = self._session.stats()
-        ratio = facts["full_bytes"] / facts["file_bytes"] if facts["file_bytes"] else None
-        path = self._session.path
-        print_record({"file": str(path) if path else None, **facts, "ratio": ratio}, as_json=False)
+        facts, path = self._session.stats(), self._session.path
+        full, cache = facts.pop("full_bytes"), facts.pop("cache_bytes")
+        ratio = full / facts["file_bytes"] if facts["file_bytes"] else None
+        more = {"uncompressed_bytes": full, "ratio": ratio, "memory_bytes": cache}
+        print_record({"file": str(path) if path else None, **facts, **more}, as_json=False)
 
     def _help(self, _: str) -> None:
         """Print the commands."""

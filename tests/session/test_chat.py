@@ -159,6 +159,7 @@ def test_a_conversation_is_saved_loaded_and_taken_back(typed, home):
     assert "taken back: And?" in err
     assert "nothing has been said that could be taken back" in err
     assert "a.mlxkv" in out.replace("\n", "")
+    assert "uncompressed bytes" in out  # as the line after an answer calls them
     code, out, err = typed(["Hi", "/load b", "/load a", "/load a", "/save a", "/help", "/save"])
     assert code == 0
     assert "there is no session 'b'" in err
@@ -167,6 +168,7 @@ def test_a_conversation_is_saved_loaded_and_taken_back(typed, home):
     assert "> Again" in err
     assert "is what goes on here already" in err
     assert chat.HELP in out
+    assert max(map(len, chat.HELP.splitlines())) < 80
     code, out, err = typed(["/save", "/save a", "/load", "Hello", "/save a"])
     assert "has no name yet" in err
     assert "nothing has been said that could be saved" in err
