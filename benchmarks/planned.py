@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks.schema import ENDINGS, FOLDER, RESULTS, Result, result_name
 from mlxkv import planning
 from mlxkv.cli.plan import show_plan
+from mlxkv.codec.methods.direct import DirectCoder
 from mlxkv.errors import InputError
 from mlxkv.live import live_config, live_methods
 from mlxkv.planning.measured import measurements
@@ -38,7 +39,7 @@ def records() -> list[dict[str, Any]]:
     """Return one record for each cache and model: of the first result below that has it."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for model in ENDINGS:
-        for record in (*_live(model), *_bits(model), *_rotation(model), *_files(model)):
+        for record in (*_live(model), *_bits(model), *_rotation(model), *_files(model), *_uncalibrated(model)):
             found.setdefault((record["cache"], model), {**record, "windows": model in WINDOWED})
     return [found[key] for key in sorted(found)]
 
@@ -88,6 +89,17 @@ def _files(model: str) -> Iterator[dict[str, Any]]:
                 row = {**row, "share_of_fp16": round(1 / row["ratio"], 6)}
                 record = _record("kvtc-rd file", model, int(row["tokens"]), name, row)
                 yield {**record, "setting": f"quality {QUALITY}"}
+
+
+def _uncalibrated(model: str) -> Iterator[dict[str, Any]]:
+    name = result_name("uncalibrated", model)
+    if (result := _result(name)) is not None:
+        settings = {f"direct {DirectCoder.default_quality:g}": f"quality {DirectCoder.default_quality:g}", "exact": ""}
+        for row in result["summary"]:
+            if row["variant"] in settings:
+                cache = f"{row['variant'].partition(' ')[0]} file"
+                record = _record(cache, model, row["longest_tokens"], name, row)
+                yield {**record, "setting": settings[row["variant"]]}
 
 
 def _record(cache: str, model: str, tokens: int, result: str, row: dict[str, Any]) -> dict[str, Any]:

@@ -282,7 +282,8 @@ def _files(traced: TracedModel, whole: int, like: bool) -> Iterator[PlannedCache
     for name in dict.fromkeys(each.cache for each in measurements() if each.cache.endswith(" file")):
         found = measured(name, like)
         if found is not None and traced.spec is not None:
-            note = f"at {found.setting}; estimated: the share of a text of {found.tokens:,} tokens"
+            setting = f"at {found.setting}; " if found.setting else ""
+            note = f"{setting}estimated: the share of a text of {found.tokens:,} tokens"
             size = round(found.share * whole)
             yield PlannedCache(name, "file", "", size, found.share, grows=True, measurement=found, note=note)
 
