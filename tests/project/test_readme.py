@@ -137,8 +137,8 @@ def test_what_to_use_has_the_measured_numbers():
     measured = {row["variant"]: row for row in result("live_methods")["fidelity"] if row["model"] == "smollm2-135m"}
     measured |= {row["variant"]: row for row in result("kv_bits")}
     rows = rows_of("Which should I use?")
-    assert set(rows) == {"int8", "smartkv-0.3", "int4", "h2o-256", "kvtc-rd"}
-    for name in set(rows) - {"kvtc-rd"}:
+    assert set(rows) == {"int8", "smartkv-0.3", "int4", "h2o-256", "direct", "kvtc-rd"}
+    for name in set(rows) - {"direct", "kvtc-rd"}:
         assert said(rows[name][2]) == pytest.approx(measured[name]["share_of_fp16"], abs=0.006), name
         assert said(rows[name][3]) == pytest.approx(measured[name]["kl"], rel=0.06), name
     (filed,) = [row for row in result("rate_distortion")["long"]["kvtc-rd"] if row["at"] == 38]
@@ -157,6 +157,22 @@ def test_what_to_use_has_the_numbers_of_the_second_model_beside_those_of_the_fir
     (filed,) = [row for row in result("rate_distortion_gemma")["long"]["kvtc-rd"] if row["at"] == 38]
     assert said(rows["kvtc-rd"][4]) == pytest.approx(filed["cache_bytes"] / filed["fp16_bytes"], abs=0.001)
     assert said(rows["kvtc-rd"][5]) == pytest.approx(filed["kl"], rel=0.06)
+
+
+@pytest.mark.parametrize(("name", "first"), [("uncalibrated", 2), ("uncalibrated_gemma", 4)])
+def test_what_to_use_has_the_numbers_of_files_without_calibration(name, first):
+    (filed,) = [row for row in result(name) if row["variant"] == "direct 45"]
+    cells = rows_of("Which should I use?")["direct"]
+    assert said(cells[first]) == pytest.approx(filed["share_of_fp16"], abs=0.006)
+    assert said(cells[first + 1]) == pytest.approx(filed["kl"], rel=0.06)
+
+
+def test_what_three_minutes_of_calibration_give_is_measured():
+    summary = result("one_command")
+    (row,) = [row for row in summary["rows"] if row["quality"] == 35]
+    said_so = f"{row['ratio']:.1f} times smaller at KL {row['kl']:.4f}"
+    assert said_so in " ".join(README.split())
+    assert round(summary["calibrate_seconds"] / 60) == 3
 
 
 def test_as_many_model_types_work_as_the_page_of_models_says():
