@@ -136,7 +136,7 @@ def _from_model(
         run = calibration.Calibration(
             loaded, model, calibration.cut(tokenizer, texts), config, started=started,
             seconds=calibration.DEFAULT_SECONDS if seconds is None else seconds,
-            reports=calibration.Reports(progress, lambda plan: say(_announced(plan))),
+            reports=calibration.Reports(progress, lambda plan: say(_announced(plan, seconds or calibration.DEFAULT_SECONDS))),
         )  # fmt: skip
         promise("the same command goes on from here")
         artifacts = run.run()
@@ -156,13 +156,18 @@ def _saved(artifacts: CalibrationArtifacts, out: Path | None, overwrite: bool) -
         return out
 
 
-def _announced(plan: Plan) -> str:
+def _announced(plan: Plan, budget: float) -> str:
     """Say what a calibration takes."""
     time_needed = f"about {plan.seconds / 60:.1f} minutes in all, " if plan.seconds else ""
     first = "" if plan.seconds else "at most "
     return (
         f"note: {first}{plan.tokens:,} tokens, {time_needed}{plan.memory_bytes / 1e9:.1f} GB of memory beside the model's,"
         f" {plan.disk_bytes / 1e9:.1f} GB of disk while it lasts"
+        + (
+            f"; {budget / 60:g} minutes are too few for fewer tokens to be of use"
+            if plan.seconds > 1.2 * budget
+            else ""
+        )
     )
 
 
@@ -185,7 +190,7 @@ def _show_model(artifacts: CalibrationArtifacts, folder: Path, model: str, json:
     if meta["measured"]:
         print_table(meta["measured"], False, f"Held out: {meta['measured_texts']} texts, files of 2,048 tokens")
     if "warning" in meta:
-        note(f"warning: {meta['warning']}")
+        note(meta["warning"])
     if artifacts.method_name == "kvtc-rd":
         note(f"next: mlxkv compress --model {model} --prompt-file notes.txt --out notes.mlxkv")
 

@@ -210,13 +210,13 @@ def _write(
     if target != "mlxkv":
         with working(f"writing {b}"):
             write_content(b, target, content, method=cache, **of)
-        return "as they were" if target != "live" or cache == "full" else f"packed by {cache}"
+        return "unchanged" if target != "live" or cache == "full" else f"packed by {cache}"
     codec = codec_for(content, method, artifacts=artifacts, **of)
     with progress_bar("compressing", content.length) as advance:
         write_content(b, target, content, codec=codec, progress=advance, **of)
     name = codec.artifacts.method_name
     quality = "" if codec.quality is None else f" at quality {codec.quality:g}"
-    return "as they were" if name == "exact" else f"coded by {name}{quality}"
+    return "unchanged" if name == "exact" else f"coded by {name}{quality}"
 
 
 def _changes(content: Content, model: Any, target: str) -> list[str]:

@@ -85,7 +85,8 @@ def generate_command(
     if json:
         print_record({"text": run.text, **facts}, as_json=True)
     else:
-        _print_line(facts)
+        # Of a plain cache the ratio tells of rows that mlx-lm allocates ahead, and of float32 on a CPU.
+        _print_line({key: value for key, value in facts.items() if cache or key not in ("fp16_bytes", "ratio")})
 
 
 @dataclass
