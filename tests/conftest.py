@@ -6,6 +6,7 @@ import mlxkv  # noqa: F401  # before mlx.core: it loads OpenBLAS
 # isort: on
 import json
 import os
+import signal
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -17,6 +18,10 @@ from mlx.utils import tree_flatten, tree_map
 from mlxkv.errors import ModelNotFoundError
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # in the background of a shell, which tests of Ctrl-C must not inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _LAYERS = ["conv", "full_attention", "conv", "full_attention"]
 _LLAMA = {

@@ -52,7 +52,19 @@ def test_on_another_model_all_are_those_that_run_on_it(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run.main(["--all", "--model", "gemma3-270m"])
     assert ran == [
-        (["live_methods", "needle", "calibration_tokens", "rate_distortion", "codec_speed"], False, "gemma3-270m")
+        (
+            [
+                "live_methods",
+                "needle",
+                "calibration_tokens",
+                "one_command",
+                "rate_distortion",
+                "uncalibrated",
+                "codec_speed",
+            ],
+            False,
+            "gemma3-270m",
+        )
     ]
     for words, said in (
         (["ruler", "--model", "gemma3-270m"], "only on smollm2-135m"),
