@@ -29,9 +29,7 @@ class NeedleOptions(Config):
     """Options of `mlxkv eval needle`."""
 
     lengths: tuple[int, ...] = option((256, 512, 1024), "tokens of essay and needle", least=1)
-    depths: tuple[float, ...] = option(
-        (0.1, 0.3, 0.5, 0.7, 0.9), "places of the needle, from 0 to 1"
-    )
+    depths: tuple[float, ...] = option((0.1, 0.3, 0.5, 0.7, 0.9), "places of the needle, from 0 to 1")
     essays: Path | None = option(None, ESSAYS)
 
     def __post_init__(self) -> None:
