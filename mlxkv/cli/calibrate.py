@@ -164,7 +164,7 @@ def _announced(plan: Plan, budget: float) -> str:
         f"note: {first}{plan.tokens:,} tokens, {time_needed}{plan.memory_bytes / 1e9:.1f} GB of memory beside the model's,"
         f" {plan.disk_bytes / 1e9:.1f} GB of disk while it lasts"
         + (
-            f"; {budget / 60:g} minutes are too few for fewer tokens to be of use"
+            f"; {budget / 60:g} minutes are too few: fewer tokens would be of little use"
             if plan.seconds > 1.2 * budget
             else ""
         )
