@@ -1,4 +1,4 @@
-"""What a calibration takes: seconds, memory and disk, estimated from sizes and from how fast this machine is."""
+"""Seconds, memory and disk of a calibration, estimated from sizes and from how fast this machine is."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OVERHEAD = 1.4  # times the arithmetic that is counted
 
 
 class Plan(NamedTuple):
-    """What a calibration takes, as far as it is known.
+    """Seconds, memory and disk that a calibration needs, as far as they are known.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What artifacts are worth: ratio and divergence at some qualities, of texts that they were not learnt from."""
+"""Ratio and divergence that artifacts give at some qualities, of texts that they were not learnt from."""
 
 from __future__ import annotations
 

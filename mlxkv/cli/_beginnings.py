@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Beginning(NamedTuple):
-    """What a text begins in; what can be wrong without the model was found when it was made."""
+    """A cache that a text begins in; all that can be wrong without the model was found when it was made."""
 
     make: Callable[[Any], list[Any]]  # from a model to its prompt cache
     tokens: list[int] | None  # in that cache; None where a file does not name them

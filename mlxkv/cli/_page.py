@@ -32,7 +32,7 @@ class Result:
 
     @cached_property
     def explained(self) -> list[tuple[str, str]]:
-        """What the help says of each score, or of several at once."""
+        """The help's words on each score, or on several at once."""
         return re.findall(r"^- ([\w, ]+): (.*)$", self.about, re.MULTILINE)
 
     @cached_property
@@ -53,7 +53,7 @@ class Result:
 
     @cached_property
     def facts(self) -> list[dict[str, Any]]:
-        """What tells the samples apart, of what comes before the variant in a record."""
+        """The facts that tell the samples apart: of those before the variant in a record."""
         keys = [*takewhile(lambda key: key != "variant", self.samples[0][0])]
         told = [key for key in keys if len({str(sample[0].get(key)) for sample in self.samples}) > 1]
         return [{key: sample[0].get(key) for key in told} for sample in self.samples]

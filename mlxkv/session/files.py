@@ -376,7 +376,6 @@ def read_facts(notes: Any, name: str) -> Facts:
     Returns
     -------
     Facts
-    -----
         The facts.
 
     Raises
