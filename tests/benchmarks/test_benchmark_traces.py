@@ -71,8 +71,9 @@ def test_what_a_request_keeps_of_the_one_before_is_of_its_kind(kind, keeps):
     ]
     assert pairs
     for before, now in pairs:
-        kept = common(before.prompt, now.prompt)
-        assert keeps(kept, len(before.prompt), len(now.prompt))
+        assert keeps(common(before.prompt, now.prompt), len(before.prompt), len(now.prompt))
+    most = max(common(before.prompt, now.prompt) for before, now in pairs)
+    assert (most > traces.SYSTEM + traces.INSTRUCTIONS[1]) == (kind != "summary")
 
 
 def test_an_answer_stands_in_the_next_prompt_but_for_a_few():
