@@ -167,14 +167,35 @@ class CacheEncoder:
     ) -> Iterator[tuple[str, np.ndarray]]:
         """Yield sinks, recent tokens unless they are coded, and the extras, with their sections' names."""
         for index, layout in enumerate(layouts):
-            for name in CACHE_SECTIONS if self.window_quality is None else SINK_SECTIONS:
-                tokens = slice(0, layout.middle.start) if name.endswith("sink") else slice(layout.middle.stop, None)
-                arrays = [unquantized.to_numpy(layer[:, :, tokens]) for layer in layers[stream_key(index, name[0])]]
-                yield stream_key(index, name), np.stack(arrays)
+            yield from self.unquantized_tokens(layers, index, layout)
         clash = [name for name in extras if split_section(name)[1].startswith(("k.", "v."))]
         if clash:
             raise InputError(f"extras may not be called k.… or v.…, the codec's own names: {', '.join(clash)}")
         yield from extras.items()
+
+    def unquantized_tokens(
+        self, layers: Mapping[str, Layers], index: int, layout: Layout
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the sinks of a group of layers, and its recent tokens unless they are coded.
+
+        Parameters
+        ----------
+        layers
+            The cache.
+        index
+            Number of the group.
+        layout
+            Layout of its tokens.
+
+        Yields
+        ------
+        tuple[str, np.ndarray]
+            Name of the section, and an array `[layers, B, H, t, D]`.
+        """
+        for name in CACHE_SECTIONS if self.window_quality is None else SINK_SECTIONS:
+            tokens = slice(0, layout.middle.start) if name.endswith("sink") else slice(layout.middle.stop, None)
+            arrays = [unquantized.to_numpy(layer[:, :, tokens]) for layer in layers[stream_key(index, name[0])]]
+            yield stream_key(index, name), np.stack(arrays)
 
     def coded_blocks(self, layouts: Sequence[Layout], first: int = 0) -> list[GroupBlock]:
         """Return all blocks to code, in the file's order.
@@ -238,7 +259,7 @@ class CacheEncoder:
         groups = self.artifacts.spec.groups
         whole = [index for index, group in enumerate(groups) if group.window is None]
         first_names = [stream_key(index, name) for index in whole for name in SINK_SECTIONS]
-        coded = self._encode_blocks(layers, layouts, self.coded_blocks(layouts, first), progress)
+        coded = self.encode_blocks(layers, layouts, self.coded_blocks(layouts, first), progress)
         return [*(stored.pop(name) for name in first_names), *coded, *stored.values()]
 
     def estimate(self, layers: Mapping[str, Layers], layouts: Sequence[Layout], blocks: Iterable[GroupBlock]) -> float:
@@ -276,14 +297,36 @@ class CacheEncoder:
                 rows[stream.name] = to_plain_rows(cached, block.start, block.stop)
         return rows
 
-    def _encode_blocks(
+    def encode_blocks(
         self,
         layers: Mapping[str, Layers],
-        layouts: Sequence[Layout],
+        layouts: Sequence[Layout] | Mapping[int, Layout],
         blocks: Iterable[GroupBlock],
-        progress: Progress | None,
+        progress: Progress | None = None,
     ) -> list[tuple[Section, bytes]]:
-        """Return the sections of coded blocks, in the order of blocks."""
+        """Return the sections of coded blocks, in the order of blocks.
+
+        Parameters
+        ----------
+        layers
+            The cache.
+        layouts
+            Layouts of the groups of these blocks, by their number.
+        blocks
+            The blocks.
+        progress
+            Called with the number of tokens of each block of the main group that is quantized.
+
+        Returns
+        -------
+        list[tuple[Section, bytes]]
+            Table entries and stored bytes, as `mlxkv.io.container.encode_section` returns them.
+
+        Raises
+        ------
+        InputError
+            For values that cannot be coded.
+        """
         needs_coding = self.coders[0].uses_lossless_stage
         coding = self.lossless if needs_coding else "raw"
         may_launch_kernels = metal.available() and not (needs_coding and coding != "rans")
