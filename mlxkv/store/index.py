@@ -1,0 +1,332 @@
+"""The store of blocks: compressed stretches of prompts on disk, found by the tokens before them, within a bound of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from mlxkv.errors import InputError
+from mlxkv.store import rows
+from mlxkv.store.chain import Block, Chain
+from mlxkv.store.changes import Changes
+from mlxkv.store.database import Database, Unavailable
+from mlxkv.store.folder import BLOCKS, STATES, Folder, default_folder
+from mlxkv.store.growth import Growth
+from mlxkv.store.rebuild import fill
+from mlxkv.store.rows import Db
+from mlxkv.store.space import DEFAULT_LIMIT, Space
+
+
+class Entry(NamedTuple):
+    """A place in a stored text from which a conversation can go on.
+
+    Parameters
+    ----------
+    name
+        Name of the place; 16 bytes.
+    tokens
+        Tokens before it.
+    kind
+        Of whom they end with: "system", "user" or "assistant".
+    model
+        Name of the model.
+    used
+        Seconds since 1970 when it was used last.
+    own
+        Bytes that would be free without it.
+    shared
+        Bytes of blocks that others need as well.
+    """
+
+    name: bytes
+    tokens: int
+    kind: str
+    model: str
+    used: float
+    own: int
+    shared: int
+
+
+class Statistics(NamedTuple):
+    """Sizes of a store.
+
+    Parameters
+    ----------
+    folder
+        Where it is.
+    blocks, entries, quarantined
+        How many there are: blocks, entries, and files that were set aside as damaged.
+    stored
+        Bytes of blocks and states.
+    taken
+        Bytes that the folder takes of the disk at most, which is what the limit holds for.
+    limit
+        Bytes that it may take.
+    written
+        Bytes of blocks and states that were ever written.
+    """
+
+    folder: Path
+    blocks: int
+    entries: int
+    quarantined: int
+    stored: int
+    taken: int
+    limit: int
+    written: int
+
+
+class BlockStore:
+    """Blocks in a folder, which several processes may use at once; all methods may be called from any thread.
+
+    Parameters
+    ----------
+    folder
+        The folder; None for `$MLXKV_STORE`, or `store` in mlxkv's own folder.
+    limit
+        Bytes that everything in the folder may take; None for those of last time, at first 20 GB.
+
+    Raises
+    ------
+    InputError
+        When the folder cannot be used, or the limit is too small for anything.
+    """
+
+    def __init__(self, folder: Path | None = None, limit: int | None = None) -> None:
+        self.folder = Folder(default_folder() if folder is None else Path(folder))
+        space = Space(self.folder, DEFAULT_LIMIT if limit is None else limit)
+        try:
+            self._database = Database(self.folder.path, lambda db: fill(db, space))
+            self._changes = Changes(self._database, space)
+            self._changes.begin(keep_limit=limit is None)
+        except Unavailable as error:
+            raise InputError(f"cannot use the store in {self.folder.path}: {error}", "try again later") from error
+
+    def __enter__(self) -> BlockStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def limit(self) -> int:
+        """Bytes that everything in the folder may take."""
+        return self._changes.space.limit
+
+    def longest(self, chain: Chain, most: int, *, window: int = 0, needs_state: bool = False) -> list[Block]:
+        """Return the blocks of the longest beginning of a text from which a model can go on.
+
+        Parameters
+        ----------
+        chain
+            The text.
+        most
+            Tokens that the beginning may have.
+        window
+            Tokens that layers with a window look back at, for which rows must be there; 0 where there are none.
+        needs_state
+            Whether it must end where a state was stored.
+
+        Returns
+        -------
+        list[Block]
+            From the text's first token on, without gaps; empty where nothing is stored.
+        """
+        with suppress(Unavailable), self._database.reading() as db:
+            return rows.longest(db, chain, most, window, needs_state)
+        return []
+
+    def find(self, name: bytes) -> Block | None:
+        """Return the block that reaches to a place.
+
+        Parameters
+        ----------
+        name
+            Name of the place.
+
+        Returns
+        -------
+        Block or None
+            None where there is none.
+        """
+        with suppress(Unavailable), self._database.reading() as db:
+            row = rows.row_named(db, name)
+            return None if row is None else rows.with_parent(db, row)
+        return None
+
+    def open_block(self, name: bytes) -> IO[bytes]:
+        """Open the file of a block. Its content is as hostile as that of any file.
+
+        Parameters
+        ----------
+        name
+            Name of the place that it reaches to.
+
+        Returns
+        -------
+        IO[bytes]
+            The file, open for reading.
+
+        Raises
+        ------
+        OSError
+            When it is gone.
+        FormatError
+            When it is no regular file.
+        """
+        return self.folder.open(self.folder.file(BLOCKS, name))
+
+    def open_state(self, name: bytes) -> IO[bytes]:
+        """Open the file of the states at a place.
+
+        Parameters
+        ----------
+        name
+            Name of the place.
+
+        Returns
+        -------
+        IO[bytes]
+            The file, open for reading.
+
+        Raises
+        ------
+        OSError
+            When it is gone.
+        FormatError
+            When it is no regular file.
+        """
+        return self.folder.open(self.folder.file(STATES, name))
+
+    def touch(self, name: bytes) -> None:
+        """Note that an entry was used. Nothing is written now: the next write or `flush` does.
+
+        Parameters
+        ----------
+        name
+            Name of the place; nothing happens where no entry is.
+        """
+        self._changes.touch(name)
+
+    def flush(self) -> None:
+        """Write down which entries were used: worth calling after fetches, on a thread that may wait for a disk."""
+        with suppress(Unavailable):
+            self._changes.flush()
+
+    @contextmanager
+    def growing(self, kind: str = "assistant") -> Iterator[Growth]:
+        """Add a text's blocks one after the other.
+
+        Parameters
+        ----------
+        kind
+            Of whom the text ends with: "system", "user" or "assistant".
+
+        Yields
+        ------
+        Growth
+            Takes the blocks.
+        """
+        yield Growth(self._changes, kind)
+
+    def quarantine(self, name: bytes, reason: str, *, seen: Block | None = None, state: bool = False) -> None:
+        """Set a file aside that does not check, and forget all blocks that go on from it.
+
+        Parameters
+        ----------
+        name
+            Name of its place.
+        reason
+            Why, for people.
+        seen
+            The block that was read by; nothing happens where another one has taken its place meanwhile.
+        state
+            Whether it is the file of states, without which no block is forgotten.
+        """
+        with suppress(Unavailable):
+            while not self._changes.make(lambda db: self._quarantine(db, name, reason, seen, state)):
+                pass
+
+    def _quarantine(self, db: Db, name: bytes, reason: str, seen: Block | None, state: bool) -> bool:
+        row = rows.row_named(db, name)
+        if row is None or (seen is not None and rows.with_parent(db, row) != seen):
+            return True
+        self._changes.space.set_aside(db, self.folder.file(STATES if state else BLOCKS, name), reason)
+        if state:
+            found = db.execute("SELECT state FROM entries WHERE block = ?", (row.id,)).fetchone()
+            self._changes.space.remove_state(db, row, found and found[0])
+            return True
+        return self._changes.space.remove_below(db, row.id)
+
+    def statistics(self) -> Statistics:
+        """Return the sizes of the store.
+
+        Returns
+        -------
+        Statistics
+            As of now.
+
+        Raises
+        ------
+        InputError
+            When the index cannot be used just now.
+        """
+        with self._explained(), self._database.reading() as db:
+            totals = rows.totals(db)
+            entries, quarantined = (
+                db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("entries", "quarantined")
+            )
+            taken = self._changes.space.taken(db)
+        return Statistics(
+            self.folder.path,
+            totals["blocks"],
+            entries,
+            quarantined,
+            totals["stored"],
+            taken,
+            self.limit,
+            totals["written"],
+        )
+
+    def entries(self) -> list[Entry]:
+        """Return the places from which conversations can go on, the one used last first.
+
+        Returns
+        -------
+        list[Entry]
+            All of them.
+
+        Raises
+        ------
+        InputError
+            When the index cannot be used just now.
+        """
+        found = []
+        with self._explained(), self._database.reading() as db:
+            for number, kind, used, state in db.execute(
+                "SELECT block, kind, used, state FROM entries ORDER BY turn DESC"
+            ).fetchall():
+                way = rows.path(db, number)
+                own, last = state, len(way)
+                while last and way[last - 1].refs <= 1:
+                    last -= 1
+                    own += way[last].block.size
+                block = way[-1].block
+                shared = sum(row.block.size for row in way[:last])
+                found.append(Entry(block.name, block.stop, kind, block.model, used, own, shared))
+        return found
+
+    def close(self) -> None:
+        """Write down which entries were used and close the index."""
+        with suppress(Unavailable, InputError):
+            self.flush()
+        self._database.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except Unavailable as error:
+            raise InputError(f"cannot use the store in {self.folder.path}: {error}", "try again later") from error

@@ -1,0 +1,229 @@
+"""What the index says, row by row, within a transaction of `Database`: paths, entries, references, and what goes first.
+
+Rows are read as hostile: values that no store writes end in `Damaged`, and no query goes round in a circle.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from mlxkv.store.chain import SLOT, Block, Chain
+from mlxkv.store.database import Damaged
+
+Db = sqlite3.Connection
+_COLUMNS = (
+    "b.id, b.parent, b.name, b.slot, b.start, b.stop, b.rows_from, b.size, c.word, a.word, m.word, b.refs FROM {}"
+    " LEFT JOIN words c ON c.id = b.coding LEFT JOIN words a ON a.id = b.artifacts LEFT JOIN words m ON m.id = b.model"
+)
+_BY_NAME = f"SELECT {_COLUMNS.format('blocks b')} WHERE b.name = ?"
+_BY_ID = f"SELECT {_COLUMNS.format('blocks b')} WHERE b.id = ?"
+_AFTER = f"SELECT {_COLUMNS.format('blocks b')} WHERE b.id > ? ORDER BY b.id LIMIT ?"
+# Starts become smaller with every step, so that it ends whatever the rows hold.
+_PATH = (
+    "WITH RECURSIVE path (id, parent, start) AS (SELECT id, parent, start FROM blocks WHERE id = ? AND start < stop"
+    " UNION ALL SELECT above.id, above.parent, above.start FROM path JOIN blocks above"
+    " ON above.id = path.parent AND above.stop = path.start AND above.start < above.stop)"
+    f" SELECT {_COLUMNS.format('path CROSS JOIN blocks b ON b.id = path.id')} ORDER BY b.start DESC"
+)
+_STOPS = (
+    "WITH RECURSIVE found (stop) AS (SELECT max(stop) FROM blocks WHERE slot = :slot AND stop <= :most"
+    " UNION ALL SELECT (SELECT max(stop) FROM blocks WHERE slot = :slot AND stop < found.stop)"
+    " FROM found WHERE found.stop IS NOT NULL) SELECT stop FROM found WHERE stop IS NOT NULL"
+)
+
+
+class Row(NamedTuple):
+    """A block in the index.
+
+    Parameters
+    ----------
+    id, parent
+        Its number, and that of the block before it; 0 for none.
+    refs
+        Blocks that begin where it ends, entries there, and writers that are about to add a block.
+    block
+        The block; its `parent` is right only where it begins a slot, or after `with_parents`.
+    """
+
+    id: int
+    parent: int
+    refs: int
+    block: Block
+
+
+def _row(values: tuple[Any, ...]) -> Row:
+    number, parent, name, slot, start, stop, rows_from, size, coding, artifacts, model, refs = values
+    block = Block(name, slot, slot, start, stop, rows_from, size, coding, artifacts, model)
+    if not block.is_sound or not all(type(value) is int for value in (number, parent, refs)):
+        raise Damaged("the index holds a block that cannot be one")
+    return Row(number, parent, refs, block)
+
+
+def _one(cursor: sqlite3.Cursor) -> Row | None:
+    values = cursor.fetchone()
+    return _row(values) if values else None
+
+
+def row_named(db: Db, name: bytes) -> Row | None:
+    """Return the row of the block that reaches to a place, if there is one."""
+    return _one(db.execute(_BY_NAME, (name,)))
+
+
+def row_numbered(db: Db, number: int) -> Row | None:
+    """Return the row of a number, if there is one."""
+    return _one(db.execute(_BY_ID, (number,)))
+
+
+def rows_after(db: Db, number: int, count: int) -> list[Row]:
+    """Return the next rows by number, with the names of their parents."""
+    rows = [_row(values) for values in db.execute(_AFTER, (number, count))]
+    return [row._replace(block=with_parent(db, row)) for row in rows]
+
+
+def with_parent(db: Db, row: Row) -> Block:
+    """Return the block of a row with the name of its parent."""
+    if row.block.start % SLOT == 0:
+        return row.block
+    found = db.execute("SELECT name FROM blocks WHERE id = ?", (row.parent,)).fetchone()
+    return row.block._replace(parent=found[0] if found and isinstance(found[0], bytes) else b"")
+
+
+def path(db: Db, number: int) -> list[Row]:
+    """Return the rows from the beginning of a text to a block, with the names of their parents.
+
+    Raises
+    ------
+    Damaged
+        When the way back does not reach the beginning.
+    """
+    rows = [_row(values) for values in db.execute(_PATH, (number,))][::-1]
+    if not rows or rows[0].block.start or any(a.block.stop != b.block.start for a, b in pairwise(rows)):
+        raise Damaged("the index holds a block without those before it")
+    above = [rows[0].block.slot, *(row.block.name for row in rows)]
+    return [row._replace(block=row.block._replace(parent=name)) for row, name in zip(rows, above)]
+
+
+def longest(db: Db, chain: Chain, most: int, window: int, needs_state: bool) -> list[Block]:
+    """Return the blocks up to the last place of a text from which a model can go on: see `BlockStore.longest`."""
+    most = min(most, len(chain))
+    low, high = 0, most // SLOT
+    while low < high:
+        middle = (low + high + 1) // 2
+        if db.execute("SELECT 1 FROM blocks WHERE name = ?", (chain.name(middle * SLOT),)).fetchone():
+            low = middle
+        else:
+            high = middle - 1
+    for number in range(low, -1, -1):
+        begin = number * SLOT
+        for stop in _stops(db, chain.name(begin), begin, min(most, begin + SLOT)):
+            found = db.execute(
+                "SELECT id, rows_from, state FROM blocks LEFT JOIN entries ON block = id WHERE name = ?",
+                (chain.name(stop),),
+            ).fetchone()
+            if found and _can_go_on(found[1], found[2], stop, window, needs_state):
+                return [row.block for row in path(db, found[0])]
+    return []
+
+
+def _can_go_on(rows_from: Any, state: Any, stop: int, window: int, needs_state: bool) -> bool:
+    has_rows = not window or (type(rows_from) is int and rows_from <= max(0, stop - window))
+    return has_rows and (not needs_state or (type(state) is int and state > 0))
+
+
+def _stops(db: Db, slot: bytes, begin: int, most: int) -> Iterator[int]:
+    """Yield the places in a slot that some text's blocks reach to, the last one first."""
+    for (stop,) in db.execute(_STOPS, {"slot": slot, "most": most}):
+        if type(stop) is not int or not begin < stop <= most:
+            raise Damaged("the index holds a block outside its slot")
+        yield stop
+
+
+def add_block(db: Db, block: Block, parent: int) -> int:
+    """Add a block after that of a number, and return its own number."""
+    words = (_word(db, block.coding), _word(db, block.artifacts), _word(db, block.model))
+    values = (block.name, parent, block.slot, block.start, block.stop, block.rows_from, block.size, *words)
+    cursor = db.execute(
+        "INSERT INTO blocks (name, parent, slot, start, stop, rows_from, size, coding, artifacts, model, refs)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0)",
+        values,
+    )
+    refer(db, parent, 1)
+    count(db, blocks=1, stored=block.size)
+    assert cursor.lastrowid is not None
+    return cursor.lastrowid
+
+
+def change_block(db: Db, row: Row, block: Block, parent: int) -> None:
+    """Let a row say what a file says that has taken the place of the one before."""
+    words = (_word(db, block.coding), _word(db, block.artifacts), _word(db, block.model))
+    db.execute(
+        "UPDATE blocks SET parent = ?, start = ?, rows_from = ?, size = ?, coding = ?, artifacts = ?, model = ? WHERE id = ?",
+        (parent, block.start, block.rows_from, block.size, *words, row.id),
+    )
+    refer(db, parent, 1)
+    refer(db, row.parent, -1)
+    count(db, stored=block.size - row.block.size)
+
+
+def _word(db: Db, word: str) -> int:
+    """Return the number of a text that many rows share."""
+    found = db.execute("SELECT id FROM words WHERE word = ?", (word,)).fetchone()
+    if found:
+        return found[0]
+    return db.execute("INSERT INTO words (word) VALUES (?)", (word,)).lastrowid or 0
+
+
+def refer(db: Db, number: int, change: int) -> None:
+    """Change how many refer to a block."""
+    if number:
+        db.execute("UPDATE blocks SET refs = refs + ? WHERE id = ?", (change, number))
+
+
+def count(db: Db, **changes: int) -> None:
+    """Change totals of the store: "bytes" of disk, "blocks", bytes "stored" and ever "written"."""
+    db.executemany("UPDATE totals SET value = value + ? WHERE key = ?", [(n, key) for key, n in changes.items() if n])
+
+
+def totals(db: Db) -> dict[str, int]:
+    """Return the totals of the store."""
+    found = dict(db.execute("SELECT key, value FROM totals LIMIT 100"))
+    if not all(type(value) is int and 0 <= value < 2**60 for value in found.values()):
+        raise Damaged("the totals of the index cannot be right")
+    return found
+
+
+def children(db: Db, row: Row) -> list[int]:
+    """Return the numbers of the blocks that begin where one ends."""
+    block = row.block
+    slot = block.name if block.stop % SLOT == 0 else block.slot
+    found = db.execute("SELECT id FROM blocks WHERE slot = ? AND stop > ? AND parent = ?", (slot, block.stop, row.id))
+    return [number for (number,) in found]
+
+
+def enter(db: Db, number: int, kind: str, used: float) -> bool:
+    """Make a block's end an entry, or the one used last if it is one already; return whether it is new."""
+    turn = next_turn(db)
+    if db.execute("UPDATE entries SET turn = ?, used = ? WHERE block = ?", (turn, used, number)).rowcount:
+        return False
+    db.execute("INSERT INTO entries VALUES (?, ?, ?, ?, 0)", (number, kind, turn, used))
+    refer(db, number, 1)
+    return True
+
+
+def touch(db: Db, name: bytes, used: float) -> None:
+    """Make an entry the one used last; nothing where there is none."""
+    db.execute(
+        "UPDATE entries SET turn = ?, used = ? WHERE block = (SELECT id FROM blocks WHERE name = ?)",
+        (next_turn(db), used, name),
+    )
+
+
+def next_turn(db: Db) -> int:
+    """Return a number for the entry used last: higher than those of all others."""
+    found = db.execute("SELECT max(turn) FROM entries").fetchone()[0]
+    if found is not None and (type(found) is not int or found > 2**60):
+        raise Damaged("the index holds an entry that cannot be one")
+    return (found or 0) + 1
