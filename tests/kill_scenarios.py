@@ -16,6 +16,8 @@ from talking import dictated, tiny_talker
 from mlxkv import lm
 from mlxkv.codec import library
 from mlxkv.codec.artifacts import CalibrationArtifacts
+from mlxkv.codec.methods import codec_methods
+from mlxkv.codec.stages.entropy import even_tables
 from mlxkv.config import Config
 from mlxkv.dump import KVDump, read_dump, write_dump
 from mlxkv.errors import InputError
@@ -342,6 +344,7 @@ class SessionTurn(ContainerWrite):
     uses_mlx = True
 
     def __init__(self, folder):
+        codec_methods.names(), even_tables()  # here, and not in each forked process again
         self.begun = folder / "begun"
         if not self.begun.exists():
             self.begun.mkdir()
@@ -379,6 +382,7 @@ class Command(ContainerWrite):
     def __init__(self, folder):
         from mlxkv.cli import main
 
+        codec_methods.names()  # here, and not in each forked process again
         self.main, self.given = main, folder / "given"
         if not self.given.exists():
             self.given.mkdir()
@@ -428,7 +432,7 @@ class Calibrate(Command):
 
     def write(self, folder):
         self.run(
-            "calibrate", "--npz", self.given / "700.npz", "--compression-ratio", 5, "--out", folder / "a", "--overwrite"
+            "calibrate", "--npz", self.given / "300.npz", "--compression-ratio", 5, "--out", folder / "a", "--overwrite"
         )
 
     read = Artifacts.read

@@ -31,27 +31,23 @@ def killed(folder, names):
     return json.loads(run.stdout)
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return killed(tmp_path_factory.mktemp("killed"), WRITES + APPENDS + FOLDERS + BROKEN)
-
-
-@pytest.mark.parametrize("name", WRITES + APPENDS + FOLDERS)
-def test_a_write_killed_at_any_operation_leaves_the_old_or_the_new_and_the_next_one_goes_through(files, name):
-    operations, wrong = files[name]
-    assert operations > 5
-    assert wrong == []
+def test_a_write_killed_at_any_operation_leaves_the_old_or_the_new_and_the_next_one_goes_through(tmp_path):
+    promised(killed(tmp_path, WRITES + APPENDS + FOLDERS))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "darwin", reason="a forked process cannot use Metal")
 @pytest.mark.parametrize("names", [LIVE, SESSIONS, COMMANDS], ids=["live caches", "sessions", "commands"])
 def test_whole_commands_and_live_caches_keep_that_promise(tmp_path, names):
-    for name, (operations, wrong) in killed(tmp_path, names).items():
+    promised(killed(tmp_path, names))
+
+
+def promised(scenarios):
+    for name, (operations, wrong) in scenarios.items():
         assert operations > 5, name
         assert wrong == [], name
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_write_that_keeps_no_promise_is_found_out(files, name):
-    assert any("neither the old nor the new" in line or "Error" in line for line in files[name][1])
+def test_a_write_that_keeps_no_promise_is_found_out(tmp_path):
+    for name, (_, wrong) in killed(tmp_path, BROKEN).items():
+        assert any("neither the old nor the new" in line or "Error" in line for line in wrong), name
