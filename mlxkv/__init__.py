@@ -3,6 +3,7 @@
 - Caches in memory while a model runs: `make_cache`, `save_cache` and `load_cache`.
 - Caches as small files: `calibrate` once per model, then `CacheCodec` with its `CalibrationArtifacts`.
 - Conversations that outlive the process: `Session`; a prompt cache as bytes: `compress` and `decompress`.
+- Prompts that outlive the process, in compressed blocks on disk: `Store`.
 - Uncompressed caches outside a model: `KVDump`, `read_dump` and `write_dump`; `mlxkv.lm` makes and restores them.
 
 Other errors and settings are in `mlxkv.errors`, `mlxkv.codec.methods` and `mlxkv.live.methods`. Public names are imported on
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from mlxkv.presets import method_preset, model_preset
     from mlxkv.session import Session, compress, decompress
     from mlxkv.spec import CacheSpec, Rope, Slot
+    from mlxkv.store import Store
 
 __all__ = [
     "CacheCodec",
@@ -42,6 +44,7 @@ __all__ = [
     "Rope",
     "Session",
     "Slot",
+    "Store",
     "__version__",
     "attach",
     "calibrate",
@@ -67,6 +70,7 @@ _HOME = {
     "Rope": "spec",
     "Session": "session",
     "Slot": "spec",
+    "Store": "store",
     "attach": "live.seam",
     "calibrate": "codec.calibrate",
     "compress": "session",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
 from mlxkv import stock
@@ -12,7 +14,7 @@ from mlxkv.dump import STATE_TYPES, KVDump
 from mlxkv.errors import FormatError, MismatchError
 from mlxkv.identity import fingerprint, same_model
 from mlxkv.models import cache_spec
-from mlxkv.spec import STREAMS
+from mlxkv.spec import STREAMS, CacheSpec
 
 CACHE_DTYPES = ("float16", "bfloat16", "float32")
 
@@ -60,7 +62,8 @@ def restore(model: Any, dump: KVDump) -> list[Any]:
     cache = make_prompt_cache(model)
     entries = stock.entries(cache)
     _restore_groups(entries, dump)
-    _restore_states(entries, model, dump)
+    types = {key: dump.state_types.get(key, dump.dtype) for key in dump.states}
+    restore_states(entries, model, spec, dump.states, types, (dump.tokens.shape[0], dump.length))
     mx.eval([entry.state for entry in cache if entry is not None])
     return cache
 
@@ -84,35 +87,61 @@ def _restore_groups(entries: list[Any], dump: KVDump) -> None:
             mx.eval(entries[index].state)  # layer by layer, so that only one copy exists beside the dump
 
 
-def _restore_states(entries: list[Any], model: Any, dump: KVDump) -> None:
-    """Fill the other entries, whose states are compared with those that the model makes of one token."""
-    others = [i for i, layer in enumerate(dump.spec.layers) if layer is None and entries[i] is not None]
-    examples = stock.entries(stock.example_caches(model, dump.length)) if others or dump.states else []
+def restore_states(
+    entries: list[Any],
+    model: Any,
+    spec: CacheSpec,
+    states: Mapping[str, np.ndarray],
+    types: Mapping[str, str],
+    tokens: tuple[int, int],
+) -> None:
+    """Fill the entries that keep other states than keys and values. These are compared with what the model makes of one token.
+
+    Parameters
+    ----------
+    entries
+        Entries of a fresh prompt cache, from `mlxkv.stock.entries`.
+    model
+        The model.
+    spec
+        Description of its cache.
+    states
+        Arrays keyed "layer.index", as `mlxkv.dump.KVDump.states`.
+    types
+        MLX's type of each of them.
+    tokens
+        Number of texts, and of tokens of each.
+
+    Raises
+    ------
+    MismatchError
+        When they are not this model's.
+    """
+    others = [i for i, layer in enumerate(spec.layers) if layer is None and entries[i] is not None]
+    examples = stock.entries(stock.example_caches(model, tokens[1])) if others or states else []
     expected = {f"{index}.{slot}" for index in others for slot in stock.state_parts(examples[index])}
-    if expected != set(dump.states):
-        differing = str(sorted(expected ^ set(dump.states)))[:200]
+    if expected != set(states):
+        differing = str(sorted(expected ^ set(states)))[:200]
         raise MismatchError(f"the dump and this model disagree about the states {differing}")
     for index in others:
         parts = {}
         for key in expected:
             layer, slot = key.split(".")
             if int(layer) == index:
-                parts[slot] = _live_state(key, dump)
-        _check_batch(index, entries[index], parts, examples[index], dump.tokens.shape[0])
+                parts[slot] = _live_state(key, states[key], types[key])
+        _check_batch(index, entries[index], parts, examples[index], tokens[0])
         try:
             stock.set_state_parts(entries[index], parts, examples[index])
         except FormatError as error:
             raise MismatchError(f"the states of layer {index} do not fit this model: {error}") from error
 
 
-def _live_state(key: str, dump: KVDump) -> Any:
+def _live_state(key: str, state: np.ndarray, own: str) -> Any:
     """Return one state as the model keeps it: an array of its own type, or a number."""
-    state = dump.states[key]
     if state.dtype not in STATE_TYPES.values():
         raise MismatchError(f"state {key} of the dump is {state.dtype}, which no layer keeps")
     if not state.ndim:
         return state.item()
-    own = dump.state_types.get(key, dump.dtype)
     return mx.array(state).astype(getattr(mx, {"bool": "bool_"}.get(own, own)))
 
 

@@ -1,0 +1,138 @@
+"""How blocks of one model are coded: what new ones are written with, and what old ones are read with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from threading import Lock
+
+from mlxkv.codec import calibrate, library
+from mlxkv.codec.artifacts import CalibrationArtifacts
+from mlxkv.codec.entries import folder_for
+from mlxkv.codec.parts import PartCodec
+from mlxkv.errors import InputError, MlxkvError
+from mlxkv.spec import CacheSpec
+
+DEFAULT_QUALITY = 38.0
+FINE_TOKENS = 32  # newest tokens that are computed again, or coded finer where a cache cannot be cut
+_CALIBRATED, _FREE, _EXACT = "kvtc-rd", "direct", "exact"
+_BONUS, _FINEST = 10.0, 70.0  # points of quality that `direct` needs more for the same loss, and the most it gets
+
+
+@dataclass(frozen=True)
+class Coding:
+    """Coding of new blocks.
+
+    Parameters
+    ----------
+    artifacts
+        The artifacts.
+    quality
+        Quality of the method; None for bit-exact blocks.
+    plain, fine
+        Codec of all blocks, and that of blocks whose newest tokens are coded finer.
+    """
+
+    artifacts: CalibrationArtifacts
+    quality: float | None
+    plain: PartCodec
+    fine: PartCodec
+
+    @property
+    def name(self) -> str:
+        """Method and quality, such as "kvtc-rd 38"."""
+        return self.artifacts.method_name + ("" if self.quality is None else f" {self.quality:g}")
+
+
+class Codings:
+    """Codings of the blocks of one model.
+
+    Parameters
+    ----------
+    spec
+        Description of the model's cache.
+    fingerprint
+        Fingerprint of the model.
+    quality
+        0 to 100; None for bit-exact blocks.
+    model
+        Name of the model.
+
+    Attributes
+    ----------
+    current
+        Coding of new blocks.
+
+    Raises
+    ------
+    InputError
+        For another quality.
+    """
+
+    def __init__(self, spec: CacheSpec, fingerprint: str, quality: float | None, model: str = "") -> None:
+        if quality is not None and not (type(quality) in (int, float) and 0 <= quality <= 100):
+            raise InputError(f"the quality of a store is a number from 0 to 100, not {quality!r}")
+        self._spec, self._fingerprint, self._quality = spec, fingerprint, quality
+        self._lock = Lock()
+        free = [
+            calibrate.uncalibrated(spec, model=model, fingerprint=fingerprint, method=each) for each in (_FREE, _EXACT)
+        ]
+        self._known: dict[str, CalibrationArtifacts | None] = {each.fingerprint: each for each in free}
+        if quality is None:
+            self.current = _coding(free[1], None)
+        else:
+            self.current = _coding(free[0], min(max(_FINEST, quality), quality + _BONUS))
+            self.refresh()
+
+    def refresh(self) -> bool:
+        """Write new blocks with the newest artifacts of the library.
+
+        Returns
+        -------
+        bool
+            Whether they are others than before.
+        """
+        if self._quality is None:
+            return False
+        found = library.find(self._fingerprint, _CALIBRATED, self._spec)
+        if found is None or found.fingerprint == self.current.artifacts.fingerprint:
+            return False
+        with self._lock:
+            self._known[found.fingerprint] = found
+        self.current = _coding(found, self._quality)
+        return True
+
+    def artifacts(self, fingerprint: str) -> CalibrationArtifacts | None:
+        """Return the artifacts that a block names.
+
+        Parameters
+        ----------
+        fingerprint
+            Their fingerprint, from any source.
+
+        Returns
+        -------
+        CalibrationArtifacts or None
+            None where the library has none such of this model's cache.
+        """
+        with self._lock:
+            found = self._known.get(fingerprint)
+            if found is None and (folder := folder_for({"artifacts": fingerprint})) is not None:
+                found = _read(folder, fingerprint, self._spec)
+                if found is not None:
+                    self._known[fingerprint] = found
+            return found
+
+
+def _coding(artifacts: CalibrationArtifacts, quality: float | None) -> Coding:
+    fine = 0 if quality is None else FINE_TOKENS
+    plain, finer = (PartCodec(artifacts, quality=quality, recent=recent) for recent in (0, fine))
+    return Coding(artifacts, quality, plain, finer)
+
+
+def _read(folder, fingerprint: str, spec: CacheSpec) -> CalibrationArtifacts | None:  # type: ignore[no-untyped-def]
+    """Return artifacts of the library; None where they are damaged, or of another cache."""
+    try:
+        found = CalibrationArtifacts.from_dir(folder)
+    except MlxkvError:
+        return None
+    return found if found.fingerprint == fingerprint and found.spec == spec else None
