@@ -35,7 +35,7 @@ def build() -> typer.Typer:
         if isinstance(command, typer.Typer):
             app.add_typer(command, name=name)
         else:
-            app.command(name)(command)
+            app.command(name, context_settings=getattr(command, "context_settings", None))(command)
     app.callback()(_options)
     return app
 

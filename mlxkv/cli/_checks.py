@@ -33,7 +33,7 @@ def at_least_1(value: int) -> int:
     return value
 
 
-def read_size(text: str | None) -> int | None:
+def read_size(text: str | None, option: str = "--limit") -> int | None:
     """Return a size such as "500MB" in bytes; None for None."""
     from mlxkv.errors import InputError
 
@@ -41,7 +41,7 @@ def read_size(text: str | None) -> int | None:
         return None
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMGT]?)(i?)B?", text.strip(), re.ASCII | re.IGNORECASE)
     if not match:
-        raise InputError(f"--limit is a size, such as 500MB or 20GB, not {text[:80]!r}")
+        raise InputError(f"{option} is a size, such as 500MB or 20GB, not {text[:80]!r}")
     number, unit, binary = match.groups()
     power = "KMGT".find(unit.upper()) + 1 if unit else 0
     return int(float(number) * (1024 if binary else 1000) ** power)

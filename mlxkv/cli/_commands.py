@@ -17,4 +17,10 @@ def _check_command(command: Command) -> None:
         raise InputError(f"{command!r} is neither a function nor a Typer application")
 
 
+def passes_flags_on(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take flags that it does not know, in `typer.Context.args`, for a program that does."""
+    command.context_settings = {"ignore_unknown_options": True, "allow_extra_args": True}  # type: ignore[attr-defined]
+    return command
+
+
 commands: Registry[Command] = Registry("command", "mlxkv.cli", "mlxkv.commands", _check_command)

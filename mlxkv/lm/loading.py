@@ -38,6 +38,37 @@ def load(name: str, adapter_path: str | Path | None = None) -> tuple[Any, Any]:
     """
     if adapter_path is not None and not Path(adapter_path, "adapter_config.json").is_file():
         raise InputError(f"{adapter_path} is no folder of an adapter: it has no adapter_config.json")
+    path = located(name)
+    try:
+        model, tokenizer = mlx_lm_load(str(path))[:2]
+        if adapter_path is not None:
+            model = _with_adapter(model, adapter_path)
+    except MlxkvError:
+        raise
+    except Exception as error:  # the hub client and mlx-lm raise dozens of types; their message is the reason
+        raise not_loaded(name, error) from error
+    use_fast_type(model)
+    return model, tokenizer
+
+
+def located(name: str) -> Path:
+    """Return what mlx-lm loads a model by, without a look at what is there.
+
+    Parameters
+    ----------
+    name
+        As `load` takes it.
+
+    Returns
+    -------
+    Path
+        A folder, or a hub id.
+
+    Raises
+    ------
+    ModelNotFoundError
+        For a name that can be neither, and a model of a wheel that is not installed.
+    """
     path = bundled.model_path(name) or Path(name)
     looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if not path.exists() and not looks_like_hub_id:
@@ -46,22 +77,42 @@ def load(name: str, adapter_path: str | Path | None = None) -> tuple[Any, Any]:
             f"no model directory {name[:200]!r}",
             f"{''.join(near[:2]) if near[1] else ''}give a local path, a hub id such as org/name, or {' or '.join(bundled.WHEELS)}",
         )
-    try:
-        model, tokenizer = mlx_lm_load(str(path))[:2]
-        if adapter_path is not None:
-            model = _with_adapter(model, adapter_path)
-    except MlxkvError:
-        raise
-    except Exception as error:  # the hub client and mlx-lm raise dozens of types; their message is the reason
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        advice = "" if path.exists() else "is the id right, and is there a network?"
-        raise ModelNotFoundError(f"cannot load {name!r}: {reason}", advice) from error
+    return path
+
+
+def not_loaded(name: str, error: Exception) -> ModelNotFoundError:
+    """Return the error that says why a model could not be loaded.
+
+    Parameters
+    ----------
+    name
+        As `load` takes it.
+    error
+        What mlx-lm or the hub's client raised.
+
+    Returns
+    -------
+    ModelNotFoundError
+        With the first line of its message.
+    """
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    advice = "" if Path(name_for_mlx_lm(name)).exists() else "is the id right, and is there a network?"
+    return ModelNotFoundError(f"cannot load {name!r}: {reason}", advice)
+
+
+def use_fast_type(model: Any) -> None:
+    """Widen floating-point weights to float32 on a device without a GPU, where that is the fast type.
+
+    Parameters
+    ----------
+    model
+        A model that mlx-lm loaded.
+    """
     # An mlx module keeps a string as an ordinary attribute, beside its parameters.
     model.stored_dtype = _weights_dtype(model)
     if mx.default_device() == mx.cpu:
         model.set_dtype(mx.float32)
         mx.eval(model.parameters())
-    return model, tokenizer
 
 
 def name_for_mlx_lm(name: str) -> str:

@@ -1,0 +1,225 @@
+"""The prompt cache of the server: caches in RAM, and the store on disk behind them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlxkv.errors import UnsupportedError
+from mlxkv.serving.memory import RecentCaches, begin_computing, common_prefix
+
+if TYPE_CHECKING:
+    from mlxkv.store import PromptStore
+
+log = logging.getLogger("mlxkv.serving")
+
+# A disk is read where it saves the model this many tokens more than RAM does, and this share of what is read.
+LEAST_GAIN, GAIN_SHARE = 64, 8
+_PROMPTS = 128  # requests whose ends are remembered until their answers come
+
+
+class PromptCache:
+    """What mlx-lm's server asks of its `LRUPromptCache`, with a store behind it.
+
+    All methods but `statistics` belong to the thread that generates. A cache that is handed out belongs to its request alone,
+    and at least one token of a prompt is left to compute.
+
+    Parameters
+    ----------
+    max_size
+        Number of caches in RAM.
+    max_bytes
+        Their bytes; None for any.
+    """
+
+    def __init__(self, max_size: int = 10, max_bytes: int | None = None) -> None:
+        self.memory = RecentCaches(max_size, max_bytes)
+        self._store: PromptStore | None = None
+        self._stored_model: Any = None
+        self._asked: deque[tuple[Any, np.ndarray]] = deque(maxlen=_PROMPTS)
+        self._unstored: set[str] = set()
+        self._counts = dict.fromkeys(("requests", "prompt_tokens", "from_memory", "from_disk"), 0)
+
+    def __len__(self) -> int:
+        return len(self.memory)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the caches in RAM."""
+        return self.memory.size
+
+    def keep_on_disk(self, model: Any, store: PromptStore | None) -> None:
+        """Name the store of a model, from now on.
+
+        Parameters
+        ----------
+        model
+            The key of the model in `fetch_nearest_cache` and `insert_cache`.
+        store
+            Its store; None for RAM alone.
+        """
+        self._stored_model, self._store = model, store
+
+    def fetch_nearest_cache(self, model: Any, tokens: Sequence[int]) -> tuple[list[Any] | None, Sequence[int]]:
+        """Return a cache of the longest beginning of a prompt, and the tokens that are left to compute.
+
+        Parameters
+        ----------
+        model
+            The key of the model.
+        tokens
+            The prompt. Negative ones stand for images.
+
+        Returns
+        -------
+        tuple
+            The cache, None where nothing begins like the prompt, and 1 token or more.
+        """
+        start = time.perf_counter()
+        prompt = np.array(tokens, dtype=np.int64)
+        most = len(prompt) - 1
+        in_memory = self.memory.length(model, prompt, most)
+        found, source = self._from_disk(model, prompt, in_memory), "disk"
+        if found is None:
+            recent = self.memory.fetch(model, prompt, most)
+            found, source = recent and (recent.cache, recent.length, recent.size), "memory"
+        self._asked.append((model, prompt))
+        cache, length, size = found or (None, 0, 0)
+        self._count(len(prompt), length, source)
+        milliseconds = 1e3 * (time.perf_counter() - start)
+        came = f"{length:,} from {source} ({megabytes(size)}, {milliseconds:.1f} ms)" if length else "none kept"
+        log.info("prompt of %s tokens: %s, %s to compute", f"{len(prompt):,}", came, f"{len(prompt) - length:,}")
+        return cache, tokens[length:]
+
+    def insert_cache(
+        self, model: Any, tokens: Sequence[int], prompt_cache: list[Any], *, cache_type: str = "assistant"
+    ) -> None:
+        """Keep a cache, in RAM and on disk.
+
+        Parameters
+        ----------
+        model
+            The key of the model.
+        tokens
+            What the cache holds.
+        prompt_cache
+            The cache, which nobody changes any more.
+        cache_type
+            "system", "user" or "assistant": what the text ends with.
+        """
+        text = np.array(tokens, dtype=np.int64)
+        begin_computing(prompt_cache)
+        self.memory.insert(model, text, prompt_cache, cache_type)
+        ends = self._ends(model, text)
+        if self._has_store(model, text):
+            try:
+                self._store.insert(text.tolist(), prompt_cache, kind=cache_type, cuts=ends)  # type: ignore[union-attr]
+            except UnsupportedError as error:
+                self._say_once(str(error))
+            except Exception:  # the answer is there already: nothing that is wrong with a disk may end its request
+                log.exception("a prompt was not stored")
+
+    def trim_to(self, *, n_sequences: int | None = None, n_bytes: int | None = None) -> None:
+        """Give up caches in RAM.
+
+        Parameters
+        ----------
+        n_sequences
+            Number of caches that may stay; None for all.
+        n_bytes
+            Bytes that may stay; None for all.
+        """
+        self.memory.shrink(n_sequences, n_bytes)
+
+    def stats_by_type(self) -> dict[str, dict[str, int]]:
+        """Return the number and the bytes of the caches in RAM of each kind.
+
+        Returns
+        -------
+        dict
+            By kind, `n_sequences` and `n_bytes`.
+        """
+        return self.memory.by_kind()
+
+    def statistics(self) -> dict[str, Any]:
+        """Return what was asked and where it came from; any thread may.
+
+        Returns
+        -------
+        dict
+            Of JSON's types: tokens of prompts by where they came from, caches in RAM, and the store's own numbers, None
+            without a store.
+        """
+        store = self._store
+        memory = {"caches": len(self), "bytes": self.nbytes, "limit_bytes": self.memory.limit}
+        return {**self._counts, "memory": memory, "store": None if store is None else store.statistics()}
+
+    def _from_disk(self, model: Any, prompt: np.ndarray, in_memory: int) -> tuple[list[Any], int, int] | None:
+        """Return cache, tokens and bytes read where the store brings clearly more than RAM."""
+        most = len(prompt) - 1
+        if most - in_memory < LEAST_GAIN or not self._has_store(model, prompt):
+            return None
+        tokens, store = prompt.tolist(), self._store
+        assert store is not None
+        try:
+            matched = store.match(tokens)
+            if matched - in_memory < max(LEAST_GAIN, matched // GAIN_SHARE):
+                return None
+            fetched = store.fetch(tokens)
+        except Exception:  # what is wrong on a disk is a miss
+            log.exception("the store could not be read")
+            return None
+        if fetched is None or fetched.length <= in_memory:
+            return None
+        # Others may begin so too: from now on it is in RAM, and the request gets what shares its arrays.
+        self.memory.insert(model, prompt[: fetched.length], fetched.cache, "user")
+        again = self.memory.fetch(model, prompt, most)
+        if again is not None and again.length > in_memory:
+            return again.cache, again.length, fetched.bytes
+        return (fetched.cache, fetched.length, fetched.bytes) if fetched.length <= most else None  # too large to stay
+
+    def _has_store(self, model: Any, tokens: np.ndarray) -> bool:
+        """Return whether a text of a model can be in the store, which images cannot."""
+        return self._store is not None and model == self._stored_model and len(tokens) > 0 and int(tokens.min()) >= 0
+
+    def _ends(self, model: Any, text: np.ndarray) -> list[int]:
+        """Return where prompts end within a text, and forget those prompts."""
+        ends, others = set(), []
+        for asked, prompt in self._asked:
+            if asked == model and common_prefix(prompt, text) == len(prompt):
+                ends.add(len(prompt))
+            else:
+                others.append((asked, prompt))
+        self._asked = deque(others, maxlen=_PROMPTS)
+        return sorted(ends)
+
+    def _count(self, tokens: int, length: int, source: str) -> None:
+        self._counts["requests"] += 1
+        self._counts["prompt_tokens"] += tokens
+        self._counts[f"from_{source}"] += length
+
+    def _say_once(self, reason: str) -> None:
+        if reason not in self._unstored:
+            self._unstored.add(reason)
+            log.warning("prompts are not stored: %s", reason)
+
+
+def megabytes(size: int) -> str:
+    """Return a number of bytes as people read it.
+
+    Parameters
+    ----------
+    size
+        Bytes.
+
+    Returns
+    -------
+    str
+        In MB, or in kB where there are few.
+    """
+    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"

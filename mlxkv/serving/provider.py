@@ -1,0 +1,156 @@
+"""The server's models: loaded by the names that mlxkv knows, each with its prompts on disk."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from mlx_lm import server
+
+from mlxkv.errors import InputError, MlxkvError, UnsupportedError
+from mlxkv.lm.loading import located, name_for_mlx_lm, not_loaded, use_fast_type
+from mlxkv.serving.prompt_cache import megabytes
+
+if TYPE_CHECKING:
+    from mlxkv.store import PromptStore
+    from mlxkv.store.learning import Learning
+
+log = logging.getLogger("mlxkv.serving")
+DEFAULT = "default_model"  # what mlx-lm's server calls the one of --model
+
+
+class Provider(server.ModelProvider):
+    """mlx-lm's provider of models, one at a time.
+
+    Its methods belong to the thread that generates.
+
+    Parameters
+    ----------
+    arguments
+        What mlx-lm's server read from the command line.
+    open_store
+        Returns the prompts on disk of a model by model and name; None where nothing is stored.
+    changed
+        Called with the key of the model and its prompts on disk after a model was loaded, and with None and None before it
+        is given up.
+    learns
+        Whether artifacts are learnt from what is stored.
+    """
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        open_store: Callable[[Any, str], PromptStore] | None,
+        changed: Callable[[Any, PromptStore | None], None],
+        learns: bool = False,
+    ) -> None:
+        self._open_store, self._changed, self._learns = open_store, changed, learns
+        self._learning: Learning | None = None
+        self._told = (0, 0)
+        self.name: str | None = arguments.model
+        self.prompts: PromptStore | None = None
+        for option in ("model", "draft_model"):
+            if getattr(arguments, option) is not None:
+                located(getattr(arguments, option))  # a name that cannot be one is told before anything starts
+                setattr(arguments, option, name_for_mlx_lm(getattr(arguments, option)))
+        super().__init__(arguments)
+
+    def reset(self) -> None:
+        """Give the model up."""
+        prompts, self.prompts = self.prompts, None
+        learning, self._learning = self._learning, None
+        if learning is not None:
+            learning.close()
+        if prompts is not None:
+            self._changed(None, None)
+            prompts.close()
+        super().reset()
+
+    def learn(self) -> bool:
+        """Learn a little from what is stored.
+
+        Returns
+        -------
+        bool
+            Whether there is more to do now.
+        """
+        return self._learning is not None and self._learning.step()
+
+    def report(self) -> None:
+        """Log what was stored since the last time, once nothing is waiting."""
+        if self.prompts is None:
+            return
+        found = self.prompts.statistics()
+        now = (found["tokens_written"], found["bytes_written"])
+        if found["waiting"] or now <= self._told:
+            return
+        tokens, size = (after - before for after, before in zip(now, self._told))
+        self._told = now
+        log.info("stored %s tokens in %s (%s)", f"{tokens:,}", megabytes(size), found["coding"])
+
+    def load(
+        self, model_path: str | None, adapter_path: str | None = None, draft_model_path: str | None = None
+    ) -> tuple[Any, Any]:
+        """Load a model, if it is not the one that is there.
+
+        Parameters
+        ----------
+        model_path
+            A name as `mlxkv.lm.load` takes it, or "default_model".
+        adapter_path
+            Folder of an adapter.
+        draft_model_path
+            A draft model, or "default_model".
+
+        Returns
+        -------
+        tuple
+            Model and tokenizer.
+
+        Raises
+        ------
+        InputError
+            When there is no such model. A name that cannot be one leaves the model that is there.
+        """
+        if model_path == DEFAULT and self.cli_args.model is None:
+            raise InputError("the server was started without --model: a request has to name one")
+        names = [model_path, draft_model_path]
+        for i, name in enumerate(names):
+            if name not in (None, DEFAULT):
+                located(str(name))
+                names[i] = name_for_mlx_lm(str(name))
+        self.name = self.cli_args.model if model_path == DEFAULT else model_path
+        return super().load(names[0], adapter_path, names[1])  # type: ignore[no-untyped-call]
+
+    def _load(self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None) -> None:
+        """Load a model in place of the one that is there."""
+        try:
+            super()._load(model_path, adapter_path, draft_model_path)  # type: ignore[no-untyped-call]
+        except MlxkvError:
+            raise
+        except Exception as error:  # as `mlxkv.lm.load` has it
+            raise not_loaded(str(self.name), error) from error
+        for model in (self.model, self.draft_model):
+            if model is not None:
+                use_fast_type(model)
+        self._find_prompts()
+
+    def _find_prompts(self) -> None:
+        """Open what the store has of the model."""
+        if self._open_store is None:
+            return
+        try:
+            if self.draft_model is not None:
+                raise UnsupportedError("the caches of draft models are not stored")
+            if self.cli_args.kv_bits is not None:
+                raise UnsupportedError(
+                    "caches of --kv-bits are not stored", "--cache int8 or int4 are, and take as few bytes"
+                )
+            self.prompts = self._open_store(self.model, str(self.name))
+        except UnsupportedError as error:
+            log.warning("the prompts of %s stay in memory alone: %s", self.name, error)
+            return
+        self._told = (0, 0)
+        self._changed(self.model_key, self.prompts)

@@ -1,0 +1,83 @@
+"""Servers of mlxkv in a thread of the test, and requests to them."""
+
+import json
+import threading
+from contextlib import contextmanager
+from queue import SimpleQueue
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from mlxkv.serving.server import Options, Serving
+
+
+class Client:
+    """Requests to a server at an address."""
+
+    def __init__(self, url, server=None):
+        self.url, self.server = url, server
+
+    def get(self, path):
+        with urlopen(self.url + path, timeout=60) as answer:
+            return json.loads(answer.read())
+
+    def post(self, path, body, timeout=60):
+        with urlopen(Request(self.url + path, json.dumps(body).encode()), timeout=timeout) as answer:
+            return json.loads(answer.read())
+
+    def refused(self, path, body):
+        """The status and the error of a request that must fail."""
+        try:
+            raise AssertionError(f"answered with {self.post(path, body)}")
+        except HTTPError as error:
+            return error.code, json.loads(error.read())["error"]
+
+    def complete(self, prompt, most=8, **more):
+        """Text, tokens of the prompt, and those that came from a cache."""
+        answer = self.post("/v1/completions", {"prompt": prompt, "max_tokens": most, "temperature": 0, **more})
+        return answer["choices"][0]["text"], *_counts(answer)
+
+    def chat(self, messages, most=8, **more):
+        messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        answer = self.post("/v1/chat/completions", {"messages": messages, "max_tokens": most, "temperature": 0, **more})
+        return answer["choices"][0]["message"]["content"], *_counts(answer)
+
+    def stream(self, path, body):
+        """Events of a stream, one by one."""
+        body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        with urlopen(Request(self.url + path, json.dumps(body).encode()), timeout=60) as answer:
+            for line in answer:
+                text = line.decode().strip()
+                if text.startswith("data: ") and text != "data: [DONE]":
+                    yield json.loads(text[6:])
+
+
+def _counts(answer):
+    usage = answer["usage"]
+    return usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
+
+
+@contextmanager
+def serving(model, *flags, **options):
+    """A server in a thread, until the end of the block; its errors are raised there."""
+    urls, failures = SimpleQueue(), []
+    words = [*(["--model", str(model)] if model else []), "--port", "0", *map(str, flags)]
+    server = Serving(words, Options(**options), ready=urls.put)
+
+    def run():
+        try:
+            server.run()
+        except BaseException as error:  # noqa: BLE001  # raised by the test
+            failures.append(error)
+        urls.put(None)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        url = urls.get(timeout=60)
+        yield Client(url, server) if url else None
+    finally:
+        server.stop()
+        thread.join(60)
+        assert not thread.is_alive()
+        if failures:
+            raise failures[0]
