@@ -213,8 +213,7 @@ class Changes:
         """Let a file that a writer may have put in place before it was killed, and its row, agree again."""
         row = rows.row_named(db, name)
         if kind == STATES:
-            state = row and db.execute("SELECT state FROM entries WHERE block = ?", (row.id,)).fetchone()
-            if not state or not state[0]:
+            if row is None or not rows.state_bytes(db, row.id):
                 remove(path)
         elif row is None:
             remove(path)

@@ -18,8 +18,16 @@ from mlxkv.io.disk import lock
 from mlxkv.store.folder import INDEX, LOCK, remove
 
 VERSION = 1
-_BUSY_SECONDS, _LOCK_SECONDS = 10.0, 5.0
+_BUSY_SECONDS, _LOCK_SECONDS, _READ_SECONDS = 10.0, 5.0, 1.0
 _LONGEST_VALUE = 2**16  # bytes of any value in a row; a forged one would allocate more
+_FAILURES = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
+_DAMAGES = (
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_CONSTRAINT,
+    sqlite3.SQLITE_TOOBIG,
+    sqlite3.SQLITE_MISMATCH,
+)
 _SCHEMA = (
     "CREATE TABLE words (id INTEGER PRIMARY KEY, word TEXT NOT NULL UNIQUE)",
     "CREATE TABLE blocks (id INTEGER PRIMARY KEY AUTOINCREMENT, name BLOB NOT NULL UNIQUE, parent INTEGER NOT NULL, slot BLOB NOT NULL,"
@@ -87,12 +95,16 @@ class Database:
         Unavailable
             When the index is damaged: the next writer makes it anew.
         """
-        with self._reading:
+        if not self._reading.acquire(timeout=_READ_SECONDS):
+            raise Unavailable("the index of the store is being made anew")
+        try:
             if self._reader is None or self._is_damaged or self._is_elsewhere():
                 self._is_damaged = True
                 raise Unavailable("the index of the store is damaged")
             with self._damage_found(), self._transaction(self._reader, "BEGIN"):
                 yield self._reader
+        finally:
+            self._reading.release()
 
     @contextmanager
     def writing(self, log_limit: int) -> Iterator[sqlite3.Connection]:
@@ -174,15 +186,13 @@ class Database:
             raise Unavailable(str(error)) from error
         except sqlite3.Error as error:
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-            if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-                raise Unavailable("another process works on the store") from error
-            if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
+            if code in _FAILURES:
                 raise InputError(
                     f"cannot write the index of the store in {self._folder}: {error}",
                     "free some disk, or give another folder",
                 ) from error
-            self._is_damaged = True
-            raise Unavailable(f"the index of the store is damaged: {error}") from error
+            self._is_damaged |= code in _DAMAGES
+            raise Unavailable(f"the index of the store cannot be used: {error}") from error
 
     def _repair(self) -> None:
         if self._closed:
@@ -194,26 +204,37 @@ class Database:
     def _open(self) -> None:
         """Open the index; make it anew where there is none or a damaged one, and no one else has it open."""
         try:
-            self._take_lock(exclusive=False)
-            try:
+            if self._is_usable(exclusive=False):
+                self._is_damaged = False
+                return
+            if not self._is_usable(exclusive=True):  # another process may have made it meanwhile
+                self._make()
                 self._connect()
-            except (sqlite3.DatabaseError, Damaged, FileNotFoundError):
-                self._close()
-                self._take_lock(exclusive=True)
-                try:
-                    self._connect()  # another process may have made it meanwhile
-                except (sqlite3.DatabaseError, Damaged, FileNotFoundError):
-                    self._disconnect()
-                    self._make()
-                    self._connect()
-                self._share_lock()
+            self._is_damaged = False
+            self._share_lock()
         except (sqlite3.Error, Damaged, OSError) as error:
             self._close()
             raise InputError(f"cannot open the index of the store in {self._folder}: {error}") from error
         except BaseException:
             self._close()
             raise
-        self._is_damaged = False
+
+    def _is_usable(self, *, exclusive: bool) -> bool:
+        """Lock and open the index; return whether it is open now, and none of which damage is known."""
+        self._close()
+        self._take_lock(exclusive=exclusive)
+        before = self._place if self._is_damaged else None
+        try:
+            self._connect()
+            if self._place != before:
+                return True
+        except (Damaged, FileNotFoundError):
+            pass
+        except sqlite3.DatabaseError as error:
+            if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF in (*_FAILURES, sqlite3.SQLITE_BUSY):
+                raise
+        self._disconnect()
+        return False
 
     def _connect(self) -> None:
         found = os.lstat(self.path)
@@ -246,14 +267,14 @@ class Database:
         return connection
 
     def _make(self) -> None:
-        """Make a new index in place of whatever is there."""
+        """Make a new index in place of whatever is there: no one else has it open."""
         for ending in ("-wal", "-shm", "-journal", ""):
             remove(Path(f"{self.path}{ending}"))
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         connection = self._connection()
         try:
             # Killed on the way it has no version, so that it is made again.
-            for setting in ("journal_mode = OFF", "synchronous = OFF"):
+            for setting in ("auto_vacuum = INCREMENTAL", "journal_mode = OFF", "synchronous = OFF"):
                 connection.execute(f"PRAGMA {setting}").fetchall()
             connection.execute("BEGIN")
             for statement in _SCHEMA:

@@ -18,9 +18,11 @@ from mlxkv.io.disk import NEW_FILE, lock, lock_new, sync, temporary_path
 
 INDEX, LOCK = "index.sqlite", "lock"
 BLOCKS, STATES, QUARANTINE = "blocks", "states", "quarantine"
+KINDS = (BLOCKS, STATES)
 ENDING = ".mlxkv"
 _PAGE = 4096  # bytes that file systems give out at once
 _NAME_COST = 128  # bytes that a name takes in its folder, generously
+FOLDER_COST = _PAGE + _NAME_COST
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -116,7 +118,7 @@ class Folder:
                 f"cannot keep prompts in {self.path}: other users may write it",
                 f"chmod 700 {self.path}, or give another",
             )
-        names = os.listdir(self.path)
+        names = [name for name in os.listdir(self.path) if not name.startswith(".")]
         if names and not {INDEX, BLOCKS} & set(names):
             raise InputError(
                 f"cannot keep prompts in {self.path}: it holds {sorted(names)[0]!r}, something else",
@@ -172,7 +174,7 @@ class Folder:
         OSError
             When it cannot be made.
         """
-        return cost(_PAGE) if self._make(path.parent) else 0
+        return FOLDER_COST if self._make(path.parent) else 0
 
     def open(self, path: Path) -> IO[bytes]:
         """Open a file of the store for reading.

@@ -191,7 +191,7 @@ class Growth:
         row = rows.row_named(db, name)
         if row is None:
             return False
-        if self._state(db, row):
+        if rows.state_bytes(db, row.id):
             return True
         return self._reserve(db, STATES, name, size, row.id)
 
@@ -199,7 +199,7 @@ class Growth:
         if not self._changes.holds(db, reserved):
             return False
         row = rows.row_named(db, name)
-        if row is None or self._state(db, row):
+        if row is None or rows.state_bytes(db, row.id):
             rows.count(db, bytes=-reserved.bytes)
         else:
             os.rename(reserved.written.path, reserved.path)
@@ -213,11 +213,6 @@ class Growth:
         moving = rows.row_named(db, self._moving) if self._moving else None
         reserved = self._changes.reserve(db, kind, name, size, pinned, moving.id if moving else None)
         return None if reserved is True else reserved
-
-    @staticmethod
-    def _state(db: Db, row: Row) -> bool:
-        found = db.execute("SELECT state FROM entries WHERE block = ?", (row.id,)).fetchone()
-        return bool(found and found[0])
 
     @staticmethod
     def _above(db: Db, block: Block) -> int | None:

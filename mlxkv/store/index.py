@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -17,6 +17,8 @@ from mlxkv.store.growth import Growth
 from mlxkv.store.rebuild import fill
 from mlxkv.store.rows import Db
 from mlxkv.store.space import DEFAULT_LIMIT, Space
+from mlxkv.store.upkeep import Swept, Upkeep
+from mlxkv.store.verification import Deep, Verified, verify
 
 
 class Entry(NamedTuple):
@@ -101,6 +103,7 @@ class BlockStore:
             self._database = Database(self.folder.path, lambda db: fill(db, space))
             self._changes = Changes(self._database, space)
             self._changes.begin(keep_limit=limit is None)
+            self._upkeep = Upkeep(self._database, self._changes, self.quarantine)
         except Unavailable as error:
             raise InputError(f"cannot use the store in {self.folder.path}: {error}", "try again later") from error
 
@@ -231,7 +234,7 @@ class BlockStore:
         """
         yield Growth(self._changes, kind)
 
-    def quarantine(self, name: bytes, reason: str, *, seen: Block | None = None, state: bool = False) -> None:
+    def quarantine(self, name: bytes, reason: str, *, seen: Block | None = None, state: bool = False) -> bool:
         """Set a file aside that does not check, and forget all blocks that go on from it.
 
         Parameters
@@ -244,21 +247,30 @@ class BlockStore:
             The block that was read by; nothing happens where another one has taken its place meanwhile.
         state
             Whether it is the file of states, without which no block is forgotten.
+
+        Returns
+        -------
+        bool
+            Whether there was such a block.
         """
         with suppress(Unavailable):
-            while not self._changes.make(lambda db: self._quarantine(db, name, reason, seen, state)):
+            number = self._changes.make(lambda db: self._set_aside(db, name, reason, seen, state))
+            while (
+                number and not state and not self._changes.make(lambda db: self._changes.space.remove_below(db, number))
+            ):
                 pass
+            return bool(number)
+        return False
 
-    def _quarantine(self, db: Db, name: bytes, reason: str, seen: Block | None, state: bool) -> bool:
+    def _set_aside(self, db: Db, name: bytes, reason: str, seen: Block | None, state: bool) -> int:
+        """Move a file away and return the number of its block; 0 where there is none."""
         row = rows.row_named(db, name)
         if row is None or (seen is not None and rows.with_parent(db, row) != seen):
-            return True
+            return 0
         self._changes.space.set_aside(db, self.folder.file(STATES if state else BLOCKS, name), reason)
         if state:
-            found = db.execute("SELECT state FROM entries WHERE block = ?", (row.id,)).fetchone()
-            self._changes.space.remove_state(db, row, found and found[0])
-            return True
-        return self._changes.space.remove_below(db, row.id)
+            self._changes.space.remove_state(db, row)
+        return row.id
 
     def statistics(self) -> Statistics:
         """Return the sizes of the store.
@@ -317,6 +329,82 @@ class BlockStore:
                 shared = sum(row.block.size for row in way[:last])
                 found.append(Entry(block.name, block.stop, kind, block.model, used, own, shared))
         return found
+
+    def sweep(self) -> Swept:
+        """Remove files that the index does not know, forget what has no file, and count everything again.
+
+        Worth doing once after a start, on a thread that may wait for a disk: a power cut can leave such files, a killed process cannot.
+
+        Returns
+        -------
+        Swept
+            What was found.
+
+        Raises
+        ------
+        InputError
+            When the index cannot be used just now.
+        """
+        with self._explained():
+            return self._upkeep.sweep()
+
+    def verify(self, progress: Callable[[int, int], None] | None = None, deep: Deep | None = None) -> Verified:
+        """Check every byte of every file; those that are damaged are set aside, with all that goes on from them.
+
+        Parameters
+        ----------
+        progress
+            Called after each file with how many are done and how many there are.
+        deep
+            Called with the reader and the block of each file whose checksums are right; it raises FormatError where the content
+            cannot be used.
+
+        Returns
+        -------
+        Verified
+            What was found.
+
+        Raises
+        ------
+        InputError
+            When the index cannot be used just now.
+        """
+        with self._explained():
+            return verify(self._database, self.folder, self.quarantine, progress, deep)
+
+    def remove(self, *, model: str | None = None, name: bytes | None = None) -> int:
+        """Remove entries, with the blocks that nothing else needs.
+
+        Parameters
+        ----------
+        model
+            Only those of a model of this name; None for any.
+        name
+            Only the one at the place of this name; None for all.
+
+        Returns
+        -------
+        int
+            How many were removed.
+
+        Raises
+        ------
+        InputError
+            When the index cannot be used just now.
+        """
+        with self._explained():
+            return self._upkeep.remove(model=model, name=name)
+
+    def clear(self) -> None:
+        """Remove all that is stored.
+
+        Raises
+        ------
+        InputError
+            When the index cannot be used just now.
+        """
+        with self._explained():
+            self._upkeep.clear()
 
     def close(self) -> None:
         """Write down which entries were used and close the index."""

@@ -227,3 +227,11 @@ def next_turn(db: Db) -> int:
     if found is not None and (type(found) is not int or found > 2**60):
         raise Damaged("the index holds an entry that cannot be one")
     return (found or 0) + 1
+
+
+def state_bytes(db: Db, number: int) -> int:
+    """Return the bytes of the states that are stored with the entry at a block; 0 for none."""
+    found = db.execute("SELECT state FROM entries WHERE block = ?", (number,)).fetchone()
+    if found and not (type(found[0]) is int and 0 <= found[0] < 2**48):
+        raise Damaged("the index holds an entry that cannot be one")
+    return found[0] if found else 0

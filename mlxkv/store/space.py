@@ -157,17 +157,14 @@ class Space:
         row
             The block's row, if there is one.
         """
-        found = db.execute("SELECT state FROM entries WHERE block = ?", (number,)).fetchone()
-        if found is None:
-            return
         if row is not None:
-            self.remove_state(db, row, found[0])
+            self.remove_state(db, row)
+        if db.execute("DELETE FROM entries WHERE block = ?", (number,)).rowcount:
             rows.refer(db, number, -1)
-        db.execute("DELETE FROM entries WHERE block = ?", (number,))
 
-    def remove_state(self, db: Db, row: Row, size: object) -> None:
-        """Remove the state file of an entry, if it has one of so many bytes."""
-        if isinstance(size, int) and size > 0:
+    def remove_state(self, db: Db, row: Row) -> None:
+        """Remove the state file of the entry at a block, if it has one."""
+        if size := rows.state_bytes(db, row.id):
             remove(self.folder.file(STATES, row.block.name))
             rows.count(db, bytes=-cost(size), stored=-size)
             db.execute("UPDATE entries SET state = 0 WHERE block = ?", (row.id,))
