@@ -74,7 +74,7 @@ def sensitivity(
     _check_length(tokens)
     sums = _Sums(spec, len(tokens))
     for index, (first, stretch) in enumerate(_stretches(tokens, start)):
-        split = len(stretch) * CONTEXT_TOKENS // STRETCH_TOKENS
+        split = context_length(len(stretch))
         found, _ = _gradients(model, spec, stretch[:split], stretch[split:], mx.random.key(seed + index))
         sums.add(first, found)
         if progress:
@@ -82,9 +82,31 @@ def sensitivity(
     return sums.means()
 
 
+def context_length(tokens: int) -> int:
+    """Return how many tokens of a stretch are its context; the rest is predicted from it.
+
+    Parameters
+    ----------
+    tokens
+        Tokens of the stretch.
+
+    Returns
+    -------
+    int
+        About three quarters of them.
+
+    Examples
+    --------
+    >>> context_length(672)
+    512
+    """
+    return tokens * CONTEXT_TOKENS // STRETCH_TOKENS
+
+
 def dump_with_sensitivity(
-    model: Any, tokens: Sequence[int], *, seed: int = 0, name: str = "", fingerprint: str = "", dtype: str = "auto"
-) -> KVDump:
+    model: Any, tokens: Sequence[int], *, seed: int = 0, name: str = "", fingerprint: str = "", dtype: str = "auto",
+    cache: Sequence[Any] | None = None,
+) -> KVDump:  # fmt: skip
     """Run a stretch of text through a model once, and copy its cache together with its sensitivity.
 
     A dump and a sensitivity of the same tokens compute them twice.
@@ -99,6 +121,8 @@ def dump_with_sensitivity(
         Seed of the labels that the model draws.
     name, fingerprint, dtype
         As for `lm.extract_cache`.
+    cache
+        A prompt cache of the first `context_length` tokens, which stays as it is; None to make one.
 
     Returns
     -------
@@ -116,10 +140,10 @@ def dump_with_sensitivity(
     _check_length(tokens)
     if len(tokens) > STRETCH_TOKENS:
         raise InputError(f"a stretch has at most {STRETCH_TOKENS} tokens, not {len(tokens)}: cut the text")
-    split, sums = len(tokens) * CONTEXT_TOKENS // STRETCH_TOKENS, _Sums(spec, len(tokens))
-    found, cache = _gradients(model, spec, tokens[:split], tokens[split:], mx.random.key(seed))
+    split, sums = context_length(len(tokens)), _Sums(spec, len(tokens))
+    found, after = _gradients(model, spec, tokens[:split], tokens[split:], mx.random.key(seed), cache)
     sums.add(0, found)
-    dump = lm.extract_cache(cache, spec, [tokens], model=name, fingerprint=fingerprint, dtype=dtype)
+    dump = lm.extract_cache(after, spec, [tokens], model=name, fingerprint=fingerprint, dtype=dtype)
     return replace(dump, sensitivity=sums.means())
 
 
@@ -181,11 +205,13 @@ def _stretches(tokens: Sequence[int], start: Sequence[int] = ()) -> Iterator[tup
 
 
 def _gradients(
-    model: Any, spec: CacheSpec, context: Sequence[int], following: Sequence[int], key: mx.array
-) -> tuple[Gradients, list[Any]]:
+    model: Any, spec: CacheSpec, context: Sequence[int], following: Sequence[int], key: mx.array,
+    cache: Sequence[Any] | None = None,
+) -> tuple[Gradients, list[Any]]:  # fmt: skip
     """Return the counted tokens of each stream with their gradients `[H, T, D]` of each layer, and the cache of all tokens."""
-    cache = make_prompt_cache(model)
-    lm.prefill(model, context, cache)
+    if cache is None:
+        cache = make_prompt_cache(model)
+        lm.prefill(model, context, cache)
     held = {index: _tokens_of(entry) for index, entry in _described(cache, spec)}
     inputs = mx.array([following])
     after: list[Any] = []

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -13,15 +12,14 @@ import numpy as np
 
 from mlxkv import lm
 from mlxkv.calibration import budget as sizes
-from mlxkv.calibration import worth
+from mlxkv.calibration import training, worth
 from mlxkv.calibration.budget import Budget, Plan
 from mlxkv.calibration.texts import Stretch, Stretches
+from mlxkv.calibration.training import Training
 from mlxkv.calibration.work import Work
 from mlxkv.codec.artifacts import CalibrationArtifacts
-from mlxkv.codec.calibrate import calibrate, learn, method_to_calibrate
+from mlxkv.codec.calibrate import method_to_calibrate
 from mlxkv.codec.methods.base import CodecConfig
-from mlxkv.codec.methods.kvtc_rd import KVTCRDConfig, QuickKVTCRD
-from mlxkv.codec.samples import Samples
 from mlxkv.codec.session import CacheCodec
 from mlxkv.dump import KVDump
 from mlxkv.errors import InputError
@@ -47,6 +45,48 @@ class Reports:
 
     progress: Callable[[str, float], None] = lambda what, share: None
     plan: Callable[[Plan], None] = lambda plan: None
+
+
+def run_stretch(
+    model: Any, stretch: Stretch, *, seed: int, name: str, fingerprint: str, cache: Sequence[Any] | None = None
+) -> KVDump:
+    """Run a stretch through a model; the cache is kept in float16 where its values fit.
+
+    Parameters
+    ----------
+    model
+        As `lm.load` returns it.
+    stretch
+        Its tokens, at most 672.
+    seed
+        Seed of the labels that the model draws.
+    name, fingerprint
+        Of the model, for the dump.
+    cache
+        As for `dump_with_sensitivity`.
+
+    Returns
+    -------
+    KVDump
+        The cache, with its sensitivity.
+
+    Raises
+    ------
+    InputError
+        For fewer than 16 tokens or too many.
+    UnsupportedError
+        For a model that `cache_spec` refuses.
+    """
+
+    def run(dtype: str) -> KVDump:
+        return dump_with_sensitivity(
+            model, stretch.tokens, seed=seed, name=name, fingerprint=fingerprint, dtype=dtype, cache=cache
+        )
+
+    try:
+        return run("float16")
+    except InputError:  # values beyond float16's
+        return run("float32")
 
 
 class Calibration:
@@ -146,17 +186,9 @@ class Calibration:
         return count
 
     def _dump(self, stretch: Stretch, index: int) -> KVDump:
-        """Run a stretch; the cache is kept in float16 where it fits."""
-
-        def run(dtype: str) -> KVDump:
-            return dump_with_sensitivity(
-                self.model, stretch.tokens, seed=self.config.seed + index, name=self.name, fingerprint=self.fingerprint, dtype=dtype
-            )  # fmt: skip
-
-        try:
-            return run("float16")
-        except InputError:  # values beyond float16's
-            return run("float32")
+        """Run a stretch."""
+        seed = self.config.seed + index
+        return run_stretch(self.model, stretch, seed=seed, name=self.name, fingerprint=self.fingerprint)
 
     @property
     def _pace(self) -> float:
@@ -221,10 +253,12 @@ class Calibration:
                 max(expected - spent, 0.1 * expected) + after,
             )
 
-        files: list[Path] = [self.work.path(index) for index in range(count)]
-        if not isinstance(self.config, KVTCRDConfig):
-            return calibrate(files, self.config, show)
-        return learn(QuickKVTCRD(), Samples(files, self.config.sinks, self.config.samples_per_file, show), self.config)
+        if not training.has_own_process(self.config):
+            return training.train([self.work.path(index) for index in range(count)], self.config, show)
+        with Training(self.work.folder, count, self.config) as learning:  # Ctrl-C ends it at once
+            for step in learning.steps():
+                show(step)
+            return learning.result()
 
     def _measure(self, artifacts: CalibrationArtifacts, count: int) -> CalibrationArtifacts:
         """Measure on held-out texts as long as time allows, and note what was found."""

@@ -6,6 +6,7 @@ import pytest
 from conftest import run
 
 from mlxkv.calibration import run as calibration_run
+from mlxkv.calibration import training
 from mlxkv.cli._output import format_value
 
 WORDS = "The cache of a model keeps the keys and the values of every token that it has read so far. "
@@ -16,6 +17,7 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("MLXKV_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("MLXKV_ARTIFACTS", raising=False)
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(training, "has_own_process", lambda config: False)  # a second each
 
 
 @pytest.fixture
@@ -78,6 +80,25 @@ def test_an_interruption_says_how_to_go_on_and_the_same_command_does(model_dir, 
     says("calibrate", "--model", model_dir, "--text", notes)
     assert 0 not in run_again
     assert 1 in run_again
+
+
+def test_ctrl_c_ends_learning_at_once_and_the_same_command_goes_on(model_dir, notes, monkeypatch, capsys, says):
+    monkeypatch.setattr(training, "has_own_process", lambda config: True)
+    processes = []
+
+    def interrupted(self):
+        processes.append(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Training, "steps", interrupted)
+        assert run("calibrate", "--model", model_dir, "--text", notes) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert processes[0].ended()
+    dumped = []
+    monkeypatch.setattr(calibration_run.Calibration, "_dump", lambda self, *given: dumped.append(given))
+    assert says("calibrate", "--model", model_dir, "--text", notes)["method"] == "kvtc-rd"
+    assert dumped == []
 
 
 @pytest.mark.parametrize(

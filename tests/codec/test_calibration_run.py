@@ -11,7 +11,7 @@ from zoo.build import build
 
 from mlxkv import calibration, lm
 from mlxkv.bundled.corpus import Text
-from mlxkv.calibration import budget, run, work, worth
+from mlxkv.calibration import budget, run, training, work, worth
 from mlxkv.codec.calibrate import codec_config
 from mlxkv.codec.methods.kvtc_rd import KVTCRDConfig
 from mlxkv.codec.session import CacheCodec
@@ -69,6 +69,7 @@ def some_texts(words=160, kinds=("prose", "code", "chat"), each=3):
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("MLXKV_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(run.sizes, "machine_flops", lambda: 1e10)
+    monkeypatch.setattr(training, "has_own_process", lambda config: False)  # a second each
     return tmp_path / "home"
 
 
