@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -119,6 +123,30 @@ def disk_bytes(spec: CacheSpec, lengths: Sequence[int]) -> int:
         Bytes.
     """
     return sum(stretch_bytes(spec, tokens) for tokens in lengths)
+
+
+def free_memory() -> int | None:
+    """Return how much memory other programs leave, as far as the system tells.
+
+    Returns
+    -------
+    int or None
+        Bytes that can be had without swapping; None where that is not known.
+    """
+    try:
+        if sys.platform == "darwin":
+            return _free_on_mac(subprocess.run(["/usr/bin/vm_stat"], capture_output=True, text=True, timeout=5).stdout)
+        found = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return 1024 * int(found[1]) if found else None
+
+
+def _free_on_mac(said: str) -> int | None:
+    """Return the bytes of pages that `vm_stat` says are free, or can be made so at once."""
+    size = re.search(r"page size of (\d+) bytes", said)
+    pages = re.findall(r"^Pages (?:free|inactive|speculative|purgeable):\s+(\d+)\.$", said, re.MULTILINE)
+    return int(size[1]) * sum(map(int, pages)) if size and pages else None
 
 
 def training_seconds(spec: CacheSpec, tokens: int, flops: float) -> float:

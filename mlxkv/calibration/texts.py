@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,7 +124,7 @@ def read_texts(paths: Sequence[Path]) -> list[Text]:
     return [_read(file, kind, share) for file, kind in found]
 
 
-def cut(tokenizer: Any, sources: Sequence[Text]) -> Stretches:
+def cut(tokenizer: Any, sources: Sequence[Text], size: int = STRETCH_TOKENS) -> Stretches:
     """Cut texts into stretches of tokens, and hold some out.
 
     Parameters
@@ -133,6 +133,8 @@ def cut(tokenizer: Any, sources: Sequence[Text]) -> Stretches:
         The model's. Conversations go through its chat template if it has one.
     sources
         The texts.
+    size
+        Most tokens of a stretch, 32 to 672.
 
     Returns
     -------
@@ -145,19 +147,48 @@ def cut(tokenizer: Any, sources: Sequence[Text]) -> Stretches:
         For fewer than 256 tokens in all.
     """
     start = lm.text_start(tokenizer)
-    size = STRETCH_TOKENS - len(start)
     kinds: dict[str, list[list[int]]] = {}
     for text in sources:
-        _add(kinds.setdefault(text.kind, []), _tokens(tokenizer, text, start), size)
+        kinds.setdefault(text.kind, []).append(_tokens(tokenizer, text, start))
     total = sum(len(tokens) for found in kinds.values() for tokens in found)
     if total < LEAST_TOKENS:
         raise InputError(
             f"the texts have {total} tokens, and {LEAST_TOKENS} are the least to learn from: give more text"
         )
-    held_out = [Stretch(kind, [*start, *part]) for kind, found in kinds.items() if (part := _hold_out(found, size))]
+    return cut_tokens(kinds, start, size)
+
+
+def cut_tokens(
+    texts: Mapping[str, Sequence[list[int]]], start: Sequence[int] = (), size: int = STRETCH_TOKENS, held_out: int = 1
+) -> Stretches:
+    """Cut texts that are tokens already into stretches, and hold some out.
+
+    Parameters
+    ----------
+    texts
+        The tokens of each text, without those that every text begins with, by kind.
+    start
+        Tokens that every text of the model begins with: each stretch is given them.
+    size
+        Most tokens of a stretch, 32 to 672.
+    held_out
+        Stretches of each kind to hold out, at most.
+
+    Returns
+    -------
+    Stretches
+        The same for the same texts.
+    """
+    size -= len(start)
+    kinds: dict[str, list[list[int]]] = {kind: [] for kind in texts}
+    for kind, found in texts.items():
+        for tokens in found:
+            _add(kinds[kind], tokens, size)
+    parts = [(kind, _hold_out(found, size)) for kind, found in kinds.items() for _ in range(held_out)]
     orders = [_turns(kind, found, size) for kind, found in kinds.items()]
     trained = [stretch for turn in itertools.zip_longest(*orders) for stretch in turn if stretch]
-    return Stretches([Stretch(kind, [*start, *tokens]) for kind, tokens in trained], held_out)
+    made = [Stretch(kind, [*start, *tokens]) for kind, tokens in parts if tokens]
+    return Stretches([Stretch(kind, [*start, *tokens]) for kind, tokens in trained], made)
 
 
 def default_texts() -> list[Text]:

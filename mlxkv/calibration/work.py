@@ -72,6 +72,8 @@ class Work:
         Description of its cache.
     stretches
         All stretches that may be run, in their order.
+    name
+        Name of its folder; empty for one that depends on the model and the stretches.
 
     Raises
     ------
@@ -82,15 +84,13 @@ class Work:
     fingerprint: str
     spec: CacheSpec
     stretches: Sequence[Stretch]
+    name: str = ""
     folder: Path = field(init=False)
     _opened: int | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        digest = blake2b(f"{FORMAT} {self.fingerprint} ".encode(), digest_size=16)
-        for stretch in self.stretches:
-            digest.update(np.array([len(stretch.tokens), *stretch.tokens], "<i4").tobytes())
         _forget_old()
-        self.folder = work_home() / digest.hexdigest()
+        self.folder = work_home() / (self.name or self._digest())
         private_folder(work_home())
         private_folder(self.folder)
         if self.folder.is_symlink() or not self.folder.is_dir():
@@ -98,9 +98,16 @@ class Work:
         self._opened = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         with suppress(OSError):  # a file system without locks
             if not lock(self._opened, exclusive=True):
+                os.close(self._opened)
                 raise InputError("mlxkv calibrate is at work on this model already: wait for it, or end it first")
         sweep_all(self.folder)
         os.utime(self.folder)
+
+    def _digest(self) -> str:
+        digest = blake2b(f"{FORMAT} {self.fingerprint} ".encode(), digest_size=16)
+        for stretch in self.stretches:
+            digest.update(np.array([len(stretch.tokens), *stretch.tokens], "<i4").tobytes())
+        return digest.hexdigest()
 
     def path(self, index: int) -> Path:
         """Return the file of a stretch.
@@ -128,12 +135,30 @@ class Work:
         expected = {self.path(index).name: index for index in range(len(self.stretches))}
         done = set()
         for name in sorted(os.listdir(self.folder)):
-            path = self.folder / name
-            if name in expected and self._is_right(path, self.stretches[expected[name]].tokens):
+            if name in expected and self.is_finished(expected[name]):
                 done.add(expected[name])
             else:
-                _remove(path)
+                remove_path(self.folder / name)
         return done
+
+    def is_finished(self, index: int) -> bool:
+        """Return whether a stretch is finished; a file that is not what it should be is removed.
+
+        Parameters
+        ----------
+        index
+            Its place among the stretches.
+
+        Returns
+        -------
+        bool
+            Whether its file is there, whole and of this model and these tokens.
+        """
+        path = self.path(index)
+        right = self._is_right(path, self.stretches[index].tokens)
+        if not right:
+            remove_path(path)
+        return right
 
     def _is_right(self, path: Path, tokens: Sequence[int]) -> bool:
         """Check a file from any source: of bounded size, whole, of this model and of these tokens."""
@@ -183,11 +208,17 @@ def _forget_old() -> None:
     with suppress(OSError):
         for name in os.listdir(home):
             if time.time() - os.lstat(home / name).st_mtime > _KEPT_SECONDS:
-                _remove(home / name)
+                remove_path(home / name)
 
 
-def _remove(path: Path) -> None:
-    """Remove whatever is at a path."""
+def remove_path(path: Path) -> None:
+    """Remove whatever is at a path, if anything is and it can be.
+
+    Parameters
+    ----------
+    path
+        A file, a link, or a folder with all that is in it.
+    """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -12,11 +12,12 @@ from mlxkv.codec.calibrate import calibration_warning
 from mlxkv.codec.session import CacheCodec
 from mlxkv.evaluate.tasks import fidelity
 from mlxkv.evaluate.variants import baseline, codec_variant
-from mlxkv.sensitivity import CONTEXT_TOKENS, STRETCH_TOKENS
+from mlxkv.sensitivity import context_length
 
 AROUND = (-10, 0, 10)  # qualities to measure, relative to the method's default
 FILE_TOKENS = 2_048  # of the file whose ratio is told
 MOST_KL = 0.02  # at the default quality: above, predictions differ visibly
+_SMALLER = 1.2  # times the ratio that needs no calibration, at least
 _WORSE = 2.5  # times the error of what was learnt from, of text that was held out
 
 
@@ -61,21 +62,45 @@ def measure(
         A record for each quality: `kind`, `quality`, `tokens`, `kl`, `ratio` of a file of 2,048 tokens, `ratio_middle` of coded
         tokens.
     """
-    context = len(text.tokens) * CONTEXT_TOKENS // STRETCH_TOKENS
     codecs = [codec if quality is None else codec.with_quality(quality) for quality in wanted]
-    variants = [baseline(), *(codec_variant(each, str(each.quality), fingerprint=fingerprint) for each in codecs)]
-    records = fidelity.evaluate(model, variants, text.tokens, context, chunk=len(text.tokens))[1:]
-    return [
-        {
+    return [record for record in measuring(model, codecs, text, fingerprint) if record]
+
+
+def measuring(
+    model: Any, codecs: Sequence[CacheCodec], text: Stretch, fingerprint: str
+) -> Iterator[dict[str, Any] | None]:
+    """Code a held-out text with one codec after the other, and compare predictions from each decoded cache.
+
+    Parameters
+    ----------
+    model
+        The model.
+    codecs
+        Each with artifacts of this model.
+    text
+        The text; its last quarter or so is predicted.
+    fingerprint
+        The model's.
+
+    Yields
+    ------
+    dict or None
+        None when the text is read, then a record for each codec as `measure` returns them.
+    """
+    context = context_length(len(text.tokens))
+    coded = [codec_variant(each, str(number), fingerprint=fingerprint) for number, each in enumerate(codecs)]
+    records = fidelity.iter_records(model, [baseline(), *coded], text.tokens, context, chunk=len(text.tokens))
+    next(records)
+    yield None
+    for codec, record in zip(codecs, records):
+        yield {
             "kind": text.kind,
-            "quality": quality,
+            "quality": codec.quality,
             "tokens": context,
             "kl": record["kl"],
             "ratio": _ratio_of_long_file(codec, record),
             "ratio_middle": record["ratio_middle"],
         }
-        for quality, record in zip(wanted, records)
-    ]
 
 
 def _ratio_of_long_file(codec: CacheCodec, record: Mapping[str, Any]) -> float:
@@ -119,6 +144,33 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def refusal(learnt: Sequence[Mapping[str, Any]], free: Sequence[Mapping[str, Any]]) -> str | None:
+    """Say why artifacts are not worth using in place of a coding that needs none.
+
+    Parameters
+    ----------
+    learnt, free
+        What `measuring` yields of the same texts: with the artifacts, and with the coding without calibration.
+
+    Returns
+    -------
+    str or None
+        None where they are worth it: files become a fifth smaller at least, and predictions diverge by 0.02 nats a token at
+        most, or by twice as much as with the other coding.
+    """
+    if not learnt:
+        return "there was no text to measure what was learnt with"
+    (found,), (other,) = (table([{**record, "quality": None} for record in records]) for records in (learnt, free))
+    if not found["kl"] <= max(MOST_KL, 2 * other["kl"]):  # NaN too
+        return (
+            f"files made with what was learnt diverge by {found['kl']:.2g} nats a token, most for {found['worst_kind']}, and"
+            f" by {other['kl']:.2g} without it"
+        )
+    if found["ratio"] < _SMALLER * other["ratio"]:
+        return f"files are {found['ratio']:.1f} times smaller with what was learnt, and {other['ratio']:.1f} times without it"
+    return None
 
 
 def warning(artifacts: CalibrationArtifacts, rows: Sequence[Mapping[str, Any]]) -> str | None:

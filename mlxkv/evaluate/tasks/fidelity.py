@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,19 +83,39 @@ def evaluate(
     InputError
         For too few tokens.
     """
+    return list(iter_records(model, variants, tokens, context_tokens, chunk))
+
+
+def iter_records(
+    model: Any, variants: Sequence[Variant], tokens: Sequence[int], context_tokens: int, chunk: int = 16
+) -> Iterator[Record]:
+    """Compare as `evaluate` does, one variant after the other.
+
+    Parameters
+    ----------
+    model, variants, tokens, context_tokens, chunk
+        As for `evaluate`.
+
+    Yields
+    ------
+    dict
+        What `evaluate` returns of a variant.
+
+    Raises
+    ------
+    InputError
+        For too few tokens.
+    """
     if not 1 <= context_tokens <= len(tokens) - 2:
         raise InputError(
             f"{len(tokens)} tokens are too few to hold {context_tokens} and predict 1 or more after the next"
         )
-    following, records = tokens[context_tokens:], []
+    following = tokens[context_tokens:]
     reference: mx.array | None = None
     for variant, cached in iter_variants(model, variants, tokens[:context_tokens]):
         logits = mx.concatenate([*iter_logits(model, cached.cache, following, chunk)])
         reference = logits if reference is None else reference
-        records.append(
-            {"variant": variant.name, **cached.sizes, **cached.details, **compare(reference, logits, following)}
-        )
-    return records
+        yield {"variant": variant.name, **cached.sizes, **cached.details, **compare(reference, logits, following)}
 
 
 def compare(reference: mx.array, logits: mx.array, following: Sequence[int]) -> dict[str, Any]:
