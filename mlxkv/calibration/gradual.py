@@ -101,7 +101,7 @@ class Gradual:
     spent: float = 0.0
 
     def choose(self, work: ModelWork, prompts: Callable[[], Iterable[Sequence[int]]]) -> Steps:
-        """Choose what to learn from, unless that was done; raise `Stopped` where there is too little of it, or no room.
+        """Choose what to learn from, unless that was done.
 
         Parameters
         ----------
@@ -114,6 +114,11 @@ class Gradual:
         ------
         None
             After each step.
+
+        Raises
+        ------
+        Stopped
+            Where there are too few prompts, there is no room, or steps take too long.
         """
         vocabulary = int(lm.prefill(self.model, [0], make_prompt_cache(self.model)).shape[-1])
         chosen = (token for stretch in (*work.stretches, *work.held_out) for token in stretch.tokens)
@@ -215,6 +220,11 @@ class Gradual:
         ------
         None
             After each step.
+
+        Raises
+        ------
+        Stopped
+            When time is over and there are too few tokens to learn from.
         """
         self.facts |= {"state": "running", "stretches": 0, "stretches_wanted": len(work.stretches)}
         tokens, wanted = 0, sum(len(stretch.tokens) for stretch in work.stretches)
@@ -247,6 +257,11 @@ class Gradual:
         ------
         None
             Twenty times a second, until the process has ended.
+
+        Raises
+        ------
+        Stopped
+            When it fails, takes more than an hour, or there is too little memory.
         """
         self.facts["state"] = "training"
         if (found := self._learnt_before(work)) is not None:
@@ -276,7 +291,7 @@ class Gradual:
         return found
 
     def judge(self, work: ModelWork, artifacts: CalibrationArtifacts) -> Generator[None, None, CalibrationArtifacts]:
-        """Measure artifacts on stretches that were held out, and return them; raise `Stopped` where they are not worth it.
+        """Measure artifacts on stretches that were held out, and return them.
 
         Parameters
         ----------
@@ -289,6 +304,11 @@ class Gradual:
         ------
         None
             After each step.
+
+        Raises
+        ------
+        Stopped
+            Where they are not worth it.
         """
         self.facts["state"] = "measuring"
         free = uncalibrated(self.spec, model=self.name, fingerprint=self.fingerprint)

@@ -106,7 +106,13 @@ class ModelWork(Work):
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Mark that a step is being done: a process that is killed meanwhile leaves the mark."""
+        """Mark that a step is being done: a process that is killed meanwhile leaves the mark.
+
+        Yields
+        ------
+        None
+            While it is marked.
+        """
         self._marker.touch()
         try:
             yield

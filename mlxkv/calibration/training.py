@@ -137,7 +137,13 @@ class Training:
         self._process.wait()
 
     def ended(self) -> bool:
-        """Return whether the process has ended, in whatever way."""
+        """Return whether the process has ended, in whatever way.
+
+        Returns
+        -------
+        bool
+            False while it runs.
+        """
         return self._process.poll() is not None
 
     def result(self) -> CalibrationArtifacts:

@@ -2,10 +2,6 @@
 
 import gc
 import json
-import os
-import subprocess
-import sys
-import time
 
 import mlx.core as mx
 import numpy as np
@@ -16,14 +12,11 @@ from mlx_lm.models.cache import make_prompt_cache
 from zoo.build import build
 
 from mlxkv import lm
-from mlxkv.calibration import budget, gradual, prompts, training, work, worth
+from mlxkv.calibration import budget, gradual, training, work, worth
 from mlxkv.calibration.model_work import ModelWork
-from mlxkv.calibration.texts import Stretch, Stretches
 from mlxkv.codec import library
 from mlxkv.codec.artifacts import CalibrationArtifacts
-from mlxkv.codec.methods.kvtc_rd import KVTCRDConfig
 from mlxkv.dump import read_dump
-from mlxkv.errors import InputError
 from mlxkv.models import cache_spec
 from mlxkv.store.learning import Learning
 
@@ -216,36 +209,6 @@ def test_it_waits_until_there_are_enough_prompts_that_differ(llama, texts):
     assert it.step()
 
 
-def test_what_prompts_share_is_taken_once_wherever_it_stands():
-    first, second, other = tiny_tokens(300, seed=1), tiny_tokens(200, seed=2), tiny_tokens(100, seed=3)
-    found = prompts.distinct([first + second, first, other + first, second + other + first[:90]], 10**6, 97)
-    assert found == ([first + second, other], 2, 600)
-    twice = prompts.distinct([first + first], 10**6, 97)
-    assert twice.tokens == 300
-    assert prompts.distinct([first, second, other], 250, 97).prompts == 1
-    assert prompts.distinct([first, second, other], 10**6, 97, lambda: True).prompts == 0
-
-
-def test_prompts_and_other_texts_take_turns_and_what_is_held_out_is_not_learnt_from():
-    start, runs = [5], [[5, *tiny_tokens(800, seed=i)] for i in range(8)]
-    own = prompts.Distinct(runs, 8, sum(map(len, runs)))
-    other = Stretches(
-        [Stretch("prose", [5, *tiny_tokens(300, seed=90 + i)]) for i in range(20)], [Stretch("prose", [5] * 20)]
-    )
-    found = prompts.stretches_of(own, start, 336, 4_000, lambda: other)
-    tokens = {kind: sum(len(s.tokens) for s in found.trained if s.kind == kind) for kind in ("own prompts", "prose")}
-    assert 2_500 <= tokens["own prompts"] <= 3_000
-    assert 700 <= tokens["prose"] <= 4_000 - tokens["own prompts"]
-    assert {stretch.kind for stretch in found.trained[:4]} == {"own prompts", "prose"}
-    assert all(s.tokens[0] == 5 and s.tokens[1] != 5 and len(s.tokens) <= 336 for s in found.trained)
-    assert [s.kind for s in found.held_out] == ["own prompts", "own prompts", "prose"]
-    learnt = {tuple(s.tokens[i : i + 16]) for s in found.trained for i in range(len(s.tokens) - 15)}
-    held = {tuple(s.tokens[i : i + 16]) for s in found.held_out for i in range(1, len(s.tokens) - 15)}
-    assert not learnt & held
-    alone = prompts.stretches_of(own, start, 336, 4_000)
-    assert sum(len(s.tokens) for s in alone.trained) > 3_500
-
-
 @pytest.mark.parametrize("state", ["running", "training", "measuring"])
 def test_another_process_goes_on_where_one_ended(llama, state, monkeypatch):
     first = until(learning(llama), state)
@@ -306,27 +269,6 @@ def test_what_is_not_worth_it_is_not_used_and_that_is_said_and_remembered(llama,
     state = json.loads((folder / "plan.json").read_text())
     (folder / "plan.json").write_text(json.dumps({**state, "at": state["at"] - 8 * 24 * 3600}))
     assert learning(llama).step()  # a week later
-
-
-@pytest.mark.parametrize(
-    ("learnt", "free", "why"),
-    [
-        ((0.005, 20.0), (0.002, 5.0), None),
-        ((0.05, 20.0), (0.03, 5.0), None),  # a model that diverges whatever is done
-        ((0.03, 20.0), (0.002, 5.0), "diverge by 0.03"),
-        ((float("nan"), 20.0), (0.002, 5.0), "diverge by nan"),
-        ((0.005, 5.5), (0.002, 5.0), "5.5 times smaller"),
-        (None, None, "no text to measure"),
-    ],
-)
-def test_artifacts_are_worth_it_if_files_are_smaller_and_predictions_stay(monkeypatch, learnt, free, why):
-    monkeypatch.undo()
-    rows = [
-        [{"kind": "own prompts", "quality": q, "kl": pair[0], "ratio": pair[1]}] if pair else []
-        for q, pair in ((38, learnt), (48, free))
-    ]
-    found = worth.refusal(*rows)
-    assert found is None if why is None else why in found
 
 
 def test_too_little_memory_or_disk_is_waited_for_and_counted(llama, monkeypatch):
@@ -426,58 +368,3 @@ def test_closing_ends_the_process_that_learns(llama):
     it.close()
     assert InThisProcess.made[0].stopped
     it.close()
-
-
-# The process itself.
-
-
-@pytest.fixture
-def dumps(llama):
-    """A folder with finished stretches."""
-    it = until(learning(llama), "training")
-    it.close()
-    (folder,) = work.work_home().iterdir()
-    return folder, len(list(folder.glob("*.npz")))
-
-
-def alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def test_a_process_of_its_own_learns_the_same_and_gives_way_to_others(dumps):
-    folder, count = dumps
-    with training.Training(folder, count, KVTCRDConfig(), gentle=True) as child:
-        while not child.ended() and os.getpriority(os.PRIO_PROCESS, child.pid) != 19:
-            time.sleep(0.01)
-        found = child.result()
-    files = [folder / f"{index:05d}.npz" for index in range(count)]
-    assert found.fingerprint == training.train(files, KVTCRDConfig()).fingerprint
-
-
-def test_why_a_process_failed_is_told(dumps):
-    folder, _ = dumps
-    with training.Training(folder, 1, KVTCRDConfig()) as child:
-        (folder / "00000.npz").write_bytes(b"none")
-        steps = list(child.steps())
-        with pytest.raises(InputError, match=r"00000\.npz"):
-            child.result()
-    assert steps == []
-
-
-def test_a_process_that_learns_ends_with_its_parent_however_that_ends(dumps):
-    folder, count = dumps
-    code = (
-        "import sys, os, signal; from pathlib import Path; from mlxkv.calibration.training import Training\n"
-        "from mlxkv.codec.methods.kvtc_rd import KVTCRDConfig\n"
-        f"child = Training(Path({str(folder)!r}), {count}, KVTCRDConfig())\n"
-        "print(child.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    pid, until = int(done.stdout), time.monotonic() + 20
-    while alive(pid) and time.monotonic() < until:
-        time.sleep(0.02)
-    assert not alive(pid)
