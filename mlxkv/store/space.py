@@ -66,9 +66,12 @@ class Space:
 
     def taken(self, db: Db) -> int:
         """Return the bytes that the folder takes of the disk at most, in a transaction."""
-        totals = rows.totals(db)
+        return rows.totals(db)["bytes"] + self._fixed(db)
+
+    def _fixed(self, db: Db) -> int:
+        """Return the bytes of what does not go when room is made."""
         index = db.execute("PRAGMA page_count").fetchone()[0] * 4096
-        return totals["bytes"] + totals["foreign"] + index + 2 * self.log_limit + _FIXED
+        return rows.totals(db)["foreign"] + index + 2 * self.log_limit + _FIXED
 
     def make(self, db: Db, needed: int, spared: int | None = None) -> bool | None:
         """Remove what was not used for longest until so many bytes are free, as far as one transaction may.
@@ -87,6 +90,8 @@ class Space:
         bool or None
             Whether they are free; None where another transaction must go on.
         """
+        if needed and self._fixed(db) + needed > self.limit:
+            return False  # nothing needs to go in vain
         for _ in range(EVICTIONS):
             if self.taken(db) + needed <= self.limit:
                 return True
