@@ -84,7 +84,7 @@ def _artifacts(folder: Path) -> dict[str, Any]:
 
     artifacts = CalibrationArtifacts.from_dir(folder)
     keys = ("method", "mlxkv", "model", "model_fingerprint", "mode", "calibration_tokens")
-    measured = {key: artifacts.meta[key] for key in ("measured", "warning") if key in artifacts.meta}
+    measured = {key: artifacts.meta[key] for key in ("learnt_from", "measured", "warning") if key in artifacts.meta}
     facts = {key: artifacts.meta.get(key) for key in keys} | measured | artifacts.explain()
     return {"kind": "artifacts", **facts, "artifact_bytes": artifacts.nbytes, "fingerprint": artifacts.fingerprint}
 

@@ -115,7 +115,9 @@ def iter_records(
     for variant, cached in iter_variants(model, variants, tokens[:context_tokens]):
         logits = mx.concatenate([*iter_logits(model, cached.cache, following, chunk)])
         reference = logits if reference is None else reference
-        yield {"variant": variant.name, **cached.sizes, **cached.details, **compare(reference, logits, following)}
+        record = {"variant": variant.name, **cached.sizes, **cached.details, **compare(reference, logits, following)}
+        del cached, logits  # whoever asks for one record at a time may use the memory between two
+        yield record
 
 
 def compare(reference: mx.array, logits: mx.array, following: Sequence[int]) -> dict[str, Any]:
