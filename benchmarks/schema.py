@@ -30,8 +30,9 @@ RESULTS = FOLDER / "results"
 QUICK = RESULTS / "quick"
 
 MODEL = "smollm2-135m"  # the language model of the experiments
-NAMED = {MODEL: "SmolLM2", "gemma3-270m": "Gemma 3 270M"}  # models in sentences
-ENDINGS = {MODEL: "", "gemma3-270m": "_gemma"}  # of the names of results on them
+HYBRID = "miniature/lfm2"  # half of its layers keep a state instead of tokens
+NAMED = {MODEL: "SmolLM2", "gemma3-270m": "Gemma 3 270M", HYBRID: "the hybrid miniature"}  # models in sentences
+ENDINGS = {MODEL: "", "gemma3-270m": "_gemma", HYBRID: "_hybrid"}  # of the names of results on them
 
 Result = dict[str, Any]
 

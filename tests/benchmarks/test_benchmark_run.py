@@ -61,6 +61,7 @@ def test_on_another_model_all_are_those_that_run_on_it(monkeypatch, capsys):
                 "rate_distortion",
                 "uncalibrated",
                 "codec_speed",
+                "store",
             ],
             False,
             "gemma3-270m",
