@@ -48,7 +48,7 @@ def failure_of(error: BaseException, words: list[str]) -> Failure:
 
 def _usage(error: Any, words: list[str]) -> Failure:
     """Return a mistake on the command line in plain words."""
-    asked = words[: 1 + (words[:1] in (["artifacts"], ["eval"]))]
+    asked = words[: 1 + (words[:1] in (["artifacts"], ["eval"], ["store"]))]
     command = error.ctx.command_path if error.ctx else " ".join(["mlxkv", *asked])
     everything = f"{command} --help"
     option, message = getattr(error, "option_name", ""), error.message

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from mlxkv.store.chain import SLOT, Block, Chain
-from mlxkv.store.database import Damaged
+from mlxkv.store.database import TOTALS, Damaged
 
 Db = sqlite3.Connection
 _COLUMNS = (
@@ -52,6 +52,27 @@ class Row(NamedTuple):
     parent: int
     refs: int
     block: Block
+
+
+class Usage(NamedTuple):
+    """Blocks of one model that are coded alike.
+
+    Parameters
+    ----------
+    model, coding, artifacts
+        Names of the model and of the coding, and the fingerprint of what it was coded with.
+    blocks, tokens
+        How many there are, and the tokens in them.
+    nbytes
+        Bytes of their files.
+    """
+
+    model: str
+    coding: str
+    artifacts: str
+    blocks: int
+    tokens: int
+    nbytes: int
 
 
 def _row(values: tuple[Any, ...]) -> Row:
@@ -190,9 +211,21 @@ def count(db: Db, **changes: int) -> None:
 def totals(db: Db) -> dict[str, int]:
     """Return the totals of the store."""
     found = dict(db.execute("SELECT key, value FROM totals LIMIT 100"))
-    if not all(type(value) is int and 0 <= value < 2**60 for value in found.values()):
+    if found.keys() != set(TOTALS) or not all(type(value) is int and 0 <= value < 2**60 for value in found.values()):
         raise Damaged("the totals of the index cannot be right")
     return found
+
+
+def usage(db: Db) -> list[Usage]:
+    """Return what blocks of each model and coding take, the most first."""
+    found = db.execute(
+        "SELECT m.word, c.word, a.word, count(*), sum(stop - start), sum(size) FROM blocks LEFT JOIN words m ON m.id = model"
+        " LEFT JOIN words c ON c.id = coding LEFT JOIN words a ON a.id = artifacts GROUP BY model, coding, artifacts"
+        " ORDER BY sum(size) DESC LIMIT 10000"
+    ).fetchall()
+    if not all([type(value) for value in values] == [str, str, str, int, int, int] for values in found):
+        raise Damaged("the index holds blocks that cannot be some")
+    return [Usage(*values) for values in found]
 
 
 def children(db: Db, row: Row) -> list[int]:
