@@ -117,7 +117,9 @@ def form_of(model: Any, method: str | Config | None = None) -> CacheForm:
     live = "" if method is None else _live_form(model, method)
     examples = stock.entries(stock.example_caches(model))
     types = tuple(None if layer is None else entry.keys.dtype for entry, layer in zip(examples, spec.layers))
-    states = any(layer is None and entry is not None for entry, layer in zip(entries, spec.layers))
+    # Some models make caches for layers that never fill them.
+    others = [entry for entry, layer in zip(examples, spec.layers) if layer is None and entry is not None]
+    states = any(type(entry) is not KVCache or entry.keys is not None for entry in others)
     return CacheForm(spec, types, states, live)
 
 

@@ -138,7 +138,8 @@ class Filling:
                     if not is_int(at, 1, rows) or (at < rows < group.window):
                         raise FormatError(f"the ring of group {number} is at {at!r} of {rows} rows")
                     stock.fill_window(entries[index], keys, values, self._stop, at)
-        restore_states(entries, self._model, self._form.spec, states, types, (1, self._stop))
+        if self._form.states:
+            restore_states(entries, self._model, self._form.spec, states, types, (1, self._stop))
         mx.eval([entry.state for entry in self._cache if entry is not None])
         return self._cache
 

@@ -154,12 +154,13 @@ class Snapshot:
         layer = self._form.spec.layers[index]
         if layer is None:
             return []
+        number = next(n for n, group in enumerate(self._form.spec.groups) if index in group.indices)
         if isinstance(entry, LayerCache):
             segments = list(_live_segments(entry))
         elif type(entry) is KVCache and layer.window is None:
             segments = [_Segment(0, *entry.keys_and_values())]  # type: ignore[no-untyped-call]
         elif type(entry) is RotatingKVCache and (entry.max_size, entry.keep) == (layer.window, 0):
-            segments = list(self._ring_segments(index, entry))
+            segments = list(self._ring_segments(number, entry))
         else:
             raise UnsupportedError(f"layer {index} keeps a {type(entry).__name__}, which is not stored")
         for segment in segments:
@@ -171,28 +172,23 @@ class Snapshot:
                         f"layer {index} keeps {x.dtype}, where the model makes {self._form.types[index]}"
                     )
         if layer.window is not None:
-            number = next(n for n, group in enumerate(self._form.spec.groups) if index in group.indices)
             self.firsts[number] = max(segments[0].first, self.firsts.get(number, 0))
-            rows = sum(segment.keys.shape[2] for segment in segments)
-            self.rings.setdefault(number, min(layer.window, rows))
+            self.rings.setdefault(number, min(layer.window, sum(segment.keys.shape[2] for segment in segments)))
         return segments
 
-    def _ring_segments(self, index: int, entry: RotatingKVCache) -> Iterator[Any]:
-        """Yield what a window holds in the order of the text, with rows of before the window that are still there."""
-        whole: Any = entry
+    def _ring_segments(self, number: int, entry: RotatingKVCache) -> Iterator[Any]:
+        """Yield what a window holds in the order of the text.
+
+        Rows of before the window may be there too, but those of a cache that was taken out of a batch can be of padding.
+        """
         keys, values, offset, _, window, at = stock.used_state(type(entry).__name__, entry.state, entry)
-        number = next(n for n, group in enumerate(self._form.spec.groups) if index in group.indices)
-        self.rings[number] = at
         rows = keys.shape[2]
-        if rows < min(offset, window):
-            raise MismatchError(f"layer {index} holds {rows} tokens of a window of {window}")
-        if entry._idx > window:
-            yield _Segment(offset - entry._idx, whole.keys[..., : entry._idx, :], whole.values[..., : entry._idx, :])
-        elif at < rows:
-            yield _Segment(offset - rows, keys[..., at:, :], values[..., at:, :])
-            yield _Segment(offset - at, keys[..., :at, :], values[..., :at, :])
-        else:
-            yield _Segment(offset - rows, keys, values)
+        if rows != min(offset, window):
+            raise MismatchError(f"a window of {window} holds {rows} of {offset} tokens")
+        self.rings[number] = at
+        for first, part in ((offset - rows, slice(at % rows, rows)), (offset - at, slice(0, at % rows))):
+            if part.stop:
+                yield _Segment(first, keys[..., part, :], values[..., part, :])
 
     def _states(self, entries: Sequence[Any]) -> Iterator[tuple[str, Any]]:
         """Yield the states of entries without keys and values."""
