@@ -162,7 +162,7 @@ class Gradual:
             if 2 * needed > _SHARE * free or 2 * took > 1.5 * STEP_SECONDS:
                 break
         if size == SIZES[0] and first > 2 * STEP_SECONDS:
-            raise Stopped(f"a step takes {first:.0f} seconds, for which requests would have to wait", lasting=True)
+            self._skip(f"a step takes {first:.0f} seconds now, for which requests would have to wait")
         return size, memory
 
     def _room(self, work: ModelWork, stretches: Sequence[Stretch], memory: int) -> int:

@@ -98,7 +98,8 @@ class Learning:
             except StopIteration:
                 self._rest("learnt", "", _MUCH_LATER)
             except Stopped as end:
-                self._rest("given up" if end.lasting else "waiting", end.reason, _MUCH_LATER if end.reason else _LATER)
+                wait = _MUCH_LATER * max(1, self._facts["skipped"]) if end.reason else _LATER
+                self._rest("given up" if end.lasting else "waiting", end.reason, wait)
             except Exception as error:  # noqa: BLE001  # a server goes on, whatever is wrong here
                 self._failed(error)
             finally:
@@ -115,7 +116,7 @@ class Learning:
             `state`, one of "waiting" (for prompts, memory, disk or another process), "running" (texts), "training",
             "measuring", "learnt" and "given up"; `reason` in plain words; `tokens` and `stretches` that were run, of
             `tokens_wanted` and `stretches_wanted`; `seconds` of all steps and `longest_step_seconds`; `skipped`, how often there
-            was too little memory or disk; `artifacts`, the fingerprint of those that are used.
+            was too little memory, disk or speed; `artifacts`, the fingerprint of those that are used.
         """
         return dict(self._facts)
 
