@@ -6,19 +6,21 @@ a window have the rows of a part that they still had when it was made. See docs/
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
-from itertools import pairwise
-from typing import Any, NamedTuple
+from itertools import chain, groupby, pairwise
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 from mlxkv.codec import unquantized
 from mlxkv.codec.artifacts import CalibrationArtifacts
-from mlxkv.codec.layout import BLOCK_ROWS, MAX_TOKENS, Layout, cache_shape, coded_streams
+from mlxkv.codec.layout import BLOCK_ROWS, MAX_TOKENS, CodedBlock, Layout, cache_shape, coded_streams
 from mlxkv.codec.methods.base import BlockCoder
-from mlxkv.codec.reading import StoredGroup, check_origin, header_object, read_coded_blocks
+from mlxkv.codec.reading import WORKING_BYTES, StoredGroup, check_origin, free_rows, header_object, read_coded_blocks
 from mlxkv.codec.stages.rows import from_plain_rows, from_rows
 from mlxkv.codec.unquantized import encode_array
 from mlxkv.codec.writing import CacheEncoder, GroupBlock, encode_arrays
@@ -26,11 +28,16 @@ from mlxkv.dump import stream_key
 from mlxkv.errors import FormatError, InputError, MismatchError
 from mlxkv.io import container
 from mlxkv.io.container import Reader
+from mlxkv.io.inputs import check_decoded_size
+from mlxkv.kernels import metal
 from mlxkv.spec import STREAMS, CacheSpec, is_int
 from mlxkv.version import __version__
 
+T = TypeVar("T")
 KIND = "part"
 MOST_TOKENS = BLOCK_ROWS  # of a part
+PARTS_TOGETHER = 2  # whose rANS lanes are decoded together
+PIECES_AHEAD = 2  # that are entropy-decoded while others are multiplied
 TYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -264,7 +271,7 @@ class _Part(NamedTuple):
     start: int
     stop: int
     groups: list[StoredGroup]
-    blocks: list[Any]
+    blocks: list[list[CodedBlock]]
 
 
 def read_tokens(reader: Reader) -> np.ndarray:
@@ -374,6 +381,9 @@ def _read_part(part: StoredPart, coders: Sequence[BlockCoder]) -> _Part:
         for index, group in enumerate(spec.groups)
         if (first := firsts.get(index, start)) < stop
     ]
+    numbers = sum(each.width * each.layout.length for each in groups)
+    working = sum(each.width * max(0, each.layout.length - free_rows(each, part.artifacts)) for each in groups)
+    check_decoded_size(reader.name, 4 * numbers + WORKING_BYTES * working, reader.size)
     return _Part(part, start, stop, groups, read_coded_blocks(reader, groups))
 
 
@@ -388,49 +398,114 @@ def _read_firsts(reader: Reader, start: int, stop: int, spec: CacheSpec) -> dict
 
 
 def _decode(parts: Sequence[_Part], stop: int, dtype: mx.Dtype) -> Iterator[Decoded]:
-    """Yield the pieces of all parts."""
-    for part in parts:
-        for index, group in enumerate(part.groups):
-            oldest = 0 if group.group.window is None else stop - group.group.window
-            if part.stop <= oldest:
-                continue
-            for piece in _decode_group(part.stored.reader, group, part.blocks[index], dtype):
-                first, last = max(piece.first, oldest), min(piece.first + piece.array.shape[3], stop)
-                if first < last:
-                    array = piece.array[..., first - piece.first : last - piece.first, :]
-                    yield piece._replace(first=first, array=array)
+    """Yield the pieces of all parts, while a thread undoes the entropy coding of those to come."""
+    unpacked = _unpack(parts, stop)
+    # On Metal rANS launches kernels, which have to come from this thread.
+    for piece in unpacked if metal.available() else _ahead(unpacked):
+        arrays = list(_restore(piece, dtype))
+        oldest = _oldest(piece.group, stop)
+        for each in arrays:
+            first, last = max(each.first, oldest), min(each.first + each.array.shape[3], stop)
+            if first < last:
+                array = each.array[..., first - each.first : last - each.first, :]
+                mx.async_eval(array)  # type: ignore[no-untyped-call]
+                yield each._replace(first=first, array=array)
 
 
-def _decode_group(reader: Reader, group: StoredGroup, blocks: Sequence[Any], dtype: mx.Dtype) -> Iterator[Decoded]:
-    """Yield the pieces of one group of layers of a part."""
-    yield from _unquantized(reader, group, "sink", dtype)
-    for block in blocks:
-        payloads = {s.name: reader.read(stream_key(group.number, f"{s.name}.{block.name}")) for s in group.streams}
-        count, first = block.stop - block.start, group.layout.start + block.start
-        (codes,) = group.coder.unpack([payloads], [count])
-        rows = group.coder.decode(codes, count, block.quality)
-        for stream in group.streams:
-            if group.coder.undoes_rotation:
-                array = from_rows(stream, rows[stream.name], 1, first, dtype)
-            else:
-                array = from_plain_rows(stream, rows[stream.name], 1, dtype)
-            yield Decoded(group.number, stream.name, first, array)
-    yield from _unquantized(reader, group, "window", dtype)
+def _oldest(group: StoredGroup, stop: int) -> int:
+    """Return the position of the oldest token that layers still keep before `stop`."""
+    return 0 if group.group.window is None else max(0, stop - group.group.window)
 
 
-def _unquantized(reader: Reader, group: StoredGroup, end: str, dtype: mx.Dtype) -> Iterator[Decoded]:
+class _Piece(NamedTuple):
+    """A block of a group of layers that is entropy-decoded, or tokens that are stored unquantized, by stream."""
+
+    group: StoredGroup
+    first: int
+    block: CodedBlock | None
+    codes: Mapping[str, Any]
+
+
+def _unpack(parts: Sequence[_Part], stop: int) -> Iterator[_Piece]:
+    """Yield what is stored of all parts, a few parts at a time so that their lanes are decoded together."""
+    for at in range(0, len(parts), PARTS_TOGETHER):
+        chosen = [
+            (part.stored.reader, group, blocks)
+            for part in parts[at : at + PARTS_TOGETHER]
+            for group, blocks in zip(part.groups, part.blocks)
+            if part.stop > _oldest(group, stop)
+        ]
+        codes = _unpacked_blocks(chosen)
+        for reader, group, blocks in chosen:
+            yield from _unquantized(reader, group, "sink")
+            for block in blocks:
+                yield _Piece(group, group.layout.start + block.start, block, next(codes[group.number]))
+            yield from _unquantized(reader, group, "window")
+
+
+def _unpacked_blocks(
+    chosen: Sequence[tuple[Reader, StoredGroup, Sequence[CodedBlock]]],
+) -> dict[int, Iterator[Mapping[str, Any]]]:
+    """Return the codes of all blocks of each group of layers, by its number."""
+    codes: dict[int, Iterator[Mapping[str, Any]]] = {}
+    for number in {group.number for _, group, _ in chosen}:
+        stored = [each for each in chosen if each[1].number == number]
+        runs = [list(run) for _, run in groupby(stored, key=lambda each: id(each[1].coder))]
+        codes[number] = chain.from_iterable(_unpacked_run(run) for run in runs)
+    return codes
+
+
+def _unpacked_run(run: Sequence[tuple[Reader, StoredGroup, Sequence[CodedBlock]]]) -> Iterable[Mapping[str, Any]]:
+    """Return the codes of blocks of one coder."""
+    payloads, counts = [], []
+    for reader, group, blocks in run:
+        for block in blocks:
+            keys = {stream.name: stream_key(group.number, f"{stream.name}.{block.name}") for stream in group.streams}
+            payloads.append({name: reader.read(key) for name, key in keys.items()})
+            counts.append(block.stop - block.start)
+    return run[0][1].coder.unpack(payloads, counts) if counts else ()
+
+
+def _ahead(pieces: Iterator[T]) -> Iterator[T]:
+    """Yield what an iterator does, which runs in another thread and is a few pieces ahead."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque(pool.submit(next, pieces, None) for _ in range(PIECES_AHEAD))
+        try:
+            while (piece := waiting.popleft().result()) is not None:
+                waiting.append(pool.submit(next, pieces, None))
+                yield piece
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _restore(piece: _Piece, dtype: mx.Dtype) -> Iterator[Decoded]:
+    """Yield the arrays of a piece by stream."""
+    group, block = piece.group, piece.block
+    rows = piece.codes if block is None else group.coder.decode(piece.codes, block.stop - block.start, block.quality)
+    for stream in group.streams:
+        if block is None:
+            array = mx.array(rows[stream.name]).astype(dtype)
+        elif group.coder.undoes_rotation:
+            array = from_rows(stream, rows[stream.name], 1, piece.first, dtype)
+        else:
+            array = from_plain_rows(stream, rows[stream.name], 1, dtype)
+        yield Decoded(group.number, stream.name, piece.first, array)
+
+
+def _unquantized(reader: Reader, group: StoredGroup, end: str) -> Iterator[_Piece]:
     """Yield tokens of a group that are stored unquantized at its beginning or its end, where there are any."""
     layout = group.layout
     at, tokens = (0, layout.middle.start) if end == "sink" else (layout.middle.stop, layout.length - layout.middle.stop)
-    if not tokens or (end == "window" and reader.header.get("window_quality") is not None):
-        return
-    for stream in group.streams:
-        key = stream_key(group.number, f"{stream.name}.{end}")
-        needed = (stream.layers, 1, stream.heads, tokens, stream.dim)
-        if (shape := tuple(unquantized.read_description(reader, key)[1])) != needed:
-            raise FormatError(f"{reader.name}: {key} has shape {shape}, its layout needs {needed}")
-        array = mx.array(unquantized.read_array(reader, key)).astype(dtype)
-        yield Decoded(group.number, stream.name, layout.start + at, array)
+    if tokens and (end == "sink" or reader.header.get("window_quality") is None):
+        arrays = {}
+        for stream in group.streams:
+            key = stream_key(group.number, f"{stream.name}.{end}")
+            needed = (stream.layers, 1, stream.heads, tokens, stream.dim)
+            if (shape := tuple(unquantized.read_description(reader, key)[1])) != needed:
+                raise FormatError(f"{reader.name}: {key} has shape {shape}, its layout needs {needed}")
+            arrays[stream.name] = unquantized.read_array(reader, key)
+        yield _Piece(group, layout.start + at, None, arrays)
 
 
 def check_part(reader: Reader, spec: CacheSpec) -> None:

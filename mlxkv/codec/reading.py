@@ -360,7 +360,7 @@ def decode_tokens(
     chosen = [groups[0]] if main_only else [each for each in groups if each.group.window is None or last == total]
     parts = {g.number: (0, g.layout.length) if g.group.window is not None else (first, last) for g in chosen}
     sizes = [
-        g.width * _decoded_bytes(g.layout, *parts[g.number], dtype.itemsize, _free_rows(g, artifacts)) for g in chosen
+        g.width * _decoded_bytes(g.layout, *parts[g.number], dtype.itemsize, free_rows(g, artifacts)) for g in chosen
     ]
     check_decoded_size(reader.name, sum(sizes), reader.size, limit)
     arrays: dict[str, np.ndarray] = {}
@@ -419,8 +419,21 @@ def _decode_group(
     return outputs
 
 
-def _free_rows(group: StoredGroup, artifacts: CalibrationArtifacts) -> int:
-    """Return the rows of a block whose decoding is not counted. A calibration pays for its width; a file may state any."""
+def free_rows(group: StoredGroup, artifacts: CalibrationArtifacts) -> int:
+    """Return the rows of a block whose decoding is not counted. A calibration pays for its width; a file may state any.
+
+    Parameters
+    ----------
+    group
+        The group of layers.
+    artifacts
+        The calibration that the file was made with.
+
+    Returns
+    -------
+    int
+        Number of rows.
+    """
     return DECODE_ROWS if artifacts.recipe is None else FREE_NUMBERS // max(1, group.width)
 
 

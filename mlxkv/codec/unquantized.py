@@ -103,7 +103,7 @@ def encode_array(array: np.ndarray) -> tuple[str, bytes]:
     return "float32", array.astype("<f4").tobytes()
 
 
-def stored_values(data: bytes, kind: str) -> np.ndarray:
+def stored_values(data: bytes | memoryview, kind: str) -> np.ndarray:
     """Return the numbers that `encode_array` stored.
 
     Parameters

@@ -222,24 +222,27 @@ def reference_decode(
         See `decode`.
     """
     starts, table = _check_streams(streams, tables, table_of, chunk_size, size)
-    words = streams.words.astype(np.uint32) if streams.words.size else np.zeros(1, np.uint32)
-    frequencies, places = ((table >> SCALE_BITS) & (TOTAL - 1)) + 1, table & (TOTAL - 1)
+    words = streams.words if streams.words.size else np.zeros(1, np.uint16)
+    symbol_of, places = (table >> 24).astype(np.uint8), table & (TOTAL - 1)
+    scales = ((((table >> SCALE_BITS) & (TOTAL - 1)) + 1) << 16) | places  # frequency and place, for one look-up
     lanes, states, nexts = streams.states.size, streams.states.copy(), starts.astype(np.int64)
-    full, part, grown = np.empty(lanes, bool), np.empty_like(states), np.empty_like(states)
+    low, scale, part = np.empty(lanes, bool), np.empty_like(states), np.empty_like(states)
     symbols = np.empty(size, np.uint8)
     for start, stop in _blocks(size, lanes):
         slots = _per_symbol(table_of, chunk_size, start, stop) << SCALE_BITS
         for first in range(0, stop - start, lanes):
             slot = slots[first : first + lanes]
-            x, n, f, p, g = (a[: slot.size] for a in (states, nexts, full, part, grown))
+            x, s, p = (a[: slot.size] for a in (states, scale, part))
             np.bitwise_or(slot, np.bitwise_and(x, TOTAL - 1, out=p), out=slot)
-            np.multiply(np.right_shift(x, SCALE_BITS, out=x), frequencies.take(slot, out=p, mode="clip"), out=x)
-            np.add(x, places.take(slot, out=p, mode="clip"), out=x)
-            # Every lane looks at its next word, those whose state is low take it.
-            np.bitwise_or(np.left_shift(x, 16, out=g), words.take(n, out=p, mode="clip"), out=g)
-            np.copyto(x, g, where=np.less(x, MIN_STATE, out=f))
-            np.add(n, f, out=n)
-        symbols[start:stop] = table[slots] >> 24
+            scales.take(slot, out=s, mode="clip")
+            np.multiply(np.right_shift(x, SCALE_BITS, out=x), np.right_shift(s, 16, out=p), out=x)
+            np.add(x, np.bitwise_and(s, 0xFFFF, out=s), out=x)
+            # Few lanes are low after a symbol, so that looking for them pays.
+            empty = np.less(x, MIN_STATE, out=low[: slot.size]).nonzero()[0]
+            at = nexts[empty]
+            x[empty] = (x[empty] << 16) | words.take(at, mode="clip")
+            nexts[empty] = at + 1
+        symbols[start:stop] = symbol_of.take(slots)
     _check_ends(streams, starts, states, nexts)
     return symbols
 
@@ -288,6 +291,8 @@ def _blocks(size: int, lanes: int) -> Iterator[tuple[int, int]]:
 
 def _per_symbol(table_of: np.ndarray, chunk_size: int, start: int, stop: int) -> np.ndarray:
     """Return the table of each of the symbols start .. stop, int64."""
+    if chunk_size == 1:
+        return table_of[start:stop].astype(np.int64)
     return table_of[np.arange(start, stop) // chunk_size].astype(np.int64)
 
 

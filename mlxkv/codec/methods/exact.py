@@ -9,7 +9,7 @@ share a table. The low bytes hardly repeat and mostly stay as they are.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -75,12 +75,10 @@ class ExactCoder(BlockCoder):
         """Check that the section is stored plain and that planes of so many bytes may be in it."""
         return coding == "raw" and lossless.is_plausible("rans", tokens * self._parts[name].width, size)
 
-    def unpack(self, blocks: Sequence[Mapping[str, bytes]], tokens: Sequence[int]) -> list[dict[str, np.ndarray]]:
-        """Return the numbers of all blocks."""
-        return [
-            {name: self._unpack(data, count, self._parts[name].width) for name, data in payloads.items()}
-            for payloads, count in zip(blocks, tokens)
-        ]
+    def unpack(self, blocks: Sequence[Mapping[str, bytes]], tokens: Sequence[int]) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the numbers of one block after the other: each has lanes enough."""
+        for payloads, count in zip(blocks, tokens):
+            yield {name: self._unpack(data, count, self._parts[name].width) for name, data in payloads.items()}
 
     def _unpack(self, data: bytes, tokens: int, width: int) -> np.ndarray:
         """Return numbers `[n, p]` of one section."""
@@ -88,7 +86,7 @@ class ExactCoder(BlockCoder):
             raise FormatError(f"a block of exact numbers has the type {data[:1].hex()}")
         kind = TYPES[data[0]]
         size, at = np.dtype(STORED_TYPES[kind]).itemsize, 1
-        planes = np.empty((tokens, width, size), np.uint8)
+        planes = np.empty((width, tokens, size), np.uint8)
         for index in range(size):
             if len(data) < at + _PLANE.size:
                 raise FormatError("a block of exact numbers is truncated")
@@ -97,11 +95,11 @@ class ExactCoder(BlockCoder):
             if coding >= len(_CODINGS) or stored > len(data) - at:
                 raise FormatError(f"a block of exact numbers claims coding {coding} of {stored} bytes")
             plane = lossless.decode(_CODINGS[coding], data[at : at + stored], tokens * width)
-            planes[..., index] = np.frombuffer(plane, np.uint8).reshape(width, tokens).T
+            planes[..., index] = np.frombuffer(plane, np.uint8).reshape(width, tokens)
             at += stored
         if at != len(data):
             raise FormatError(f"a block of exact numbers has {len(data) - at} bytes too many")
-        return stored_values(planes.tobytes(), kind).reshape(tokens, width)
+        return stored_values(planes.data, kind).reshape(width, tokens).T
 
     def decode(self, codes: Mapping[str, np.ndarray], tokens: int, quality: float | None) -> dict[str, mx.array]:
         """Return each stream's numbers."""

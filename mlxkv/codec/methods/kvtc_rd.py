@@ -216,7 +216,8 @@ class KVTCRDCoder(BlockCoder):
             part, step = self._parts[name], step_size(quality, name)
             x = weighting.apply_weights(x - mx.array(part.mu), part.weights)
             if len(part.attention):
-                x = _apply_gains(x, self._gains(quantize(coefficients["k"], step_size(quality, "k")), quality))
+                of_keys = step_size(quality, "k")
+                x = _apply_gains(x, self._gains(dequantize(quantize(coefficients["k"], of_keys), of_keys)))
             count, refine = part.basis.rank_above(MIN_SPREAD * step), quality >= REFINE_FROM_QUALITY
             coefficients[name] = part.basis.project(x, count, refine, step)
         return coefficients
@@ -256,18 +257,19 @@ class KVTCRDCoder(BlockCoder):
         """Return each stream's rows from their integers."""
         quality = _checked_quality(quality)
         rows = {}
-        for name, integers in codes.items():
+        coefficients = {name: dequantize(integers, step_size(quality, name)) for name, integers in codes.items()}
+        for name, of_stream in coefficients.items():
             part = self._parts[name]
-            x = combine(dequantize(integers, step_size(quality, name)), *part.unweighted_basis)
+            x = combine(of_stream, *part.unweighted_basis)
             if len(part.attention):
-                x = _apply_gains(x, 1 / self._gains(codes["k"], quality))
+                x = _apply_gains(x, 1 / self._gains(coefficients["k"]))
             rows[name] = x + mx.array(part.mu)
         return rows
 
-    def _gains(self, keys: np.ndarray, quality: float) -> mx.array:
-        """Return the gains on each token's values, `[n, heads]`, from its quantized keys, which the decoder has as well."""
+    def _gains(self, keys: mx.array) -> mx.array:
+        """Return the gains on each token's values, `[n, heads]`, from its decoded keys' coefficients `[n, components]`."""
         whole, of_heads, bias = self._attention_predictor
-        logs = combine(dequantize(keys, step_size(quality, "k")), whole, of_heads) + bias
+        logs = combine(keys, whole, of_heads) + bias
         return mx.exp(mx.clip(logs, -weighting.MAX_LOG_GAIN, weighting.MAX_LOG_GAIN))
 
     @cached_property

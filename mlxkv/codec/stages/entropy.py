@@ -28,7 +28,7 @@ SHIFTS = 4  # largest shift of a token: an offset on table indices, up or down
 MAX_MAGNITUDE = 127  # largest magnitude that has a symbol of its own
 ESCAPE = 255  # symbol of values without one: they are stored apart in 32 bits
 # The symbols stand for 0, 1, -1, 2, -2, ...
-_SYMBOL_VALUES = (np.arange(256, dtype=np.int32) + 1) // 2 * np.tile(np.array([-1, 1], np.int32), 128)
+_SYMBOL_VALUES = ((np.arange(256) + 1) // 2 * np.tile([-1, 1], 128)).astype(np.int8)
 _MISSING_BITS = 32.0 + rans.SCALE_BITS
 _LLOYD_ROUNDS = 12  # of Lloyd's algorithm
 _MIN_SHARE = 2.0**-15  # of a table: rarer symbols are escaped, as 1/4096 is the smallest frequency
@@ -339,7 +339,7 @@ def decode(sections: Sequence[Section]) -> list[np.ndarray]:
     Returns
     -------
     list[np.ndarray]
-        Integers `[tokens, components]` int32 of each section.
+        Integers `[tokens, components]` of each section, int8 where they fit and otherwise int32.
 
     Raises
     ------
@@ -409,16 +409,18 @@ def _parse_section(section: Section) -> _ParsedSection:
 
 def _integers(section: Section, parsed: _ParsedSection, symbols: np.ndarray) -> np.ndarray:
     """Return the integers of one section from its symbols; padding after them is ignored."""
-    all_symbols = np.zeros((section.tokens, int(np.r_[-1, parsed.coded][-1]) + 1), np.uint8)
-    all_symbols[:, parsed.coded] = symbols[: parsed.table_of.size].reshape(section.tokens, len(parsed.coded))
-    integers = np.zeros((section.tokens, section.components), np.int32)
-    integers[:, : all_symbols.shape[1]] = _SYMBOL_VALUES.take(all_symbols)
-    escaped = all_symbols == ESCAPE
-    if np.count_nonzero(escaped) != parsed.escaped.size:
-        raise FormatError(
-            f"{parsed.escaped.size} escaped coefficients do not fit the {np.count_nonzero(escaped)} coded"
-        )
-    integers[:, : all_symbols.shape[1]][escaped] = parsed.escaped
+    coded = symbols[: parsed.table_of.size].reshape(section.tokens, len(parsed.coded))
+    escapes = np.count_nonzero(coded == ESCAPE)
+    if escapes != parsed.escaped.size:
+        raise FormatError(f"{parsed.escaped.size} escaped coefficients do not fit the {escapes} coded")
+    all_symbols = coded
+    if len(parsed.coded) < section.components:
+        all_symbols = np.zeros((section.tokens, section.components), np.uint8)
+        all_symbols[:, parsed.coded] = coded
+    integers = _SYMBOL_VALUES.take(all_symbols)
+    if escapes:
+        integers = integers.astype(np.int32)
+        integers[all_symbols == ESCAPE] = parsed.escaped
     return integers
 
 
@@ -440,7 +442,8 @@ def _parse_model(data: bytes, components: int, lanes: int) -> tuple[np.ndarray, 
 
 def _table_indices(classes: np.ndarray, shifts: np.ndarray) -> np.ndarray:
     """Return the table of each token and component, uint8 `[n, r]`."""
-    return (classes + shifts[:, None].astype(int)).clip(0, CLASSES - 1).astype(np.uint8)
+    places = classes.astype(np.int8) + shifts.astype(np.int8)[:, None]  # at most 63 + WIDE_SHIFTS
+    return np.minimum(np.maximum(places, 0, out=places), CLASSES - 1, out=places).view(np.uint8)
 
 
 def _best_shifts(symbols: np.ndarray, classes: np.ndarray, tables: np.ndarray) -> np.ndarray:
