@@ -9,7 +9,9 @@ import numpy as np
 from mlxkv.io import container
 from mlxkv.io.container import encode_section
 from mlxkv.store.chain import SLOT, Block, Chain, root_name
+from mlxkv.store.index import BlockStore
 
+LIMIT = 16 * 2**20
 ROOT = root_name("f00d.cafe", "{}", "38")
 
 
@@ -68,3 +70,35 @@ def disk_bytes(folder):
         for name in [".", *files]
         if os.path.lexists(os.path.join(at, name))
     )
+
+
+def one_block(path, chain, stop=512):
+    """Where the file of a block is."""
+    return path / "blocks" / chain.name(stop).hex()[:2] / f"{chain.name(stop).hex()}.mlxkv"
+
+
+def filled(path, texts=4, state=500):
+    """Make a store of some texts and close it; return their chains."""
+    with BlockStore(path, LIMIT) as store:
+        return [insert(store, text(1, 10 + number, length=900), state=state) for number in range(texts)]
+
+
+def works(path, chains, expected=None):
+    """Check that a store finds whole texts or less, nothing wrong, and takes new ones; return how many it found."""
+    with BlockStore(path) as store:
+        found = 0
+        for chain in chains:
+            blocks = store.longest(chain, len(chain))
+            assert [block.stop for block in blocks] == [512, 900][: len(blocks)]
+            found += len(blocks) == 2
+        for _ in range(2):  # one that finds damage stores nothing
+            new = insert(store, text(77, 78))
+        assert stops(store, new) == [512, 1024]
+        assert store.statistics().taken >= disk_bytes(path)
+        store.sweep()
+        store.verify()
+        assert store.verify().damaged == []
+        assert store.sweep() == (0, 0, 0)
+        assert disk_bytes(path) <= store.statistics().taken <= LIMIT
+    assert expected is None or found == expected
+    return found

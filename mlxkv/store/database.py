@@ -138,6 +138,14 @@ class Database:
                     raise Unavailable("someone reads from the store for long, so that its log cannot be emptied")
                 yield self._writer
 
+    def repair(self) -> bool:
+        """Make the index anew if it is damaged; return whether it was and can be used now."""
+        with self._writing:
+            if not self._is_damaged or self._closed:
+                return False
+            self._repair()
+            return True
+
     def close(self) -> None:
         """Close the index; it cannot be used afterwards."""
         with self._writing, self._reading:
@@ -181,9 +189,9 @@ class Database:
         """Turn errors of SQLite into those of this module, and remember damage."""
         try:
             yield
-        except Damaged as error:
+        except (Damaged, TypeError, ValueError, KeyError, OverflowError) as error:  # values that no store writes
             self._is_damaged = True
-            raise Unavailable(str(error)) from error
+            raise Unavailable(f"the index of the store is damaged: {error}") from error
         except sqlite3.Error as error:
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
             if code in _FAILURES:

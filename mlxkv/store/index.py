@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, TypeVar
 
 from mlxkv.errors import InputError
 from mlxkv.store import rows
 from mlxkv.store.chain import Block, Chain
 from mlxkv.store.changes import Changes
-from mlxkv.store.database import Database, Unavailable
+from mlxkv.store.database import Damaged, Database, Unavailable
 from mlxkv.store.folder import BLOCKS, STATES, Folder, default_folder
 from mlxkv.store.growth import Growth
 from mlxkv.store.rebuild import fill
@@ -19,6 +19,8 @@ from mlxkv.store.rows import Db
 from mlxkv.store.space import DEFAULT_LIMIT, Space
 from mlxkv.store.upkeep import Swept, Upkeep
 from mlxkv.store.verification import Deep, Verified, verify
+
+T = TypeVar("T")
 
 
 class Entry(NamedTuple):
@@ -101,11 +103,15 @@ class BlockStore:
         space = Space(self.folder, DEFAULT_LIMIT if limit is None else limit)
         try:
             self._database = Database(self.folder.path, lambda db: fill(db, space))
-            self._changes = Changes(self._database, space)
-            self._changes.begin(keep_limit=limit is None)
-            self._upkeep = Upkeep(self._database, self._changes, self.quarantine)
         except Unavailable as error:
             raise InputError(f"cannot use the store in {self.folder.path}: {error}", "try again later") from error
+        self._changes = Changes(self._database, space)
+        self._upkeep = Upkeep(self._database, self._changes, self.quarantine)
+        try:
+            self._surely(lambda: self._changes.begin(keep_limit=limit is None))
+        except BaseException:
+            self._database.close()
+            raise
 
     def __enter__(self) -> BlockStore:
         return self
@@ -285,22 +291,36 @@ class BlockStore:
         InputError
             When the index cannot be used just now.
         """
-        with self._explained(), self._database.reading() as db:
+        return self._surely(self._statistics)
+
+    def _statistics(self) -> Statistics:
+        with self._database.reading() as db:
             totals = rows.totals(db)
             entries, quarantined = (
                 db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("entries", "quarantined")
             )
             taken = self._changes.space.taken(db)
-        return Statistics(
-            self.folder.path,
-            totals["blocks"],
-            entries,
-            quarantined,
-            totals["stored"],
-            taken,
-            self.limit,
-            totals["written"],
-        )
+        counts = totals["blocks"], entries, quarantined, totals["stored"], taken
+        return Statistics(self.folder.path, *counts, self.limit, totals["written"])
+
+    def usage(self) -> list[rows.Usage]:
+        """Return what blocks of each model and coding take, the most first.
+
+        Returns
+        -------
+        list[mlxkv.store.rows.Usage]
+            One for each.
+
+        Raises
+        ------
+        InputError
+            When the index cannot be used just now.
+        """
+        return self._surely(self._usage)
+
+    def _usage(self) -> list[rows.Usage]:
+        with self._database.reading() as db:
+            return rows.usage(db)
 
     def entries(self) -> list[Entry]:
         """Return the places from which conversations can go on, the one used last first.
@@ -315,13 +335,16 @@ class BlockStore:
         InputError
             When the index cannot be used just now.
         """
+        return self._surely(self._entries)
+
+    def _entries(self) -> list[Entry]:
         found = []
-        with self._explained(), self._database.reading() as db:
-            for number, kind, used, state in db.execute(
-                "SELECT block, kind, used, state FROM entries ORDER BY turn DESC"
-            ).fetchall():
+        with self._database.reading() as db:
+            for number, kind, used in db.execute("SELECT block, kind, used FROM entries ORDER BY turn DESC").fetchall():
+                if not isinstance(kind, str) or not isinstance(used, float | int):
+                    raise Damaged("the index holds an entry that cannot be one")
                 way = rows.path(db, number)
-                own, last = state, len(way)
+                own, last = rows.state_bytes(db, number), len(way)
                 while last and way[last - 1].refs <= 1:
                     last -= 1
                     own += way[last].block.size
@@ -345,8 +368,7 @@ class BlockStore:
         InputError
             When the index cannot be used just now.
         """
-        with self._explained():
-            return self._upkeep.sweep()
+        return self._surely(self._upkeep.sweep)
 
     def verify(self, progress: Callable[[int, int], None] | None = None, deep: Deep | None = None) -> Verified:
         """Check every byte of every file; those that are damaged are set aside, with all that goes on from them.
@@ -369,8 +391,7 @@ class BlockStore:
         InputError
             When the index cannot be used just now.
         """
-        with self._explained():
-            return verify(self._database, self.folder, self.quarantine, progress, deep)
+        return self._surely(lambda: verify(self._database, self.folder, self.quarantine, progress, deep))
 
     def remove(self, *, model: str | None = None, name: bytes | None = None) -> int:
         """Remove entries, with the blocks that nothing else needs.
@@ -392,8 +413,7 @@ class BlockStore:
         InputError
             When the index cannot be used just now.
         """
-        with self._explained():
-            return self._upkeep.remove(model=model, name=name)
+        return self._surely(lambda: self._upkeep.remove(model=model, name=name))
 
     def clear(self) -> None:
         """Remove all that is stored.
@@ -403,8 +423,7 @@ class BlockStore:
         InputError
             When the index cannot be used just now.
         """
-        with self._explained():
-            self._upkeep.clear()
+        self._surely(self._upkeep.clear)
 
     def close(self) -> None:
         """Write down which entries were used and close the index."""
@@ -412,9 +431,14 @@ class BlockStore:
             self.flush()
         self._database.close()
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _surely(self, action: Callable[[], T]) -> T:
+        """Do what has no answer without an index: a damaged one is made anew first."""
         try:
-            yield
+            try:
+                return action()
+            except Unavailable:
+                if not self._database.repair():
+                    raise
+                return action()
         except Unavailable as error:
             raise InputError(f"cannot use the store in {self.folder.path}: {error}", "try again later") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from collections.abc import Iterator
@@ -9,7 +10,8 @@ from pathlib import Path
 
 from mlxkv.store import rows
 from mlxkv.store.changes import described
-from mlxkv.store.folder import BLOCKS, ENDING, STATES, cost, remove
+from mlxkv.store.counting import count_again
+from mlxkv.store.folder import BLOCKS, ENDING, QUARANTINE, STATES, cost, remove
 from mlxkv.store.rows import Db
 from mlxkv.store.space import Space
 
@@ -26,6 +28,8 @@ def fill(db: Db, space: Space) -> None:
     space
         The bytes that there are.
     """
+    _adopt_quarantine(db, space)
+    count_again(db, space.folder)
     states = {name: (size, used) for name, size, used in _files(space, STATES)}
     blocks = []
     for name, size, used in _files(space, BLOCKS):
@@ -49,6 +53,7 @@ def fill(db: Db, space: Space) -> None:
     for name in states:
         remove(space.folder.file(STATES, name))
     _set_entries(db)
+    count_again(db, space.folder)
 
 
 def _set_entries(db: Db) -> None:
@@ -59,6 +64,17 @@ def _set_entries(db: Db) -> None:
     db.executemany(
         "UPDATE entries SET turn = ? WHERE block = ?", [(turn, number) for turn, (number,) in enumerate(found)]
     )
+
+
+def _adopt_quarantine(db: Db, space: Space) -> None:
+    """Note the files in quarantine, so that their bytes are counted and the oldest ones go."""
+    folder = space.folder.path / QUARANTINE
+    for name in os.listdir(folder):
+        status = os.lstat(folder / name)
+        if stat.S_ISREG(status.st_mode) and cost(status.st_size) <= space.limit // 20:
+            db.execute("INSERT INTO quarantined VALUES (?, ?, '', ?)", (name, cost(status.st_size), status.st_mtime))
+        else:
+            remove(folder / name)
 
 
 def _files(space: Space, kind: str) -> Iterator[tuple[bytes, int, float]]:

@@ -13,24 +13,20 @@ from typing import NamedTuple
 
 from mlxkv.store import rows
 from mlxkv.store.changes import Changes
+from mlxkv.store.counting import count_again
 from mlxkv.store.database import Database
 from mlxkv.store.folder import (
     BLOCKS,
     ENDING,
-    FOLDER_COST,
-    INDEX,
     KINDS,
-    LOCK,
     QUARANTINE,
     STATES,
-    cost,
     is_unused,
     remove,
 )
 from mlxkv.store.rows import Db
 
 _NAMED = re.compile(rf"([0-9a-f]{{32}}){re.escape(ENDING)}")
-_COST = "((size + 4095) / 4096 * 4096 + 128)"
 _BATCH = 64
 
 
@@ -86,7 +82,7 @@ class Upkeep:
         missing += self._forget_unlisted()
         found_more = self._changes.make(self._quarantined_files)
         self._repair_references()
-        self._changes.make(self._count_again)
+        self._changes.make(lambda db: count_again(db, self._folder))
         self._shrink()
         return Swept(files + len(found_more), freed + sum(found_more), missing)
 
@@ -178,34 +174,6 @@ class Upkeep:
                     refs += db.execute(f"SELECT count(*) FROM {table} WHERE {column} = ?", (number,)).fetchone()[0]
                 db.execute("UPDATE blocks SET refs = ? WHERE id = ?", (refs, number))
                 self._changes.space.release(db, number, 0)
-
-    def _count_again(self, db: Db) -> None:
-        """Set the totals to what the rows and the folder say."""
-        db.execute("DELETE FROM entries WHERE block NOT IN (SELECT id FROM blocks)")
-        blocks, stored, taken = db.execute(f"SELECT count(*), total(size), total({_COST}) FROM blocks").fetchone()
-        states, states_taken = db.execute(
-            f"SELECT total(size), total({_COST}) FROM (SELECT state AS size FROM entries WHERE state > 0)"
-        ).fetchone()
-        for table in ("pending", "quarantined"):
-            taken += db.execute(f"SELECT total(bytes) FROM {table}").fetchone()[0]
-        folders = sum(1 for kind in KINDS for _ in self._folder.kept(kind))
-        found = {
-            "blocks": blocks,
-            "stored": int(stored + states),
-            "bytes": int(taken + states_taken) + folders * FOLDER_COST,
-            "foreign": self._foreign(),
-        }
-        db.executemany("UPDATE totals SET value = ? WHERE key = ?", [(value, key) for key, value in found.items()])
-
-    def _foreign(self) -> int:
-        """Return the bytes of what is no part of the store, but lies in its folder."""
-        own = {INDEX, f"{INDEX}-wal", f"{INDEX}-shm", LOCK, QUARANTINE, *KINDS}
-        size = 0
-        for name in set(os.listdir(self._folder.path)) - own:
-            path = self._folder.path / name
-            inside = (Path(folder, file) for folder, _, files in os.walk(path) for file in files)
-            size += sum(cost(os.lstat(file).st_size) for file in (path, *inside))
-        return size
 
     def _shrink(self) -> None:
         """Give pages of the index that are free back to the disk, where they are many."""
