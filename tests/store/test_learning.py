@@ -21,6 +21,7 @@ from mlxkv.models import cache_spec
 from mlxkv.store.learning import Learning
 
 MODELS = ("llama", "lfm2", "glm4_moe_lite", "gemma3_text")  # rotated keys, states, MLA, windows
+NUMBERS = {"kind": "own prompts", "quality": 38, "kl": 0.001, "ratio": 10.0}
 PROMPTS = [tiny_tokens(110, seed=seed) for seed in range(6)]
 
 
@@ -54,7 +55,7 @@ class InThisProcess:
 
 
 @pytest.fixture(autouse=True)
-def _alone(tmp_path, monkeypatch):
+def _alone(tmp_path, monkeypatch, request):
     """A home of its own, plenty of memory, no process of its own, and artifacts that are worth it."""
     monkeypatch.setenv("MLXKV_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(gradual, "_free_memory", lambda: 8 * 10**9)
@@ -62,6 +63,8 @@ def _alone(tmp_path, monkeypatch):
     monkeypatch.setattr(gradual, "SIZES", (48, 96))
     monkeypatch.setattr(gradual, "Training", InThisProcess)
     monkeypatch.setattr(worth, "refusal", lambda learnt, free: None)
+    if "really_measured" not in request.fixturenames:
+        monkeypatch.setattr(worth, "measuring", lambda model, codecs, text, fingerprint: iter([None, NUMBERS, NUMBERS]))
     monkeypatch.setattr(InThisProcess, "made", ())
 
 
@@ -73,6 +76,11 @@ def models():
 @pytest.fixture
 def llama(models):
     return models["llama"]
+
+
+@pytest.fixture
+def really_measured():
+    """What is learnt is measured, which takes longer than all else."""
 
 
 class Clock:
@@ -111,6 +119,7 @@ def told(model):
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("really_measured")
 def test_artifacts_are_learnt_from_prompts_and_the_model_is_the_same_after_every_step(models, name):
     model, got = models[name], []
     before = told(model)
@@ -153,6 +162,7 @@ def test_an_interrupted_step_leaves_the_model_as_it_was_and_is_done_again(models
     until(it, "training")
 
 
+@pytest.mark.usefixtures("really_measured")
 def test_no_memory_of_mlx_is_left_after_a_step(llama):
     it = until(learning(llama), "running")
     gc.collect()
