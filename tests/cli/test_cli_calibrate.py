@@ -83,7 +83,6 @@ def test_an_interruption_says_how_to_go_on_and_the_same_command_does(model_dir, 
 
 
 def test_ctrl_c_ends_learning_at_once_and_the_same_command_goes_on(model_dir, notes, monkeypatch, capsys, says):
-    monkeypatch.setattr(training, "has_own_process", lambda config: True)
     processes = []
 
     def interrupted(self):
@@ -91,6 +90,7 @@ def test_ctrl_c_ends_learning_at_once_and_the_same_command_goes_on(model_dir, no
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
+        patch.setattr(training, "has_own_process", lambda config: True)
         patch.setattr(training.Training, "steps", interrupted)
         assert run("calibrate", "--model", model_dir, "--text", notes) == 130
     assert "the same command goes on from here" in capsys.readouterr().err
