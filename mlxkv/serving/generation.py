@@ -159,6 +159,8 @@ class Generator(server.ResponseGenerator):
         found = super()._tokenize(tokenizer, request, args)  # type: ignore[no-untyped-call]
         if not found[0]:
             raise InputError("the prompt has no tokens")
+        if not all(isinstance(token, int) for token in found[0]):
+            raise InputError("the prompt has to be one text")
         return found
 
     def _log_cache_stats(self) -> None:

@@ -35,12 +35,14 @@ class Listener(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, host: str, port: int, handler: Callable[..., Any]) -> None:
+        if not 0 <= port < 2**16:  # which getaddrinfo would take for another one
+            raise InputError(f"port {port} is none: there are 0 to 65535")
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             self.address_family, _, _, _, address = found[0]
             super().__init__(address, handler)  # type: ignore[arg-type]
-        except (OSError, OverflowError) as error:
-            hint = f"is port {port} taken? --port takes another" if isinstance(error, OSError) and error.errno else ""
+        except OSError as error:
+            hint = f"is port {port} taken? --port takes another" if error.errno else ""
             raise InputError(f"cannot listen on {host} port {port}: {error}", hint) from None
 
     @property

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlxkv.errors import UnsupportedError
+from mlxkv.errors import MlxkvError
 from mlxkv.serving.memory import RecentCaches, begin_computing, common_prefix
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ log = logging.getLogger("mlxkv.serving")
 
 # A disk is read where it saves the model this many tokens more than RAM does, and this share of what is read.
 LEAST_GAIN, GAIN_SHARE = 64, 8
+LEAST_TOKENS = 64  # of a text that is worth storing
 _PROMPTS = 128  # requests whose ends are remembered until their answers come
 
 
@@ -42,7 +43,8 @@ class PromptCache:
         self._store: PromptStore | None = None
         self._stored_model: Any = None
         self._asked: deque[tuple[Any, np.ndarray]] = deque(maxlen=_PROMPTS)
-        self._unstored: set[str] = set()
+        self._inserted: PromptStore | None = None  # where something waits that was not reported yet
+        self._told: tuple[int, int] = (0, 0)
         self._counts = dict.fromkeys(("requests", "prompt_tokens", "from_memory", "from_disk"), 0)
 
     def __len__(self) -> int:
@@ -64,6 +66,8 @@ class PromptCache:
             Its store; None for RAM alone.
         """
         self._stored_model, self._store = model, store
+        if store is not None:
+            self._inserted, self._told = None, (0, 0)
 
     def fetch_nearest_cache(self, model: Any, tokens: Sequence[int]) -> tuple[list[Any] | None, Sequence[int]]:
         """Return a cache of the longest beginning of a prompt, and the tokens that are left to compute.
@@ -116,13 +120,9 @@ class PromptCache:
         begin_computing(prompt_cache)
         self.memory.insert(model, text, prompt_cache, cache_type)
         ends = self._ends(model, text)
-        if self._has_store(model, text):
-            try:
-                self._store.insert(text.tolist(), prompt_cache, kind=cache_type, cuts=ends)  # type: ignore[union-attr]
-            except UnsupportedError as error:
-                self._say_once(str(error))
-            except Exception:  # the answer is there already: nothing that is wrong with a disk may end its request
-                log.exception("a prompt was not stored")
+        if self._store is not None and len(text) >= LEAST_TOKENS and self._has_store(model, text):
+            self._store.insert(text, prompt_cache, kind=cache_type, cuts=ends)
+            self._inserted = self._store
 
     def trim_to(self, *, n_sequences: int | None = None, n_bytes: int | None = None) -> None:
         """Give up caches in RAM.
@@ -155,25 +155,55 @@ class PromptCache:
             Of JSON's types: tokens of prompts by where they came from, caches in RAM, and the store's own numbers, None
             without a store.
         """
-        store = self._store
         memory = {"caches": len(self), "bytes": self.nbytes, "limit_bytes": self.memory.limit}
-        return {**self._counts, "memory": memory, "store": None if store is None else store.statistics()}
+        return {**self._counts, "memory": memory, "store": self._on_disk()}
+
+    def report(self) -> None:
+        """Log what was stored since the last time, once nothing waits."""
+        if (store := self._inserted) is None:
+            return
+        try:
+            found = store.statistics()
+        except MlxkvError:  # the index is busy: the next time tells
+            return
+        if found["waiting"]:
+            return
+        now = found["tokens_written"], found["bytes_written"]
+        tokens, size = (after - before for after, before in zip(now, self._told))
+        self._inserted, self._told = None, now
+        if tokens:
+            log.info("stored %s tokens in %s (%s)", f"{tokens:,}", megabytes(size), found["coding"])
+
+    def flush(self, seconds: float) -> bool:
+        """Wait until everything is on disk.
+
+        Parameters
+        ----------
+        seconds
+            How long at most.
+
+        Returns
+        -------
+        bool
+            Whether it is.
+        """
+        return self._inserted is None or self._inserted.flush(seconds)
 
     def _from_disk(self, model: Any, prompt: np.ndarray, in_memory: int) -> tuple[list[Any], int, int] | None:
         """Return cache, tokens and bytes read where the store brings clearly more than RAM."""
         most = len(prompt) - 1
         if most - in_memory < LEAST_GAIN or not self._has_store(model, prompt):
             return None
-        tokens, store = prompt.tolist(), self._store
+        store = self._store
         assert store is not None
         try:
-            matched = store.match(tokens)
-            if matched - in_memory < max(LEAST_GAIN, matched // GAIN_SHARE):
-                return None
-            fetched = store.fetch(tokens)
-        except Exception:  # what is wrong on a disk is a miss
-            log.exception("the store could not be read")
+            matched = store.match(prompt)
+        except MlxkvError as error:  # whatever is wrong with a disk is a miss
+            log.warning("the store cannot be read: %s", error)
             return None
+        if matched - in_memory < max(LEAST_GAIN, matched // GAIN_SHARE):
+            return None
+        fetched = store.fetch(prompt)
         if fetched is None or fetched.length <= in_memory:
             return None
         # Others may begin so too: from now on it is in RAM, and the request gets what shares its arrays.
@@ -182,6 +212,17 @@ class PromptCache:
         if again is not None and again.length > in_memory:
             return again.cache, again.length, fetched.bytes
         return (fetched.cache, fetched.length, fetched.bytes) if fetched.length <= most else None  # too large to stay
+
+    def _on_disk(self) -> dict[str, Any] | None:
+        """Return the store's numbers, without the name of its folder, which is no business of those who may ask."""
+        if (store := self._store) is None:
+            return None
+        try:
+            found = store.statistics()
+        except MlxkvError as error:
+            return {"error": error.message}
+        sizes = {key: value for key, value in found.get("store", {}).items() if key != "folder"}
+        return {**found, "store": sizes}
 
     def _has_store(self, model: Any, tokens: np.ndarray) -> bool:
         """Return whether a text of a model can be in the store, which images cannot."""
@@ -202,11 +243,6 @@ class PromptCache:
         self._counts["requests"] += 1
         self._counts["prompt_tokens"] += tokens
         self._counts[f"from_{source}"] += length
-
-    def _say_once(self, reason: str) -> None:
-        if reason not in self._unstored:
-            self._unstored.add(reason)
-            log.warning("prompts are not stored: %s", reason)
 
 
 def megabytes(size: int) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from mlx_lm import server
 
 from mlxkv.errors import InputError, MlxkvError, UnsupportedError
 from mlxkv.lm.loading import located, name_for_mlx_lm, not_loaded, use_fast_type
-from mlxkv.serving.prompt_cache import megabytes
 
 if TYPE_CHECKING:
     from mlxkv.store import PromptStore
@@ -35,8 +34,8 @@ class Provider(server.ModelProvider):
     changed
         Called with the key of the model and its prompts on disk after a model was loaded, and with None and None before it
         is given up.
-    learns
-        Whether artifacts are learnt from what is stored.
+    learnt_quality
+        Quality at which artifacts that are learnt from what is stored will be used; None for learning none.
     """
 
     def __init__(
@@ -44,11 +43,10 @@ class Provider(server.ModelProvider):
         arguments: argparse.Namespace,
         open_store: Callable[[Any, str], PromptStore] | None,
         changed: Callable[[Any, PromptStore | None], None],
-        learns: bool = False,
+        learnt_quality: float | None = None,
     ) -> None:
-        self._open_store, self._changed, self._learns = open_store, changed, learns
+        self._open_store, self._changed, self._quality = open_store, changed, learnt_quality
         self._learning: Learning | None = None
-        self._told = (0, 0)
         self.name: str | None = arguments.model
         self.prompts: PromptStore | None = None
         for option in ("model", "draft_model"):
@@ -63,9 +61,8 @@ class Provider(server.ModelProvider):
         learning, self._learning = self._learning, None
         if learning is not None:
             learning.close()
-        if prompts is not None:
+        if prompts is not None:  # what waits is still written
             self._changed(None, None)
-            prompts.close()
         super().reset()
 
     def learn(self) -> bool:
@@ -77,18 +74,6 @@ class Provider(server.ModelProvider):
             Whether there is more to do now.
         """
         return self._learning is not None and self._learning.step()
-
-    def report(self) -> None:
-        """Log what was stored since the last time, once nothing is waiting."""
-        if self.prompts is None:
-            return
-        found = self.prompts.statistics()
-        now = (found["tokens_written"], found["bytes_written"])
-        if found["waiting"] or now <= self._told:
-            return
-        tokens, size = (after - before for after, before in zip(now, self._told))
-        self._told = now
-        log.info("stored %s tokens in %s (%s)", f"{tokens:,}", megabytes(size), found["coding"])
 
     def load(
         self, model_path: str | None, adapter_path: str | None = None, draft_model_path: str | None = None
@@ -152,5 +137,21 @@ class Provider(server.ModelProvider):
         except UnsupportedError as error:
             log.warning("the prompts of %s stay in memory alone: %s", self.name, error)
             return
-        self._told = (0, 0)
         self._changed(self.model_key, self.prompts)
+        if self._quality is not None:
+            self._learning = self._learner(self.prompts, self._quality)
+
+    def _learner(self, prompts: PromptStore, quality: float) -> Learning:
+        """Return what learns from stored prompts."""
+        from mlxkv.store.learning import Learning  # with all that calibrates
+
+        def ready(_: Any) -> None:
+            prompts.codings.refresh()
+
+        def texts() -> Iterator[list[int]]:
+            return (tokens.tolist() for tokens in prompts.texts())
+
+        return Learning(
+            self.model, name=str(self.name), fingerprint=prompts.fingerprint, spec=prompts.form.spec, prompts=texts,
+            ready=ready, tokenizer=self.tokenizer, quality=quality,
+        )  # fmt: skip

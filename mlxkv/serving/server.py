@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlxkv.serving")
 GRACE_SECONDS = 5.0  # for answers that are under way when the server is asked to stop
 END_SECONDS = 10.0  # for the thread that generates
-STORE_SECONDS = 30.0  # for what is still to be written
+STORE_SECONDS = 20.0  # for what is still to be written
 _PROGRESS_SECONDS = 5.0  # between lines about a long prompt
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 _INTERRUPTED = 130
@@ -127,11 +127,11 @@ class Serving:
             stack.callback(listener.server_close)
             store = self._store(stack) if options.store else None
             opener = functools.partial(self._open, store) if store is not None else None
-            own = Provider(arguments, opener, prompts.keep_on_disk, options.calibrate)
+            own = Provider(arguments, opener, prompts.keep_on_disk, self._learnt_quality())
             if options.cache is not None:
                 stack.enter_context(replaced(make_prompt_cache=functools.partial(_caches, options.cache, own)))
             self._greet(listener, store)
-            generator = Generator(own, prompts, idle=own.learn, report=own.report, ended=self.stop)
+            generator = Generator(own, prompts, idle=own.learn, report=prompts.report, ended=self.stop)
             self._generator = generator
             self._serve(listener, generator, store)
         if generator.failure is not None:
@@ -143,6 +143,15 @@ class Serving:
 
     def _is_busy(self) -> bool:
         return self._generator is not None and self._generator.running > 0
+
+    def _learnt_quality(self) -> float | None:
+        """Return the quality at which learnt artifacts would be used; None where they would not."""
+        from mlxkv.store.codings import DEFAULT_QUALITY
+
+        options = self._options
+        if options.exact or not options.calibrate:
+            return None
+        return DEFAULT_QUALITY if options.quality is None else options.quality
 
     def _store(self, stack: ExitStack) -> Store:
         from mlxkv.store import Store
@@ -180,8 +189,8 @@ class Serving:
                 log.warning("%d requests are not answered to their end", generator.running)
             ended = generator.end(END_SECONDS)
             if store is not None:
-                _finish(store)
-        if not ended:  # in the middle of a long prompt: nothing is lost but that
+                _finish(generator.prompts)
+        if not ended and self._interrupted:  # in the middle of a long prompt: nothing is lost but that
             logging.shutdown()
             os._exit(0)
 
@@ -209,12 +218,13 @@ class Serving:
         self._stops.put(signal.Signals(number).name)
 
 
-def _finish(store: Store) -> None:
+def _finish(prompts: PromptCache) -> None:
     """Write what is waiting, and say so where it takes a while."""
     waiting = threading.Timer(0.5, log.info, ("writing the last prompts to disk, at most %.0f s", STORE_SECONDS))
     waiting.start()
-    written = store.close(STORE_SECONDS)
+    written = prompts.flush(STORE_SECONDS)
     waiting.cancel()
+    prompts.report()
     if not written:
         log.warning("the last prompts were not stored in time: they will be read again")
 

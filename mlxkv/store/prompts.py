@@ -7,7 +7,7 @@ import logging
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -25,6 +25,7 @@ from mlxkv.store.index import BlockStore
 from mlxkv.store.insertion import Insertion
 from mlxkv.store.reading import Plan, Reading, Unusable, timed
 from mlxkv.store.snapshot import Snapshot
+from mlxkv.store.texts import texts
 from mlxkv.store.writer import Job, Stopped, Writer
 
 log = logging.getLogger("mlxkv.store")
@@ -177,6 +178,16 @@ class PromptStore:
             return
         ends = {cut: "user" for cut in cuts if 0 < cut < snapshot.length}
         self._writer.add(_Insertion(self, snapshot, {**ends, snapshot.length: kind}))
+
+    def texts(self) -> Iterator[np.ndarray]:
+        """Read what stored prompts said, the one used last first.
+
+        Returns
+        -------
+        Iterator[np.ndarray]
+            Token ids `[T]`, int32, of one text after the other.
+        """
+        return texts(self._blocks, self._root)
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until everything is written that was inserted.

@@ -1,0 +1,110 @@
+"""`mlxkv serve` as a process: a model by its name, signals, a restart, and mistakes on its command line."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import run
+from servers import Client
+
+from mlxkv.serving import server
+
+TEXT = "def first(items):\n    return items[0]\n\n" * 12
+
+
+def started(store, *words):
+    """A process that listens, and a client of it."""
+    command = [sys.executable, "-m", "mlxkv", "serve", "--model", "miniature/qwen3", "--port", "0", "--exact"]
+    process = subprocess.Popen(
+        [*command, "--store", str(store), *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    said = ""
+    while not (url := re.search(r"listening on (http://127.0.0.1:\d+)/v1", said)):
+        line = process.stderr.readline()
+        assert line, f"it ended: {said}"
+        said += line
+    return process, Client(url[1]), said
+
+
+def ended(process, *signals):
+    """The exit code after signals, and the rest of what was said."""
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.05)
+    try:
+        said = process.communicate(timeout=60)[1]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, said
+
+
+@pytest.mark.slow
+def test_a_server_ends_in_order_or_at_once_and_goes_on_where_it_was(tmp_path):
+    store = tmp_path / "store"
+    process, client, said = started(store, "--prompt-cache-size", "3")
+    assert f"stored in {store}, up to 20 GB: --store-max bounds it, --no-store turns it off" in said
+    assert "password" not in said
+    answer, tokens, cached = client.complete(TEXT)
+    assert cached == 0
+    code, said = ended(process, signal.SIGTERM)
+    assert code == 0, said
+    assert "SIGTERM: stopping" in said
+    assert re.search(r"stored [\d,]+ tokens in [\d.]+ [kM]B \(exact\)", said)
+    assert "Traceback" not in said
+
+    process, client, _ = started(store)
+    assert client.complete(TEXT)[:2] == (answer, tokens)
+    assert client.get("/v1/mlxkv/store")["from_disk"] > tokens - 64
+    body = {"prompt": "x", "max_tokens": 10**6, "temperature": 1}
+    events = client.stream("/v1/completions", body)
+    next(events)
+    began = time.monotonic()
+    code, said = ended(process, signal.SIGINT, signal.SIGINT)
+    assert code == 130
+    assert time.monotonic() - began < server.GRACE_SECONDS
+    assert "Traceback" not in said
+
+    process, client, _ = started(store)
+    assert client.complete(TEXT)[:2] == (answer, tokens)
+    assert client.get("/v1/mlxkv/store")["from_disk"] > tokens - 64
+    code, said = ended(process, signal.SIGINT)
+    assert code == 0, said
+    assert said.count(" - prompt of ") == 1
+
+
+@pytest.mark.parametrize(("words", "code", "said"), [
+    (["--no-store", "--exact"], 2, "--no-store goes with none of"),
+    (["--exact", "--quality", "40"], 2, "either --quality or --exact"),
+    (["--quality", "101"], 2, "--quality is a number from 0 to 100"),
+    (["--store-max", "much"], 2, "--store-max is a size"),
+    (["--store-max", "1"], 2, "1 bytes"),
+    (["--cache", "int9"], 2, "did you mean int8 or int4"),
+    (["--no-store", "--model", "smollm2"], 2, "did you mean smollm2-135m"),
+    (["--no-store", "--max-token", "x"], 2, "invalid int value"),
+    (["--no-store", "--temperature", "1"], 2, "has a flag --temperature"),
+    (["--no-store", "stray"], 2, "stray"),
+])  # fmt: skip
+def test_a_wrong_command_line_is_told_in_a_line(tmp_path, monkeypatch, capsys, words, code, said):
+    monkeypatch.setenv("MLXKV_STORE", str(tmp_path / "store"))
+    assert run("serve", "--port", "0", *words) == code
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+
+
+def test_flags_of_mlx_lm_and_ours_mix_in_any_order(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(server.Serving, "run", lambda self: given.append((self._flags, self._options)))
+    words = ["--temp", "0.5", "--store", tmp_path, "--chat-template-args", '{"a": -1}', "--model", "m", "--pipeline"]
+    assert run("serve", *words, "--store-max=1.5GB", "--min-p=.1", "--no-calibrate") == 0
+    flags, options = given[0]
+    assert flags == ["--model", "m", "--temp", "0.5", "--chat-template-args", '{"a": -1}', "--pipeline", "--min-p=.1"]
+    assert options == server.Options(folder=tmp_path, limit=1_500_000_000, calibrate=False)
