@@ -134,7 +134,7 @@ def running(
         )
     server = Server(port, process)
     try:
-        _wait(server, " ".join(command))
+        _wait(server, " ".join(command), log)
         yield server
     finally:
         if process.poll() is None:
@@ -151,12 +151,13 @@ def _heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _wait(server: Server, command: str) -> None:
+def _wait(server: Server, command: str, log: Path | None) -> None:
     """Wait until the model is loaded: until a prompt of a few tokens has an answer."""
     give_up = time.monotonic() + STARTING
     while (answer := server.ask("1 2 3", 1)).error:
         if server.process.poll() is not None or time.monotonic() > give_up:
-            raise RuntimeError(f"{command} does not answer: {answer.error}")
+            said = log.read_text(encoding="utf-8", errors="replace")[-1_000:] if log else ""
+            raise RuntimeError(f"{command} does not answer: {answer.error}\n{said}")
         time.sleep(0.1)
 
 
