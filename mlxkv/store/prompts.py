@@ -347,7 +347,7 @@ class _Insertion(Job):
 
     def dropped(self) -> None:
         """Count that it was not written."""
-        self.store._skip("more prompts came than could be written: some are not stored")
+        self.store._skip("prompts are not stored that came faster than they could be written, or before the end")
 
 
 def _as_ids(tokens: Sequence[int] | np.ndarray) -> np.ndarray | None:

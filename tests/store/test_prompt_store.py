@@ -36,12 +36,16 @@ def check_exact(store, model, ids, length):
 
 
 def test_an_exact_prompt_comes_back_bit_for_bit(store, tiny):
-    check_exact(store, tiny, tiny_tokens(606), 600)
+    check_exact(store, tiny, tiny_tokens(156), 150)
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_an_exact_prompt_comes_back_bit_for_bit_in_caches_of_every_kind(store, name):
     check_exact(store, build(name), tokens(name, 156), 150)
+
+
+def test_an_exact_prompt_of_several_blocks_comes_back_bit_for_bit(store):
+    check_exact(store, tiny_model("llama"), tiny_tokens(606), 600)
 
 
 def test_bfloat16_comes_back_bit_for_bit(store):
@@ -71,8 +75,9 @@ def test_a_coded_prompt_that_cannot_be_cut_comes_back_whole(store, name):
     assert mx.allclose(run(model, fetched.cache, ids[150:], 6), run(model, cache, ids[150:], 6), atol=0.5)
 
 
-@pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("name", ["llama", "lfm2", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("name", "exact"), [("gpt2", True), ("gpt2", False), ("gemma3_text", True), ("gemma3_text", False), ("lfm2", False)]
+)
 def test_a_prompt_that_is_stored_whole_leaves_a_token_to_compute(store, name, exact):
     model, ids = build(name), tokens(name, 150)
     prompts = store.for_model(model, exact=exact)
@@ -85,23 +90,21 @@ def test_a_prompt_that_is_stored_whole_leaves_a_token_to_compute(store, name, ex
 
 
 def test_a_prompt_goes_on_from_the_last_place_before_an_edit(store):
-    model, ids = tiny_model("llama"), tiny_tokens(1700)
-    prompts = store.for_model(model, exact=True)
+    model, ids = tiny_model("llama"), tiny_tokens(1200)
+    prompts = store.for_model(model, quality=70)
     stored(prompts, model, ids, cuts=[700])
     other = [(token + 1) % 97 for token in ids]
     # Multiples of 512, the place where a prompt ended, and nothing between.
-    expected = {511: 0, 512: 512, 699: 512, 700: 700, 1023: 700, 1024: 1024, 1650: 1536}
+    expected = {511: 0, 512: 480, 699: 480, 700: 668, 1023: 668, 1024: 992, 1200: 1168}
     assert {at: prompts.match(ids[:at] + other[at:]) for at in expected} == expected
 
 
-@pytest.mark.parametrize(
-    ("end", "entered"), [(63, 0), (64, 64), (500, 448), (512, 512), (570, 512), (580, 580), (1020, 960)]
-)
+@pytest.mark.parametrize(("end", "entered"), [(63, 0), (64, 64), (500, 448), (512, 512), (570, 512), (1020, 960)])
 def test_texts_end_where_blocks_are_neither_short_nor_leave_short_ones(store, end, entered):
     model, ids = tiny_model("llama"), tiny_tokens(1100)
-    prompts = store.for_model(model, exact=True)
+    prompts = store.for_model(model, quality=70)
     stored(prompts, model, ids[:end])
-    assert prompts.match(ids) == entered
+    assert prompts.match(ids) == (entered and entered - 32)
     assert [entry.tokens for entry in store.blocks.entries()] == ([entered] if entered else [])
     assert prompts.statistics()["skipped"] == (not entered)
 
@@ -109,7 +112,7 @@ def test_texts_end_where_blocks_are_neither_short_nor_leave_short_ones(store, en
 def test_a_growing_conversation_and_its_branches_write_their_own_tokens_alone(store):
     model, ids = tiny_model("llama"), tiny_tokens(1400)
     prompts = store.for_model(model)
-    for end in range(100, 1301, 100):
+    for end in range(100, 1301, 200):
         stored(prompts, model, ids[:end])
     before = prompts.statistics()
     assert before["store"]["written"] == before["store"]["stored"] == before["bytes_written"]
@@ -124,7 +127,7 @@ def test_a_growing_conversation_and_its_branches_write_their_own_tokens_alone(st
 
 def test_hybrids_go_on_from_every_turn_and_keep_a_state_of_each(store):
     model, ids = tiny_model("lfm2"), tiny_tokens(700)
-    prompts = store.for_model(model, exact=True)
+    prompts = store.for_model(model, quality=70)
     for end in (90, 101, 600, 640):
         stored(prompts, model, ids[:end])
     assert {at: prompts.match(ids[:at]) for at in (90, 91, 102, 513, 601, 700)} == {
@@ -144,8 +147,10 @@ def test_models_qualities_and_grades_do_not_see_each_other(store):
     assert store.for_model(tiny_model("llama", seed=1)).match(ids) == 0
 
 
-@pytest.mark.parametrize("preset", ["full", "int8", "int4", "kivi"])
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "lfm2"])
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [("llama", "full"), ("llama", "int8"), ("llama", "int4"), ("lfm2", "kivi"), ("gemma3_text", "int8")],
+)
 def test_live_caches_that_keep_every_token_come_back_as_live_caches(store, name, preset):
     model, ids = build(name), tokens(name, 276)
     prompts = store.for_model(model, exact=True, method=preset)
@@ -252,15 +257,15 @@ def test_tokens_that_are_no_int32_are_neither_stored_nor_found(store, ids):
     assert prompts.fetch(ids) is None
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "lfm2"])
+@pytest.mark.parametrize("name", ["gemma3_text", "lfm2"])
 def test_caches_taken_out_of_a_batch_come_back_bit_for_bit(store, name):
     model = build(name)
     prompts = store.for_model(model, exact=True)
     batch = BatchGenerator(model, prefill_step_size=64)
-    texts = [tokens(name, 150), tokens(name, 90, seed=3), tokens(name, 260, seed=4)]
-    batch.insert_segments([[text[:70], text[70:]] for text in texts], max_tokens=[20, 30, 25])
+    texts = [tokens(name, 80), tokens(name, 150, seed=4)]
+    batch.insert_segments([[text[:70], text[70:]] for text in texts], max_tokens=[3, 5])
     ended = []
-    while len(ended) < 3:
+    while len(ended) < 2:
         processed, generated = batch.next()
         at_ends = [each.uid for each in processed if each.end_of_segment and not each.end_of_prompt]
         for cache, ids in batch.extract_cache(at_ends).values():
