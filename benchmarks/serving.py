@@ -67,13 +67,26 @@ class Server(NamedTuple):
             return Answer(seconds=time.perf_counter() - start, error=f"{type(error).__name__}: {error}"[:200])
 
     def settle(self, most: float = 60.0) -> None:
-        """Wait until the process has done what it does behind an answer: until it computes no more, or for `most` seconds."""
+        """Wait until the process has done what it does behind an answer: stored it and computes no more, or for `most` seconds."""
         used, give_up = self._seconds(), time.monotonic() + most
         while time.monotonic() < give_up:
             time.sleep(0.25)
             before, used = used, self._seconds()
-            if used - before < 0.05:
+            if used - before < 0.05 and not self._waiting():
                 break
+
+    def _waiting(self) -> int:
+        """Return how many caches mlxkv's server has still to store; 0 where it is another server."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request("GET", "/v1/mlxkv/store")
+            response = connection.getresponse()
+            found = json.loads(response.read()) if response.status == 200 else {}
+            return int((found.get("store") or {}).get("waiting", 0))
+        except (OSError, http.client.HTTPException):
+            return 0
+        finally:
+            connection.close()
 
     def _seconds(self) -> float:
         """Return how long its threads have run so far; 0 where the system does not say."""

@@ -20,7 +20,7 @@ from benchmarks.tables import percent, table
 PHASE = 8
 SEED = 0
 RATIOS: dict[str, float] = {"blocks at a twentieth": 20, "blocks at a quarter": 4, "raw blocks": 1}
-BOUNDS, QUICK_BOUNDS = (5, 20), (1,)  # gigabytes
+BOUNDS, QUICK_BOUNDS = (20, 64), (1,)  # gigabytes
 QUICK_SESSIONS = 8
 
 
