@@ -297,6 +297,19 @@ def test_a_snapshot_keeps_what_later_tokens_overwrite(store):
     assert_same(prompts.fetch(ids).cache, expected)
 
 
+def test_the_texts_of_a_model_are_told_those_used_last_first(store):
+    model, ids = tiny_model("llama"), tiny_tokens(600)
+    prompts, others = store.for_model(model), store.for_model(model, quality=30)
+    stored(others, model, tiny_tokens(100, seed=7))
+    texts = [ids[:570], ids[:200], tiny_tokens(80, seed=8)]
+    for text in texts:
+        stored(prompts, model, text)
+    assert [found.tolist() for found in prompts.texts()] == [texts[2], texts[1], ids[:512]]
+    prompts.fetch(ids)
+    store.blocks.flush()
+    assert next(prompts.texts()).tolist() == ids[:512]
+
+
 def test_the_store_keeps_no_model_in_memory(store):
     model = tiny_model("llama")
     prompts = store.for_model(model)
