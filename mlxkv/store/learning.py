@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxkv.calibration import gradual
 from mlxkv.calibration.gradual import LEAST_TOKENS, MOST_TOKENS, Gradual, Stopped
 from mlxkv.calibration.model_work import ModelWork
 from mlxkv.codec import library
@@ -103,9 +104,12 @@ class Learning:
             except Exception as error:  # noqa: BLE001  # a server goes on, whatever is wrong here
                 self._failed(error)
             finally:
-                self._count(time.perf_counter() - start)
+                took = time.perf_counter() - start
+                self._count(took)
                 mx.clear_cache()
-            return self._going is not None
+            if took > 2 * gradual.STEP_SECONDS and self._going is not None:  # the machine is busy with something else
+                self._again = self._clock() + _LATER
+            return self._going is not None and self._clock() >= self._again
 
     def statistics(self) -> dict[str, Any]:
         """Return how far it is; any thread may ask.

@@ -311,8 +311,20 @@ def test_steps_that_are_too_slow_are_not_made_and_tried_less_and_less_often(llam
         told = finish(it)
         tried += told["skipped"] > before
         assert told["state"] == "waiting"
-        assert "requests would have to wait" in told["reason"]
-    assert 3 <= tried <= 6
+    assert "requests would have to wait" in told["reason"]
+    assert 2 <= tried <= 5
+
+
+def test_after_a_slow_step_it_pauses_and_goes_on_from_there(llama, monkeypatch):
+    clock = Clock()
+    it = until(learning(llama, clock=clock), "running")
+    with monkeypatch.context() as patch:
+        patch.setattr(gradual, "STEP_SECONDS", 0)
+        assert not it.step()
+        assert not it.step()
+    assert it.statistics()["state"] == "running"
+    clock.now += 1_000
+    assert it.step()
 
 
 def test_the_whole_is_bounded_in_time(llama, monkeypatch):
