@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 
 from mlxkv.codec import calibrate, library
@@ -91,6 +92,8 @@ class Codings:
         bool
             Whether they are others than before.
         """
+        with self._lock:  # what could not be read may have been replaced
+            self._known = {key: found for key, found in self._known.items() if found is not None}
         if self._quality is None:
             return False
         found = library.find(self._fingerprint, _CALIBRATED, self._spec)
@@ -115,12 +118,9 @@ class Codings:
             None where the library has none such of this model's cache.
         """
         with self._lock:
-            found = self._known.get(fingerprint)
-            if found is None and (folder := folder_for({"artifacts": fingerprint})) is not None:
-                found = _read(folder, fingerprint, self._spec)
-                if found is not None:
-                    self._known[fingerprint] = found
-            return found
+            if fingerprint not in self._known and (folder := folder_for({"artifacts": fingerprint})) is not None:
+                self._known[fingerprint] = _read(folder, fingerprint, self._spec)
+            return self._known.get(fingerprint)
 
 
 def _coding(artifacts: CalibrationArtifacts, quality: float | None) -> Coding:
@@ -129,7 +129,7 @@ def _coding(artifacts: CalibrationArtifacts, quality: float | None) -> Coding:
     return Coding(artifacts, quality, plain, finer)
 
 
-def _read(folder, fingerprint: str, spec: CacheSpec) -> CalibrationArtifacts | None:  # type: ignore[no-untyped-def]
+def _read(folder: Path, fingerprint: str, spec: CacheSpec) -> CalibrationArtifacts | None:
     """Return artifacts of the library; None where they are damaged, or of another cache."""
     try:
         found = CalibrationArtifacts.from_dir(folder)

@@ -102,7 +102,7 @@ class Reading:
             When a file cannot be used.
         """
         path, stop = self._plan
-        filling = Filling(model, self._form, stop, len(self._tokens), self._seconds)
+        filling = Filling(model, self._form, stop, len(self._tokens) + 1, self._seconds)
         for at in range(0, len(path), OPEN_FILES):
             some = path[at : at + OPEN_FILES]
             with ExitStack() as files:
