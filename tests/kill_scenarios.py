@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import tiny_model
+from kill_store_scenarios import STORE_SCENARIOS
 from killing import Scenario, in_child
 from synthetic import PLAIN, stream_values, toy_sensitivity
 from talking import dictated, tiny_talker
@@ -467,4 +468,5 @@ SCENARIOS = {
     "append-command": CompressAppend,
     "convert-command": Convert,
     "calibrate-command": Calibrate,
+    **STORE_SCENARIOS,
 }

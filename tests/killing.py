@@ -14,6 +14,7 @@ import os
 import pickle
 import shutil
 import signal
+import sqlite3
 import sys
 import traceback
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -24,6 +25,17 @@ from mlxkv.io import folders
 really_open = builtins.open
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CALLS = ("ftruncate", "fsync", "replace", "rename", "unlink", "mkdir", "rmdir", "chmod", "fchmod")
+STATEMENTS = (
+    "BEGIN",
+    "COMMIT",
+    "INSERT",
+    "UPDATE",
+    "DELETE",
+    "CREATE",
+    "PRAGMA journal_mode =",
+    "PRAGMA user_version =",
+    "PRAGMA wal",
+)
 
 
 class Operations:
@@ -86,6 +98,14 @@ class Operations:
         for name in CALLS:
             setattr(os, name, self.counted(getattr(os, name)))
         fcntl.flock, folders.exchange = self.counted(fcntl.flock), self.counted(folders.exchange)
+        really_connect = sqlite3.connect
+
+        def connect(*arguments, **named):
+            connection = really_connect(*arguments, **named)
+            connection.set_trace_callback(lambda text: text.startswith(STATEMENTS) and operations.step())
+            return connection
+
+        sqlite3.connect = connect
 
 
 @contextmanager

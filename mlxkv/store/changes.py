@@ -14,6 +14,7 @@ from mlxkv.errors import InputError, MlxkvError
 from mlxkv.io.container import Reader
 from mlxkv.store import rows
 from mlxkv.store.chain import NAME_BYTES, Block, block_of
+from mlxkv.store.counting import tidy_quarantine
 from mlxkv.store.database import Database, Unavailable
 from mlxkv.store.folder import BLOCKS, STATES, Folder, Written, cost, is_unused, remove
 from mlxkv.store.rows import Db
@@ -87,6 +88,7 @@ class Changes:
             elif known != self.space.limit:
                 db.execute("UPDATE totals SET value = ? WHERE key = 'limit'", (self.space.limit,))
             self.settle(db)
+            tidy_quarantine(db, self.space.folder)
 
         self.make(first)
         while self.make(lambda db: self.space.make(db, 0)) is None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mlxkv.store.folder import FOLDER_COST, INDEX, KINDS, LOCK, QUARANTINE, Folder, cost
-from mlxkv.store.rows import Db
+from mlxkv.store.folder import FOLDER_COST, INDEX, KINDS, LOCK, QUARANTINE, Folder, cost, remove
+from mlxkv.store.rows import Db, count
 
 _COST = "((size + 4095) / 4096 * 4096 + 128)"  # `cost`
 
@@ -47,3 +47,32 @@ def _foreign(folder: Folder) -> int:
         inside = (Path(folder, file) for folder, _, files in os.walk(path) for file in files)
         size += sum(cost(os.lstat(file).st_size) for file in (path, *inside))
     return size
+
+
+def tidy_quarantine(db: Db, folder: Folder) -> list[int]:
+    """Let the files in quarantine and their rows agree: one that was moved there by a killed process has none.
+
+    Parameters
+    ----------
+    db
+        The connection, in a transaction that writes.
+    folder
+        The store's folder.
+
+    Returns
+    -------
+    list[int]
+        Bytes of the files that were removed.
+    """
+    known = dict(db.execute("SELECT file, bytes FROM quarantined"))
+    there, gone = set(), []
+    with os.scandir(folder.path / QUARANTINE) as found:
+        for item in found:
+            there.add(item.name)
+            if item.name not in known:
+                gone.append(item.stat(follow_symlinks=False).st_size)
+                remove(Path(item.path))
+    for name in known.keys() - there:
+        db.execute("DELETE FROM quarantined WHERE file = ?", (name,))
+        count(db, bytes=-known[name])
+    return gone

@@ -33,12 +33,12 @@ class Written(NamedTuple):
     ----------
     path
         Where it is.
-    descriptor
+    file
         The open file.
     """
 
     path: Path
-    descriptor: int
+    file: IO[bytes]
 
 
 def default_folder() -> Path:
@@ -227,7 +227,7 @@ class Folder:
             temporary = temporary_path(path)
             descriptor = os.open(temporary, NEW_FILE, 0o600)
             if lock_new(descriptor, temporary):
-                return Written(temporary, descriptor)
+                return Written(temporary, os.fdopen(descriptor, "wb"))
             os.close(descriptor)
 
     @staticmethod
@@ -246,10 +246,9 @@ class Folder:
         OSError
             When the disk is full or fails.
         """
-        with os.fdopen(written.descriptor, "wb", closefd=False) as file:
-            file.write(data)
-            file.flush()
-        sync(written.descriptor)
+        written.file.write(data)
+        written.file.flush()
+        sync(written.file.fileno())
 
     @staticmethod
     def abandon(written: Written) -> None:
@@ -262,7 +261,7 @@ class Folder:
         """
         remove(written.path)
         with suppress(OSError):
-            os.close(written.descriptor)
+            written.file.close()
 
     def kept(self, kind: str) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
         """List what is in the folders of blocks or states.

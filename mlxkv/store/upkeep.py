@@ -8,18 +8,16 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 from mlxkv.store import rows
 from mlxkv.store.changes import Changes
-from mlxkv.store.counting import count_again
+from mlxkv.store.counting import count_again, tidy_quarantine
 from mlxkv.store.database import Database
 from mlxkv.store.folder import (
     BLOCKS,
     ENDING,
     KINDS,
-    QUARANTINE,
     STATES,
     is_unused,
     remove,
@@ -80,7 +78,7 @@ class Upkeep:
                 for name in lost:
                     self._quarantine(name, "its file was missing or of another size", state=kind == STATES)
         missing += self._forget_unlisted()
-        found_more = self._changes.make(self._quarantined_files)
+        found_more = self._changes.make(lambda db: tidy_quarantine(db, self._folder))
         self._repair_references()
         self._changes.make(lambda db: count_again(db, self._folder))
         self._shrink()
@@ -138,19 +136,6 @@ class Upkeep:
                         self._quarantine(name, "its file was missing", state=kind == STATES)
                     missing += len(lost)
         return missing
-
-    def _quarantined_files(self, db: Db) -> list[int]:
-        """Let the files in quarantine and their rows agree; return the bytes of the files that were removed."""
-        known = {row[0] for row in db.execute("SELECT file FROM quarantined")}
-        there, gone = set(), []
-        with os.scandir(self._folder.path / QUARANTINE) as found:
-            for item in found:
-                there.add(item.name)
-                if item.name not in known:
-                    gone.append(item.stat(follow_symlinks=False).st_size)
-                    remove(Path(item.path))
-        db.executemany("DELETE FROM quarantined WHERE file = ?", [(name,) for name in known - there])
-        return gone
 
     def _repair_references(self) -> None:
         """Count again what refers to each block, where the index was changed by others than a store."""

@@ -15,6 +15,8 @@ FOLDERS = ("artifacts", "artifacts-overwrite", "library-add", "library-remove", 
 LIVE = ("save-cache", "save-cache-overwrite", "prompt-cache", "prompt-cache-overwrite")
 BROKEN = ("in-place", "hasty")
 SESSIONS = ("session-turn",)
+STORE = ("store-block", "store-first-block", "store-full", "store-more-rows", "store-states", "store-lost-index")
+REMOVALS = ("store-quarantine", "store-remove")
 COMMANDS = ("compress-command", "append-command", "convert-command", "calibrate-command")
 
 
@@ -32,12 +34,14 @@ def killed(folder, names):
 
 
 def test_a_write_killed_at_any_operation_leaves_the_old_or_the_new_and_the_next_one_goes_through(tmp_path):
-    promised(killed(tmp_path, WRITES + APPENDS + FOLDERS))
+    promised(killed(tmp_path, WRITES + APPENDS + FOLDERS + STORE[:1]))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "darwin", reason="a forked process cannot use Metal")
-@pytest.mark.parametrize("names", [LIVE, SESSIONS, COMMANDS], ids=["live caches", "sessions", "commands"])
+@pytest.mark.parametrize(
+    "names", [LIVE, SESSIONS, COMMANDS, STORE + REMOVALS], ids=["live caches", "sessions", "commands", "store"]
+)
 def test_whole_commands_and_live_caches_keep_that_promise(tmp_path, names):
     promised(killed(tmp_path, names))
 
