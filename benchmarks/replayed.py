@@ -24,6 +24,7 @@ from mlxkv.store.snapshot import Snapshot
 
 BYTES = 200  # of each token in the files of a replay; bounds are scaled alike
 GEOMETRY = 147_456  # bytes of a token's keys and values at 16 bits: 36 layers of 8 heads of 128, as Qwen3-8B has
+LONG = 2_048  # tokens to compute that one waits for
 ROOT = root_name("a model", "{}", "38")
 
 
@@ -133,6 +134,7 @@ def common(a: np.ndarray, b: np.ndarray) -> int:
 def row(name: str, found: Found, requests: Sequence[Request], gigabytes: float, ratio: float) -> dict[str, Any]:
     """Return a row of a table: what a store of so many gigabytes found, its blocks coded at this ratio, for a model of `GEOMETRY`."""
     size, asked = GEOMETRY / ratio / 1e9, sum(len(part) for request in requests for part in request.parts)
+    long = sum(sum(map(len, request.parts)) - hits > LONG for request, hits in zip(requests, found.hits))
     times = {
         f"{what}_{name}": round(1000 * float(np.quantile(seconds, share)), 3)
         for what, seconds in (("lookup", found.lookups), ("block", found.blocks))
@@ -140,7 +142,7 @@ def row(name: str, found: Found, requests: Sequence[Request], gigabytes: float, 
         if seconds
     }
     return {
-        "store": name, "limit_gb": gigabytes, "hit_share": round(sum(found.hits) / asked, 4),
+        "store": name, "limit_gb": gigabytes, "long": long, "hit_share": round(sum(found.hits) / asked, 4),
         "written_gb": round(found.written * size, 2), "stored_gb": round(found.stored * size, 2), "removed": found.removed, **times,
     }  # fmt: skip
 

@@ -41,6 +41,7 @@ LENGTHS = {
 # How often: an answer is asked for again, a message edited, an old result cleared, a session goes on in two ways, is left for
 # hours before a task; an answer is written into the next prompt otherwise.
 RETRY, EDIT, CLEAR, BRANCH, LEFT, REWRITTEN = 0.04, 0.06, 0.05, 0.06, 0.08, 0.03
+THINKING = 180.0  # mean seconds between an answer and the next task
 READING, WRITING = 2_000.0, 40.0  # tokens a second: how fast the clock runs while a prompt is read, an answer written
 
 
@@ -160,7 +161,7 @@ class _Session:
         """Do a number of tasks; about `TASKS` where none is given."""
         for _ in range(tasks or int(self.random.geometric(1 / TASKS))):
             left = bool(self.history) and self._happens(LEFT)
-            self.clock += self.random.uniform(2, 10) * HOUR if left else self.random.exponential(90)
+            self.clock += self.random.uniform(2, 10) * HOUR if left else self.random.exponential(THINKING)
             if self.history and self._happens(EDIT):
                 self._edit()
             elif len(self.history) > 6 and self._happens(BRANCH):

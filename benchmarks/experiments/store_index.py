@@ -40,9 +40,9 @@ def section(result: Result) -> str:
         f"A day of {trace['requests']:,} requests in {trace['sessions']} sessions, {trace['prompt_tokens'] / 1e6:.1f} million tokens of"
         f" prompts, of which {trace['different_tokens'] / 1e6:.1f} million are different ones; at 16 bits those would take"
         f" {trace['different_tokens'] * result['config']['bytes_a_token'] / 1e9:,.0f} GB. Found: tokens of prompts that need not be"
-        " computed. Removed: blocks or files that were written and had to go. Milliseconds of the index, median and 95 %; those of a"
-        " block include waiting for the disk.\n\n"
-        + table(("store", "bound", "found", "written", "in the end", "removed", "ms a lookup", "ms a block"), map(cells, rows))
+        f" computed. Long: prompts of which more than {replayed.LONG:,} tokens must be. Removed: blocks or files that were written"
+        " and had to go. Milliseconds of the index, median and 95 %; those of a block include waiting for the disk.\n\n"
+        + table(("store", "bound", "found", "long", "written", "in the end", "removed", "ms a lookup", "ms a block"), map(cells, rows))
     )  # fmt: skip
 
 
@@ -53,6 +53,6 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         for what in ("lookup", "block")
     ]
     return [
-        row["store"], f"{row['limit_gb']:g} GB", percent(row["hit_share"]), f"{row['written_gb']:,.1f} GB",
+        row["store"], f"{row['limit_gb']:g} GB", percent(row["hit_share"]), f"{row['long']:,}", f"{row['written_gb']:,.1f} GB",
         f"{row['stored_gb']:,.1f} GB", f"{row['removed']:,}", *times,
     ]  # fmt: skip
