@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks import replayed, traces
+from benchmarks import million, replayed, traces
 from benchmarks.experiments import store_index
 
 DAY = traces.day(seed=3, sessions=2)[:25]
@@ -49,7 +49,18 @@ def test_the_report_has_a_row_for_each_store(tmp_path):
     assert [row["store"] for row in rows] == ["blocks at a twentieth", "a raw file a conversation"]
     assert rows[0]["written_gb"] < rows[1]["written_gb"] / 20
     trace = traces.summary(DAY)
-    said = store_index.section({"config": {"bytes_a_token": 147_456}, "summary": {"trace": trace, "day": rows}})
+    index = {"blocks": 10**6, "index_bytes": 3 * 10**8, "in_memory": True, "tokens": 32_768, "text_blocks": 64}
+    index |= {f"{key}_{what}_ms": 1.25 for key in ("open", "find", "miss", "add") for what in ("median", "worst")}
+    summary = {"trace": trace, "day": rows, "index": index}
+    said = store_index.section({"config": {"bytes_a_token": 147_456}, "summary": summary})
     assert said.startswith("A day of 25 requests in 2 sessions")
     assert said.count("| 1 GB |") == 2
-    assert said.endswith("| - | - |")
+    assert "| - | - |\n\nAn index of 1,000,000 blocks, 300.0 MB, in memory" in said
+    assert "| find a prompt of 32,768 tokens, all stored | 1.2 | 1.2 |" in said
+
+
+def test_an_index_is_opened_asked_and_added_to(monkeypatch):
+    monkeypatch.setattr(million, "TRIES", 2)
+    found = million.measure(200)
+    assert found["blocks"] == 8 + 4 * 56  # four texts, of 64 blocks with the same first eight
+    assert all(0 < found[f"{key}_median_ms"] <= found[f"{key}_worst_ms"] for key in ("open", "find", "miss", "add"))
