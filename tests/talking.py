@@ -7,10 +7,12 @@ import mlx.core as mx
 from conftest import TINY, tiny_config, tiny_model
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from zoo.build import build
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from zoo.build import build, configuration
 from zoo.configurations import CONFIGURATIONS
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+LORA = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 4, "scale": 10.0, "dropout": 0.1}}
 CHARACTERS = 96
 VOCABULARY = CHARACTERS + len(SPECIAL)
 CHATML = (
@@ -45,7 +47,18 @@ def talker_folder(folder, kind="llama", template="chatml", seed=0):
     model, _ = tiny_talker(kind, template, seed)
     tokenizer(template).save_pretrained(folder)
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
-    (folder / "config.json").write_text(json.dumps(tiny_config(kind, vocab_size=VOCABULARY)))
+    config = tiny_config(kind) if kind in TINY else configuration(kind)
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": VOCABULARY}))
+    return folder
+
+
+def adapter_folder(folder):
+    """An adapter of a tiny talker, as mlx-lm trains one."""
+    model, _ = tiny_talker()
+    linear_to_lora_layers(model, LORA["num_layers"], LORA["lora_parameters"])
+    shapes = {name: x.shape for name, x in tree_flatten(model.parameters()) if name.endswith(("lora_a", "lora_b"))}
+    mx.save_safetensors(str(folder / "adapters.safetensors"), {n: mx.random.normal(s) for n, s in shapes.items()})
+    (folder / "adapter_config.json").write_text(json.dumps(LORA))
     return folder
 
 

@@ -11,7 +11,7 @@ from itertools import count
 import pytest
 from mlx_lm import generate
 from servers import serving
-from talking import CHATML, talker_folder
+from talking import CHATML, adapter_folder, talker_folder
 
 from mlxkv import lm
 from mlxkv.errors import InputError, MlxkvError, ModelNotFoundError, PresetError, UnsupportedError
@@ -165,8 +165,16 @@ def test_a_request_may_name_another_model(client, talker, other, number):
     assert client.complete(text) == (*first[:2], first[1] - 1)
 
 
+def test_a_request_may_name_an_adapter(client, talker, number, tmp_path):
+    text, adapter = number + TEXT * 2, str(adapter_folder(tmp_path))
+    plain, adapted = (client.complete(text, model=str(talker), **more) for more in ({}, {"adapters": adapter}))
+    assert adapted[0] != plain[0]
+    assert adapted[2] == 0
+    assert client.complete(text, model=str(talker), adapters=adapter) == (*adapted[:2], adapted[1] - 1)
+
+
 @pytest.mark.parametrize(("kind", "path"), [
-    ("llama", {}), ("llama", {"seed": 7}), ("lfm2", {}), ("lfm2", {"seed": 7}), ("glm4_moe_lite", {}),
+    ("llama", {}), ("llama", {"seed": 7}), ("lfm2", {}), ("lfm2", {"seed": 7}), ("glm4_moe_lite", {}), ("gemma3_text", {}),
 ])  # fmt: skip
 def test_after_a_restart_prompts_come_from_disk_and_answers_are_the_same(tmp_path, kind, path):
     folder, store = talker_folder(tmp_path / kind, kind), tmp_path / "store"

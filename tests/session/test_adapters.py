@@ -1,30 +1,18 @@
 """Models with an adapter (LoRA): loaded by a folder, and told from the model without it."""
 
-import json
-
 import mlx.core as mx
 import pytest
-from mlx.utils import tree_flatten
-from mlx_lm.tuner.utils import linear_to_lora_layers
-from talking import talker_folder, tiny_talker
+from talking import adapter_folder, talker_folder
 
 from mlxkv import lm
 from mlxkv.errors import InputError, MismatchError
 from mlxkv.session import Session
 
-CONFIG = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 4, "scale": 10.0, "dropout": 0.1}}
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A model's folder, and that of an adapter of it."""
-    adapter = tmp_path_factory.mktemp("adapter")
-    model, _ = tiny_talker()
-    linear_to_lora_layers(model, CONFIG["num_layers"], CONFIG["lora_parameters"])
-    shapes = {name: x.shape for name, x in tree_flatten(model.parameters()) if name.endswith(("lora_a", "lora_b"))}
-    mx.save_safetensors(str(adapter / "adapters.safetensors"), {n: mx.random.normal(s) for n, s in shapes.items()})
-    (adapter / "adapter_config.json").write_text(json.dumps(CONFIG))
-    return talker_folder(tmp_path_factory.mktemp("talker")), adapter
+    return talker_folder(tmp_path_factory.mktemp("talker")), adapter_folder(tmp_path_factory.mktemp("adapter"))
 
 
 def test_a_model_with_an_adapter_is_another_model(folders, tmp_path):
