@@ -79,16 +79,15 @@ def replaced(**names: Any) -> Iterator[None]:
             setattr(server, name, old)
 
 
-def bound_memory(arguments: argparse.Namespace) -> None:
-    """Bound the caches in RAM where the command line does not: at an eighth of the machine's memory.
+def machine_share() -> int:
+    """Return the bytes that caches in RAM may take where the command line does not say.
 
-    Parameters
-    ----------
-    arguments
-        What mlx-lm's server read; changed in place.
+    Returns
+    -------
+    int
+        An eighth of the machine's memory.
     """
-    if arguments.prompt_cache_bytes is None:
-        arguments.prompt_cache_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _MEMORY_SHARE
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _MEMORY_SHARE
 
 
 def check_ranks() -> None:

@@ -56,10 +56,12 @@ class RecentCaches:
         Number of caches.
     limit
         Their bytes together; None for any.
+    spares_newest
+        Whether the newest one stays even if it is larger than the limit.
     """
 
-    def __init__(self, most: int, limit: int | None = None) -> None:
-        self.most, self.limit = most, limit
+    def __init__(self, most: int, limit: int | None = None, spares_newest: bool = False) -> None:
+        self.most, self.limit, self.spares_newest = most, limit, spares_newest
         self._entries: OrderedDict[int, _Entry] = OrderedDict()  # by use, the newest last
         self._next = 0
         self._lock = threading.Lock()  # statistics are read by other threads
@@ -133,7 +135,7 @@ class RecentCaches:
         if not len(tokens):
             return
         entry = _Entry(model, tokens, cache, _bytes(cache), kind, set(offsets) <= {len(tokens)})
-        if self.limit is not None and entry.size > self.limit:
+        if self.limit is not None and entry.size > self.limit and not self.spares_newest:
             return
         trimmable = can_trim_prompt_cache(cache)
         with self._lock:
@@ -160,7 +162,8 @@ class RecentCaches:
         """
         with self._lock:
             while self._entries and (
-                (most is not None and len(self._entries) > most) or (limit is not None and self.size > limit)
+                (most is not None and len(self._entries) > most)
+                or (limit is not None and self.size > limit and len(self._entries) > self.spares_newest)
             ):
                 self._remove(next(iter(self._entries)))
 

@@ -36,10 +36,12 @@ class PromptCache:
         Number of caches in RAM.
     max_bytes
         Their bytes; None for any.
+    spares_newest
+        Whether the newest one stays even if it has more bytes.
     """
 
-    def __init__(self, max_size: int = 10, max_bytes: int | None = None) -> None:
-        self.memory = RecentCaches(max_size, max_bytes)
+    def __init__(self, max_size: int = 10, max_bytes: int | None = None, spares_newest: bool = False) -> None:
+        self.memory = RecentCaches(max_size, max_bytes, spares_newest)
         self._store: PromptStore | None = None
         self._stored_model: Any = None
         self._asked: deque[tuple[Any, np.ndarray]] = deque(maxlen=_PROMPTS)

@@ -19,7 +19,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlxkv.errors import InputError, MlxkvError
 from mlxkv.live import live_config, make_cache
-from mlxkv.serving.flags import bound_memory, check_ranks, replaced, run_server
+from mlxkv.serving.flags import check_ranks, machine_share, replaced, run_server
 from mlxkv.serving.generation import Generator
 from mlxkv.serving.handler import Handler
 from mlxkv.serving.http import Listener
@@ -119,8 +119,11 @@ class Serving:
         arguments, options = provider.cli_args, self._options
         if options.cache is not None and arguments.kv_bits is not None:
             raise InputError("--cache and --kv-bits both say how caches are kept", "give one of them")
-        bound_memory(arguments)
-        prompts = PromptCache(arguments.prompt_cache_size, arguments.prompt_cache_bytes)
+        limit = arguments.prompt_cache_bytes
+        # A conversation that is larger than our own bound would else be read from disk, or computed, at each turn.
+        prompts = PromptCache(
+            arguments.prompt_cache_size, machine_share() if limit is None else limit, spares_newest=limit is None
+        )
         with ExitStack() as stack:
             stack.enter_context(_short_log())
             listener = Listener(host, port, self._handle)

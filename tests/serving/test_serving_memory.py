@@ -99,6 +99,19 @@ def test_bytes_are_bounded_and_what_is_larger_than_all_of_them_drives_nothing_ou
     assert recent.size == len(recent) == 0
 
 
+def test_the_newest_may_be_spared_whatever_its_size():
+    size = rows(300)[0].nbytes
+    recent = RecentCaches(100, size, spares_newest=True)
+    for text, expected in (([1] * 300, 300), ([2] * 2000, 2000), ([3] * 2000, 2000)):
+        insert(recent, text)
+        assert len(recent) == 1
+        assert length(recent, [*text, 5]) == expected
+        recent.shrink(limit=0)
+        assert len(recent) == 1
+    insert(recent, [4] * 300)
+    assert recent.size == size
+
+
 def test_after_drafts_only_tokens_that_all_layers_hold_count():
     """mlx-lm's speculative decoding may leave the newest token out of a cache that it names among the tokens."""
     recent = RecentCaches(10)
