@@ -98,7 +98,7 @@ class Insertion:
             False where the text is too short, cannot go on there, or the store has no room for it.
         """
         place = self._place(end)
-        if place < LEAST_TOKENS or (self.form.states and place != self.snapshot.length):
+        if place < LEAST_TOKENS or not self._goes_on(place):
             return False
         coding = self.codings.current
         with self.blocks.growing(kind) as growth:
@@ -132,6 +132,13 @@ class Insertion:
         path = self.blocks.longest(self.chain, cut)
         before = max(begin, path[-1].stop if path else 0)
         return cut if cut - before >= LEAST_TOKENS else before
+
+    def _goes_on(self, place: int) -> bool:
+        """Return whether the snapshot has all that it takes to go on from a place."""
+        if place == self.snapshot.length:
+            return True
+        window = self.form.window
+        return not self.form.states and (not window or self.snapshot.rows_from <= max(0, place - window))
 
     def _has_states(self, place: int) -> bool:
         path = self.blocks.longest(self.chain, place, needs_state=True)

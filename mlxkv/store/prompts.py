@@ -20,7 +20,7 @@ from mlxkv.errors import MlxkvError
 from mlxkv.live.exchange import live_cache
 from mlxkv.store.chain import Chain, root_name
 from mlxkv.store.codings import FINE_TOKENS, Codings
-from mlxkv.store.form import CacheForm
+from mlxkv.store.form import LEAST_TOKENS, CacheForm
 from mlxkv.store.index import BlockStore
 from mlxkv.store.insertion import Insertion
 from mlxkv.store.reading import Plan, Reading, Unusable, timed
@@ -32,6 +32,7 @@ log = logging.getLogger("mlxkv.store")
 _COUNTS = (
     "hits", "misses", "tokens_read", "bytes_read", "tokens_written", "blocks_written", "bytes_written", "skipped", "errors",
 )  # fmt: skip
+_LONGEST_NAME = 200
 _MOST_KINDS = 100  # of messages that are logged once each
 
 
@@ -90,7 +91,7 @@ class PromptStore:
         self, blocks: BlockStore, writer: Writer, model: Any, form: CacheForm, *, name: str, fingerprint: str,
         quality: float | None, method: str | Config | None,
     ) -> None:  # fmt: skip
-        self.form, self.name, self.fingerprint = form, name, fingerprint
+        self.form, self.name, self.fingerprint = form, name[:_LONGEST_NAME], fingerprint
         self.codings = Codings(form.spec, fingerprint, quality, name)
         self._blocks, self._writer, self._method = blocks, writer, method
         self._model = weakref.ref(model)
@@ -175,6 +176,9 @@ class PromptStore:
             snapshot = Snapshot(cache, self.form, ids)
         except MlxkvError as error:
             self._skip(f"a prompt is not stored: {error}")
+            return
+        if snapshot.length < LEAST_TOKENS:
+            self._count(skipped=1)  # nothing to say: it is computed sooner than read
             return
         ends = {cut: "user" for cut in cuts if 0 < cut < snapshot.length}
         self._writer.add(_Insertion(self, snapshot, {**ends, snapshot.length: kind}))
@@ -283,7 +287,7 @@ class PromptStore:
             for end in sorted(ends):
                 entered += insertion.enter(end, ends[end], pause)
             if not entered:
-                self._skip(f"a prompt of {snapshot.length} tokens is not stored: it is too short, or there is no room")
+                self._skip(f"a prompt of {snapshot.length} tokens is not stored: the store has no room for it")
         except Stopped:
             raise
         except Exception as error:  # noqa: BLE001  # a full disk, values that are not finite: generation goes on

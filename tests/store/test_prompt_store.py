@@ -12,7 +12,7 @@ from mlxkv import Store, make_cache
 from mlxkv.errors import InputError, UnsupportedError
 from mlxkv.live.base import LayerCache
 
-KINDS = ["gemma3_text", "deepseek_v3", "longcat_flash", "deepseek_v32", "qwen3_next", "falcon_h1", "baichuan_m1"]
+KINDS = ["gemma3_text", "deepseek_v3", "longcat_flash", "deepseek_v32", "qwen3_next", "baichuan_m1"]
 
 
 @pytest.fixture
@@ -183,6 +183,15 @@ def test_a_model_whose_caches_cannot_be_copied_is_refused_with_what_to_do(store)
 def test_qualities_that_do_not_exist_are_refused(store, options):
     with pytest.raises(InputError):
         store.for_model(tiny_model("llama"), **options)
+
+
+def test_places_that_a_window_has_left_are_not_entered(store):
+    model, ids = build("gemma3_text"), tokens("gemma3_text", 150)
+    prompts = store.for_model(model)
+    stored(prompts, model, ids, cuts=[70, 145])
+    assert [entry.tokens for entry in store.blocks.entries()] == [150]
+    assert prompts.match([*ids, 1]) == 150
+    assert prompts.statistics()["skipped"] == 0
 
 
 def test_tokens_and_cache_that_disagree_are_stored_as_far_as_both_go(store):
