@@ -2,6 +2,7 @@
 
 import io
 import os
+from contextlib import suppress
 from itertools import pairwise
 
 import numpy as np
@@ -64,12 +65,12 @@ def stops(store, chain, most=None, **how):
 
 def disk_bytes(folder):
     """What a folder takes of the disk, as `du` counts."""
-    return sum(
-        os.lstat(os.path.join(at, name)).st_blocks * 512
-        for at, folders, files in os.walk(folder)
-        for name in [".", *files]
-        if os.path.lexists(os.path.join(at, name))
-    )
+    taken = 0
+    for at, _, files in os.walk(folder):
+        for name in [".", *files]:
+            with suppress(FileNotFoundError):  # another process may have removed it
+                taken += os.lstat(os.path.join(at, name)).st_blocks * 512
+    return taken
 
 
 def one_block(path, chain, stop=512):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -101,8 +102,10 @@ class Database:
             if self._reader is None or self._is_damaged or self._is_elsewhere():
                 self._is_damaged = True
                 raise Unavailable("the index of the store is damaged")
-            with self._damage_found(), self._transaction(self._reader, "BEGIN"):
-                yield self._reader
+            with self._damage_found():
+                self._reader.execute("BEGIN")
+                with self._ended(self._reader):
+                    yield self._reader
         finally:
             self._reading.release()
 
@@ -131,12 +134,10 @@ class Database:
             if self._writer is None or self._is_damaged or self._is_elsewhere():
                 self._repair()
             assert self._writer is not None
-            if self._log_bytes() > log_limit:
-                self._shorten_log()
-            with self._damage_found(), self._transaction(self._writer, "BEGIN IMMEDIATE"):
-                if self._log_bytes() > log_limit:
-                    raise Unavailable("someone reads from the store for long, so that its log cannot be emptied")
-                yield self._writer
+            with self._damage_found():
+                self._begin(self._writer, log_limit)
+                with self._ended(self._writer):
+                    yield self._writer
 
     def repair(self) -> bool:
         """Make the index anew if it is damaged; return whether it was and can be used now."""
@@ -159,11 +160,18 @@ class Database:
         except OSError:
             return 0
 
-    def _shorten_log(self) -> None:
-        """Bring all changes into the index file and empty the log, unless someone still reads from it."""
-        if self._writer is not None:
-            with self._damage_found():
-                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    def _begin(self, writer: sqlite3.Connection, log_limit: int) -> None:
+        """Begin to write while the log is short enough: others may write while this process waits for its turn."""
+        until = time.monotonic() + _BUSY_SECONDS
+        while True:
+            if self._log_bytes() > log_limit:
+                writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            writer.execute("BEGIN IMMEDIATE")
+            if self._log_bytes() <= log_limit:
+                return
+            writer.execute("ROLLBACK")
+            if time.monotonic() > until:
+                raise Unavailable("someone reads from the store for long, so that its log cannot be emptied")
 
     def _is_elsewhere(self) -> bool:
         """Return whether the file was removed or replaced under this process."""
@@ -173,9 +181,10 @@ class Database:
             return True
         return (found.st_dev, found.st_ino) != self._place
 
+    @staticmethod
     @contextmanager
-    def _transaction(self, connection: sqlite3.Connection, begin: str) -> Iterator[None]:
-        connection.execute(begin)
+    def _ended(connection: sqlite3.Connection) -> Iterator[None]:
+        """End a transaction: with all changes, or with none after an error."""
         try:
             yield
             connection.execute("COMMIT")

@@ -10,6 +10,7 @@ import pytest
 from block_texts import LIMIT, ROOT, disk_bytes, filled, insert, one_block, stops, text, works
 
 from mlxkv.errors import FormatError, InputError
+from mlxkv.store import database
 from mlxkv.store import folder as folders
 from mlxkv.store.chain import Chain
 from mlxkv.store.folder import default_folder
@@ -254,12 +255,12 @@ def test_an_index_on_a_full_disk_is_an_error_that_says_so(tmp_path):
     works(tmp_path, chains, 4)
 
 
-def test_who_reads_for_long_keeps_no_one_from_the_bound(tmp_path):
+def test_who_reads_for_long_keeps_no_one_from_the_bound(tmp_path, monkeypatch):
     """SQLite's log grows as long as someone reads an old state: a store rather stores nothing then."""
+    monkeypatch.setattr(database, "_BUSY_SECONDS", 0.01)
     chains = filled(tmp_path)
     reader = sqlite3.connect(tmp_path / "index.sqlite")
     with BlockStore(tmp_path, LIMIT) as store:
-        store._database._writer.execute("PRAGMA busy_timeout = 10")
         reader.execute("BEGIN")
         reader.execute("SELECT count(*) FROM blocks").fetchone()
         for number in range(15):
