@@ -55,7 +55,9 @@ def list_command(store: Folder = None, json: Json = False) -> None:
         return
     digits = _digits(entries)
     if entries:
-        print_table([_row(entry, digits) for entry in entries[:_ROWS]], as_json=False)
+        print_table([{**_row(entry, digits), "model": _short(entry.model)} for entry in entries[:_ROWS]], as_json=False)
+    elif opened is not None:
+        note("no prompt is stored")
     if len(entries) > _ROWS:
         note(f"{len(entries) - _ROWS:,} that were used before these are left out; --json lists all")
 
@@ -73,7 +75,7 @@ def usage_command(store: Folder = None, json: Json = False) -> None:
         print_record({**facts, "models": [_use(usage, 32) for usage in usages]}, as_json=True)
         return
     if usages:
-        print_table([_use(usage, _DIGITS) for usage in usages], as_json=False)
+        print_table([{**_use(usage, _DIGITS), "model": _short(usage.model)} for usage in usages], as_json=False)
     if facts:
         print_record(facts, as_json=False)
 
@@ -162,18 +164,16 @@ def remove_command(
                 _ask("everything" if everything else f"{len(entries):,} of its entries", opened)
             stored = opened.statistics().stored
             with working("removing"):
-                removed = _remove(opened, entries, model, everything)
+                removed = _remove(opened, entries, everything)
             freed = max(0, stored - opened.statistics().stored)
     print_record({"removed": removed, "freed_bytes": freed}, json)
 
 
-def _remove(store: BlockStore, entries: list[Entry], model: str | None, everything: bool) -> int:
+def _remove(store: BlockStore, entries: list[Entry], everything: bool) -> int:
     """Remove entries, and return how many."""
     if everything:
         store.clear()
         return len(entries)
-    if model is not None:
-        return store.remove(model=model)
     return sum(store.remove(name=entry.name) for entry in entries)
 
 
@@ -182,10 +182,10 @@ def _chosen(entries: list[Entry], ids: list[str], model: str | None) -> list[Ent
     from mlxkv.errors import InputError, suggest
 
     if model is not None:
-        names = {entry.model for entry in entries}
-        if model not in names:
+        names = {_short(entry.model) or "" for entry in entries}
+        entries = [entry for entry in entries if model in (entry.model, _short(entry.model))]
+        if not entries:
             raise InputError(f"nothing of {model[:80]!r} is stored", suggest(model, names, "mlxkv store ls"))
-        entries = [entry for entry in entries if entry.model == model]
     if not ids:
         return entries
     chosen = {}
@@ -227,6 +227,11 @@ def _opened(folder: Path | None, limit: int | None = None, quiet: bool = False) 
         return
     with BlockStore(path, limit) as store:
         yield store
+
+
+def _short(model: str) -> str | None:
+    """Return a model's name as a table has room for it: of a folder its last part."""
+    return (Path(model).name if Path(model).is_absolute() else model) or None
 
 
 def _digits(entries: list[Entry]) -> int:

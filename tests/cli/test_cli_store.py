@@ -174,6 +174,19 @@ def test_entries_are_removed_by_the_first_digits_of_their_ids(stored, folder, sa
         assert stops(store, first)[-1] == 1024, "what the branch shares stays"
 
 
+def test_a_model_in_a_folder_goes_by_the_folders_name(folder, says, capsys):
+    with BlockStore(folder) as store:
+        for path in ("/models/one", "/models/two"):
+            insert(store, text((len(path) + ord(path[-1]), 70)), size=10, model=path)
+    assert {row["model"] for row in says("store", "ls")} == {"/models/one", "/models/two"}
+    assert run("store", "ls") == 0
+    assert "models" not in capsys.readouterr().out
+    assert says("store", "rm", "--model", "one", "--yes")["removed"] == 1
+    assert says("store", "rm", "--model", "/models/two", "--yes")["removed"] == 1
+    assert run("store", "ls") == 0
+    assert "no prompt is stored" in capsys.readouterr().err
+
+
 def test_all_of_a_model_or_everything_is_removed(stored, folder, says):
     _, _, other = stored
     assert says("store", "rm", "--model", "a", "--yes")["removed"] == 2
