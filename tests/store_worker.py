@@ -34,7 +34,7 @@ def work(folder, seed, seconds, limit):
                 case _:
                     insert(store, tokens, int(random.integers(1, 200_000)), state=int(random.integers(2)) * 5000)
             read(store, Chain(ROOT, tokens))
-        assert store.verify().damaged == []
+        assert {reason for _, reason in store.verify().damaged} <= {"No such file or directory"}  # others are killed
 
 
 def read(store, chain):

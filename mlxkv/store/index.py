@@ -14,6 +14,7 @@ from mlxkv.store.changes import Changes
 from mlxkv.store.database import Damaged, Database, Unavailable
 from mlxkv.store.folder import BLOCKS, STATES, Folder, default_folder
 from mlxkv.store.growth import Growth
+from mlxkv.store.keeper import Keeper
 from mlxkv.store.rebuild import fill
 from mlxkv.store.rows import Db
 from mlxkv.store.space import DEFAULT_LIMIT, Space
@@ -21,6 +22,7 @@ from mlxkv.store.upkeep import Swept, Upkeep
 from mlxkv.store.verification import Deep, Verified, verify
 
 T = TypeVar("T")
+_AT_ONCE = 64  # entries that are described before others may read
 
 
 class Entry(NamedTuple):
@@ -107,6 +109,7 @@ class BlockStore:
             raise InputError(f"cannot use the store in {self.folder.path}: {error}", "try again later") from error
         self._changes = Changes(self._database, space)
         self._upkeep = Upkeep(self._database, self._changes, self.quarantine)
+        self._keeper = Keeper(self._changes.flush, self._upkeep.sweep)
         try:
             self._surely(lambda: self._changes.begin(keep_limit=limit is None))
         except BaseException:
@@ -210,7 +213,7 @@ class BlockStore:
         return self.folder.open(self.folder.file(STATES, name))
 
     def touch(self, name: bytes) -> None:
-        """Note that an entry was used. Nothing is written now: the next write or `flush` does.
+        """Note that an entry was used. Nothing is written now: a thread does some seconds later, or the next write, or `close`.
 
         Parameters
         ----------
@@ -218,9 +221,16 @@ class BlockStore:
             Name of the place; nothing happens where no entry is.
         """
         self._changes.touch(name)
+        self._keeper.wake()
 
     def flush(self) -> None:
-        """Write down which entries were used: worth calling after fetches, on a thread that may wait for a disk."""
+        """Write down now which entries were used.
+
+        Raises
+        ------
+        InputError
+            When the disk is full or fails.
+        """
         with suppress(Unavailable):
             self._changes.flush()
 
@@ -238,6 +248,7 @@ class BlockStore:
         Growth
             Takes the blocks.
         """
+        self._keeper.wake()
         yield Growth(self._changes, kind)
 
     def quarantine(self, name: bytes, reason: str, *, seen: Block | None = None, state: bool = False) -> bool:
@@ -338,25 +349,18 @@ class BlockStore:
         return self._surely(self._entries)
 
     def _entries(self) -> list[Entry]:
-        found = []
         with self._database.reading() as db:
-            for number, kind, used in db.execute("SELECT block, kind, used FROM entries ORDER BY turn DESC").fetchall():
-                if not isinstance(kind, str) or not isinstance(used, float | int):
-                    raise Damaged("the index holds an entry that cannot be one")
-                way = rows.path(db, number)
-                own, last = rows.state_bytes(db, number), len(way)
-                while last and way[last - 1].refs <= 1:
-                    last -= 1
-                    own += way[last].block.size
-                block = way[-1].block
-                shared = sum(row.block.size for row in way[:last])
-                found.append(Entry(block.name, block.stop, kind, block.model, used, own, shared))
-        return found
+            found = db.execute("SELECT block, kind, used FROM entries ORDER BY turn DESC").fetchall()
+        told = []
+        for begin in range(0, len(found), _AT_ONCE):  # others read in between
+            with self._database.reading() as db:
+                told += [_entry(db, *values) for values in found[begin : begin + _AT_ONCE]]
+        return [entry for entry in told if entry is not None]
 
     def sweep(self) -> Swept:
         """Remove files that the index does not know, forget what has no file, and count everything again.
 
-        Worth doing once after a start, on a thread that may wait for a disk: a power cut can leave such files, a killed process cannot.
+        A power cut can leave such files, a killed process cannot. A store that is in use does it once by itself.
 
         Returns
         -------
@@ -427,9 +431,10 @@ class BlockStore:
 
     def close(self) -> None:
         """Write down which entries were used and close the index."""
-        with suppress(Unavailable, InputError):
+        with suppress(InputError):
             self.flush()
         self._database.close()
+        self._keeper.end()
 
     def _surely(self, action: Callable[[], T]) -> T:
         """Do what has no answer without an index: a damaged one is made anew first."""
@@ -442,3 +447,18 @@ class BlockStore:
                 return action()
         except Unavailable as error:
             raise InputError(f"cannot use the store in {self.folder.path}: {error}", "try again later") from error
+
+
+def _entry(db: Db, number: int, kind: object, used: object) -> Entry | None:
+    """Return the entry at a block; None where it has gone meanwhile."""
+    if not isinstance(kind, str) or not isinstance(used, float):
+        raise Damaged("the index holds an entry that cannot be one")
+    if not db.execute("SELECT 1 FROM entries JOIN blocks ON id = block WHERE block = ?", (number,)).fetchone():
+        return None
+    way = rows.path(db, number)
+    own, last = rows.state_bytes(db, number), len(way)
+    while last and way[last - 1].refs <= 1:
+        last -= 1
+        own += way[last].block.size
+    block = way[-1].block
+    return Entry(block.name, block.stop, kind, block.model, used, own, sum(row.block.size for row in way[:last]))

@@ -5,12 +5,14 @@ import os
 import shutil
 import sqlite3
 import stat
+import threading
+import time
 
 import pytest
 from block_texts import LIMIT, ROOT, disk_bytes, filled, insert, one_block, stops, text, works
 
 from mlxkv.errors import FormatError, InputError
-from mlxkv.store import database
+from mlxkv.store import database, keeper
 from mlxkv.store import folder as folders
 from mlxkv.store.chain import Chain
 from mlxkv.store.folder import default_folder
@@ -271,3 +273,18 @@ def test_who_reads_for_long_keeps_no_one_from_the_bound(tmp_path, monkeypatch):
         insert(store, text(80, 81))
         assert stops(store, Chain(ROOT, text(80, 81))) == [512, 1024]
     works(tmp_path, chains)
+
+
+def test_a_store_in_use_writes_down_what_was_used_and_sweeps_by_itself(tmp_path, monkeypatch):
+    first, second = filled(tmp_path, 2)
+    orphan = one_block(tmp_path, first).with_name("00" * 16 + ".mlxkv")
+    orphan.write_bytes(bytes(5000))
+    monkeypatch.setattr(keeper, "DELAY", 0.01)
+    with BlockStore(tmp_path) as store, BlockStore(tmp_path) as other:
+        assert other.entries()[0].name == second.name(900)
+        store.touch(first.name(900))
+        until = time.monotonic() + 30
+        while orphan.exists() or other.entries()[0].name != first.name(900):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    assert not [thread for thread in threading.enumerate() if thread.name == "mlxkv-store-keeper"]
