@@ -125,12 +125,29 @@ def tiny_config(name, **overrides):
 
 def tiny_model(name, *, seed=0, **overrides):
     """A random float32 model of this mlx-lm model_type; overrides replace entries of its config."""
-    module = import_module(f"mlx_lm.models.{name}")
+    module, config = import_module(f"mlx_lm.models.{name}"), tiny_config(name, **overrides)
+    return drawn_once(
+        lambda: module.Model(module.ModelArgs.from_dict(config)), seed, repr(sorted(config.items())), _random_like
+    )
+
+
+_DRAWN = {}
+
+
+def drawn_once(build, seed, key, draw, finish=lambda model: None):
+    """A model with wide random weights, which are drawn once for each key: thousands of tests ask for the same few."""
     mx.random.seed(seed)  # biases keep a part of what the constructor draws
-    model = module.Model(module.ModelArgs.from_dict(tiny_config(name, **overrides)))
-    mx.random.seed(seed)
-    model.update(tree_map(_random_like, model.parameters()))
-    mx.eval(model.parameters())
+    model = build()
+    if (seed, key) not in _DRAWN:
+        mx.random.seed(seed)
+        model.update(tree_map(draw, model.parameters()))
+        finish(model)
+        mx.eval(model.parameters())
+        _DRAWN[seed, key] = tree_map(mx.array, model.parameters())
+    own = tree_map(mx.array, _DRAWN[seed, key])  # one that is changed in place is of this model alone
+    mx.eval(own)
+    model.update(own)
+    mx.random.seed(seed)  # what is drawn next does not depend on which test came first
     return model.eval()
 
 

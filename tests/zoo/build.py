@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models
-from mlx.utils import tree_map
+from conftest import drawn_once
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
@@ -52,13 +52,8 @@ def build(name: str, seed: int = 0) -> nn.Module:
     """A random float32 model of this type, in evaluation mode."""
     config = configuration(name)
     model_class, arguments = _get_classes(config)
-    mx.random.seed(seed)  # constructors draw too
-    model = model_class(arguments.from_dict(config))
-    mx.random.seed(seed)
-    model.update(tree_map(_random_like, model.parameters()))
-    _centre_norms(model)
-    mx.eval(model.parameters())
-    return model.eval()
+    key = repr(sorted(config.items()))
+    return drawn_once(lambda: model_class(arguments.from_dict(config)), seed, key, _random_like, _centre_norms)
 
 
 def cache_kinds(model: nn.Module) -> list[str]:

@@ -5,6 +5,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from zoo.build import configuration, tokens
 
 # Live caches pack blocks of 64 tokens: this many have three.
 PROMPT, AFTER = 200, 8
+LEARNT = 300  # tokens that a codec is calibrated on
 # Nats from the whole cache, at most. A random model is far more sensitive than a trained one: a router may take another
 # expert. An indexer that takes other tokens changes more.
 NEAR = {"int8": 0.03, "int4": 0.3, "smartkv": 0.3}
@@ -118,9 +120,28 @@ def dumped_and_restored(name: str, model: Any) -> str:
     return "identical"
 
 
+def shared(function: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    """Remember what several checks need of the model asked of last."""
+    last: tuple[Any, ...] = (None, None)
+
+    def remembered(name: str, model: Any) -> Any:
+        nonlocal last
+        if last[0] is not model or last[1] != name:
+            last = model, name, function(name, model)
+        return last[2]
+
+    return remembered
+
+
+@shared
+def _own(name: str, model: Any) -> np.ndarray:
+    """Logits with mlx-lm's own cache."""
+    return _lived(name, model, make_prompt_cache(model))
+
+
 def live_full(name: str, model: Any) -> str:
     """The live cache that keeps everything predicts exactly what mlx-lm's own cache does."""
-    expected, found = (_lived(name, model, cache) for cache in (make_prompt_cache(model), make_cache(model, "full")))
+    expected, found = _own(name, model), _lived(name, model, make_cache(model, "full"))
     if worst := gap(found, expected):
         raise WrongError(f"full differs from mlx-lm's cache by {worst:.1e} of the largest logit")
     return "identical"
@@ -137,7 +158,7 @@ def _lived(name: str, model: Any, cache: list) -> np.ndarray:
 
 def live_methods(name: str, model: Any) -> str:
     """Every method gives finite logits or refuses with a reason, and those with many bits are near."""
-    expected = _lived(name, model, make_prompt_cache(model))
+    expected = _own(name, model)
     chosen = any(layer is not None and layer.selects for layer in cache_spec(model).layers)
     near = NEAR_WHERE_TOKENS_ARE_CHOSEN if chosen else NEAR
     refusals: dict[str, list[str]] = {}
@@ -173,23 +194,28 @@ def live_files(name: str, model: Any) -> str:
     return "identical"
 
 
-def _coded(name: str, model: Any, config: Any, *, measured: bool) -> str:
-    """A dump compressed and decompressed restores, and predictions from it are finite."""
-    spec, text = cache_spec(model), tokens(name, 640, seed=2)
+@shared
+def _texts(name: str, model: Any) -> tuple[list[int], Any, Any, np.ndarray]:
+    """A text with its dump, the dump of another, and logits of what follows that."""
+    spec, text = cache_spec(model), tokens(name, LEARNT + 140, seed=2)
     dumps = []
-    for part in (text[:500], text[500:]):
+    for part in (text[:LEARNT], text[LEARNT:]):
         cache = make_prompt_cache(model)
         run(model, cache, part)
         dumps.append(extract_cache(cache, spec, [part], fingerprint=fingerprint(model)))
-    learnt, held = dumps
+    return text[:LEARNT], *dumps, run(model, cache, tokens(name, 3, seed=3))
+
+
+def _coded(name: str, model: Any, config: Any, *, measured: bool) -> str:
+    """A dump compressed and decompressed restores, and predictions from it are finite."""
+    text, learnt, held, expected = _texts(name, model)
     if measured:
-        learnt.sensitivity.update(sensitivity(model, text[:500]))
+        learnt = replace(learnt, sensitivity=sensitivity(model, text))
     with tempfile.TemporaryDirectory() as folder:
         write_dump(Path(folder, "learnt.npz"), learnt)
         codec = CacheCodec(calibrate([Path(folder, "learnt.npz")], config), recent=16)
     again = codec.decompress_dump(codec.compress_dump(held))
-    following = tokens(name, 3, seed=3)
-    expected, found = (run(model, each, following) for each in (cache, restore(model, again)))
+    found = run(model, restore(model, again), tokens(name, 3, seed=3))
     if divergence(found, expected) == float("inf"):
         raise WrongError("predictions from a decompressed cache are not finite")
     return ""
