@@ -217,7 +217,18 @@ def totals(db: Db) -> dict[str, int]:
 
 
 def usage(db: Db) -> list[Usage]:
-    """Return what blocks of each model and coding take, the most first."""
+    """Return what blocks of each model and coding take, the most first.
+
+    Parameters
+    ----------
+    db
+        The connection, in a transaction.
+
+    Returns
+    -------
+    list[Usage]
+        One for each.
+    """
     found = db.execute(
         "SELECT m.word, c.word, a.word, count(*), sum(stop - start), sum(size) FROM blocks LEFT JOIN words m ON m.id = model"
         " LEFT JOIN words c ON c.id = coding LEFT JOIN words a ON a.id = artifacts GROUP BY model, coding, artifacts"
