@@ -18,7 +18,7 @@ QUESTIONS = (
     "Is there anything in this text that contradicts what you know about the matter? Name it, or say that not.",
 )
 ANSWER = 16  # tokens
-THEIRS = "mlx_lm.server"
+THEIRS, OURS = "mlx_lm.server", "mlxkv serve"
 FORGOTTEN = 2  # texts that it is asked about after a restart, where all of them are new to it again
 Speak = Callable[[str, list[str]], str | Messages]
 
@@ -57,7 +57,7 @@ def ours(mode: str, model: Path, library: Path, work: Path) -> Contender:
     """Return `mlxkv serve` in a mode."""
     words: tuple[object, ...] = ("mlxkv", "serve", "--model", model, "--store", work / mode, "--no-calibrate")
     words += ("--exact",) if mode == "exact" else ()
-    return Contender(f"mlxkv serve, {mode}", words, {"MLXKV_ARTIFACTS": str(library)})
+    return Contender(f"{OURS}, {mode}", words, {"MLXKV_ARTIFACTS": str(library)})
 
 
 def spoken(has_template: bool) -> Speak:

@@ -57,7 +57,7 @@ def run(quick: bool, model: str = MODEL) -> Outcome:
         first, together = [], []
         for contender in served.contenders(folder, libraries, work / "servers"):
             first += served.first_tokens(contender, prefixes, speak, log)
-            if contender.name in (served.THEIRS, f"mlxkv serve, {next(iter(libraries))}"):
+            if contender.name in (served.THEIRS, f"{served.OURS}, {next(iter(libraries))}"):
                 together += served.clients(contender, speak, counts, rounds, log)
         samples = stored.prefixes(loaded, tokens, length, PREDICT, libraries, work / "prefixes")
         long = tokenizer.encode("\n\n".join(passages().values()))
@@ -143,6 +143,20 @@ def summarise(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "fetch_seconds": round(median(sample["fetch_seconds"] for sample in group), 4),
         })  # fmt: skip
     return rows
+
+
+def brief(result: Result) -> str:
+    """Say what a README shows: a restart, bytes and predictions, without tables."""
+    summary = result["summary"]
+    theirs = summary["first"][0]
+    raw, raw_16, mode = summary["prefixes"][:3]
+    ours = next(row for row in summary["first"] if row["server"] == f"{served.OURS}, {mode['mode']}")
+    return (
+        f"After a restart the first token of an answer to {theirs['prompt']:,.0f} tokens comes after {ours['restarted']:.2f} s; computed"
+        f" again, after {theirs['cold']:.1f} s. A text's first {result['config']['length']:,} tokens take {megabytes(mode['file_bytes'])}"
+        f" on disk, where mlx-lm's own file takes {megabytes(raw['file_bytes'])} ({megabytes(raw_16['file_bytes'])} at 16 bits a number),"
+        f" and predictions of the next {result['config']['predict']} diverge by {mode['kl']:.4f} nats."
+    )
 
 
 def section(result: Result) -> str:
