@@ -271,7 +271,9 @@ class PromptStore:
         return None
 
     def _give_up(self, bad: Unusable) -> None:
-        """Set a damaged file aside, so that it is made anew."""
+        """Set a damaged file aside, so that it is made anew; one that made room for others meanwhile is forgotten already."""
+        if self._blocks.find(bad.block.name) != bad.block:
+            return
         where = f"tokens {bad.block.start} to {bad.block.stop}"
         self._failed(f"stored {where} of {self.name or 'a model'} cannot be used: {bad}")
         if bad.damaged:

@@ -54,7 +54,7 @@ def test_bfloat16_comes_back_bit_for_bit(store):
     check_exact(store, model, tiny_tokens(106), 100)
 
 
-@pytest.mark.parametrize("name", ["llama", "glm4_moe_lite", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "glm4_moe_lite"])
 def test_the_newest_tokens_of_a_coded_prompt_are_computed_again(store, name):
     model, ids = tiny_model(name), tiny_tokens(606)
     prompts = store.for_model(model, quality=70)
@@ -75,9 +75,7 @@ def test_a_coded_prompt_that_cannot_be_cut_comes_back_whole(store, name):
     assert mx.allclose(run(model, fetched.cache, ids[150:], 6), run(model, cache, ids[150:], 6), atol=0.5)
 
 
-@pytest.mark.parametrize(
-    ("name", "exact"), [("gpt2", True), ("gpt2", False), ("gemma3_text", True), ("gemma3_text", False), ("lfm2", False)]
-)
+@pytest.mark.parametrize(("name", "exact"), [("gpt2", False), ("gemma3_text", True), ("lfm2", False)])
 def test_a_prompt_that_is_stored_whole_leaves_a_token_to_compute(store, name, exact):
     model, ids = build(name), tokens(name, 150)
     prompts = store.for_model(model, exact=exact)
@@ -99,7 +97,7 @@ def test_a_prompt_goes_on_from_the_last_place_before_an_edit(store):
     assert {at: prompts.match(ids[:at] + other[at:]) for at in expected} == expected
 
 
-@pytest.mark.parametrize(("end", "entered"), [(63, 0), (64, 64), (500, 448), (512, 512), (570, 512), (1020, 960)])
+@pytest.mark.parametrize(("end", "entered"), [(63, 0), (500, 448), (512, 512), (570, 512), (1020, 960)])
 def test_texts_end_where_blocks_are_neither_short_nor_leave_short_ones(store, end, entered):
     model, ids = tiny_model("llama"), tiny_tokens(1100)
     prompts = store.for_model(model, quality=70)
@@ -112,7 +110,7 @@ def test_texts_end_where_blocks_are_neither_short_nor_leave_short_ones(store, en
 def test_a_growing_conversation_and_its_branches_write_their_own_tokens_alone(store):
     model, ids = tiny_model("llama"), tiny_tokens(1400)
     prompts = store.for_model(model)
-    for end in range(100, 1301, 200):
+    for end in (100, 500, 900, 1300):
         stored(prompts, model, ids[:end])
     before = prompts.statistics()
     assert before["store"]["written"] == before["store"]["stored"] == before["bytes_written"]
@@ -149,7 +147,7 @@ def test_models_qualities_and_grades_do_not_see_each_other(store):
 
 @pytest.mark.parametrize(
     ("name", "preset"),
-    [("llama", "full"), ("llama", "int8"), ("llama", "int4"), ("lfm2", "kivi"), ("gemma3_text", "int8")],
+    [("llama", "full"), ("llama", "int4"), ("lfm2", "kivi"), ("gemma3_text", "int8")],
 )
 def test_live_caches_that_keep_every_token_come_back_as_live_caches(store, name, preset):
     model, ids = build(name), tokens(name, 276)
