@@ -21,6 +21,7 @@ log = logging.getLogger("mlxkv.serving")
 # A disk is read where it saves the model this many tokens more than RAM does, and this share of what is read.
 LEAST_GAIN, GAIN_SHARE = 64, 8
 LEAST_TOKENS = 64  # of a text that is worth storing
+REPORT_SECONDS = 30.0  # between lines about what was stored, while more waits
 _PROMPTS = 128  # requests whose ends are remembered until their answers come
 
 
@@ -47,6 +48,7 @@ class PromptCache:
         self._asked: deque[tuple[Any, np.ndarray]] = deque(maxlen=_PROMPTS)
         self._inserted: PromptStore | None = None  # where something waits that was not reported yet
         self._told: tuple[int, int] = (0, 0)
+        self._told_at = time.monotonic()
         self._counts = dict.fromkeys(("requests", "prompt_tokens", "from_memory", "from_disk"), 0)
 
     def __len__(self) -> int:
@@ -161,18 +163,19 @@ class PromptCache:
         return {**self._counts, "memory": memory, "store": self._on_disk()}
 
     def report(self) -> None:
-        """Log what was stored since the last time, once nothing waits."""
+        """Log what was stored since the last time, once nothing waits or a while has passed."""
         if (store := self._inserted) is None:
             return
         try:
             found = store.statistics()
         except MlxkvError:  # the index is busy: the next time tells
             return
-        if found["waiting"]:
+        if found["waiting"] and time.monotonic() - self._told_at < REPORT_SECONDS:
             return
         now = found["tokens_written"], found["bytes_written"]
         tokens, size = (after - before for after, before in zip(now, self._told))
-        self._inserted, self._told = None, now
+        self._inserted = store if found["waiting"] else None
+        self._told, self._told_at = now, time.monotonic()
         if tokens:
             log.info("stored %s tokens in %s (%s)", f"{tokens:,}", megabytes(size), found["coding"])
 

@@ -121,6 +121,8 @@ class Provider(server.ModelProvider):
             if model is not None:
                 use_fast_type(model)
         self._find_prompts()
+        stored = "" if self.prompts is None else f", prompts are stored as {self.prompts.codings.current.name}"
+        log.info("%s is loaded%s", self.name, stored)
 
     def _find_prompts(self) -> None:
         """Open what the store has of the model."""

@@ -8,6 +8,7 @@ import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from mlxkv.errors import InputError
+from mlxkv.serving import prompt_cache as module
 from mlxkv.serving.prompt_cache import LEAST_GAIN, LEAST_TOKENS, PromptCache
 
 TEXT = list(range(1000, 2000))
@@ -198,6 +199,24 @@ def test_a_line_tells_what_a_request_found_and_one_what_was_stored(caplog):
     assert lines[0].startswith("prompt of 1,000 tokens: 800 from disk (0.1 kB, ")
     assert lines[1].startswith("prompt of 1,000 tokens: 800 from memory (8.2 kB, ")
     assert lines[2:] == ["prompt of 1,000 tokens: none kept, 1,000 to compute", "stored 1,200 tokens in 0.2 MB (exact)"]
+
+
+def test_while_prompts_keep_coming_it_is_told_now_and_then_what_was_stored(caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    disk = Disk()
+    disk.facts |= {"waiting": 3, "tokens_written": 700, "bytes_written": 1000}
+    made = prompts(disk)
+    made.insert_cache("model", TEXT, rows(1000))
+    made.report()
+    assert "stored" not in caplog.text
+    monkeypatch.setattr(module, "REPORT_SECONDS", 0)
+    made.report()
+    disk.facts |= {"waiting": 0, "tokens_written": 1000, "bytes_written": 2000}
+    made.report()
+    made.report()
+    assert [record.getMessage() for record in caplog.records] == [
+        "stored 700 tokens in 1.0 kB (exact)", "stored 300 tokens in 1.0 kB (exact)",
+    ]  # fmt: skip
 
 
 def test_statistics_count_tokens_by_where_they_came_from():

@@ -174,7 +174,7 @@ def test_a_request_may_name_an_adapter(client, talker, number, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "path"), [
-    ("llama", {}), ("llama", {"seed": 7}), ("lfm2", {}), ("lfm2", {"seed": 7}), ("glm4_moe_lite", {}), ("gemma3_text", {}),
+    ("llama", {}), ("lfm2", {}), ("lfm2", {"seed": 7}), ("glm4_moe_lite", {}), ("gemma3_text", {}),
 ])  # fmt: skip
 def test_after_a_restart_prompts_come_from_disk_and_answers_are_the_same(tmp_path, kind, path):
     folder, store = talker_folder(tmp_path / kind, kind), tmp_path / "store"
@@ -216,12 +216,12 @@ def test_what_cannot_be_stored_is_kept_in_memory_and_told_once(talker, tmp_path,
 
 
 def test_drafts_change_no_answer(talker, other):
-    answers = []
-    for flags in ([], ["--draft-model", str(other)]):
-        with serving(talker, *flags, store=False) as client:
-            first = client.complete(TEXT, 20)[0]
-            answers.append([first, client.complete(TEXT + first + " But")[0], client.complete(TEXT)[0]])
-    assert answers[0] == answers[1]
+    model, tokenizer = lm.load(str(talker))
+    with serving(talker, "--draft-model", str(other), store=False) as client:
+        first = client.complete(TEXT, 20)[0]
+        for text, answer in ((TEXT, first), (TEXT + first + " But", client.complete(TEXT + first + " But")[0])):
+            assert answer == generate(model, tokenizer, text, max_tokens=20 if text == TEXT else 8)
+        assert client.complete(TEXT, 20)[0] == first
 
 
 def test_thoughts_that_a_template_begins_are_no_part_of_what_is_kept(talker, tmp_path):
@@ -331,6 +331,7 @@ def test_other_work_that_fails_ends_nothing(talker, monkeypatch, caplog):
 def test_a_request_has_one_line_in_the_log(talker, caplog):
     caplog.set_level(logging.INFO)
     with serving(talker, store=False) as client:
+        client.chat("x")
         caplog.clear()
         client.chat(TEXT)
         list(client.stream("/v1/chat/completions", {"messages": user(TEXT), "max_tokens": 2}))
