@@ -147,6 +147,11 @@ class CalibrationArtifacts:
         """
         return self.method.coder(self.group_streams(group))
 
+    @cached_property
+    def coders(self) -> tuple[BlockCoder, ...]:
+        """Coders of the blocks of all groups, which keep what they compute of the artifacts as long as these live."""
+        return tuple(self.coder(group) for group in range(len(self.spec.groups)))
+
     def check_model(self, spec: CacheSpec, fingerprint: str, model: str = "") -> None:
         """Check that caches of a model can be coded with these artifacts, before the work of making one.
 

@@ -6,22 +6,19 @@ a window have the rows of a part that they still had when it was made. See docs/
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
-from itertools import chain, groupby, pairwise
-from typing import Any, NamedTuple, TypeVar
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from mlxkv.codec import unquantized
 from mlxkv.codec.artifacts import CalibrationArtifacts
-from mlxkv.codec.layout import BLOCK_ROWS, MAX_TOKENS, CodedBlock, Layout, cache_shape, coded_streams
-from mlxkv.codec.methods.base import BlockCoder
+from mlxkv.codec.layout import BLOCK_ROWS, MAX_TOKENS, Layout, cache_shape, coded_streams
+from mlxkv.codec.pieces import CheckedPart, decode
+from mlxkv.codec.pieces import Decoded as Decoded
 from mlxkv.codec.reading import WORKING_BYTES, StoredGroup, check_origin, free_rows, header_object, read_coded_blocks
-from mlxkv.codec.stages.rows import from_plain_rows, from_rows
 from mlxkv.codec.unquantized import encode_array
 from mlxkv.codec.writing import CacheEncoder, GroupBlock, encode_arrays
 from mlxkv.dump import stream_key
@@ -29,15 +26,11 @@ from mlxkv.errors import FormatError, InputError, MismatchError
 from mlxkv.io import container
 from mlxkv.io.container import Reader
 from mlxkv.io.inputs import check_decoded_size
-from mlxkv.kernels import metal
 from mlxkv.spec import STREAMS, CacheSpec, is_int
 from mlxkv.version import __version__
 
-T = TypeVar("T")
 KIND = "part"
 MOST_TOKENS = BLOCK_ROWS  # of a part
-PARTS_TOGETHER = 2  # whose rANS lanes are decoded together
-PIECES_AHEAD = 2  # that are entropy-decoded while others are multiplied
 TYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -81,27 +74,6 @@ class StoredPart(NamedTuple):
 
     reader: Reader
     artifacts: CalibrationArtifacts
-
-
-class Decoded(NamedTuple):
-    """Keys or values of one group of layers, from one position on.
-
-    Parameters
-    ----------
-    group
-        Number of the group; 0 is the main one.
-    name
-        "k" or "v".
-    first
-        Position of the first token.
-    array
-        `[layers, 1, H, t, D]`.
-    """
-
-    group: int
-    name: str
-    first: int
-    array: mx.array
 
 
 class PartCodec:
@@ -193,7 +165,10 @@ class PartCodec:
             raise InputError(
                 f"tokens {part.tokens.shape} {part.tokens.dtype} of a cache of {str(part.dtype)[:80]} are not those of a part"
             )
-        _check_firsts(part.firsts, part.start, part.stop, spec)
+        if not _may_begin(part.firsts, part.start, part.stop, spec):
+            raise InputError(
+                f"groups of layers cannot begin at {str(dict(part.firsts))[:80]} of {part.start} to {part.stop}"
+            )
         layouts, shapes = {}, set()
         for index, group in enumerate(spec.groups):
             first = part.firsts.get(index, part.start)
@@ -254,24 +229,14 @@ def part_layout(first: int, stop: int, sinks: int, recent: int) -> Layout:
     return Layout(1, rows, 0 if first else sinks, recent, block_tokens=rows, start=first)
 
 
-def _check_firsts(firsts: Mapping[int, int], start: int, stop: int, spec: CacheSpec) -> None:
-    """Check where groups of layers begin in a part."""
-    for index, first in firsts.items():
-        known = is_int(index, 0, len(spec.groups) - 1) and is_int(first, start, stop)
-        if not known or (first != start and spec.groups[index].window is None):
-            raise FormatError(
-                f"group {str(index)[:20]} of layers cannot begin at {str(first)[:40]} of {start} to {stop}"
-            )
-
-
-class _Part(NamedTuple):
-    """A part whose header was checked. groups: those that have rows in it. blocks: of each of them."""
-
-    stored: StoredPart
-    start: int
-    stop: int
-    groups: list[StoredGroup]
-    blocks: list[list[CodedBlock]]
+def _may_begin(firsts: Mapping[int, int], start: int, stop: int, spec: CacheSpec) -> bool:
+    """Return whether groups of layers may begin at these positions of a part."""
+    return all(
+        is_int(index, 0, len(spec.groups) - 1)
+        and is_int(first, start, stop)
+        and (first == start or spec.groups[index].window is not None)
+        for index, first in firsts.items()
+    )
 
 
 def read_tokens(reader: Reader) -> np.ndarray:
@@ -352,21 +317,15 @@ def decode_parts(parts: Sequence[StoredPart], stop: int, dtype: str) -> Iterator
     """
     if dtype not in TYPES:
         raise InputError(f"a cache is of {', '.join(TYPES)}, not {str(dtype)[:80]!r}")
-    coders: dict[int, tuple[BlockCoder, ...]] = {}
-    checked = []
-    for part in parts:
-        if id(part.artifacts) not in coders:
-            made = tuple(part.artifacts.coder(group) for group in range(len(part.artifacts.spec.groups)))
-            coders[id(part.artifacts)] = made
-        checked.append(_read_part(part, coders[id(part.artifacts)]))
-    if not checked or any(a.stop != b.start for a, b in pairwise(checked)):
-        raise InputError(f"parts of {[(part.start, part.stop) for part in checked][:8]} do not follow each other")
-    if not checked[-1].start < stop <= checked[-1].stop:
-        raise InputError(f"tokens up to {stop} do not end in the last part, {checked[-1].start} to {checked[-1].stop}")
-    return _decode(checked, stop, TYPES[dtype])
+    places = [read_positions(part.reader) for part in parts]
+    if not places or any(a[1] != b[0] for a, b in pairwise(places)):
+        raise InputError(f"parts of {places[:8]} do not follow each other")
+    if not places[-1][0] < stop <= places[-1][1]:
+        raise InputError(f"tokens up to {stop} do not end in the last part, {places[-1][0]} to {places[-1][1]}")
+    return decode([_read_part(part) for part in parts], stop, TYPES[dtype])
 
 
-def _read_part(part: StoredPart, coders: Sequence[BlockCoder]) -> _Part:
+def _read_part(part: StoredPart) -> CheckedPart:
     """Check the header of a part against its artifacts, and the sizes of its sections."""
     reader, spec = part.reader, part.artifacts.spec
     start, stop = read_positions(reader)
@@ -377,14 +336,14 @@ def _read_part(part: StoredPart, coders: Sequence[BlockCoder]) -> _Part:
     if not is_int(sinks, 0, MAX_TOKENS) or not is_int(recent, 0, MAX_TOKENS):
         raise FormatError(f"{reader.name} has {str(sinks)[:40]} sinks and {str(recent)[:40]} recent tokens")
     groups = [
-        StoredGroup(index, group, part_layout(first, stop, sinks, recent), coders[index])
+        StoredGroup(index, group, part_layout(first, stop, sinks, recent), part.artifacts.coders[index])
         for index, group in enumerate(spec.groups)
         if (first := firsts.get(index, start)) < stop
     ]
     numbers = sum(each.width * each.layout.length for each in groups)
     working = sum(each.width * max(0, each.layout.length - free_rows(each, part.artifacts)) for each in groups)
     check_decoded_size(reader.name, 4 * numbers + WORKING_BYTES * working, reader.size)
-    return _Part(part, start, stop, groups, read_coded_blocks(reader, groups))
+    return CheckedPart(reader, stop, groups, read_coded_blocks(reader, groups))
 
 
 def _read_firsts(reader: Reader, start: int, stop: int, spec: CacheSpec) -> dict[int, int]:
@@ -393,119 +352,9 @@ def _read_firsts(reader: Reader, start: int, stop: int, spec: CacheSpec) -> dict
     if not isinstance(stored, dict) or not all(key.isascii() and key.isdigit() and len(key) < 5 for key in stored):
         raise FormatError(f"{reader.name}: {str(stored)[:80]} are no positions of groups of layers")
     firsts = {int(key): first for key, first in stored.items()}
-    _check_firsts(firsts, start, stop, spec)
+    if not _may_begin(firsts, start, stop, spec):
+        raise FormatError(f"{reader.name}: groups of layers cannot begin at {str(stored)[:80]} of {start} to {stop}")
     return firsts
-
-
-def _decode(parts: Sequence[_Part], stop: int, dtype: mx.Dtype) -> Iterator[Decoded]:
-    """Yield the pieces of all parts, while a thread undoes the entropy coding of those to come."""
-    unpacked = _unpack(parts, stop)
-    # On Metal rANS launches kernels, which have to come from this thread.
-    for piece in unpacked if metal.available() else _ahead(unpacked):
-        arrays = list(_restore(piece, dtype))
-        oldest = _oldest(piece.group, stop)
-        for each in arrays:
-            first, last = max(each.first, oldest), min(each.first + each.array.shape[3], stop)
-            if first < last:
-                array = each.array[..., first - each.first : last - each.first, :]
-                mx.async_eval(array)  # type: ignore[no-untyped-call]
-                yield each._replace(first=first, array=array)
-
-
-def _oldest(group: StoredGroup, stop: int) -> int:
-    """Return the position of the oldest token that layers still keep before `stop`."""
-    return 0 if group.group.window is None else max(0, stop - group.group.window)
-
-
-class _Piece(NamedTuple):
-    """A block of a group of layers that is entropy-decoded, or tokens that are stored unquantized, by stream."""
-
-    group: StoredGroup
-    first: int
-    block: CodedBlock | None
-    codes: Mapping[str, Any]
-
-
-def _unpack(parts: Sequence[_Part], stop: int) -> Iterator[_Piece]:
-    """Yield what is stored of all parts, a few parts at a time so that their lanes are decoded together."""
-    for at in range(0, len(parts), PARTS_TOGETHER):
-        chosen = [
-            (part.stored.reader, group, blocks)
-            for part in parts[at : at + PARTS_TOGETHER]
-            for group, blocks in zip(part.groups, part.blocks)
-            if part.stop > _oldest(group, stop)
-        ]
-        codes = _unpacked_blocks(chosen)
-        for reader, group, blocks in chosen:
-            yield from _unquantized(reader, group, "sink")
-            for block in blocks:
-                yield _Piece(group, group.layout.start + block.start, block, next(codes[group.number]))
-            yield from _unquantized(reader, group, "window")
-
-
-def _unpacked_blocks(
-    chosen: Sequence[tuple[Reader, StoredGroup, Sequence[CodedBlock]]],
-) -> dict[int, Iterator[Mapping[str, Any]]]:
-    """Return the codes of all blocks of each group of layers, by its number."""
-    codes: dict[int, Iterator[Mapping[str, Any]]] = {}
-    for number in {group.number for _, group, _ in chosen}:
-        stored = [each for each in chosen if each[1].number == number]
-        runs = [list(run) for _, run in groupby(stored, key=lambda each: id(each[1].coder))]
-        codes[number] = chain.from_iterable(_unpacked_run(run) for run in runs)
-    return codes
-
-
-def _unpacked_run(run: Sequence[tuple[Reader, StoredGroup, Sequence[CodedBlock]]]) -> Iterable[Mapping[str, Any]]:
-    """Return the codes of blocks of one coder."""
-    payloads, counts = [], []
-    for reader, group, blocks in run:
-        for block in blocks:
-            keys = {stream.name: stream_key(group.number, f"{stream.name}.{block.name}") for stream in group.streams}
-            payloads.append({name: reader.read(key) for name, key in keys.items()})
-            counts.append(block.stop - block.start)
-    return run[0][1].coder.unpack(payloads, counts) if counts else ()
-
-
-def _ahead(pieces: Iterator[T]) -> Iterator[T]:
-    """Yield what an iterator does, which runs in another thread and is a few pieces ahead."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = deque(pool.submit(next, pieces, None) for _ in range(PIECES_AHEAD))
-        try:
-            while (piece := waiting.popleft().result()) is not None:
-                waiting.append(pool.submit(next, pieces, None))
-                yield piece
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def _restore(piece: _Piece, dtype: mx.Dtype) -> Iterator[Decoded]:
-    """Yield the arrays of a piece by stream."""
-    group, block = piece.group, piece.block
-    rows = piece.codes if block is None else group.coder.decode(piece.codes, block.stop - block.start, block.quality)
-    for stream in group.streams:
-        if block is None:
-            array = mx.array(rows[stream.name]).astype(dtype)
-        elif group.coder.undoes_rotation:
-            array = from_rows(stream, rows[stream.name], 1, piece.first, dtype)
-        else:
-            array = from_plain_rows(stream, rows[stream.name], 1, dtype)
-        yield Decoded(group.number, stream.name, piece.first, array)
-
-
-def _unquantized(reader: Reader, group: StoredGroup, end: str) -> Iterator[_Piece]:
-    """Yield tokens of a group that are stored unquantized at its beginning or its end, where there are any."""
-    layout = group.layout
-    at, tokens = (0, layout.middle.start) if end == "sink" else (layout.middle.stop, layout.length - layout.middle.stop)
-    if tokens and (end == "sink" or reader.header.get("window_quality") is None):
-        arrays = {}
-        for stream in group.streams:
-            key = stream_key(group.number, f"{stream.name}.{end}")
-            needed = (stream.layers, 1, stream.heads, tokens, stream.dim)
-            if (shape := tuple(unquantized.read_description(reader, key)[1])) != needed:
-                raise FormatError(f"{reader.name}: {key} has shape {shape}, its layout needs {needed}")
-            arrays[stream.name] = unquantized.read_array(reader, key)
-        yield _Piece(group, layout.start + at, None, arrays)
 
 
 def check_part(reader: Reader, spec: CacheSpec) -> None:

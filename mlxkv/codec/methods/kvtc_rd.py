@@ -282,7 +282,9 @@ class KVTCRDCoder(BlockCoder):
         with np.errstate(over="ignore", invalid="ignore"):  # decoded rows are checked to be finite
             bias = (part.mu.reshape(heads, dim) * attention[:, :-1]).sum(axis=1) + attention[:, -1]
         whole = (whole.reshape(-1, heads, dim) * slopes).sum(axis=-1)
-        return whole, of_heads @ slopes[:, :, None] if of_heads.size else of_heads, mx.array(bias)
+        predictor = whole, of_heads @ slopes[:, :, None] if of_heads.size else of_heads, mx.array(bias)
+        mx.eval(predictor)  # at once, as other threads may use it as well
+        return predictor
 
 
 @codec_methods.register("kvtc-rd")
