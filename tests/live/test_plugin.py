@@ -73,38 +73,44 @@ def test_commands_list_and_evaluate_the_method(site, model_dir):
     assert "every-other" in json.dumps(rows)
 
 
-def broken(site, code):
+def broken(site, code, name="broken"):
     """Install a package whose module is this code."""
-    (site / "broken_method.py").write_text(textwrap.dedent(code))
-    info = site / "broken_method-1.0.dist-info"
+    (site / f"{name}_method.py").write_text(textwrap.dedent(code))
+    info = site / f"{name}_method-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-method\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[mlxkv.methods]\nbroken = broken_method\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-method\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[mlxkv.methods]\n{name} = {name}_method\n")
 
 
 REGISTER = "from mlxkv.live import live_methods, LayerCache\nfrom mlxkv.live.methods.int8 import Int8Cache\n"
 
 
-@pytest.mark.parametrize(
-    ("code", "reason"),
-    [
-        ("1 / 0", "ZeroDivisionError"),
-        ("import nothing_of_this_name", "ModuleNotFoundError"),
-        (REGISTER + "live_methods.register('broken')(int)", "no subclass of mlxkv.live.LayerCache"),
-        (REGISTER + "@live_methods.register('broken')\nclass Broken(LayerCache): ...", "Broken needs a config_class"),
-        (
-            REGISTER + "@live_methods.register('int8')\nclass Mine(Int8Cache): ...",
-            "two live methods of the name 'int8'",
-        ),
-    ],
-)
-def test_a_broken_package_is_left_out_with_a_warning(code, reason, tmp_path):
-    broken(tmp_path, code)
+BROKEN = {
+    "dividing": ("1 / 0", "ZeroDivisionError"),
+    "missing": ("import nothing_of_this_name", "ModuleNotFoundError"),
+    "foreign": (REGISTER + "live_methods.register('broken')(int)", "no subclass of mlxkv.live.LayerCache"),
+    "bare": (
+        REGISTER + "@live_methods.register('broken')\nclass Broken(LayerCache): ...",
+        "Broken needs a config_class",
+    ),
+    "taking": (
+        REGISTER + "@live_methods.register('int8')\nclass Mine(Int8Cache): ...",
+        "two live methods of the name 'int8'",
+    ),
+}
+
+
+def test_each_broken_package_is_left_out_with_a_warning(tmp_path):
+    for name, (code, _) in BROKEN.items():
+        broken(tmp_path, code, name)
     done = python(tmp_path, "-c", "import mlxkv.live as live; print(*live.live_methods.names())")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == live_methods.names()
-    assert "RuntimeWarning: broken_method of group mlxkv.methods is left out" in done.stderr
-    assert reason in done.stderr
+    for name, (_, reason) in BROKEN.items():
+        (line,) = [line for line in done.stderr.splitlines() if f"{name}_method of group mlxkv.methods" in line]
+        assert "RuntimeWarning" in line
+        assert "is left out" in line
+        assert reason in line
 
 
 def test_two_methods_may_have_the_same_settings_and_differ_by_name(tmp_path):
