@@ -17,6 +17,7 @@ Modules:
 
 - `session`: `CacheCodec`, a cache to one container and back; `layout`, `writing`, `reading` and `unquantized` are its
   parts, and `summary` lists the sizes of a file's parts.
+- `parts`: some tokens of a text to one container, and parts that follow each other back; `pieces` decodes them.
 - `calibrate`: learns the `artifacts` of a method from `samples`, the rows of dumps, or makes those of a method that needs no
   calibration.
 - `library`: artifacts in the user's data folder, found by model or by file; `entries` tells what there is.
