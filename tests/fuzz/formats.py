@@ -38,6 +38,7 @@ from mlxkv.codec.calibrate import calibrate, read_uncalibrated, uncalibrated
 from mlxkv.codec.methods.kvtc import KVTCConfig
 from mlxkv.codec.methods.kvtc_rd import KVTCRDConfig
 from mlxkv.codec.methods.kvtc_weighted import KVTCWeightedConfig
+from mlxkv.codec.parts import CachePart, PartCodec, StoredPart, check_part, decode_parts, read_positions
 from mlxkv.codec.session import CacheCodec
 from mlxkv.dump import read_dump, stream_key, write_dump
 from mlxkv.errors import MlxkvError
@@ -47,7 +48,7 @@ from mlxkv.io.container import Reader, digest
 from mlxkv.live.base import live_methods
 from mlxkv.live.seam import make_cache
 from mlxkv.live.serialization import load_cache, save_cache
-from mlxkv.spec import CacheSpec
+from mlxkv.spec import STREAMS, CacheSpec
 
 LENGTH, LONGER = 30, 40
 LIVE = {"int8": {}, "int4": {}, "kivi": {}, "full": {}, "h2o": {"heavy": 8, "recent": 8}}
@@ -183,6 +184,36 @@ def container(recipe, folder):
     variant, path = recipe["variant"], folder / "a.mlxkv"
     path.write_bytes(damaged_container(codec_file(variant)[0], recipe))
     read_compressed(variant, codec(variant), path)
+
+
+@cache
+def part_file(variant):
+    """A part in the middle of a text, and its artifacts; layers with a window have lost its first rows."""
+    dump, made = dump_of(variant, LENGTH), codec(variant).artifacts
+    streams, firsts = {}, {}
+    for index in range(len(made.spec.groups)):
+        for name in STREAMS:
+            array = dump.stream(name, index)
+            firsts[index] = max(10, LENGTH - array.shape[3])
+            streams[stream_key(index, name)] = [layer[:1, :, firsts[index] - LENGTH :] for layer in array]
+    tokens = np.ascontiguousarray(dump.tokens[0, 10:])
+    part = CachePart(10, LENGTH, tokens, streams, firsts, dump.dtype)
+    return PartCodec(made, recent=5).encode(part, {"fingerprint": "f00d.cafe"}), made
+
+
+def part(recipe, folder):
+    """Parts of a text with right checksums."""
+    blob, made = part_file(recipe["variant"])
+    path = folder / "a.mlxkv"
+    path.write_bytes(damaged_container(blob, recipe))
+    inspect(path)
+    with Reader(path) as opened:
+        with contextlib.suppress(MlxkvError):
+            check_part(opened, made.spec)
+        with contextlib.suppress(MlxkvError):
+            read_uncalibrated(opened)
+        for piece in decode_parts([StoredPart(opened, made)], read_positions(opened)[1], "float16"):
+            mx.eval(piece.array)
 
 
 def read_compressed(variant, reader, path):
@@ -456,6 +487,7 @@ def preset(recipe, folder):
 FORMATS = {
     "container": (container, CODECS, {}),
     "damage": (damage, CODECS, {"json": False}),
+    "part": (part, CODECS, {}),
     "artifacts": (artifacts, CODECS, {"arrays": True}),
     "npz": (npz, ("llama", "lfm2", "windows"), {"arrays": True}),
     "live": (live, (*LIVE, "int8 lfm2", "kivi glm4_moe_lite", "mp-kvm glm4_moe_lite", "int4 windows"), {}),
