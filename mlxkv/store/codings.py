@@ -15,6 +15,7 @@ from mlxkv.spec import CacheSpec
 
 DEFAULT_QUALITY = 38.0
 FINE_TOKENS = 32  # newest tokens that are computed again, or coded finer where a cache cannot be cut
+SINKS = 4  # first tokens of a text, which are not quantized
 _CALIBRATED, _FREE, _EXACT = "kvtc-rd", "direct", "exact"
 _BONUS, _FINEST = 10.0, 70.0  # points of quality that `direct` needs more for the same loss, and the most it gets
 
@@ -125,7 +126,7 @@ class Codings:
 
 def _coding(artifacts: CalibrationArtifacts, quality: float | None) -> Coding:
     fine = 0 if quality is None else FINE_TOKENS
-    plain, finer = (PartCodec(artifacts, quality=quality, recent=recent) for recent in (0, fine))
+    plain, finer = (PartCodec(artifacts, quality=quality, recent=recent, sinks=SINKS) for recent in (0, fine))
     return Coding(artifacts, quality, plain, finer)
 
 

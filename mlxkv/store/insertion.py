@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
+from mlxkv.codec.parts import CachePart
 from mlxkv.store.chain import SLOT, Block, Chain
-from mlxkv.store.codings import FINE_TOKENS, Coding, Codings
+from mlxkv.store.codings import FINE_TOKENS, SINKS, Coding, Codings
 from mlxkv.store.form import LAST_CUT, LEAST_TOKENS, CacheForm
 from mlxkv.store.index import BlockStore
 from mlxkv.store.snapshot import Snapshot
@@ -180,5 +183,18 @@ class Insertion:
         # What can neither be cut nor computed again is coded finer.
         again = self.form.window and step.rows_from > max(0, step.stop - FINE_TOKENS - self.form.window)
         codec = coding.fine if ends and (self.form.states or again) else coding.plain
-        data = codec.encode(self.snapshot.part(step.start, step.stop), meta)
+        part = self.snapshot.part(step.start, step.stop)
+        data = codec.encode(part if coding.quality is None or step.start else _with_short_sinks(part), meta)
         return block._replace(size=len(data)), data
+
+
+def _with_short_sinks(part: CachePart) -> CachePart:
+    """Return the part that begins a text with its first tokens in 16 bits, where those hold them: they are not quantized."""
+    streams: dict[str, list[np.ndarray]] = {}
+    for key, layers in part.streams.items():
+        with np.errstate(over="ignore"):
+            halves = [rows[:, :, :SINKS].astype(np.float16).astype(rows.dtype) for rows in layers]
+        if not all(np.isfinite(each).all() for each in halves):
+            return part
+        streams[key] = [np.concatenate([half, x[:, :, SINKS:]], axis=2) for half, x in zip(halves, layers)]
+    return part._replace(streams=streams)

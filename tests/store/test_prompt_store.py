@@ -325,3 +325,19 @@ def test_the_store_keeps_no_model_in_memory(store):
     del model
     assert prompts.match(ids) > 0
     assert prompts.fetch(ids) is None
+
+
+def test_first_tokens_of_a_coded_text_take_16_bits_where_those_hold_them(store):
+    model, ids = tiny_model("llama"), tiny_tokens(100)
+    cache = computed(model, ids)
+    wide = [array[..., :4, :] for entry in cache for array in entry.keys_and_values()]
+    prompts = store.for_model(model)
+    prompts.insert(ids, cache)
+    assert prompts.flush(60)
+    found = [array[..., :4, :] for entry in prompts.fetch(ids).cache for array in entry.keys_and_values()]
+    assert all(mx.array_equal(a, b.astype(mx.float16).astype(mx.float32)) for a, b in zip(found, wide, strict=True))
+    cache[0].values = cache[0].values * 1e6
+    others = store.for_model(model, quality=30)
+    others.insert(ids, cache)
+    assert others.flush(60)
+    assert mx.array_equal(others.fetch(ids).cache[0].keys[..., :4, :], cache[0].keys[..., :4, :])
