@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +36,14 @@ class Contender:
         Module and arguments, without port.
     environment
         Variables beside those of this process.
+    folder
+        Where it keeps files; None where it keeps none.
     """
 
     name: str
     words: tuple[object, ...]
     environment: Mapping[str, str]
+    folder: Path | None = None
 
 
 def contenders(model: Path, libraries: Mapping[str, Path], work: Path) -> list[Contender]:
@@ -48,7 +52,7 @@ def contenders(model: Path, libraries: Mapping[str, Path], work: Path) -> list[C
     theirs = ("benchmarks.raw_server", "--model", model)
     return [
         Contender(THEIRS, theirs, {}),
-        Contender(f"{THEIRS} and raw files", (*theirs, "--raw-files", folder), {}),
+        Contender(f"{THEIRS} and raw files", (*theirs, "--raw-files", folder), {}, folder),
         *(ours(mode, model, library, work) for mode, library in libraries.items()),
     ]
 
@@ -57,7 +61,7 @@ def ours(mode: str, model: Path, library: Path, work: Path) -> Contender:
     """Return `mlxkv serve` in a mode."""
     words: tuple[object, ...] = ("mlxkv", "serve", "--model", model, "--store", work / mode, "--no-calibrate")
     words += ("--exact",) if mode == "exact" else ()
-    return Contender(f"{OURS}, {mode}", words, {"MLXKV_ARTIFACTS": str(library)})
+    return Contender(f"{OURS}, {mode}", words, {"MLXKV_ARTIFACTS": str(library)}, work / mode)
 
 
 def spoken(has_template: bool) -> Speak:
@@ -101,11 +105,23 @@ def first_tokens(contender: Contender, passages: Mapping[str, str], speak: Speak
             for name in passages:
                 ask(server, when, name, [*begun[name], QUESTIONS[question]])
                 server.settle()
+    if contender.folder is not None:
+        read_from_disk(contender.folder)
     with running(contender.words, contender.environment, log) as server:
         for name in list(passages)[: FORGOTTEN if contender.name == THEIRS else None]:
             ask(server, "restarted", name, [*begun[name], QUESTIONS[2]])
             server.settle()
     return records
+
+
+def read_from_disk(folder: Path) -> None:
+    """Let the system forget what it holds in memory of a folder's files, where it can be asked to."""
+    if hasattr(os, "posix_fadvise"):
+        for path in folder.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def clients(

@@ -1,12 +1,12 @@
 """Prompts that survive a restart: `mlxkv serve` against `mlx_lm.server`, and against mlx-lm's own files of the same caches.
 
 All in one run on one machine, in processes of their own, over HTTP and streaming: time to the first token of a question about
-a text of 2,048 tokens, cold, from memory and after the server was started again, of texts of six kinds that nothing was learnt from;
-bytes on disk and predictions of the next 128 tokens from what comes back; bytes written by a conversation of 50 turns, and those of a
-branch; 1, 8 and 32 clients at once. Both servers load one folder of float32 weights, the fast type of CPUs, and multiply by the same BLAS;
-mlx_lm.server also runs with its caches behind it in raw files. Calibrated blocks are coded by the newest artifacts that the library
-($MLXKV_ARTIFACTS) has of the model; where it has none, `mlxkv calibrate --model` makes them first, as a user does, in a library of its own.
-Quick: a miniature, one short text, without calibration.
+a text of 2,048 tokens, cold, from memory and after the server was started again, its files out of the system's memory, of texts of kinds
+that nothing was learnt from; bytes on disk and predictions of the next 128 tokens from what comes back; bytes written by a conversation of
+50 turns, and those of a branch; 1, 8 and 32 clients at once. Both servers load one folder of float32 weights, the fast type of CPUs, and
+multiply by the same BLAS; mlx_lm.server also runs with its caches behind it in raw files. Calibrated blocks are coded by the newest
+artifacts that the library ($MLXKV_ARTIFACTS) has of the model; where it has none, `mlxkv calibrate --model` makes them first, as a user
+does, in a library of its own. Quick: a miniature, one short text, without calibration.
 """
 
 from __future__ import annotations

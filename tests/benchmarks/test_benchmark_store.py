@@ -12,13 +12,14 @@ STUB = "tests.benchmarks.stub_server"
 PASSAGES = {"one": "1" * 40, "two": "2" * 60}
 
 
-def stub(how="answers", name="stub"):
-    return served.Contender(name, (STUB, how), {})
+def stub(how="answers", name="stub", folder=None):
+    return served.Contender(name, (STUB, how), {}, folder)
 
 
 @pytest.mark.parametrize("has_template", [False, True])
 def test_every_text_is_asked_about_cold_from_memory_and_after_a_restart(has_template, tmp_path):
-    found = served.first_tokens(stub(), PASSAGES, served.spoken(has_template), tmp_path / "log")
+    contender = stub(folder=tmp_path)  # whose files, the log, are read from disk after the restart
+    found = served.first_tokens(contender, PASSAGES, served.spoken(has_template), tmp_path / "log")
     assert [(record["when"], record["passage"]) for record in found] == [
         (when, passage) for when in ("cold", "memory", "restarted") for passage in PASSAGES
     ]
