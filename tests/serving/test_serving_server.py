@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from itertools import count
 
+import mlx.core as mx
 import pytest
 from mlx_lm import generate
 from servers import serving
@@ -234,6 +235,20 @@ def test_thoughts_that_a_template_begins_are_no_part_of_what_is_kept(talker, tmp
         assert client.chat(longer)[2] >= tokens - len("\n<think>\n")
 
 
+def test_weights_have_the_fast_type_of_the_device(talker, tmp_path):
+    for file in talker.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = {name: value.astype(mx.float16) for name, value in mx.load(str(talker / "model.safetensors")).items()}
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights, {"format": "mlx"})
+    with serving(tmp_path, "--draft-model", str(tmp_path), store=False) as client:
+        client.complete(TEXT, 1)
+        provider = client.server._generator.model_provider
+        on_cpu = mx.default_device() == mx.cpu
+        for model in (provider.model, provider.draft_model):
+            assert model.stored_dtype == "float16"
+            assert model.model.norm.weight.dtype == (mx.float32 if on_cpu else mx.float16)
+
+
 def test_a_server_without_a_model_takes_those_of_requests(talker):
     with serving(None, store=False) as client:
         assert "without --model" in client.refused("/v1/completions", {"prompt": "a"})[1]
@@ -297,7 +312,8 @@ def test_stopping_cuts_long_answers_and_stores_their_prompts(talker, tmp_path, m
         assert cached > tokens - 64
 
 
-def test_other_work_is_done_only_while_nobody_asks(talker, monkeypatch):
+@pytest.mark.parametrize("more", [{}, {"seed": 7}], ids=["batched", "alone"])
+def test_other_work_is_done_only_while_nobody_asks(talker, monkeypatch, more):
     monkeypatch.setattr(generation, "IDLE_SECONDS", 0.3)
     asked = []
 
@@ -308,7 +324,7 @@ def test_other_work_is_done_only_while_nobody_asks(talker, monkeypatch):
     monkeypatch.setattr(module.Provider, "learn", work)
     with serving(talker, store=False) as client:
         for _ in range(6):
-            client.complete(TEXT, 4)
+            client.complete(TEXT, 4, **more)
             time.sleep(0.1)
         last = time.monotonic()
         assert asked == []
