@@ -30,6 +30,7 @@ from mlxkv.spec import STREAMS
 CONFIGS = {"kvtc": KVTCConfig(4.0), "kvtc-weighted": KVTCWeightedConfig(4.0), "kvtc-rd": KVTCRDConfig()}
 METHODS = (*CONFIGS, "direct", "exact")
 SPECS = {**GROUPED, "dual": DUAL, "latent": LATENT}
+LEARNT_KINDS = ("window", "latent and keys")
 META = {"model": "a/toy", "fingerprint": "f00d.cafe", "note": ["kept", 1]}
 
 
@@ -119,8 +120,9 @@ def changed(blob, **fields):
 # What comes back
 
 
-@pytest.mark.parametrize("kind", SPECS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "kind"), [(m, kind) for m in METHODS for kind in (LEARNT_KINDS if m in CONFIGS else SPECS)]
+)
 def test_a_part_decodes_as_a_file_of_the_same_tokens_does(learnt, method, kind):
     artifacts, recent = learnt(method, kind), 5
     spec = artifacts.spec
@@ -141,13 +143,13 @@ def test_a_part_decodes_as_a_file_of_the_same_tokens_does(learnt, method, kind):
         assert reader.header["meta"] == META
 
 
-@pytest.mark.parametrize("cuts", [[0, 90], [0, 1, 2, 33, 64, 90], [0, 47, 48, 90], [0, 3, 90]], ids=str)
+@pytest.mark.parametrize("cuts", [[0, 1, 2, 33, 64, 90], [0, 47, 48, 90]], ids=str)
 @pytest.mark.parametrize("kind", SPECS)
 def test_exact_parts_cut_anywhere_are_what_the_layers_hold(learnt, kind, cuts):
     artifacts = learnt("exact", kind)
     streams = text(artifacts.spec, 90)
     blobs = encoded(PartCodec(artifacts), streams, cuts)
-    for stop in (90, 89, cuts[-2] + 1):
+    for stop in (90, cuts[-2] + 1):
         found, firsts = joined(blobs, artifacts, stop)
         held = expected(artifacts.spec, streams, stop)
         assert found.keys() == held.keys()
@@ -156,14 +158,14 @@ def test_exact_parts_cut_anywhere_are_what_the_layers_hold(learnt, kind, cuts):
             assert firsts[key] == stop - array.shape[3]
 
 
-@pytest.mark.parametrize("kind", ["window", "latent and keys", "dual"])
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "exact"])
+@pytest.mark.parametrize("kind", LEARNT_KINDS)
+@pytest.mark.parametrize("method", ["kvtc", "kvtc-rd", "direct"])
 def test_parts_cut_anywhere_err_as_little_as_one(learnt, method, kind):
     artifacts = learnt(method, kind)
-    streams = text(artifacts.spec, 130)
+    streams = text(artifacts.spec, 90)
     codec = PartCodec(artifacts)
-    one, many = (joined(encoded(codec, streams, cuts), artifacts, 130)[0] for cuts in ([0, 130], [0, 7, 70, 71, 130]))
-    for key, array in expected(artifacts.spec, streams, 130).items():
+    one, many = (joined(encoded(codec, streams, cuts), artifacts, 90)[0] for cuts in ([0, 90], [0, 7, 60, 90]))
+    for key, array in expected(artifacts.spec, streams, 90).items():
         assert relative_error(many[key], array) < max(1.5 * relative_error(one[key], array), 1e-3)
         if method == "kvtc-rd":  # whose tokens do not depend on each other
             np.testing.assert_allclose(many[key], one[key], rtol=2e-3, atol=2e-3)
@@ -283,6 +285,12 @@ def test_an_iterator_that_is_given_up_leaves_no_thread(learnt):
 # What is refused
 
 
+@pytest.fixture(scope="module")
+def intact(learnt):
+    artifacts = learnt("kvtc-rd", "window")
+    return encoded(PartCodec(artifacts), text(artifacts.spec, 60), [0, 60])[0]
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -298,9 +306,8 @@ def test_an_iterator_that_is_given_up_leaves_no_thread(learnt):
     ],
     ids=str,
 )  # fmt: skip
-def test_a_forged_header_is_a_typed_error_in_little_memory(learnt, fields):
-    artifacts = learnt("kvtc-rd", "window")
-    (blob,) = encoded(PartCodec(artifacts), text(artifacts.spec, 60), [0, 60])
+def test_a_forged_header_is_a_typed_error_in_little_memory(learnt, intact, fields):
+    artifacts, blob = learnt("kvtc-rd", "window"), intact
     forged = changed(blob, **fields)
     tracemalloc.start()
     with pytest.raises((FormatError, MismatchError, InputError)):
@@ -310,13 +317,13 @@ def test_a_forged_header_is_a_typed_error_in_little_memory(learnt, fields):
     assert used < 2**24  # tables of the entropy coder
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["kvtc", "kvtc-rd", "direct", "exact"])
 def test_damaged_sections_are_typed_errors_or_other_numbers(learnt, method):
     artifacts = learnt(method, "window")
     (blob,) = encoded(PartCodec(artifacts), text(artifacts.spec, 60), [0, 60])
     header, body = header_of(blob)
     random = np.random.default_rng(0)
-    for _ in range(12):
+    for _ in range(6):
         at, sections = int(random.integers(len(body))), [list(row) for row in header["sections"]]
         spoilt = body[:at] + bytes([body[at] ^ int(random.integers(1, 256))]) + body[at + 1 :]
         with pytest.raises(FormatError, match="checksum"):
