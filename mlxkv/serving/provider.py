@@ -47,7 +47,7 @@ class Provider(server.ModelProvider):
     ) -> None:
         self._open_store, self._changed, self._quality = open_store, changed, learnt_quality
         self._learning: Learning | None = None
-        self.name: str | None = arguments.model
+        self._default_name = self.name = arguments.model
         self.prompts: PromptStore | None = None
         for option in ("model", "draft_model"):
             if getattr(arguments, option) is not None:
@@ -106,7 +106,7 @@ class Provider(server.ModelProvider):
             if name not in (None, DEFAULT):
                 located(str(name))
                 names[i] = name_for_mlx_lm(str(name))
-        self.name = self.cli_args.model if model_path == DEFAULT else model_path
+        self.name = self._default_name if model_path == DEFAULT else model_path
         return super().load(names[0], adapter_path, names[1])  # type: ignore[no-untyped-call]
 
     def _load(self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None) -> None:

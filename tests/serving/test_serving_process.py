@@ -56,6 +56,7 @@ def test_a_server_ends_in_order_or_at_once_and_goes_on_where_it_was(tmp_path):
     assert cached == 0
     code, said = ended(process, signal.SIGTERM)
     assert code == 0, said
+    assert "miniature/qwen3 is loaded, prompts are stored as exact" in said
     assert "SIGTERM: stopping" in said
     assert re.search(r"stored [\d,]+ tokens in [\d.]+ [kM]B \(exact\)", said)
     assert "Traceback" not in said
