@@ -127,7 +127,13 @@ class Changes:
         return result
 
     def touch(self, name: bytes) -> None:
-        """Note that an entry was used; the next change writes it down."""
+        """Note that an entry was used; the next change writes it down.
+
+        Parameters
+        ----------
+        name
+            Name of the place.
+        """
         with self._touching:
             self._touched.pop(name, None)
             self._touched[name] = time.time()
@@ -178,11 +184,30 @@ class Changes:
         return Reservation(number or 0, path, written, cost(size), pinned)
 
     def holds(self, db: Db, reserved: Reservation) -> bool:
-        """End a reservation whose file gets its name in this transaction; return whether it still held."""
+        """End a reservation whose file gets its name in this transaction; return whether it still held.
+
+        Parameters
+        ----------
+        db
+            The connection, in a transaction.
+        reserved
+            What was set apart.
+
+        Returns
+        -------
+        bool
+            As said above.
+        """
         return bool(db.execute("DELETE FROM pending WHERE id = ?", (reserved.id,)).rowcount)
 
     def give_back(self, reserved: Reservation) -> None:
-        """End a reservation whose file did not get its name."""
+        """End a reservation whose file did not get its name.
+
+        Parameters
+        ----------
+        reserved
+            What was set apart.
+        """
         with suppress(Unavailable, InputError):  # on a full disk the next one who opens the store does
             self.make(lambda db: self.settle(db, reserved.id))
 

@@ -140,7 +140,13 @@ class Database:
                     yield self._writer
 
     def repair(self) -> bool:
-        """Make the index anew if it is damaged; return whether it was and can be used now."""
+        """Make the index anew if it is damaged; return whether it was and can be used now.
+
+        Returns
+        -------
+        bool
+            As said above.
+        """
         with self._writing:
             if not self._is_damaged or self._closed:
                 return False

@@ -12,6 +12,7 @@ from mlxkv.store import rows
 from mlxkv.store.chain import Block, Chain
 from mlxkv.store.changes import Changes
 from mlxkv.store.database import Damaged, Database, Unavailable
+from mlxkv.store.finding import longest
 from mlxkv.store.folder import BLOCKS, STATES, Folder, default_folder
 from mlxkv.store.growth import Growth
 from mlxkv.store.keeper import Keeper
@@ -147,7 +148,7 @@ class BlockStore:
             From the text's first token on, without gaps; empty where nothing is stored.
         """
         with suppress(Unavailable), self._database.reading() as db:
-            return rows.longest(db, chain, most, window, needs_state)
+            return longest(db, chain, most, window, needs_state)
         return []
 
     def find(self, name: bytes) -> Block | None:

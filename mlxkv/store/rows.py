@@ -6,11 +6,10 @@ Rows are read as hostile: values that no store writes end in `Damaged`, and no q
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from mlxkv.store.chain import SLOT, Block, Chain
+from mlxkv.store.chain import SLOT, Block
 from mlxkv.store.database import TOTALS, Damaged
 
 Db = sqlite3.Connection
@@ -27,11 +26,6 @@ _PATH = (
     " UNION ALL SELECT above.id, above.parent, above.start FROM path JOIN blocks above"
     " ON above.id = path.parent AND above.stop = path.start AND above.start < above.stop)"
     f" SELECT {_COLUMNS.format('path CROSS JOIN blocks b ON b.id = path.id')} ORDER BY b.start DESC"
-)
-_STOPS = (
-    "WITH RECURSIVE found (stop) AS (SELECT max(stop) FROM blocks WHERE slot = :slot AND stop <= :most"
-    " UNION ALL SELECT (SELECT max(stop) FROM blocks WHERE slot = :slot AND stop < found.stop)"
-    " FROM found WHERE found.stop IS NOT NULL) SELECT stop FROM found WHERE stop IS NOT NULL"
 )
 
 
@@ -89,23 +83,77 @@ def _one(cursor: sqlite3.Cursor) -> Row | None:
 
 
 def row_named(db: Db, name: bytes) -> Row | None:
-    """Return the row of the block that reaches to a place, if there is one."""
+    """Return the row of the block that reaches to a place, if there is one.
+
+    Parameters
+    ----------
+    db
+        The connection, in a transaction.
+    name
+        Name of the place.
+
+    Returns
+    -------
+    Row | None
+        As said above.
+    """
     return _one(db.execute(_BY_NAME, (name,)))
 
 
 def row_numbered(db: Db, number: int) -> Row | None:
-    """Return the row of a number, if there is one."""
+    """Return the row of a number, if there is one.
+
+    Parameters
+    ----------
+    db
+        The connection, in a transaction.
+    number
+        Number of the block.
+
+    Returns
+    -------
+    Row | None
+        As said above.
+    """
     return _one(db.execute(_BY_ID, (number,)))
 
 
 def rows_after(db: Db, number: int, count: int) -> list[Row]:
-    """Return the next rows by number, with the names of their parents."""
+    """Return the next rows by number, with the names of their parents.
+
+    Parameters
+    ----------
+    db
+        The connection, in a transaction.
+    number
+        Number of the block.
+    count
+        How many at most.
+
+    Returns
+    -------
+    list
+        As said above.
+    """
     rows = [_row(values) for values in db.execute(_AFTER, (number, count))]
     return [row._replace(block=with_parent(db, row)) for row in rows]
 
 
 def with_parent(db: Db, row: Row) -> Block:
-    """Return the block of a row with the name of its parent."""
+    """Return the block of a row with the name of its parent.
+
+    Parameters
+    ----------
+    db
+        The connection, in a transaction.
+    row
+        The block's row.
+
+    Returns
+    -------
+    Block
+        As said above.
+    """
     if row.block.start % SLOT == 0:
         return row.block
     found = db.execute("SELECT name FROM blocks WHERE id = ?", (row.parent,)).fetchone()
@@ -119,6 +167,18 @@ def path(db: Db, number: int) -> list[Row]:
     ------
     Damaged
         When the way back does not reach the beginning.
+
+    Parameters
+    ----------
+    db
+        The connection, in a transaction.
+    number
+        Number of the block.
+
+    Returns
+    -------
+    list
+        As said above.
     """
     rows = [_row(values) for values in db.execute(_PATH, (number,))][::-1]
     if not rows or rows[0].block.start or any(a.block.stop != b.block.start for a, b in pairwise(rows)):
@@ -127,43 +187,23 @@ def path(db: Db, number: int) -> list[Row]:
     return [row._replace(block=row.block._replace(parent=name)) for row, name in zip(rows, above)]
 
 
-def longest(db: Db, chain: Chain, most: int, window: int, needs_state: bool) -> list[Block]:
-    """Return the blocks up to the last place of a text from which a model can go on: see `BlockStore.longest`."""
-    most = min(most, len(chain))
-    low, high = 0, most // SLOT
-    while low < high:
-        middle = (low + high + 1) // 2
-        if db.execute("SELECT 1 FROM blocks WHERE name = ?", (chain.name(middle * SLOT),)).fetchone():
-            low = middle
-        else:
-            high = middle - 1
-    for number in range(low, -1, -1):
-        begin = number * SLOT
-        for stop in _stops(db, chain.name(begin), begin, min(most, begin + SLOT)):
-            found = db.execute(
-                "SELECT id, rows_from, state FROM blocks LEFT JOIN entries ON block = id WHERE name = ?",
-                (chain.name(stop),),
-            ).fetchone()
-            if found and _can_go_on(found[1], found[2], stop, window, needs_state):
-                return [row.block for row in path(db, found[0])]
-    return []
-
-
-def _can_go_on(rows_from: Any, state: Any, stop: int, window: int, needs_state: bool) -> bool:
-    has_rows = not window or (type(rows_from) is int and rows_from <= max(0, stop - window))
-    return has_rows and (not needs_state or (type(state) is int and state > 0))
-
-
-def _stops(db: Db, slot: bytes, begin: int, most: int) -> Iterator[int]:
-    """Yield the places in a slot that some text's blocks reach to, the last one first."""
-    for (stop,) in db.execute(_STOPS, {"slot": slot, "most": most}):
-        if type(stop) is not int or not begin < stop <= most:
-            raise Damaged("the index holds a block outside its slot")
-        yield stop
-
-
 def add_block(db: Db, block: Block, parent: int) -> int:
-    """Add a block after that of a number, and return its own number."""
+    """Add a block after that of a number, and return its own number.
+
+    Parameters
+    ----------
+    db
+        The connection, in a transaction.
+    block
+        The block.
+    parent
+        Number of the block before it; 0 for none.
+
+    Returns
+    -------
+    int
+        As said above.
+    """
     words = (_word(db, block.coding), _word(db, block.artifacts), _word(db, block.model))
     values = (block.name, parent, block.slot, block.start, block.stop, block.rows_from, block.size, *words)
     cursor = db.execute(
@@ -178,7 +218,19 @@ def add_block(db: Db, block: Block, parent: int) -> int:
 
 
 def change_block(db: Db, row: Row, block: Block, parent: int) -> None:
-    """Let a row say what a file says that has taken the place of the one before."""
+    """Let a row say what a file says that has taken the place of the one before.
+
+    Parameters
+    ----------
+    db
+        The connection, in a transaction.
+    row
+        The block's row.
+    block
+        The block.
+    parent
+        Number of the block before it; 0 for none.
+    """
     words = (_word(db, block.coding), _word(db, block.artifacts), _word(db, block.model))
     db.execute(
         "UPDATE blocks SET parent = ?, start = ?, rows_from = ?, size = ?, coding = ?, artifacts = ?, model = ? WHERE id = ?",
@@ -198,18 +250,52 @@ def _word(db: Db, word: str) -> int:
 
 
 def refer(db: Db, number: int, change: int) -> None:
-    """Change how many refer to a block."""
+    """Change how many refer to a block.
+
+    Parameters
+    ----------
+    db
+        The connection, in a transaction.
+    number
+        Number of the block.
+    change
+        What is added.
+    """
     if number:
         db.execute("UPDATE blocks SET refs = refs + ? WHERE id = ?", (change, number))
 
 
 def count(db: Db, **changes: int) -> None:
-    """Change totals of the store: "bytes" of disk, "blocks", bytes "stored" and ever "written"."""
+    """Change totals of the store: "bytes" of disk, "blocks", bytes "stored" and ever "written".
+
+    Parameters
+    ----------
+    db
+        The connection, in a transaction.
+    **changes
+        What is added, by total.
+    """
     db.executemany("UPDATE totals SET value = value + ? WHERE key = ?", [(n, key) for key, n in changes.items() if n])
 
 
 def totals(db: Db) -> dict[str, int]:
-    """Return the totals of the store."""
+    """Return the totals of the store.
+
+    Parameters
+    ----------
+    db
+        The connection, in a transaction.
+
+    Returns
+    -------
+    dict
+        As said above.
+
+    Raises
+    ------
+    Damaged
+        When the index holds what no store wrote.
+    """
     found = dict(db.execute("SELECT key, value FROM totals LIMIT 100"))
     if found.keys() != set(TOTALS) or not all(type(value) is int and 0 <= value < 2**60 for value in found.values()):
         raise Damaged("the totals of the index cannot be right")
@@ -228,6 +314,11 @@ def usage(db: Db) -> list[Usage]:
     -------
     list[Usage]
         One for each.
+
+    Raises
+    ------
+    Damaged
+        When the index holds what no store wrote.
     """
     found = db.execute(
         "SELECT m.word, c.word, a.word, count(*), sum(stop - start), sum(size) FROM blocks LEFT JOIN words m ON m.id = model"
@@ -240,7 +331,20 @@ def usage(db: Db) -> list[Usage]:
 
 
 def children(db: Db, row: Row) -> list[int]:
-    """Return the numbers of the blocks that begin where one ends."""
+    """Return the numbers of the blocks that begin where one ends.
+
+    Parameters
+    ----------
+    db
+        The connection, in a transaction.
+    row
+        The block's row.
+
+    Returns
+    -------
+    list
+        As said above.
+    """
     block = row.block
     slot = block.name if block.stop % SLOT == 0 else block.slot
     found = db.execute("SELECT id FROM blocks WHERE slot = ? AND stop > ? AND parent = ?", (slot, block.stop, row.id))
@@ -248,7 +352,24 @@ def children(db: Db, row: Row) -> list[int]:
 
 
 def enter(db: Db, number: int, kind: str, used: float) -> bool:
-    """Make a block's end an entry, or the one used last if it is one already; return whether it is new."""
+    """Make a block's end an entry, or the one used last if it is one already; return whether it is new.
+
+    Parameters
+    ----------
+    db
+        The connection, in a transaction.
+    number
+        Number of the block.
+    kind
+        Of whom the text ends with.
+    used
+        Seconds since 1970.
+
+    Returns
+    -------
+    bool
+        As said above.
+    """
     turn = next_turn(db)
     if db.execute("UPDATE entries SET turn = ?, used = ? WHERE block = ?", (turn, used, number)).rowcount:
         return False
@@ -258,7 +379,17 @@ def enter(db: Db, number: int, kind: str, used: float) -> bool:
 
 
 def touch(db: Db, name: bytes, used: float) -> None:
-    """Make an entry the one used last; nothing where there is none."""
+    """Make an entry the one used last; nothing where there is none.
+
+    Parameters
+    ----------
+    db
+        The connection, in a transaction.
+    name
+        Name of the place.
+    used
+        Seconds since 1970.
+    """
     db.execute(
         "UPDATE entries SET turn = ?, used = ? WHERE block = (SELECT id FROM blocks WHERE name = ?)",
         (next_turn(db), used, name),
@@ -266,7 +397,23 @@ def touch(db: Db, name: bytes, used: float) -> None:
 
 
 def next_turn(db: Db) -> int:
-    """Return a number for the entry used last: higher than those of all others."""
+    """Return a number for the entry used last: higher than those of all others.
+
+    Parameters
+    ----------
+    db
+        The connection, in a transaction.
+
+    Returns
+    -------
+    int
+        As said above.
+
+    Raises
+    ------
+    Damaged
+        When the index holds what no store wrote.
+    """
     found = db.execute("SELECT max(turn) FROM entries").fetchone()[0]
     if found is not None and (type(found) is not int or found > 2**60):
         raise Damaged("the index holds an entry that cannot be one")
@@ -274,7 +421,25 @@ def next_turn(db: Db) -> int:
 
 
 def state_bytes(db: Db, number: int) -> int:
-    """Return the bytes of the states that are stored with the entry at a block; 0 for none."""
+    """Return the bytes of the states that are stored with the entry at a block; 0 for none.
+
+    Parameters
+    ----------
+    db
+        The connection, in a transaction.
+    number
+        Number of the block.
+
+    Returns
+    -------
+    int
+        As said above.
+
+    Raises
+    ------
+    Damaged
+        When the index holds what no store wrote.
+    """
     found = db.execute("SELECT state FROM entries WHERE block = ?", (number,)).fetchone()
     if found and not (type(found[0]) is int and 0 <= found[0] < 2**48):
         raise Damaged("the index holds an entry that cannot be one")

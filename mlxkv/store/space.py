@@ -65,7 +65,18 @@ class Space:
         self.log_limit = min(max(limit // 64, 2**18), 2**22)
 
     def taken(self, db: Db) -> int:
-        """Return the bytes that the folder takes of the disk at most, in a transaction."""
+        """Return the bytes that the folder takes of the disk at most, in a transaction.
+
+        Parameters
+        ----------
+        db
+            The connection, in a transaction.
+
+        Returns
+        -------
+        int
+            As said above.
+        """
         return rows.totals(db)["bytes"] + self._fixed(db)
 
     def _fixed(self, db: Db) -> int:
@@ -168,14 +179,30 @@ class Space:
             rows.refer(db, number, -1)
 
     def remove_state(self, db: Db, row: Row) -> None:
-        """Remove the state file of the entry at a block, if it has one."""
+        """Remove the state file of the entry at a block, if it has one.
+
+        Parameters
+        ----------
+        db
+            The connection, in a transaction.
+        row
+            The block's row.
+        """
         if size := rows.state_bytes(db, row.id):
             remove(self.folder.file(STATES, row.block.name))
             rows.count(db, bytes=-cost(size), stored=-size)
             db.execute("UPDATE entries SET state = 0 WHERE block = ?", (row.id,))
 
     def remove_block(self, db: Db, row: Row) -> None:
-        """Remove a block that nothing refers to, its file first, so that no file is without a row."""
+        """Remove a block that nothing refers to, its file first, so that no file is without a row.
+
+        Parameters
+        ----------
+        db
+            The connection, in a transaction.
+        row
+            The block's row.
+        """
         remove(self.folder.file(BLOCKS, row.block.name))
         db.execute("DELETE FROM blocks WHERE id = ?", (row.id,))
         rows.refer(db, row.parent, -1)
@@ -268,7 +295,18 @@ class Space:
         return 0
 
     def forget_quarantined(self, db: Db) -> bool:
-        """Remove the oldest file in quarantine; return whether there was one."""
+        """Remove the oldest file in quarantine; return whether there was one.
+
+        Parameters
+        ----------
+        db
+            The connection, in a transaction.
+
+        Returns
+        -------
+        bool
+            As said above.
+        """
         found = db.execute("SELECT file, bytes FROM quarantined ORDER BY at LIMIT 1").fetchone()
         if found is None:
             return False

@@ -64,7 +64,13 @@ class Upkeep:
         self._folder = changes.space.folder
 
     def sweep(self) -> Swept:
-        """Remove files without rows and rows without files, and count everything again."""
+        """Remove files without rows and rows without files, and count everything again.
+
+        Returns
+        -------
+        Swept
+            As said above.
+        """
         self._changes.make(self._changes.settle)
         files = freed = missing = 0
         for kind in KINDS:
@@ -174,7 +180,20 @@ class Upkeep:
             pass
 
     def remove(self, *, model: str | None = None, name: bytes | None = None) -> int:
-        """Remove entries, and the blocks that nothing else needs: see `BlockStore.remove`."""
+        """Remove entries, and the blocks that nothing else needs: see `BlockStore.remove`.
+
+        Parameters
+        ----------
+        model
+            Name of the model; None for any.
+        name
+            Name of the place.
+
+        Returns
+        -------
+        int
+            As said above.
+        """
         removed = 0
         while (found := self._changes.make(lambda db: self._next(db, model, name))) is not None:
             number: int | None = found
