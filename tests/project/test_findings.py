@@ -33,8 +33,8 @@ def test_findings_have_their_form(path):
 
 @pytest.mark.parametrize("path", FINDINGS, ids=lambda path: path.stem)
 def test_findings_pin_what_they_install(path):
-    (line,) = re.findall(r"pip install (.*)$", path.read_text(), re.MULTILINE)
-    pins = [word for word in line.split() if not word.startswith("-")]
+    lines = re.findall(r"pip install (.*)$", path.read_text(), re.MULTILINE)
+    pins = [word for line in lines for word in line.split() if not word.startswith("-")]
     assert pins
     assert all(word == '"$mlx"' or re.search(r"==\d[\d.]*$", word) for word in pins)
     assert all("==" in pin for pin in re.findall(r'^\s*mlx="(.*)"$', path.read_text(), re.MULTILINE))
