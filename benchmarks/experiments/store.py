@@ -222,5 +222,5 @@ def talk_said(found: Mapping[str, Any]) -> str:
         f" written{counted}, {found['written_bytes'] / found['final_bytes']:.2f} times its final {megabytes(found['final_bytes'])}."
         f" mlx-lm's file, written anew each turn, takes {megabytes(found['raw_written_bytes'])} for {megabytes(found['raw_bytes'])}."
         f" A branch from its middle, {found['branch_tokens']:,} tokens after {found['branch_shared']:,} that it shares, added"
-        f" {megabytes(found['branch_bytes'])}, {found['branch_bytes'] / found['branch_tokens'] / own:.2f} times as much a token as the whole."
+        f" {found['branch_bytes'] / 1e6:.2f} MB, {found['branch_bytes'] / found['branch_tokens'] / own:.2f} times as much a token as the whole."
     )

@@ -155,7 +155,7 @@ def test_the_report_has_times_bytes_and_what_a_conversation_wrote():
     assert "| mlxkv serve, calibrated | 22.00 | 0.40 | 1.00 | 20.0x | 2,016 | 2 of 2, 1 of 2, 2 of 2 |" in said
     assert "| calibrated | kvtc-rd 38 | 4.7 MB | 40.4x | 20.2x | 0.0050 | 0.0060 | 97.0 % | 0.50 |" in said
     assert "16.0 MB written (18.0 MB with its index, as the system counts them), 1.07 times its final 15.0 MB" in said
-    assert "added 1.5 MB, 1.09 times as much a token as the whole" in said
+    assert "added 1.50 MB, 1.09 times as much a token as the whole" in said
     assert "| mlxkv serve, calibrated | 32 | 3.50 | 0 | 1.00 | - | 50.0 % | - |" in said
     assert store.brief(result) == (
         "After a restart the first token of an answer to 2,085 tokens comes after 1.00 s; computed again, after 20.0 s. A text's first"
