@@ -36,6 +36,7 @@ STORE_SECONDS = 20.0  # for what is still to be written
 _PROGRESS_SECONDS = 5.0  # between lines about a long prompt
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 _INTERRUPTED = 130
+_SAME_SIGNAL_SECONDS = 0.5  # within which a wrapper, such as `timeout`, passes a signal on that came here as well
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Serving:
             live_config(options.cache)
         self._flags, self._options, self._ready = list(flags), options, ready
         self._stops: SimpleQueue[str] = SimpleQueue()  # which a signal handler may put into, as into no other queue
-        self._interrupted = False
+        self._interrupted: float | None = None  # when the first signal came
         self._generator: Generator | None = None
 
     def run(self) -> None:
@@ -193,7 +194,7 @@ class Serving:
             ended = generator.end(END_SECONDS)
             if store is not None:
                 _finish(generator.prompts)
-        if not ended and self._interrupted:  # in the middle of a long prompt: nothing is lost but that
+        if not ended and self._interrupted is not None:  # in the middle of a long prompt: nothing is lost but that
             logging.shutdown()
             os._exit(0)
 
@@ -215,10 +216,11 @@ class Serving:
                 signal.signal(number, usual)
 
     def _signalled(self, number: int, _: Any) -> None:
-        if self._interrupted:
+        if self._interrupted is None:
+            self._interrupted = time.monotonic()
+            self._stops.put(signal.Signals(number).name)
+        elif time.monotonic() - self._interrupted > _SAME_SIGNAL_SECONDS:
             os._exit(_INTERRUPTED)  # the store is whole at any time
-        self._interrupted = True
-        self._stops.put(signal.Signals(number).name)
 
 
 def _finish(prompts: PromptCache) -> None:
