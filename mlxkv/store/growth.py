@@ -128,10 +128,18 @@ class Growth:
     ) -> bool:
         """Reserve room, write a file aside, and give it its name; `begin` returns None to be called once more."""
         reserved: Reservation | bool | None = None
+        opened: list[Reservation] = []  # also one that the index could not take in, whose file goes all the same
         is_done = False
+
+        def begun(db: Db) -> Reservation | bool | None:
+            found = begin(db)
+            if isinstance(found, Reservation):
+                opened.append(found)
+            return found
+
         try:
             while reserved is None:
-                reserved = self._changes.make(begin)
+                reserved = self._changes.make(begun)
             if isinstance(reserved, bool):
                 return reserved
             place = reserved
@@ -147,10 +155,10 @@ class Growth:
                 "free some disk, or give another folder",
             ) from error
         finally:
-            if isinstance(reserved, Reservation):
-                Folder.abandon(reserved.written)
-                if not is_done:
-                    self._changes.give_back(reserved)
+            for each in opened:
+                Folder.abandon(each.written)
+            if isinstance(reserved, Reservation) and not is_done:
+                self._changes.give_back(reserved)
 
     def _begin_block(self, db: Db, block: Block) -> Reservation | bool | None:
         there = rows.row_named(db, block.name)
