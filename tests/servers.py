@@ -1,7 +1,12 @@
-"""Servers of mlxkv in a thread of the test, and requests to them."""
+"""Servers of mlxkv in a thread of the test or in a process of their own, and requests to them."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 import threading
+import time
 from contextlib import contextmanager
 from queue import SimpleQueue
 from urllib.error import HTTPError
@@ -81,3 +86,43 @@ def serving(model, *flags, **options):
         assert not thread.is_alive()
         if failures:
             raise failures[0]
+
+
+def started(store, *words, model="miniature/qwen3"):
+    """A process that listens, a client of it, and what it said."""
+    command = [
+        sys.executable,
+        "-m",
+        "mlxkv",
+        "serve",
+        "--model",
+        model,
+        "--port",
+        "0",
+        "--exact",
+        "--store",
+        store,
+        *words,
+    ]
+    process = subprocess.Popen(
+        list(map(str, command)), stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"}
+    )
+    said = ""
+    while not (url := re.search(r"listening on (http://127.0.0.1:\d+)/v1", said)):
+        line = process.stderr.readline()
+        assert line, f"it ended: {said}"
+        said += line
+    return process, Client(url[1]), said
+
+
+def ended(process, *signals, pause=0.02):
+    """The exit code after signals, and the rest of what was said."""
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(pause)
+    try:
+        said = process.communicate(timeout=60)[1]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, said

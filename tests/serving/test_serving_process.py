@@ -1,49 +1,15 @@
 """`mlxkv serve` as a process: a model by its name, signals, a restart, and mistakes on its command line."""
 
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 from conftest import run
-from servers import Client
+from servers import ended, started
 
 from mlxkv.serving import server
 
 TEXT = "def first(items):\n    return items[0]\n\n" * 12
-
-
-def started(store, *words):
-    """A process that listens, and a client of it."""
-    command = [sys.executable, "-m", "mlxkv", "serve", "--model", "miniature/qwen3", "--port", "0", "--exact"]
-    process = subprocess.Popen(
-        [*command, "--store", str(store), *words],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "COLUMNS": "200"},
-    )
-    said = ""
-    while not (url := re.search(r"listening on (http://127.0.0.1:\d+)/v1", said)):
-        line = process.stderr.readline()
-        assert line, f"it ended: {said}"
-        said += line
-    return process, Client(url[1]), said
-
-
-def ended(process, *signals, pause=0.02):
-    """The exit code after signals, and the rest of what was said."""
-    for number in signals:
-        process.send_signal(number)
-        time.sleep(pause)
-    try:
-        said = process.communicate(timeout=60)[1]
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    return process.returncode, said
 
 
 @pytest.mark.slow
