@@ -15,7 +15,7 @@ from mlxkv.codec.parts import StoredPart, decode_parts, read_positions, read_tok
 from mlxkv.dump import read_rings
 from mlxkv.errors import FormatError, MismatchError, MlxkvError
 from mlxkv.io.container import Reader
-from mlxkv.store.chain import Block
+from mlxkv.store.chain import Block, block_of
 from mlxkv.store.codings import Codings
 from mlxkv.store.form import CacheForm
 from mlxkv.store.index import BlockStore
@@ -132,6 +132,10 @@ class Reading:
                 raise FormatError("it is of other positions")
             if not np.array_equal(read_tokens(reader), self._tokens[block.start : block.stop]):
                 raise FormatError("it is of other tokens")
+            described = block_of(reader.header, reader.size)
+            # Equal tokens may stand after another beginning, or be of another model.
+            if described is None or described.name != block.name:
+                raise MismatchError("it is of another text, model or quality than its name says")
             meta = reader.header.get("meta")
             if block.stop == self._plan.stop and isinstance(meta, dict):
                 self._rings = read_rings(meta, reader.name)
