@@ -6,10 +6,11 @@ import atexit
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 WAITING_BYTES = 2**30  # of snapshots that wait; the oldest are dropped for new ones
-MOST_PAUSE = 4.0  # seconds that a block waits while requests run
+MOST_PAUSE = 4.0  # seconds that a block waits while requests run, where little else waits
+LONGEST_WAIT = 60.0  # seconds after which a job waits for no requests any more
 _ASK_AGAIN = 0.05
 _LAST_BLOCK = 30.0  # seconds that the end of the process waits for a block that is being written
 
@@ -52,21 +53,33 @@ class Stopped(Exception):  # noqa: N818  # no error: what is written so far stay
     """The writer has to end now."""
 
 
+class _Turn(NamedTuple):
+    job: Job
+    since: float  # when it came, or the first of those whose work it does
+
+
 class Writer:
     """A thread that does one job after another.
 
     Parameters
     ----------
     busy
-        Asked before each block: while it is true, writing waits, some seconds at most.
+        Asked before each block: while it is true, writing waits, some seconds at most, and the fewer the more waits.
     most_bytes
         Bytes of jobs that may wait.
+    clock
+        Returns seconds.
     """
 
-    def __init__(self, busy: Callable[[], bool] | None = None, most_bytes: int = WAITING_BYTES) -> None:
-        self._busy, self._most = busy, most_bytes
-        self._waiting: list[Job] = []
-        self._running: Job | None = None
+    def __init__(
+        self,
+        busy: Callable[[], bool] | None = None,
+        most_bytes: int = WAITING_BYTES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._busy, self._most, self._clock = busy, most_bytes, clock
+        self._waiting: list[_Turn] = []
+        self._running: _Turn | None = None
         self._hurried = 0
         self._stopping = False
         self._changed = threading.Condition()
@@ -76,8 +89,8 @@ class Writer:
     def waiting(self) -> tuple[int, int]:
         """Jobs that wait or run, and the bytes that they keep in memory."""
         with self._changed:
-            jobs = [*self._waiting, *([] if self._running is None else [self._running])]
-            return len(jobs), sum(job.nbytes for job in jobs)
+            turns = self._turns()
+            return len(turns), sum(turn.job.nbytes for turn in turns)
 
     def add(self, job: Job) -> None:
         """Let a job be done later.
@@ -91,13 +104,14 @@ class Writer:
             if self._stopping:
                 job.dropped()
                 return
+            since = self._clock()
             for other in self._waiting[:]:
-                if (both := job.merged(other)) is not None:
+                if (both := job.merged(other.job)) is not None:
                     self._waiting.remove(other)
-                    job = both
-            self._waiting.append(job)
-            while len(self._waiting) > 1 and sum(each.nbytes for each in self._waiting) > self._most:
-                self._waiting.pop(0).dropped()
+                    job, since = both, min(since, other.since)
+            self._waiting.append(_Turn(job, since))
+            while len(self._waiting) > 1 and sum(turn.job.nbytes for turn in self._waiting) > self._most:
+                self._waiting.pop(0).job.dropped()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="mlxkv-store", daemon=True)
                 self._thread.start()
@@ -118,16 +132,19 @@ class Writer:
             Whether all was written in that time.
         """
         with self._changed:
-            left = [*self._waiting, self._running]
+            left = self._turns()
             self._hurried += 1
             self._changed.notify_all()
             try:
-                return self._changed.wait_for(lambda: not any(self._has(job) for job in left), timeout)
+                return self._changed.wait_for(lambda: not any(self._has(turn.job) for turn in left), timeout)
             finally:
                 self._hurried -= 1
 
-    def _has(self, job: Job | None) -> bool:
-        return job is not None and (job is self._running or any(job is each for each in self._waiting))
+    def _turns(self) -> list[_Turn]:
+        return [*([] if self._running is None else [self._running]), *self._waiting]
+
+    def _has(self, job: Job) -> bool:
+        return any(job is turn.job for turn in self._turns())
 
     def close(self, timeout: float | None = None) -> bool:
         """Write what waits, as far as the time allows, and end the thread.
@@ -151,8 +168,8 @@ class Writer:
         """Stop after the block that is being written."""
         with self._changed:
             self._stopping = True
-            for job in self._waiting:
-                job.dropped()
+            for turn in self._waiting:
+                turn.job.dropped()
             self._waiting.clear()
             self._changed.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
@@ -168,15 +185,23 @@ class Writer:
                     return
                 self._running = self._waiting.pop(0)
             try:
-                self._running.write(self._pause)
+                self._running.job.write(self._pause)
             except Stopped:
-                self._running.dropped()
+                self._running.job.dropped()
 
     def _pause(self) -> None:
         """Wait while requests run, and end where the process ends."""
-        until = time.monotonic() + MOST_PAUSE
+        began = self._clock()
         with self._changed:
-            while not self._stopping and not self._hurried and time.monotonic() < until and self._busy and self._busy():
+            while not self._stopping and self._clock() - began < self._patience() and self._busy and self._busy():
                 self._changed.wait(_ASK_AGAIN)
             if self._stopping:
                 raise Stopped
+
+    def _patience(self) -> float:
+        """Return the seconds that a block waits for requests: none once half of the room is taken, or a job came long ago."""
+        if self._hurried or not (turns := self._turns()):
+            return 0.0
+        taken = 2 * sum(turn.job.nbytes for turn in turns) / self._most
+        waited = (self._clock() - min(turn.since for turn in turns)) / LONGEST_WAIT
+        return MOST_PAUSE * max(0.0, 1 - max(taken, waited))

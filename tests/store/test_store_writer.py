@@ -114,6 +114,32 @@ def test_writing_does_not_wait_for_ever(said, monkeypatch):
     writer.close()
 
 
+@pytest.mark.parametrize(("taken", "waited", "expected"), [
+    (0, 0, 4), (25, 0, 2), (50, 0, 0), (100, 0, 0), (0, 30, 2), (0, 60, 0), (0, 90, 0), (25, 15, 2), (10, 45, 1),
+])  # fmt: skip
+def test_writing_waits_the_less_for_requests_the_more_waits_and_the_longer(said, taken, waited, expected):
+    times = [100.0]
+    writer, first = Writer(lambda: True, 100, lambda: times[0]), Note("first", said, 0)
+    writer.add(first)
+    assert first.begun.wait(60)
+    writer.add(*opened(Note("a", said, taken)))
+    times[0] += waited
+    writer.add(*opened(Note("a", said, taken)))  # the work of one that has waited
+    assert writer._patience() == pytest.approx(expected)
+    first.gate.set()
+    assert writer.close(60)
+    assert writer._patience() == 0
+
+
+def test_of_a_shutdown_no_block_waits(said):
+    """Requests run on and on, and seconds of the clock do not pass: a single pause would never end."""
+    writer, many = Writer(lambda: True, clock=lambda: 0.0), Note("many", said, pauses=1000)
+    writer.add(*opened(many))
+    assert many.begun.wait(60)
+    assert writer.close(60)
+    assert said == ["many"]
+
+
 def test_closing_ends_between_two_blocks_and_drops_what_is_not_begun(said):
     writer, first = Writer(), Note("first", said, pauses=2)
     writer.add(first)
