@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test test-fast zoo faults fuzz check lint types fmt docs bench clean
+.PHONY: demo test test-fast zoo faults fuzz storm check lint types fmt docs bench clean
 
 MODEL = smollm2-135m
 demo: .venv/ready $(if $(filter gemma3-270m,$(MODEL)),.venv/gemma)
@@ -24,6 +24,13 @@ faults: .venv/ready
 FUZZ_MINUTES ?= 1
 fuzz: .venv/ready
 	FUZZ_MINUTES=$(FUZZ_MINUTES) $(PYTEST) tests/fuzz
+
+STORM_MINUTES ?= 1
+STORM_KILLS ?= 100
+STORM := PYTHONPATH=tests OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/serving/campaign.py
+storm: .venv/ready
+	$(STORM) storm $(STORM_MINUTES)
+	$(STORM) kills $(STORM_KILLS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .
