@@ -14,7 +14,8 @@ from mlxkv.errors import InputError, MlxkvError
 from mlxkv.spec import CacheSpec
 
 DEFAULT_QUALITY = 38.0
-FINE_TOKENS = 32  # newest tokens that are computed again, or coded finer where a cache cannot be cut
+AGAIN_TOKENS = 64  # newest tokens of a prompt that are computed, even if they are stored
+FINE_TOKENS = 32  # newest tokens that are coded finer, where a cache cannot be cut to compute them again
 SINKS = 4  # first tokens of a text, which are not quantized
 _CALIBRATED, _FREE, _EXACT = "kvtc-rd", "direct", "exact"
 _BONUS, _FINEST = 10.0, 70.0  # points of quality that `direct` needs more for the same loss, and the most it gets

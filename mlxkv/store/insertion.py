@@ -11,7 +11,7 @@ import numpy as np
 
 from mlxkv.codec.parts import CachePart
 from mlxkv.store.chain import SLOT, Block, Chain
-from mlxkv.store.codings import FINE_TOKENS, SINKS, Coding, Codings
+from mlxkv.store.codings import AGAIN_TOKENS, SINKS, Coding, Codings
 from mlxkv.store.form import LAST_CUT, LEAST_TOKENS, CacheForm
 from mlxkv.store.index import BlockStore
 from mlxkv.store.snapshot import Snapshot
@@ -181,7 +181,7 @@ class Insertion:
         if ends and self.snapshot.rings:
             meta["rings"] = {str(number): at for number, at in self.snapshot.rings.items()}
         # What can neither be cut nor computed again is coded finer.
-        again = self.form.window and step.rows_from > max(0, step.stop - FINE_TOKENS - self.form.window)
+        again = self.form.window and step.rows_from > max(0, step.stop - AGAIN_TOKENS - self.form.window)
         codec = coding.fine if ends and (self.form.states or again) else coding.plain
         part = self.snapshot.part(step.start, step.stop)
         data = codec.encode(part if coding.quality is None or step.start else _with_short_sinks(part), meta)

@@ -19,7 +19,7 @@ from mlxkv.config import Config
 from mlxkv.errors import MlxkvError
 from mlxkv.live.exchange import live_cache
 from mlxkv.store.chain import Chain, root_name
-from mlxkv.store.codings import FINE_TOKENS, Codings
+from mlxkv.store.codings import AGAIN_TOKENS, Codings
 from mlxkv.store.form import LEAST_TOKENS, CacheForm
 from mlxkv.store.index import BlockStore
 from mlxkv.store.insertion import Insertion
@@ -235,14 +235,14 @@ class PromptStore:
     def _plan(self, chain: Chain, most: int) -> Plan | None:
         """Return what to read of the blocks up to `most` tokens, by the index."""
         left = len(chain) - 1  # one token at least is computed, so that there is something to predict from
-        again = 0 if self._exact else FINE_TOKENS
+        kept = left if self._exact else len(chain) - AGAIN_TOKENS
         window, states = self.form.window, self.form.states
         while most > 0:
             path = self._blocks.longest(chain, min(most, left) if states else most, window=window, needs_state=states)
             if not path:
                 return None
             last = path[-1]
-            for stop in (last.stop,) if states else (min(last.stop - again, left), min(last.stop, left)):
+            for stop in (last.stop,) if states else (min(last.stop, kept), min(last.stop, left)):
                 if stop > 0 and (not window or last.rows_from <= max(0, stop - window)):
                     return Plan([block for block in path if block.start < stop], stop)
             most = last.stop - 1
