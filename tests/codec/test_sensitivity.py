@@ -62,7 +62,7 @@ def test_half_the_quadratic_form_is_the_divergence_an_error_costs(measured, name
         needed = np.einsum("hd,hde,he->", directions, other[name][layer], directions)
         size = np.sqrt(2 * cost / (len(counted) * needed))
         costs = []
-        for _ in range(60):
+        for _ in range(40):
             signs = random.choice([-1, 1], (1, stream.heads, len(counted), 1))  # tokens' errors are independent
             error = np.zeros((1, stream.heads, 30, stream.dim), np.float32)
             error[:, :, counted] = size * signs * directions[:, None]

@@ -153,7 +153,7 @@ def test_help_loads_no_model_library():
 
 
 def test_live_caches_load_no_codec():
-    assert loaded_by("import mlxkv.live", "mlxkv.codec", "mlxkv.evaluate") == "[]"
+    assert loaded_by("import mlxkv.live", "mlxkv.codec", "mlxkv.evaluate", "mlxkv.cli") == "[]"
 
 
 def test_every_public_name_can_be_imported():
