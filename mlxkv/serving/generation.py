@@ -44,6 +44,8 @@ class Generator(server.ResponseGenerator):
         What ended the thread, where that was an error.
     """
 
+    model_provider: Provider
+
     def __init__(
         self,
         provider: Provider,
@@ -59,7 +61,7 @@ class Generator(server.ResponseGenerator):
         self._last_request = self._last_report = time.monotonic()
         self._contexts: dict[int, Any] = {}
         self._running = threading.Condition()
-        self._count = 0
+        self._count = self._begun = 0
         super().__init__(provider, prompts)  # type: ignore[arg-type]
 
     @property
@@ -78,6 +80,7 @@ class Generator(server.ResponseGenerator):
         """
         with self._running:
             self._count += 1
+            self._begun += 1
         try:
             yield
         finally:
@@ -133,13 +136,17 @@ class Generator(server.ResponseGenerator):
         tuple
             mlx-lm's context, and its responses one by one.
         """
+        alone_since = self._begun if self._count == 1 else None
         context, responses = super().generate(*arguments, **more)
         self._contexts[id(context)] = context
-        return context, self._while_running(context, responses)
+        return context, self._while_running(context, responses, alone_since)
 
-    def _while_running(self, context: Any, responses: Iterator[Any]) -> Iterator[Any]:
+    def _while_running(self, context: Any, responses: Iterator[Any], alone_since: int | None) -> Iterator[Any]:
         try:
-            yield from responses
+            for index, response in enumerate(responses):
+                if index == 0 and alone_since == self._begun:  # the prompt was computed, and nothing else
+                    self.prompts.computed(len(context.prompt) - context.prompt_cache_count)
+                yield response
         finally:
             self._contexts.pop(id(context), None)
 

@@ -24,7 +24,9 @@ class Handler(server.APIHandler):
         if self.path.partition("?")[0].rstrip("/") != STATISTICS:
             super().do_GET()  # type: ignore[no-untyped-call]
             return
-        body = json.dumps(self.response_generator.prompts.statistics()).encode()
+        generator = self.response_generator
+        facts = {**generator.prompts.statistics(), "learning": generator.model_provider.learning()}
+        body = json.dumps(facts).encode()
         self._set_completion_headers(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

@@ -12,14 +12,13 @@ import numpy as np
 
 from mlxkv.errors import MlxkvError
 from mlxkv.serving.memory import RecentCaches, begin_computing, common_prefix
+from mlxkv.serving.speeds import LEAST_GAIN, Speeds
 
 if TYPE_CHECKING:
     from mlxkv.store import PromptStore
 
 log = logging.getLogger("mlxkv.serving")
 
-# A disk is read where it saves the model this many tokens more than RAM does, and this share of what is read.
-LEAST_GAIN, GAIN_SHARE = 64, 8
 LEAST_TOKENS = 64  # of a text that is worth storing
 REPORT_SECONDS = 30.0  # between lines about what was stored, while more waits
 _PROMPTS = 128  # requests whose ends are remembered until their answers come
@@ -28,7 +27,7 @@ _PROMPTS = 128  # requests whose ends are remembered until their answers come
 class PromptCache:
     """What mlx-lm's server asks of its `LRUPromptCache`, with a store behind it.
 
-    All methods but `statistics` belong to the thread that generates. A cache that is handed out belongs to its request alone,
+    All methods but `statistics`, `computed` and `flush` belong to the thread that generates. A cache that is handed out belongs to its request alone,
     and at least one token of a prompt is left to compute.
 
     Parameters
@@ -49,6 +48,7 @@ class PromptCache:
         self._inserted: PromptStore | None = None  # where something waits that was not reported yet
         self._told: tuple[int, int] = (0, 0)
         self._told_at = time.monotonic()
+        self._speeds, self._found_at = Speeds(), 0.0
         self._counts = dict.fromkeys(("requests", "prompt_tokens", "from_memory", "from_disk"), 0)
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ class PromptCache:
         """
         self._stored_model, self._store = model, store
         if store is not None:
-            self._inserted, self._told = None, (0, 0)
+            self._inserted, self._told, self._speeds = None, (0, 0), Speeds()
 
     def fetch_nearest_cache(self, model: Any, tokens: Sequence[int]) -> tuple[list[Any] | None, Sequence[int]]:
         """Return a cache of the longest beginning of a prompt, and the tokens that are left to compute.
@@ -102,7 +102,18 @@ class PromptCache:
         milliseconds = 1e3 * (time.perf_counter() - start)
         came = f"{length:,} from {source} ({megabytes(size)}, {milliseconds:.1f} ms)" if length else "none kept"
         log.info("prompt of %s tokens: %s, %s to compute", f"{len(prompt):,}", came, f"{len(prompt) - length:,}")
+        self._found_at = time.perf_counter()
         return cache, tokens[length:]
+
+    def computed(self, tokens: int) -> None:
+        """Take note that what the last `fetch_nearest_cache` left is computed now, and nothing else was meanwhile.
+
+        Parameters
+        ----------
+        tokens
+            Their number.
+        """
+        self._speeds.computed(tokens, time.perf_counter() - self._found_at)
 
     def insert_cache(
         self, model: Any, tokens: Sequence[int], prompt_cache: list[Any], *, cache_type: str = "assistant"
@@ -156,11 +167,11 @@ class PromptCache:
         Returns
         -------
         dict
-            Of JSON's types: tokens of prompts by where they came from, caches in RAM, and the store's own numbers, None
-            without a store.
+            Of JSON's types: tokens of prompts by where they came from, how fast they were computed and read, caches in RAM,
+            and the store's own numbers, None without a store.
         """
         memory = {"caches": len(self), "bytes": self.nbytes, "limit_bytes": self.memory.limit}
-        return {**self._counts, "memory": memory, "store": self._on_disk()}
+        return {**self._counts, **self._speeds.statistics(), "memory": memory, "store": self._on_disk()}
 
     def report(self) -> None:
         """Log what was stored since the last time, once nothing waits or a while has passed."""
@@ -192,25 +203,27 @@ class PromptCache:
         bool
             Whether it is.
         """
-        return self._inserted is None or self._inserted.flush(seconds)
+        store = self._store or self._inserted  # which writes for all models, those that were given up as well
+        return store is None or store.flush(seconds)
 
     def _from_disk(self, model: Any, prompt: np.ndarray, in_memory: int) -> tuple[list[Any], int, int] | None:
-        """Return cache, tokens and bytes read where the store brings clearly more than RAM."""
+        """Return cache, tokens and bytes read where reading them takes less time than computing them."""
         most = len(prompt) - 1
         if most - in_memory < LEAST_GAIN or not self._has_store(model, prompt):
             return None
-        store = self._store
+        store, start = self._store, time.perf_counter()
         assert store is not None
         try:
             matched = store.match(prompt)
         except MlxkvError as error:  # whatever is wrong with a disk is a miss
             log.warning("the store cannot be read: %s", error)
             return None
-        if matched - in_memory < max(LEAST_GAIN, matched // GAIN_SHARE):
+        if not self._speeds.is_worth(matched, in_memory):
             return None
         fetched = store.fetch(prompt)
         if fetched is None or fetched.length <= in_memory:
             return None
+        self._speeds.read(fetched.length, time.perf_counter() - start)
         # Others may begin so too: from now on it is in RAM, and the request gets what shares its arrays.
         self.memory.insert(model, prompt[: fetched.length], fetched.cache, "user")
         again = self.memory.fetch(model, prompt, most)

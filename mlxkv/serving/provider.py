@@ -23,7 +23,7 @@ DEFAULT = "default_model"  # what mlx-lm's server calls the one of --model
 class Provider(server.ModelProvider):
     """mlx-lm's provider of models, one at a time.
 
-    Its methods belong to the thread that generates.
+    Its methods but `learning` belong to the thread that generates.
 
     Parameters
     ----------
@@ -74,6 +74,16 @@ class Provider(server.ModelProvider):
             Whether there is more to do now.
         """
         return self._learning is not None and self._learning.step()
+
+    def learning(self) -> dict[str, Any] | None:
+        """Return how far learning is; any thread may ask.
+
+        Returns
+        -------
+        dict or None
+            `Learning.statistics()`; None where nothing is learnt.
+        """
+        return None if (learning := self._learning) is None else learning.statistics()
 
     def load(
         self, model_path: str | None, adapter_path: str | None = None, draft_model_path: str | None = None

@@ -29,6 +29,9 @@ class Pupil:
         self.steps += 1
         return False
 
+    def statistics(self):
+        return {"state": "waiting", "of": id(self)}
+
     def close(self):
         self.closed += 1
 
@@ -56,6 +59,7 @@ def test_a_model_learns_from_its_own_stored_prompts_the_newest_first(pupils, tmp
         assert all(len(text) > 100 for text in read)
         assert pupil.given["quality"] == 50.0
         assert pupil.given["fingerprint"].count(".") == 1
+        assert client.get("/v1/mlxkv/store")["learning"] == pupil.statistics()
         pupil.given["ready"](None)
         other = talker_folder(tmp_path / "other", seed=3)
         client.complete("x", 1, model=str(other))
@@ -70,4 +74,5 @@ def test_nothing_is_learnt_where_nothing_would_use_it(pupils, tmp_path, options)
     folder = {} if "store" in options else {"folder": tmp_path / "store"}
     with serving(talker_folder(tmp_path / "model"), **folder, **options) as client:
         assert client.complete("x", 1)
+        assert client.get("/v1/mlxkv/store")["learning"] is None
     assert pupils == []

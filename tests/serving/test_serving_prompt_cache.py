@@ -1,6 +1,7 @@
 """The server's prompt cache: what comes from RAM, what from disk, what is left to compute, and what is handed to the store."""
 
 import logging
+import time
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -9,7 +10,8 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from mlxkv.errors import InputError
 from mlxkv.serving import prompt_cache as module
-from mlxkv.serving.prompt_cache import LEAST_GAIN, LEAST_TOKENS, PromptCache
+from mlxkv.serving.prompt_cache import LEAST_TOKENS, PromptCache
+from mlxkv.serving.speeds import LEAST_GAIN
 
 TEXT = list(range(1000, 2000))
 
@@ -28,7 +30,7 @@ class Disk:
     def __init__(self, length=0, kind=KVCache, **more):
         self.length, self.kind, self.more = length, kind, more
         self.matches = self.fetches = 0
-        self.inserted = []
+        self.inserted, self.seconds, self.flushed = [], 0.0, 0
         self.facts = {"tokens_written": 0, "bytes_written": 0, "waiting": 0, "coding": "exact"}
 
     def match(self, tokens):
@@ -37,6 +39,7 @@ class Disk:
 
     def fetch(self, tokens):
         self.fetches += 1
+        time.sleep(self.seconds)
         return SimpleNamespace(cache=rows(self.length, self.kind, **self.more), length=self.length, bytes=77)
 
     def insert(self, tokens, cache, kind="assistant", cuts=()):
@@ -46,6 +49,7 @@ class Disk:
         return self.facts
 
     def flush(self, timeout=None):
+        self.flushed += 1
         return True
 
 
@@ -124,6 +128,32 @@ def test_what_is_too_large_for_memory_is_read_for_its_request_alone():
     assert found(made, TEXT) == found(made, TEXT) == 800
     assert disk.fetches == 2
     assert len(made) == 0
+
+
+@pytest.mark.parametrize(("computing", "reading", "expected"), [(0.0, 0.02, 0), (0.02, 0.0, 800)])
+def test_a_disk_is_read_while_that_is_faster_than_computing(computing, reading, expected):
+    disk = Disk(800)
+    disk.seconds = reading
+    made = prompts(disk, max_bytes=100)  # so that nothing stays in memory
+    for _ in range(2):
+        assert found(made, TEXT) == 800
+        made.fetch_nearest_cache("another", TEXT)
+        time.sleep(computing)
+        made.computed(len(TEXT))
+    assert found(made, TEXT) == expected
+    made.keep_on_disk("model", Disk(900))  # of which nothing is known
+    assert found(made, TEXT) == 900
+
+
+def test_what_waits_is_written_at_the_end_whatever_model_was_served_last():
+    for after in ([("model", old := Disk())], [(None, None)], [(None, None), ("another", new := Disk())]):
+        made = prompts(old)
+        made.insert_cache("model", TEXT, rows(len(TEXT)))
+        for model, disk in after:
+            made.keep_on_disk(model, disk)
+        before = old.flushed
+        assert made.flush(1)
+        assert (old.flushed - before, new.flushed if len(after) > 1 else 0) == ((0, 1) if len(after) > 1 else (1, 0))
 
 
 def test_a_disk_that_fails_is_a_miss(caplog):

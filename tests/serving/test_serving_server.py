@@ -14,7 +14,7 @@ from mlx_lm import generate
 from servers import serving
 from talking import CHATML, adapter_folder, talker_folder
 
-from mlxkv import lm
+from mlxkv import Store, lm
 from mlxkv.errors import InputError, MlxkvError, ModelNotFoundError, PresetError, UnsupportedError
 from mlxkv.serving import generation
 from mlxkv.serving import server as module
@@ -146,11 +146,13 @@ def test_what_cannot_be_answered_is_refused_and_ends_nothing(client, body, statu
 
 
 def test_numbers_of_the_store_are_json_and_name_no_folder(client):
-    client.complete(TEXT * 2)
+    for number in range(2):
+        client.complete(f"{number}{TEXT * 4}", 1)
     facts = client.get("/v1/mlxkv/store")
     assert facts["requests"] > 0
     assert facts["prompt_tokens"] >= facts["from_memory"] + facts["from_disk"]
     assert facts["memory"]["caches"] > 0
+    assert facts["computed_tokens_per_second"] > 0
     assert facts["store"]["coding"] == "exact"
     assert "folder" not in json.dumps(facts)
     assert client.get("/v1/models")["data"]
@@ -310,6 +312,29 @@ def test_stopping_cuts_long_answers_and_stores_their_prompts(talker, tmp_path, m
     with serving(talker, exact=True, folder=tmp_path / "store") as client:
         _, tokens, cached = client.chat(user(TEXT * 3), **more)
         assert cached > tokens - 64
+
+
+def test_the_end_writes_what_waits_of_a_model_that_was_given_up_whose_store_is_forgotten(
+    talker, other, tmp_path, monkeypatch
+):
+    for name in ("MOST_PAUSE", "LONGEST_WAIT"):
+        monkeypatch.setattr(f"mlxkv.store.writer.{name}", 1e9)  # nothing is written before the end
+    monkeypatch.setattr(module.Serving, "_is_busy", lambda self: True)
+    monkeypatch.setattr(Store, "close", lambda self: None)  # which would write it as well, in less time
+    opened = module.Serving._open
+
+    def open_(self, store, model, name):
+        if name == str(other):
+            raise UnsupportedError("these caches are not stored")
+        return opened(self, store, model, name)
+
+    monkeypatch.setattr(module.Serving, "_open", open_)
+    with serving(talker, exact=True, folder=tmp_path / "store") as client:
+        client.complete(TEXT * 3, 1)
+        client.complete(TEXT * 3, 1, model=str(other))
+        assert client.get("/v1/mlxkv/store")["store"] is None
+    with Store(tmp_path / "store") as store:
+        assert [entry.model for entry in store.blocks.entries()] == [str(talker)]
 
 
 @pytest.mark.parametrize("more", [{}, {"seed": 7}], ids=["batched", "alone"])
