@@ -16,6 +16,7 @@ from talking import CHATML, adapter_folder, talker_folder
 
 from mlxkv import Store, lm
 from mlxkv.errors import InputError, MlxkvError, ModelNotFoundError, PresetError, UnsupportedError
+from mlxkv.live.seam import make_cache
 from mlxkv.serving import generation
 from mlxkv.serving import server as module
 from mlxkv.serving.prompt_cache import PromptCache
@@ -195,12 +196,26 @@ def test_after_a_restart_prompts_come_from_disk_and_answers_are_the_same(tmp_pat
             expected = facts
 
 
-def test_live_caches_are_served_and_stored(talker, tmp_path):
+def test_live_caches_answer_as_generate_does_and_are_stored(talker, tmp_path):
+    model, tokenizer = lm.load(str(talker))
+    expected = generate(model, tokenizer, TEXT * 3, max_tokens=40, prompt_cache=make_cache(model, "int4"))
+    assert expected != generate(model, tokenizer, TEXT * 3, max_tokens=40)
     for start in range(2):
-        with serving(talker, exact=True, folder=tmp_path / "store", cache="kivi") as client:
-            _, tokens, cached = client.complete(TEXT * 3)
+        with serving(talker, exact=True, folder=tmp_path / "store", cache="int4") as client:
+            text, tokens, cached = client.complete(TEXT * 3, 40)
+            assert start or text == expected
             assert (cached > tokens - 64) == bool(start)
-            assert client.complete(TEXT * 3 + "x")[2] == tokens
+            assert client.complete(TEXT * 3 + text + " It")[2] >= tokens
+
+
+def test_live_conversations_that_wait_have_a_bound(talker):
+    with serving(talker, "--prompt-cache-bytes", "40000", cache="int8", store=False) as client:
+        sizes = []
+        for number in range(4):
+            client.complete(f"{number}{TEXT * 2}", 1)
+            client.complete("x", 1)  # by whose turn the cache before is kept
+            sizes.append(client.get("/v1/mlxkv/store")["memory"])
+    assert 0 < sizes[0]["bytes"] < sizes[-1]["bytes"] <= sizes[-1]["limit_bytes"] == 40_000 < 4 * sizes[0]["bytes"]
 
 
 @pytest.mark.parametrize(("flags", "options", "said"), [
