@@ -18,15 +18,16 @@ from mlxkv.serving.server import Options, Serving
 class Client:
     """Requests to a server at an address."""
 
-    def __init__(self, url, server=None):
-        self.url, self.server = url, server
+    def __init__(self, url, server=None, timeout=60):
+        self.url, self.server, self.timeout = url, server, timeout
 
     def get(self, path):
         with urlopen(self.url + path, timeout=60) as answer:
             return json.loads(answer.read())
 
-    def post(self, path, body, timeout=60):
-        with urlopen(Request(self.url + path, json.dumps(body).encode()), timeout=timeout) as answer:
+    def post(self, path, body, timeout=None):
+        request = Request(self.url + path, json.dumps(body).encode())
+        with urlopen(request, timeout=timeout or self.timeout) as answer:
             return json.loads(answer.read())
 
     def refused(self, path, body):
