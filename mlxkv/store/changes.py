@@ -141,7 +141,7 @@ class Changes:
     def flush(self) -> None:
         """Write down all that was touched."""
         while self._touched:
-            self.make(lambda db: None)
+            self.make(lambda db: self.space.make(db, 0))  # the index may have grown
 
     def reserve(self, db: Db, kind: str, name: bytes, size: int, pinned: int, spared: int | None) -> Reservation | bool:
         """Set bytes apart for a file, and create it aside.
@@ -189,14 +189,14 @@ class Changes:
         Parameters
         ----------
         db
-            The connection, in a transaction.
+            The connection, in a transaction that writes.
         reserved
             What was set apart.
 
         Returns
         -------
         bool
-            As said above.
+            False where another process has ended it, as that of a writer that is gone.
         """
         return bool(db.execute("DELETE FROM pending WHERE id = ?", (reserved.id,)).rowcount)
 

@@ -20,6 +20,7 @@ from mlxkv.store.folder import INDEX, LOCK, remove
 
 VERSION = 1
 _BUSY_SECONDS, _LOCK_SECONDS, _READ_SECONDS = 10.0, 5.0, 1.0
+_PAGE = 1024  # bytes: a small change writes a few pages
 _LONGEST_VALUE = 2**16  # bytes of any value in a row; a forged one would allocate more
 _FAILURES = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
 _DAMAGES = (
@@ -43,7 +44,7 @@ _SCHEMA = (
     "CREATE TABLE quarantined (file TEXT PRIMARY KEY, bytes INTEGER NOT NULL, reason TEXT NOT NULL, at REAL NOT NULL)",
     "CREATE TABLE totals (key TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID",
 )
-TOTALS = ("bytes", "blocks", "stored", "written", "foreign", "limit")
+TOTALS = ("bytes", "blocks", "stored", "written", "evicted", "foreign", "limit")
 
 
 class Unavailable(Exception):  # noqa: N818  # no error of a user: what is stored cannot be used just now
@@ -145,7 +146,7 @@ class Database:
         Returns
         -------
         bool
-            As said above.
+            False also where the store is closed.
         """
         with self._writing:
             if not self._is_damaged or self._closed:
@@ -297,7 +298,12 @@ class Database:
         connection = self._connection()
         try:
             # Killed on the way it has no version, so that it is made again.
-            for setting in ("auto_vacuum = INCREMENTAL", "journal_mode = OFF", "synchronous = OFF"):
+            for setting in (
+                f"page_size = {_PAGE}",
+                "auto_vacuum = INCREMENTAL",
+                "journal_mode = OFF",
+                "synchronous = OFF",
+            ):
                 connection.execute(f"PRAGMA {setting}").fetchall()
             connection.execute("BEGIN")
             for statement in _SCHEMA:

@@ -34,8 +34,8 @@ def longest(db: Db, chain: Chain, most: int, window: int, needs_state: bool) -> 
 
     Returns
     -------
-    list
-        As said above.
+    list[Block]
+        From the text's first token on; empty where nothing can be gone on from.
     """
     most = min(most, len(chain))
     low, high = 0, most // SLOT

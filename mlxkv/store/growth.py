@@ -32,6 +32,7 @@ class Growth:
     def __init__(self, changes: Changes, kind: str) -> None:
         self._changes, self._kind = changes, kind
         self._moving: bytes | None = None  # the place of an entry that goes when the text goes on
+        self._entered: bytes | None = None  # the place of the entry that was used last
 
     def put(self, block: Block, data: bytes) -> bool:
         """Store a block, unless it is there already with rows that are as complete.
@@ -56,9 +57,11 @@ class Growth:
         block = block._replace(size=len(data))
         if not block.is_sound:
             raise InputError(f"no block reaches from {block.start} to {block.stop} with {len(data)} bytes")
-        return self._write(
+        is_stored = self._write(
             lambda db: self._begin_block(db, block), data, lambda db, reserved: self._end_block(db, block, reserved)
         )
+        self._entered = block.name if is_stored else None
+        return is_stored
 
     def state(self, name: bytes, data: bytes) -> bool:
         """Store the states at a place that a block reaches to, unless they are there already.
@@ -82,6 +85,8 @@ class Growth:
         """
         if not data:
             raise InputError("states of 0 bytes cannot be stored")
+        if name != self._entered:
+            self._entered = None
         return self._write(
             lambda db: self._begin_state(db, name, len(data)),
             data,
@@ -114,7 +119,7 @@ class Growth:
             return row is not None
 
         with suppress(Unavailable):
-            if self._changes.make(end):
+            if name == self._entered or self._changes.make(end):  # nothing is written twice
                 if self._moving == name:
                     self._moving = None
                 return True

@@ -73,6 +73,8 @@ class Statistics(NamedTuple):
         Bytes that it may take.
     written
         Bytes of blocks and states that were ever written.
+    evicted
+        Blocks that were ever removed to make room for others.
     """
 
     folder: Path
@@ -83,6 +85,7 @@ class Statistics(NamedTuple):
     taken: int
     limit: int
     written: int
+    evicted: int
 
 
 class BlockStore:
@@ -313,7 +316,7 @@ class BlockStore:
             )
             taken = self._changes.space.taken(db)
         counts = totals["blocks"], entries, quarantined, totals["stored"], taken
-        return Statistics(self.folder.path, *counts, self.limit, totals["written"])
+        return Statistics(self.folder.path, *counts, self.limit, totals["written"], totals["evicted"])
 
     def usage(self) -> list[rows.Usage]:
         """Return what blocks of each model and coding take, the most first.

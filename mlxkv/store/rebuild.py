@@ -43,7 +43,7 @@ def fill(db: Db, space: Space) -> None:
         above = rows.row_named(db, block.parent) if block.start else None
         is_cut_off = bool(block.start) and (above is None or above.block.stop != block.start)
         size, _ = states.get(block.name, (0, 0))
-        if is_cut_off or space.taken(db) + cost(block.size) + cost(size) > space.limit:
+        if is_cut_off or cost(block.size) + cost(size) > space.free(db):
             remove(space.folder.file(BLOCKS, block.name))
             continue
         number = rows.add_block(db, block, above.id if above else 0)

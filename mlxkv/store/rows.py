@@ -94,8 +94,8 @@ def row_named(db: Db, name: bytes) -> Row | None:
 
     Returns
     -------
-    Row | None
-        As said above.
+    Row or None
+        The row; None where no block reaches there.
     """
     return _one(db.execute(_BY_NAME, (name,)))
 
@@ -112,8 +112,8 @@ def row_numbered(db: Db, number: int) -> Row | None:
 
     Returns
     -------
-    Row | None
-        As said above.
+    Row or None
+        The row; None where the number is not in use, as after its block made room.
     """
     return _one(db.execute(_BY_ID, (number,)))
 
@@ -126,14 +126,14 @@ def rows_after(db: Db, number: int, count: int) -> list[Row]:
     db
         The connection, in a transaction.
     number
-        Number of the block.
+        A number; 0 to begin with the first row.
     count
         How many at most.
 
     Returns
     -------
-    list
-        As said above.
+    list[Row]
+        By number; empty behind the last one.
     """
     rows = [_row(values) for values in db.execute(_AFTER, (number, count))]
     return [row._replace(block=with_parent(db, row)) for row in rows]
@@ -147,12 +147,12 @@ def with_parent(db: Db, row: Row) -> Block:
     db
         The connection, in a transaction.
     row
-        The block's row.
+        A row as `row_named` or `row_numbered` returns it.
 
     Returns
     -------
     Block
-        As said above.
+        With a parent of no bytes where the row of the block before is gone.
     """
     if row.block.start % SLOT == 0:
         return row.block
@@ -163,22 +163,22 @@ def with_parent(db: Db, row: Row) -> Block:
 def path(db: Db, number: int) -> list[Row]:
     """Return the rows from the beginning of a text to a block, with the names of their parents.
 
-    Raises
-    ------
-    Damaged
-        When the way back does not reach the beginning.
-
     Parameters
     ----------
     db
         The connection, in a transaction.
     number
-        Number of the block.
+        Number of the last block.
 
     Returns
     -------
-    list
-        As said above.
+    list[Row]
+        One at least, without gaps: the first one starts at 0.
+
+    Raises
+    ------
+    Damaged
+        When the way back does not reach the beginning.
     """
     rows = [_row(values) for values in db.execute(_PATH, (number,))][::-1]
     if not rows or rows[0].block.start or any(a.block.stop != b.block.start for a, b in pairwise(rows)):
@@ -193,16 +193,16 @@ def add_block(db: Db, block: Block, parent: int) -> int:
     Parameters
     ----------
     db
-        The connection, in a transaction.
+        The connection, in a transaction that writes.
     block
-        The block.
+        All that its row says, words included.
     parent
         Number of the block before it; 0 for none.
 
     Returns
     -------
     int
-        As said above.
+        The number, which no block had before.
     """
     words = (_word(db, block.coding), _word(db, block.artifacts), _word(db, block.model))
     values = (block.name, parent, block.slot, block.start, block.stop, block.rows_from, block.size, *words)
@@ -223,11 +223,11 @@ def change_block(db: Db, row: Row, block: Block, parent: int) -> None:
     Parameters
     ----------
     db
-        The connection, in a transaction.
+        The connection, in a transaction that writes.
     row
-        The block's row.
+        The row, as it is now.
     block
-        The block.
+        What the new file says, at the same place.
     parent
         Number of the block before it; 0 for none.
     """
@@ -255,23 +255,23 @@ def refer(db: Db, number: int, change: int) -> None:
     Parameters
     ----------
     db
-        The connection, in a transaction.
+        The connection, in a transaction that writes.
     number
-        Number of the block.
+        Number of the block; 0 for none, and nothing happens.
     change
-        What is added.
+        1 for each that refers to it from now on, -1 for each that does so no longer.
     """
     if number:
         db.execute("UPDATE blocks SET refs = refs + ? WHERE id = ?", (change, number))
 
 
 def count(db: Db, **changes: int) -> None:
-    """Change totals of the store: "bytes" of disk, "blocks", bytes "stored" and ever "written".
+    """Change totals of the store: "bytes" of disk, "blocks", bytes "stored" and ever "written", blocks "evicted".
 
     Parameters
     ----------
     db
-        The connection, in a transaction.
+        The connection, in a transaction that writes.
     **changes
         What is added, by total.
     """
@@ -288,8 +288,8 @@ def totals(db: Db) -> dict[str, int]:
 
     Returns
     -------
-    dict
-        As said above.
+    dict[str, int]
+        A value of 0 or more for each of `mlxkv.store.database.TOTALS`.
 
     Raises
     ------
@@ -338,12 +338,12 @@ def children(db: Db, row: Row) -> list[int]:
     db
         The connection, in a transaction.
     row
-        The block's row.
+        The row of the block before them.
 
     Returns
     -------
-    list
-        As said above.
+    list[int]
+        Their numbers, also of those in the next slot.
     """
     block = row.block
     slot = block.name if block.stop % SLOT == 0 else block.slot
@@ -357,18 +357,18 @@ def enter(db: Db, number: int, kind: str, used: float) -> bool:
     Parameters
     ----------
     db
-        The connection, in a transaction.
+        The connection, in a transaction that writes.
     number
-        Number of the block.
+        Number of the block, which is there.
     kind
-        Of whom the text ends with.
+        Of whom the text ends with: "system", "user" or "assistant".
     used
         Seconds since 1970.
 
     Returns
     -------
     bool
-        As said above.
+        False where there was an entry; it keeps its kind.
     """
     turn = next_turn(db)
     if db.execute("UPDATE entries SET turn = ?, used = ? WHERE block = ?", (turn, used, number)).rowcount:
@@ -384,7 +384,7 @@ def touch(db: Db, name: bytes, used: float) -> None:
     Parameters
     ----------
     db
-        The connection, in a transaction.
+        The connection, in a transaction that writes.
     name
         Name of the place.
     used
@@ -407,7 +407,7 @@ def next_turn(db: Db) -> int:
     Returns
     -------
     int
-        As said above.
+        At least 1.
 
     Raises
     ------
@@ -428,12 +428,12 @@ def state_bytes(db: Db, number: int) -> int:
     db
         The connection, in a transaction.
     number
-        Number of the block.
+        Number of the block that the entry is at.
 
     Returns
     -------
     int
-        As said above.
+        Bytes of the file.
 
     Raises
     ------

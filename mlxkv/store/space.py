@@ -20,6 +20,7 @@ from mlxkv.store.rows import Db, Row
 DEFAULT_LIMIT = 20 * 10**9
 LEAST_LIMIT = 4 * 2**20
 EVICTIONS = 16  # at once: a transaction that changes more could take more of SQLite's log than is counted
+_GROWTH = 2**16  # bytes that the index may grow by before room is made again: a change adds some pages
 _FIXED = 2**17  # bytes of the folders, the lock and SQLite's map of its log
 _REASON = 200
 
@@ -75,14 +76,29 @@ class Space:
         Returns
         -------
         int
-            As said above.
+            Bytes, SQLite's files at their largest included.
         """
         return rows.totals(db)["bytes"] + self._fixed(db)
 
     def _fixed(self, db: Db) -> int:
         """Return the bytes of what does not go when room is made."""
-        index = db.execute("PRAGMA page_count").fetchone()[0] * 4096
-        return rows.totals(db)["foreign"] + index + 2 * self.log_limit + _FIXED
+        pages, size = (db.execute(f"PRAGMA {word}").fetchone()[0] for word in ("page_count", "page_size"))
+        return rows.totals(db)["foreign"] + pages * size + 2 * self.log_limit + _FIXED
+
+    def free(self, db: Db) -> int:
+        """Return the bytes that files may still take, in a transaction.
+
+        Parameters
+        ----------
+        db
+            The connection, in a transaction.
+
+        Returns
+        -------
+        int
+            Less than 0 where something must go. What the index may grow by is not among them.
+        """
+        return self.limit - self.taken(db) - _GROWTH
 
     def make(self, db: Db, needed: int, spared: int | None = None) -> bool | None:
         """Remove what was not used for longest until so many bytes are free, as far as one transaction may.
@@ -101,10 +117,10 @@ class Space:
         bool or None
             Whether they are free; None where another transaction must go on.
         """
-        if needed and self._fixed(db) + needed > self.limit:
+        if needed and self._fixed(db) + needed + _GROWTH > self.limit:
             return False  # nothing needs to go in vain
         for _ in range(EVICTIONS):
-            if self.taken(db) + needed <= self.limit:
+            if needed <= self.free(db):
                 return True
             if not self.evict(db, spared):
                 return False
@@ -131,6 +147,8 @@ class Space:
         if found is None:
             return self.forget_quarantined(db)
         self.shorten(db, found[0])
+        if rows.row_numbered(db, found[0]) is None:
+            rows.count(db, evicted=1)
         return True
 
     def shorten(self, db: Db, number: int) -> int:
@@ -184,7 +202,7 @@ class Space:
         Parameters
         ----------
         db
-            The connection, in a transaction.
+            The connection, in a transaction that writes.
         row
             The block's row.
         """
@@ -199,7 +217,7 @@ class Space:
         Parameters
         ----------
         db
-            The connection, in a transaction.
+            The connection, in a transaction that writes.
         row
             The block's row.
         """
@@ -300,12 +318,12 @@ class Space:
         Parameters
         ----------
         db
-            The connection, in a transaction.
+            The connection, in a transaction that writes.
 
         Returns
         -------
         bool
-            As said above.
+            False where quarantine is empty.
         """
         found = db.execute("SELECT file, bytes FROM quarantined ORDER BY at LIMIT 1").fetchone()
         if found is None:

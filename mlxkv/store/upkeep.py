@@ -69,7 +69,7 @@ class Upkeep:
         Returns
         -------
         Swept
-            As said above.
+            What was removed and forgotten.
         """
         self._changes.make(self._changes.settle)
         files = freed = missing = 0
@@ -192,7 +192,7 @@ class Upkeep:
         Returns
         -------
         int
-            As said above.
+            Entries that were removed.
         """
         removed = 0
         while (found := self._changes.make(lambda db: self._next(db, model, name))) is not None:
