@@ -32,7 +32,7 @@ def watched(folder, processes):
 
 
 def test_two_processes_on_one_folder_lose_nothing_and_keep_the_bound(tmp_path):
-    processes = [worker(tmp_path, seed, 1.0) for seed in range(2)]
+    processes = [worker(tmp_path, seed, 0.5) for seed in range(2)]
     assert watched(tmp_path, processes) <= LIMIT
     for process in processes:
         _, errors = process.communicate()
@@ -55,8 +55,8 @@ def intact(folder):
 @pytest.mark.slow
 def test_processes_killed_at_any_moment_leave_a_store_that_goes_on(tmp_path):
     chance = random.Random(0)
-    other = worker(tmp_path, 99, 25)
-    for seed in range(40):
+    other = worker(tmp_path, 99, 12)
+    for seed in range(20):
         process = worker(tmp_path, seed, 20)
         assert process.stdout.readline() == "ready\n", process.communicate()[1]
         until = time.monotonic() + chance.uniform(0.01, 0.3)
