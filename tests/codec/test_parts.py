@@ -171,6 +171,16 @@ def test_parts_cut_anywhere_err_as_little_as_one(learnt, method, kind):
             np.testing.assert_allclose(many[key], one[key], rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("quality", [75, 100])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_rows_that_do_not_differ_are_coded_at_every_quality(learnt, quality, tokens):
+    streams = {key: np.repeat(x[..., :1, :], tokens, axis=-2) for key, x in text(DUAL, 1).items()}
+    artifacts = learnt("direct", "dual")
+    blobs = encoded(PartCodec(artifacts, quality=quality, recent=32, sinks=0), streams, [0, tokens])
+    found, _ = joined(blobs, artifacts, tokens)
+    assert all(relative_error(found[key], x) < 2**-9 for key, x in expected(DUAL, streams, tokens).items())
+
+
 @pytest.mark.parametrize("start", [512, 1_000_003])
 @pytest.mark.parametrize("kind", ["dual", "latent", "window"])
 def test_keys_are_turned_by_their_positions(learnt, kind, start):

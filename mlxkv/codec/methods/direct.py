@@ -29,7 +29,7 @@ STEPS = {"k": 4.0, "v": 4.0}  # at quality 0, in scales of a head
 MEAN_STEPS = 16  # of a mean to one of a number
 SCALE_STEPS = 8  # of a scale to a doubling
 MOST_EXPONENT = 400  # of scales, up or down: all that is decoded is finite
-_FINEST = 2.0**-20  # of a scale to the largest mean of its head, so that integers stay small
+_FINEST = 2.0**-17  # of a scale to the largest mean of its head, so that integers stay below 2**30 at every quality
 _SIDE = struct.Struct("<IH")  # bytes of the deflated side information, number of reflections
 
 
