@@ -14,7 +14,7 @@ import typer
 
 from mlxkv.cli._checks import read_size
 from mlxkv.cli._commands import commands
-from mlxkv.cli._output import Json, counter, note, print_record, print_table
+from mlxkv.cli._output import Json, counter, format_value, note, print_record, print_table
 from mlxkv.cli._work import promise, working
 
 if TYPE_CHECKING:
@@ -32,6 +32,11 @@ command = typer.Typer(
 )
 commands.register("store")(command)
 
+_SIZES = (
+    "entries", "blocks", "stored_bytes", "index_bytes", "quarantined", "quarantine_bytes", "reserved_bytes", "taken_bytes",
+    "limit_bytes", "ever_written_bytes",
+)  # fmt: skip
+_SWEPT = ("unknown_files", "unknown_bytes", "missing_files", "removed_bytes", "taken_bytes", "limit_bytes")
 _ROWS = 40  # of a table: there may be thousands of entries
 _DIGITS = 8  # of a name, where they tell it from all others
 
@@ -55,7 +60,7 @@ def list_command(store: Folder = None, json: Json = False) -> None:
         return
     digits = _digits(entries)
     if entries:
-        print_table([{**_row(entry, digits), "model": _short(entry.model)} for entry in entries[:_ROWS]], as_json=False)
+        print_table([_short_row(entry, digits) for entry in entries[:_ROWS]], as_json=False)
     elif opened is not None:
         note("no prompt is stored")
     if len(entries) > _ROWS:
@@ -69,14 +74,14 @@ def usage_command(store: Folder = None, json: Json = False) -> None:
     Example: mlxkv store du
     """
     with _opened(store) as opened:
-        facts = _sizes(opened) if opened is not None else {}
+        facts = _sizes(opened) if opened is not None else dict.fromkeys(_SIZES, 0)
         usages = opened.usage() if opened is not None else []
     if json:
         print_record({**facts, "models": [_use(usage, 32) for usage in usages]}, as_json=True)
         return
     if usages:
         print_table([{**_use(usage, _DIGITS), "model": _short(usage.model)} for usage in usages], as_json=False)
-    if facts:
+    if opened is not None:
         print_record(facts, as_json=False)
 
 
@@ -121,17 +126,17 @@ def sweep_command(
     Example: mlxkv store gc --store-max 5GB
     """
     limit = read_size(store_max, "--store-max")
-    facts: dict[str, Any] = {}
+    facts = dict.fromkeys(_SWEPT, 0)
     promise("what was removed is removed, and everything else is as it was")
     with _opened(store) as before:
         stored = before.statistics().stored if before is not None else 0
     with working("removing"), _opened(store, limit, quiet=True) as opened:
         if opened is not None:
             swept = opened.sweep()
-            facts = {"unknown_files": swept.files, "unknown_bytes": swept.freed, "missing_files": swept.missing}
             now = opened.statistics()
-            facts |= {"removed_bytes": max(0, stored - now.stored), "taken_bytes": now.taken, "limit_bytes": now.limit}
-    if facts or json:
+            values = (swept.files, swept.freed, swept.missing, max(0, stored - now.stored), now.taken, now.limit)
+            facts = dict(zip(_SWEPT, values, strict=True))
+    if opened is not None or json:
         print_record(facts, json)
 
 
@@ -185,7 +190,8 @@ def _chosen(entries: list[Entry], ids: list[str], model: str | None) -> list[Ent
         names = {_short(entry.model) or "" for entry in entries}
         entries = [entry for entry in entries if model in (entry.model, _short(entry.model))]
         if not entries:
-            raise InputError(f"nothing of {model[:80]!r} is stored", suggest(model, names, "mlxkv store ls"))
+            known = suggest(model, names, "mlxkv store ls") if names else "the store holds no prompt"
+            raise InputError(f"nothing of {model[:80]!r} is stored", known)
     if not ids:
         return entries
     chosen = {}
@@ -213,11 +219,14 @@ def _ask(what: str, store: BlockStore) -> None:
 @contextmanager
 def _opened(folder: Path | None, limit: int | None = None, quiet: bool = False) -> Iterator[BlockStore | None]:
     """Open a store; None where nothing was stored yet, and looking makes none."""
+    from mlxkv.errors import InputError
     from mlxkv.store.folder import default_folder
     from mlxkv.store.index import BlockStore
 
     path = default_folder() if folder is None else folder
     is_there = path.exists()
+    if folder is not None and not path.is_dir():
+        raise InputError(f"{path} is no folder" if is_there else f"there is no folder {path}")
     with suppress(OSError):  # of no folder, or one that cannot be read, opening it tells more
         is_there = is_there and any(path.iterdir())
     if not is_there:
@@ -243,6 +252,13 @@ def _digits(entries: list[Entry]) -> int:
     return digits
 
 
+def _when(used: float) -> str:
+    """Return when something was used as a table has room for it: the time of today, else the day."""
+    then = datetime.fromtimestamp(used)
+    days = (datetime.now().date() - then.date()).days
+    return f"{then:%H:%M}" if not days else f"{then:%m-%d}" if days < 300 else f"{then:%Y}"
+
+
 def _row(entry: Entry, digits: int) -> dict[str, Any]:
     """Return what there is to know of an entry."""
     used = datetime.fromtimestamp(entry.used)
@@ -255,6 +271,13 @@ def _row(entry: Entry, digits: int) -> dict[str, Any]:
         "own_bytes": entry.own,
         "shared_bytes": entry.shared,
     }
+
+
+def _short_row(entry: Entry, digits: int) -> dict[str, Any]:
+    """Return the same as a table has room for it."""
+    row = _row(entry, digits)
+    own, shared = (format_value("bytes", row.pop(f"{name}_bytes")) for name in ("own", "shared"))
+    return {**row, "model": _short(entry.model), "used": _when(entry.used), "own": own, "shared": shared}
 
 
 def _use(usage: Usage, digits: int) -> dict[str, Any]:
@@ -274,18 +297,15 @@ def _sizes(store: BlockStore) -> dict[str, Any]:
     from mlxkv.store.folder import INDEX, QUARANTINE
 
     found, folder = store.statistics(), store.folder.path
-    return {
-        "folder": str(folder),
-        "entries": found.entries,
-        "blocks": found.blocks,
-        "stored_bytes": found.stored,
-        "index_bytes": _bytes(folder, f"{INDEX}*"),
-        "quarantined": found.quarantined,
-        "quarantine_bytes": _bytes(folder / QUARANTINE, "*"),
-        "taken_bytes": found.taken,
-        "limit_bytes": found.limit,
-        "ever_written_bytes": found.written,
-    }
+    index, aside = _bytes(folder, f"{INDEX}*"), _bytes(folder / QUARANTINE, "*")
+    reserved = max(
+        0, found.taken - found.stored - index - aside
+    )  # for SQLite's log, at its largest, and whole disk blocks
+    values = (
+        found.entries, found.blocks, found.stored, index, found.quarantined, aside, reserved, found.taken, found.limit,
+        found.written,
+    )  # fmt: skip
+    return {"folder": str(folder), **dict(zip(_SIZES, values, strict=True))}
 
 
 def _bytes(folder: Path, pattern: str) -> int:

@@ -59,6 +59,32 @@ def test_looking_at_a_store_that_is_not_there_says_so_and_makes_none(command, fo
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("command", [*LISTING, "rm"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_that_was_named_has_to_be_one(command, there, tmp_path, capsys):
+    path = tmp_path / "typo"
+    if there:
+        path.touch()
+    assert run("store", command, *(["--all"] if command == "rm" else []), "--store", path) == 2
+    assert ("is no folder" if there else "there is no folder") in capsys.readouterr().err
+    assert path.exists() == there
+
+
+@pytest.mark.parametrize("command", ["du", "gc", "verify"])
+def test_what_is_told_for_machines_has_one_form_whether_anything_is_stored_or_not(command, folder, says):
+    empty = says("store", command)
+    with BlockStore(folder) as store:
+        insert(store, text(1))
+    assert {*says("store", command)} - {"folder"} == {*empty}
+
+
+def test_a_row_of_the_table_of_entries_is_one_line_at_80_columns(stored, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("store", "ls") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 + len(stored) + 1
+
+
 def test_entries_are_listed_with_what_they_share_the_last_one_used_first(stored, says, capsys):
     rows = says("store", "ls")
     assert [row["id"] for row in rows] == [name(chain) for chain in reversed(stored)]
