@@ -174,7 +174,8 @@ class Folder:
         OSError
             When it cannot be made.
         """
-        return FOLDER_COST if self._make(path.parent) else 0
+        made = self._make(path.parent.parent) + self._make(path.parent)  # all may have been removed under this process
+        return made * FOLDER_COST
 
     def open(self, path: Path) -> IO[bytes]:
         """Open a file of the store for reading.
