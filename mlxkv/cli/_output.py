@@ -110,6 +110,8 @@ def _item(name: str, item: Any) -> str:
 def _number(key: str, value: float) -> str:
     """Return a number with the unit that its key tells."""
     if key.endswith("bytes"):
+        if value >= 1e10:
+            return f"{value / 1e9:,.2f} GB"
         return f"{value / 1e6:,.2f} MB" if value >= 1e5 else f"{value:,.0f} B"
     if key.startswith("ratio"):
         return f"{value:.2f}x"

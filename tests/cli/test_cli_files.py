@@ -154,6 +154,8 @@ def test_weights_are_not_taken_for_a_prompt_cache(tmp_path, capsys):
         ("metadata", {"file_bytes": "many", "x": {"y": [1]}}, "file_bytes many, x {'y': [1]}"),
         ("file_bytes", "many", "many"),
         ("cache_bytes", 44032.0, "44,032 B"),
+        ("file_bytes", 9_990_000_000, "9,990.00 MB"),
+        ("limit_bytes", 2e10, "20.00 GB"),
         ("flag", True, "yes"),
     ],
 )
