@@ -168,6 +168,12 @@ class Generator(server.ResponseGenerator):
             raise InputError("the prompt has no tokens")
         if not all(isinstance(token, int) for token in found[0]):
             raise InputError("the prompt has to be one text")
+        if args.seed is not None and not 0 <= args.seed < 2**64:
+            raise InputError("seed has to be a whole number from 0 to 2**64 - 1")
+        if bias := args.logits.logit_bias:  # MLX writes to any place in memory that is asked for
+            count = len(tokenizer.get_vocab())
+            if not all(0 <= token < count for token in bias):
+                raise InputError(f"logit_bias names a token that there is not: there are 0 to {count - 1}")
         return found
 
     def _log_cache_stats(self) -> None:

@@ -134,6 +134,9 @@ def test_many_at_once_get_what_each_gets_alone(client, talker):
     ({"prompt": ["a"]}, 404, "one text"),
     ({"prompt": [["a"], "b"]}, 404, ""),
     ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
+    ({"prompt": "a", "seed": -1}, 404, "seed has to be"),
+    ({"prompt": "a", "logit_bias": {"99999999": 5}}, 404, "a token that there is not"),
+    ({"prompt": "a", "logit_bias": {"-1": 5}}, 404, "a token that there is not"),
 ])  # fmt: skip
 def test_what_cannot_be_answered_is_refused_and_ends_nothing(client, body, status, said):
     if status == 200:
