@@ -28,8 +28,8 @@ from mlxkv import lm
 from mlxkv.codec import library
 
 PHASE = 8
-PREDICT, CLIENTS, ROUNDS, TURNS, BRANCH = 128, (1, 8, 32), 2, 50, 5
-ASKED = 4  # texts that servers are asked about
+PREDICT, CLIENTS, ROUNDS, TURNS, BRANCH = 128, (1, 8, 32), 1, 50, 5
+ASKED = 3  # texts that servers are asked about
 # Tokens of the prefix; of the conversation's system prompt, a message and an answer: what each model was trained to read.
 LENGTHS = {MODEL: 2048, "gemma3-270m": 2048, HYBRID: 1792}
 TALK = {MODEL: (512, 40, 80), "gemma3-270m": (512, 40, 80), HYBRID: (256, 10, 24)}
