@@ -168,12 +168,14 @@ class Space:
         """
         row = rows.row_numbered(db, number)
         kept = db.execute("SELECT kind, turn, used FROM entries WHERE block = ?", (number,)).fetchone()
+        if kept is None:  # it has moved on since it was looked for
+            return 0
         self.leave(db, number, row)
         if row is None or row.refs > 1:
             return 0
         self.remove_block(db, row)
         above = rows.row_numbered(db, row.parent) if row.parent else None
-        if above is None or above.refs > 0 or kept is None:
+        if above is None or above.refs > 0:
             return 0
         db.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, 0)", (above.id, *kept))
         rows.refer(db, above.id, 1)

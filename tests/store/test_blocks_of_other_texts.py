@@ -42,3 +42,14 @@ def test_the_same_text_of_another_model_of_the_same_form_is_not_taken_for_ones_o
         stored(prompts, model, BEGINNINGS[0])
     shutil.copy(path_of(store, other, BEGINNINGS[0]), path_of(store, one, BEGINNINGS[0]))
     assert one.fetch([*BEGINNINGS[0], 1]) is None
+
+
+def test_a_block_whose_entry_has_moved_on_before_it_is_removed_stays(store):
+    model = tiny_model("llama")
+    prompts = store.for_model(model, exact=True)
+    ids = BEGINNINGS[0] + END
+    stored(prompts, model, ids)
+    store.blocks._changes.make(
+        lambda db: store.blocks._changes.space.shorten(db, 1)
+    )  # as `remove` does, a moment too late
+    assert prompts.match([*ids, 1]) == len(ids)
