@@ -62,6 +62,8 @@ class Database:
     ----------
     folder
         Folder of the store.
+    prepare
+        Called where the folder is gone, to make it again.
     fill
         Called with a new, empty index, in a transaction, to fill it from the files that there are.
 
@@ -71,9 +73,9 @@ class Database:
         When it cannot be opened or made.
     """
 
-    def __init__(self, folder: Path, fill: Callable[[sqlite3.Connection], None]) -> None:
+    def __init__(self, folder: Path, prepare: Callable[[], None], fill: Callable[[sqlite3.Connection], None]) -> None:
         self.path = folder / INDEX
-        self._folder, self._fill = folder, fill
+        self._folder, self._prepare, self._fill = folder, prepare, fill
         self._reading, self._writing = RLock(), RLock()
         self._lock: int | None = None
         self._reader: sqlite3.Connection | None = None
@@ -98,7 +100,7 @@ class Database:
             When the index is damaged: the next writer makes it anew.
         """
         if not self._reading.acquire(timeout=_READ_SECONDS):
-            raise Unavailable("the index of the store is being made anew")
+            raise Unavailable("the index of the store is in use for long, or being made anew")
         try:
             if self._reader is None or self._is_damaged or self._is_elsewhere():
                 self._is_damaged = True
@@ -228,6 +230,8 @@ class Database:
     def _open(self) -> None:
         """Open the index; make it anew where there is none or a damaged one, and no one else has it open."""
         try:
+            if not self._folder.exists():  # somebody has removed it under this process
+                self._prepare()
             if self._is_usable(exclusive=False):
                 self._is_damaged = False
                 return

@@ -96,15 +96,27 @@ class Folder:
     def __init__(self, path: Path) -> None:
         try:
             self.path = path.expanduser().resolve()
-            os.makedirs(self.path, mode=0o700, exist_ok=True)
-            self._check()
-            for name in (BLOCKS, STATES, QUARANTINE):
-                self._make(self.path / name)
+            self.prepare()
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"cannot keep prompts in {str(path)[:200]}: {getattr(error, 'strerror', None) or error}",
                 "give a folder that you can write, with --store or $MLXKV_STORE",
             ) from error
+
+    def prepare(self) -> None:
+        """Make what is missing of the folder, and check it.
+
+        Raises
+        ------
+        OSError
+            When it cannot be made.
+        InputError
+            When it belongs to someone else, may be written by others, or holds anything else.
+        """
+        os.makedirs(self.path, mode=0o700, exist_ok=True)
+        self._check()
+        for name in (BLOCKS, STATES, QUARANTINE):
+            self._make(self.path / name)
 
     def _check(self) -> None:
         """Refuse a folder that is not this user's own, or is no store."""

@@ -108,7 +108,7 @@ class BlockStore:
         self.folder = Folder(default_folder() if folder is None else Path(folder))
         space = Space(self.folder, DEFAULT_LIMIT if limit is None else limit)
         try:
-            self._database = Database(self.folder.path, lambda db: fill(db, space))
+            self._database = Database(self.folder.path, self.folder.prepare, lambda db: fill(db, space))
         except Unavailable as error:
             raise InputError(f"cannot use the store in {self.folder.path}: {error}", "try again later") from error
         self._changes = Changes(self._database, space)

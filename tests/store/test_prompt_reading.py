@@ -120,10 +120,11 @@ def test_what_makes_room_for_others_while_it_is_read_is_no_error(store, monkeypa
     assert (prompts.statistics()["errors"], caplog.records) == (0, [])
 
 
-def test_a_lost_folder_is_a_miss_and_made_again(store):
+@pytest.mark.parametrize("gone", ["blocks", "."])
+def test_a_lost_folder_is_a_miss_and_made_again(store, gone):
     prompts = store.for_model(MODEL)
     stored(prompts, MODEL, IDS[:600])
-    shutil.rmtree(store.blocks.folder.path / "blocks")
+    shutil.rmtree(store.blocks.folder.path / gone)
     assert prompts.fetch(IDS) is None
     assert prompts.statistics()["misses"] == 1
     stored(prompts, MODEL, IDS[:600])
