@@ -59,6 +59,7 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "number": lambda x: f"{x:.2g}",
     "two": lambda x: f"{x:.2f}",
     "count": lambda x: f"{x:,.0f}",
+    "text": str,
     "seconds": lambda x: f"{x:.1f} s",
 }
 
@@ -153,6 +154,12 @@ TABLES = {
          ("top-1", "top1_agreement", "percent")),
         "{who}, calibrated on {calibration_tokens:,} tokens of the texts that ship along. Means over files of {length:,} tokens of texts of "
         "other kinds and of Python's documentation; the next {predicted} are predicted.", "kvtc-rd at",
+    ),
+    "store": ResultTable(
+        lambda s: [{"label": row["mode"], **row} for row in s["prefixes"] if row["coding"] != "safetensors"],
+        (("coded by", "coding", "text"), ("on disk", "file_bytes", "MB"), ("of mlx-lm's file at 16 bits", "ratio_16", "times"),
+         ("KL", "kl", "number"), ("same first choice", "top1_agreement", "percent")),
+        "{who}, the first {length:,} tokens of texts of six kinds, restored, and the next {predict} predicted.", "store",
     ),
     "rate_points": ResultTable(
         lambda s: _points(s["points"]),

@@ -13,7 +13,7 @@ from mlxkv.codec.parts import PartCodec
 from mlxkv.errors import InputError, MlxkvError
 from mlxkv.spec import CacheSpec
 
-DEFAULT_QUALITY = 38.0
+DEFAULT_QUALITY = 39.0
 AGAIN_TOKENS = 64  # newest tokens of a prompt that are computed, even if they are stored
 FINE_TOKENS = 32  # newest tokens that are coded finer, where a cache cannot be cut to compute them again
 SINKS = 4  # first tokens of a text, which are not quantized

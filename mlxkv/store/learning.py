@@ -62,7 +62,7 @@ class Learning:
 
     def __init__(
         self, model: Any, *, name: str, fingerprint: str, spec: CacheSpec, prompts: Callable[[], Iterable[Sequence[int]]],
-        ready: Callable[[CalibrationArtifacts], None], tokenizer: Any = None, quality: float = 38.0, seconds: float = 600.0,
+        ready: Callable[[CalibrationArtifacts], None], tokenizer: Any = None, quality: float = 39.0, seconds: float = 600.0,
         least_tokens: int = LEAST_TOKENS, most_tokens: int = MOST_TOKENS, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self._facts: dict[str, Any] = {

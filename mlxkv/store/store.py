@@ -84,7 +84,7 @@ class Store:
         fingerprint
             `mlxkv.lm.fingerprint` of it, where it is known: to compute it reads all weights.
         quality
-            0 to 100: how finely keys and values are coded; None for 38. Prompts of one quality are not found at another.
+            0 to 100: how finely keys and values are coded; None for 39. Prompts of one quality are not found at another.
         exact
             Code bit-exact instead, at many times the bytes.
         method

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from test_plans import problem
 
+from benchmarks.experiments import store
 from mlxkv import KVTCRDConfig, calibrate, lm, write_dump
 from mlxkv.cli import main
 from mlxkv.sensitivity import sensitivity
@@ -173,6 +174,11 @@ def test_what_three_minutes_of_calibration_give_is_measured():
     said_so = f"{row['ratio']:.1f} times smaller at KL {row['kl']:.4f}"
     assert said_so in " ".join(README.split())
     assert round(summary["calibrate_seconds"] / 60) == 3
+
+
+def test_prompts_that_survive_have_the_measured_numbers():
+    found = json.loads((ROOT / "benchmarks" / "results" / "store.json").read_text())
+    assert store.brief(found) in " ".join(README.split())
 
 
 def test_as_many_model_types_work_as_the_page_of_models_says():

@@ -152,7 +152,7 @@ def artifacts(tmp_path):
 def test_new_artifacts_code_new_blocks_and_old_ones_stay_readable(store, artifacts):
     away = artifacts.rename(artifacts.parent.with_name("away"))
     prompts = store.for_model(MODEL)
-    assert prompts.codings.current.name == "direct 48"
+    assert prompts.codings.current.name == "direct 49"
     stored(prompts, MODEL, IDS[:600])
     assert not prompts.codings.refresh()
     away.rename(artifacts)
@@ -160,12 +160,12 @@ def test_new_artifacts_code_new_blocks_and_old_ones_stay_readable(store, artifac
     assert not prompts.codings.refresh()
     stored(prompts, MODEL, IDS[:900])
     assert [block.coding for block in store.blocks.longest(Chain(prompts._root, IDS), 900)] == [
-        "direct 48",
-        "direct 48",
-        "kvtc-rd 38",
+        "direct 49",
+        "direct 49",
+        "kvtc-rd 39",
     ]
     assert prompts.fetch(IDS).length == 950 - AGAIN_TOKENS
-    assert store.for_model(MODEL).codings.current.name == "kvtc-rd 38"
+    assert store.for_model(MODEL).codings.current.name == "kvtc-rd 39"
 
 
 def test_artifacts_that_are_gone_are_misses_until_their_blocks_are_made_again(store, artifacts):

@@ -138,8 +138,8 @@ def test_hybrids_go_on_from_every_turn_and_keep_a_state_of_each(store):
 def test_models_qualities_and_grades_do_not_see_each_other(store):
     model, ids = tiny_model("llama"), tiny_tokens(200)
     stored(store.for_model(model), model, ids)
-    assert store.for_model(model, quality=38).match(ids) > 0
-    assert store.for_model(model, quality=38.5).match(ids) == 0
+    assert store.for_model(model, quality=39).match(ids) > 0
+    assert store.for_model(model, quality=39.5).match(ids) == 0
     assert store.for_model(model, exact=True).match(ids) == 0
     assert store.for_model(model, method="int8").match(ids) == 0
     assert store.for_model(model, method="full").match(ids) > 0
