@@ -308,6 +308,7 @@ def test_a_store_in_use_writes_down_what_was_used_and_sweeps_by_itself(tmp_path,
     orphan = one_block(tmp_path, first).with_name("00" * 16 + ".mlxkv")
     orphan.write_bytes(bytes(5000))
     monkeypatch.setattr(keeper, "DELAY", 0.01)
+    before = {*threading.enumerate()}  # stores of other tests may have theirs
     with BlockStore(tmp_path) as store, BlockStore(tmp_path) as other:
         assert other.entries()[0].name == second.name(900)
         store.touch(first.name(900))
@@ -315,4 +316,4 @@ def test_a_store_in_use_writes_down_what_was_used_and_sweeps_by_itself(tmp_path,
         while orphan.exists() or other.entries()[0].name != first.name(900):
             assert time.monotonic() < until
             time.sleep(0.01)
-    assert not [thread for thread in threading.enumerate() if thread.name == "mlxkv-store-keeper"]
+    assert not {*threading.enumerate()} - before

@@ -287,6 +287,7 @@ def encode(integers: np.ndarray, tables: np.ndarray, sizes: Sizes | None = None)
     >>> np.array_equal(decode([Section(data, tables, tokens=64, components=3)])[0], integers)
     True
     """
+    integers = integers.astype(np.int32, copy=False)  # those that `decode` returned may be narrower
     plan = _plan_block(integers, tables, sizes)
     streams = rans.encode(plan.symbols.ravel(), tables, plan.table_of.ravel(), 1, plan.lanes)
     words = streams.counts.astype("<u2").tobytes()
