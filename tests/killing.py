@@ -217,8 +217,11 @@ def fresh(folder):
     return folder
 
 
+STRIDE = int(os.environ.get("KILL_STRIDE", "1"))  # operations from one kill to the next
+
+
 def every_kill(scenario, folder):
-    """Kill a scenario's write after each operation; return the number of operations, and all that is wrong."""
+    """Kill a scenario's write after each operation, or every few; return the number of operations, and all that is wrong."""
     wrong = []
     scenario.prepare(fresh(folder))
     before = scenario.read(folder)
@@ -231,7 +234,7 @@ def every_kill(scenario, folder):
     if (before != after) != scenario.changes:
         wrong.append("it changes nothing, or something")
     seen = set()
-    for last in range(1, count + 1):
+    for last in sorted({*range(1, count + 1, STRIDE), count}):
         for half in (False, True)[: 1 + (last in writes)]:
             scenario.prepare(fresh(folder))
             if in_child(scenario.write, folder, operations=Operations(last, half)) is not None:

@@ -20,9 +20,10 @@ REMOVALS = ("store-quarantine", "store-remove")
 COMMANDS = ("compress-command", "append-command", "convert-command", "calibrate-command")
 
 
-def killed(folder, names):
+def killed(folder, names, stride=1):
     """Operations and mistakes of each scenario, found by a process of its own, which never uses MLX and so may fork."""
     environment = {
+        "KILL_STRIDE": str(stride),  # `make storm` sets it to 1
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
         "OPENBLAS_NUM_THREADS": "1",
@@ -40,10 +41,12 @@ def test_a_write_killed_at_any_operation_leaves_the_old_or_the_new_and_the_next_
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "darwin", reason="a forked process cannot use Metal")
 @pytest.mark.parametrize(
-    "names", [LIVE, SESSIONS, COMMANDS, STORE + REMOVALS], ids=["live caches", "sessions", "commands", "store"]
+    ("names", "stride"),
+    [(LIVE, 1), (SESSIONS, 1), (COMMANDS, 2), (STORE + REMOVALS, 3)],
+    ids=["live caches", "sessions", "commands", "store"],
 )
-def test_whole_commands_and_live_caches_keep_that_promise(tmp_path, names):
-    promised(killed(tmp_path, names))
+def test_whole_commands_and_live_caches_keep_that_promise(tmp_path, names, stride):
+    promised(killed(tmp_path, names, stride))
 
 
 def promised(scenarios):

@@ -56,7 +56,7 @@ def intact(folder):
 def test_processes_killed_at_any_moment_leave_a_store_that_goes_on(tmp_path):
     chance = random.Random(0)
     other = worker(tmp_path, 99, 12)
-    for seed in range(20):
+    for seed in range(8):
         process = worker(tmp_path, seed, 20)
         assert process.stdout.readline() == "ready\n", process.communicate()[1]
         until = time.monotonic() + chance.uniform(0.01, 0.3)
