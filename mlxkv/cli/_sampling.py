@@ -1,4 +1,4 @@
-"""How the next token is drawn: options that mlx_lm.generate and mlx_lm.chat have, by the same names."""
+"""Drawing of the next token: options that mlx_lm.generate and mlx_lm.chat have, by the same names."""
 
 from __future__ import annotations
 

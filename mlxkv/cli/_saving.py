@@ -1,4 +1,4 @@
-"""What --save writes after a text: the cache that it ended with, for the next command to go on from."""
+"""The file that --save writes after a text: the cache that it ended with, for the next command to go on from."""
 
 from __future__ import annotations
 

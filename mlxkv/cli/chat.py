@@ -79,7 +79,7 @@ def chat_command(
 
 
 class _Asked(NamedTuple):
-    """What the command line asks for, and the model."""
+    """Wishes of the command line, and the model."""
 
     model: Any
     tokenizer: Any

@@ -196,7 +196,7 @@ class CalibrationArtifacts:
 
     @property
     def recipe(self) -> dict[str, Any] | None:
-        """What a file says to make artifacts of a method without calibration again; None where they were learnt."""
+        """The words by which a file says how to make artifacts of a method without calibration again; None where they were learnt."""
         return None if self.method.needs_calibration else {"spec": json.loads(json.dumps(self.spec.to_json()))}
 
     @property

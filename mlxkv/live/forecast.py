@@ -1,4 +1,4 @@
-"""How many bytes a live cache will hold after a text of any length: shapes are followed, and nothing is computed."""
+"""Bytes that a live cache will hold after a text of any length: shapes are followed, and nothing is computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What codec methods that need no calibration have in common: artifacts that follow from the model's description alone."""
+"""Base of codec methods that need no calibration: artifacts that follow from the model's description alone."""
 
 from __future__ import annotations
 
