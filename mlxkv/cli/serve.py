@@ -35,7 +35,7 @@ def serve_command(
         str | None, typer.Option(metavar="SIZE", help="Most bytes on disk, such as 50GB (20GB).")
     ] = None,
     quality: Annotated[
-        float | None, typer.Option(metavar="Q", help="Quality of stored prompts, 0 to 100 (39).")
+        float | None, typer.Option(metavar="Q", help="Quality of stored prompts, 0 to 100 (39.5).")
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Store prompts bit for bit.")] = False,
     no_calibrate: Annotated[

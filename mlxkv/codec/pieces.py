@@ -20,7 +20,7 @@ from mlxkv.io.container import Reader
 from mlxkv.kernels import metal
 
 T = TypeVar("T")
-PARTS_TOGETHER = 2  # whose rANS lanes are decoded together
+PARTS_TOGETHER = 4  # whose rANS lanes are decoded together
 PIECES_AHEAD = 2  # that are entropy-decoded while others are multiplied
 
 

@@ -149,6 +149,7 @@ class Provider(server.ModelProvider):
         except UnsupportedError as error:
             log.warning("the prompts of %s stay in memory alone: %s", self.name, error)
             return
+        self.prompts.codings.warm(self.prompts.form.dtype)
         self._changed(self.model_key, self.prompts)
         if self._quality is not None:
             self._learning = self._learner(self.prompts, self._quality)

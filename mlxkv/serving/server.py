@@ -230,7 +230,9 @@ def _finish(prompts: PromptCache) -> None:
     written = prompts.flush(STORE_SECONDS)
     waiting.cancel()
     prompts.report()
-    if not written:
+    if written:
+        log.info("stopped: every prompt that was to be stored is on disk")
+    else:
         log.warning("the last prompts were not stored in time: they will be read again")
 
 

@@ -6,16 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
+import mlx.core as mx
+import numpy as np
+
 from mlxkv.codec import calibrate, library
 from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.codec.entries import folder_for
-from mlxkv.codec.parts import PartCodec
+from mlxkv.codec.parts import CachePart, PartCodec, StoredPart, decode_parts
+from mlxkv.dump import stream_key
 from mlxkv.errors import InputError, MlxkvError
-from mlxkv.spec import CacheSpec
+from mlxkv.io.container import Reader
+from mlxkv.spec import STREAMS, CacheSpec
 
-DEFAULT_QUALITY = 39.0
-AGAIN_TOKENS = 64  # newest tokens of a prompt that are computed, even if they are stored
+DEFAULT_QUALITY = 39.5
+AGAIN_TOKENS = 48  # newest tokens of a prompt that are computed, even if they are stored
 FINE_TOKENS = 32  # newest tokens that are coded finer, where a cache cannot be cut to compute them again
+_FEW = 16  # tokens to warm up with, more than sinks
 SINKS = 4  # first tokens of a text, which are not quantized
 _CALIBRATED, _FREE, _EXACT = "kvtc-rd", "direct", "exact"
 _BONUS, _FINEST = 10.0, 70.0  # points of quality that `direct` needs more for the same loss, and the most it gets
@@ -74,7 +80,7 @@ class Codings:
     def __init__(self, spec: CacheSpec, fingerprint: str, quality: float | None, model: str = "") -> None:
         if quality is not None and not (type(quality) in (int, float) and 0 <= quality <= 100):
             raise InputError(f"the quality of a store is a number from 0 to 100, not {quality!r}")
-        self._spec, self._fingerprint, self._quality = spec, fingerprint, quality
+        self._spec, self._fingerprint, self._quality, self._model = spec, fingerprint, quality, model
         self._lock = Lock()
         free = [
             calibrate.uncalibrated(spec, model=model, fingerprint=fingerprint, method=each) for each in (_FREE, _EXACT)
@@ -105,6 +111,26 @@ class Codings:
             self._known[found.fingerprint] = found
         self.current = _coding(found, self._quality)
         return True
+
+    def warm(self, dtype: str) -> None:
+        """Code and decode a few tokens, so that no prompt waits for what artifacts read and derive when they are first used.
+
+        Parameters
+        ----------
+        dtype
+            Type of the live cache, as `CachePart.dtype`.
+        """
+        coding = self.current
+        streams: dict[str, list[np.ndarray]] = {}
+        for number, group in enumerate(self._spec.groups):
+            for stream in map(group.stream, STREAMS):
+                rows = np.zeros((1, stream.heads, _FEW, stream.dim), np.float32)
+                streams[stream_key(number, stream.name)] = [rows] * stream.layers
+        part = CachePart(0, _FEW, np.zeros(_FEW, np.int32), streams, {}, dtype)
+        names = {"model": self._model, "fingerprint": self._fingerprint}
+        stored = StoredPart(Reader(coding.plain.encode(part, names)), coding.artifacts)
+        for piece in decode_parts([stored], _FEW, dtype):
+            mx.eval(piece.array)
 
     def artifacts(self, fingerprint: str) -> CalibrationArtifacts | None:
         """Return the artifacts that a block names.

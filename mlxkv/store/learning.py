@@ -19,6 +19,7 @@ from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.errors import InputError, MlxkvError
 from mlxkv.identity import same_model
 from mlxkv.spec import CacheSpec
+from mlxkv.store.codings import DEFAULT_QUALITY
 
 METHOD = "kvtc-rd"
 _MOST_DEATHS, _MOST_FAILURES = 3, 3
@@ -62,7 +63,7 @@ class Learning:
 
     def __init__(
         self, model: Any, *, name: str, fingerprint: str, spec: CacheSpec, prompts: Callable[[], Iterable[Sequence[int]]],
-        ready: Callable[[CalibrationArtifacts], None], tokenizer: Any = None, quality: float = 39.0, seconds: float = 600.0,
+        ready: Callable[[CalibrationArtifacts], None], tokenizer: Any = None, quality: float = DEFAULT_QUALITY, seconds: float = 600.0,
         least_tokens: int = LEAST_TOKENS, most_tokens: int = MOST_TOKENS, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self._facts: dict[str, Any] = {

@@ -76,7 +76,7 @@ def test_what_stands_before_a_bad_block_is_used_and_the_next_insertion_heals_it(
     prompts = store.for_model(MODEL, quality=70)
     stored(prompts, MODEL, IDS[:900])
     short, long = prompts.fetch(IDS[:600]), prompts.fetch(IDS)
-    assert (short.length, long.length) == (512, 950 - AGAIN_TOKENS)
+    assert (short.length, long.length) == (512, min(900, 950 - AGAIN_TOKENS))
     damage(path_of(store, prompts, 900), store, prompts)
     fetched = prompts.fetch(IDS)
     assert fetched.length == 512
@@ -152,7 +152,7 @@ def artifacts(tmp_path):
 def test_new_artifacts_code_new_blocks_and_old_ones_stay_readable(store, artifacts):
     away = artifacts.rename(artifacts.parent.with_name("away"))
     prompts = store.for_model(MODEL)
-    assert prompts.codings.current.name == "direct 49"
+    assert prompts.codings.current.name == "direct 49.5"
     stored(prompts, MODEL, IDS[:600])
     assert not prompts.codings.refresh()
     away.rename(artifacts)
@@ -160,12 +160,12 @@ def test_new_artifacts_code_new_blocks_and_old_ones_stay_readable(store, artifac
     assert not prompts.codings.refresh()
     stored(prompts, MODEL, IDS[:900])
     assert [block.coding for block in store.blocks.longest(Chain(prompts._root, IDS), 900)] == [
-        "direct 49",
-        "direct 49",
-        "kvtc-rd 39",
+        "direct 49.5",
+        "direct 49.5",
+        "kvtc-rd 39.5",
     ]
-    assert prompts.fetch(IDS).length == 950 - AGAIN_TOKENS
-    assert store.for_model(MODEL).codings.current.name == "kvtc-rd 39"
+    assert prompts.fetch(IDS).length == min(900, 950 - AGAIN_TOKENS)
+    assert store.for_model(MODEL).codings.current.name == "kvtc-rd 39.5"
 
 
 def test_artifacts_that_are_gone_are_misses_until_their_blocks_are_made_again(store, artifacts):
@@ -180,3 +180,10 @@ def test_artifacts_that_are_gone_are_misses_until_their_blocks_are_made_again(st
     last = store.for_model(MODEL)
     stored(last, MODEL, IDS[:600])
     assert last.fetch(IDS).length == 600
+
+
+def test_after_warming_up_a_block_waits_for_nothing_that_artifacts_derive(store, artifacts):
+    prompts = store.for_model(MODEL)
+    prompts.codings.warm(prompts.form.dtype)
+    coder = prompts.codings.current.artifacts.coder(0)
+    assert all("unweighted_basis" in vars(part) for part in coder._parts.values())

@@ -138,8 +138,8 @@ def test_hybrids_go_on_from_every_turn_and_keep_a_state_of_each(store):
 def test_models_qualities_and_grades_do_not_see_each_other(store):
     model, ids = tiny_model("llama"), tiny_tokens(200)
     stored(store.for_model(model), model, ids)
-    assert store.for_model(model, quality=39).match(ids) > 0
-    assert store.for_model(model, quality=39.5).match(ids) == 0
+    assert store.for_model(model, quality=39.5).match(ids) > 0
+    assert store.for_model(model, quality=39.25).match(ids) == 0
     assert store.for_model(model, exact=True).match(ids) == 0
     assert store.for_model(model, method="int8").match(ids) == 0
     assert store.for_model(model, method="full").match(ids) > 0
@@ -342,3 +342,12 @@ def test_first_tokens_of_a_coded_text_take_16_bits_where_those_hold_them(store):
     others.insert(ids, cache)
     assert others.flush(60)
     assert mx.array_equal(others.fetch(ids).cache[0].keys[..., :4, :], cache[0].keys[..., :4, :])
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("name", ["llama", "lfm2", "gemma3_text", "glm4_moe_lite"])
+def test_warming_up_stores_and_counts_nothing(store, name, exact):
+    prompts = store.for_model(tiny_model(name), exact=exact)
+    before = prompts.statistics()
+    prompts.codings.warm(prompts.form.dtype)
+    assert prompts.statistics() == before
