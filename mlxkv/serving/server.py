@@ -23,7 +23,7 @@ from mlxkv.serving.flags import check_ranks, machine_share, replaced, run_server
 from mlxkv.serving.generation import Generator
 from mlxkv.serving.handler import Handler
 from mlxkv.serving.http import Listener
-from mlxkv.serving.prompt_cache import PromptCache
+from mlxkv.serving.prompt_cache import PromptCache, megabytes
 from mlxkv.serving.provider import Provider
 
 if TYPE_CHECKING:
@@ -169,7 +169,8 @@ class Serving:
     def _greet(self, listener: Listener, store: Store | None) -> None:
         """Say where the server listens, and where it keeps prompts."""
         if store is not None:
-            limit = f"{store.blocks.limit / 1e9:,.3g} GB"
+            most = store.blocks.limit
+            limit = f"{most / 1e9:,.3g} GB" if most >= 1e9 else megabytes(most)
             log.info(
                 "prompts are stored in %s, up to %s: --store-max bounds it, --no-store turns it off",
                 store.blocks.folder.path,
