@@ -304,6 +304,30 @@ def unpack_codes(packed: QuantizedArray) -> mx.array:
     return words_to_codes(packed.words, packed.bits, packed.dim).astype(mx.float32)
 
 
+def slice_rows(packed: QuantizedArray, start: int, stop: int) -> QuantizedArray:
+    """Return some rows of a quantized array, as views of its parts.
+
+    Parameters
+    ----------
+    packed
+        `[..., T, D]`.
+    start
+        The first row, at the beginning of a tile.
+    stop
+        The row after the last; T or more means all the rest.
+
+    Returns
+    -------
+    QuantizedArray
+        `[..., stop - start, D]`.
+    """
+    if start == 0 and stop >= packed.shape[-2]:
+        return packed
+    tiles = slice(start // packed.tile_tokens, -(-stop // packed.tile_tokens))
+    words, bias, scale = packed.words[..., start:stop, :], packed.bias[..., tiles, :], packed.scale[..., tiles, :]
+    return dataclasses.replace(packed, words=words, bias=bias, scale=scale)
+
+
 def metal_unpack(packed: QuantizedArray, dtype: mx.Dtype) -> mx.array:
     """Return the values by the kernel, one thread for each value.
 

@@ -10,8 +10,8 @@ import mlx.core as mx
 
 from mlxkv.config import Config
 from mlxkv.errors import FormatError
-from mlxkv.kernels.bits import QuantizedArray, pack, unpack
-from mlxkv.kernels.decode_attention import Bucket, slice_rows
+from mlxkv.kernels.bits import QuantizedArray, pack, slice_rows, unpack
+from mlxkv.kernels.decode_attention import Bucket
 from mlxkv.live.arrays import copy_without_parent
 from mlxkv.live.base import KeysValues, append_chunk
 from mlxkv.live.checks import check_kept, check_like

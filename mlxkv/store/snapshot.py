@@ -17,8 +17,7 @@ from mlxkv import stock
 from mlxkv.codec.parts import CachePart
 from mlxkv.dump import STATE_TYPES, stream_key
 from mlxkv.errors import MismatchError, UnsupportedError
-from mlxkv.kernels.bits import QuantizedArray, unpack
-from mlxkv.kernels.decode_attention import slice_rows
+from mlxkv.kernels.bits import QuantizedArray, slice_rows, unpack
 from mlxkv.live.arrays import held
 from mlxkv.live.base import LayerCache
 from mlxkv.spec import STREAMS

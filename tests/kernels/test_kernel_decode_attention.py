@@ -10,7 +10,7 @@ from metal_host import HostError, installed
 
 from mlxkv.errors import InputError, MismatchError
 from mlxkv.kernels import decode_attention as attention
-from mlxkv.kernels.bits import pack, unpack
+from mlxkv.kernels.bits import pack, slice_rows, unpack
 from mlxkv.live.attention import MASKED
 
 BOTH = [attention.reference_decode_attention, attention.metal_decode_attention]
@@ -205,7 +205,7 @@ def test_tokens_hidden_before_a_window_count_as_if_they_were_gone(with_sinks, ke
     bias = mx.where(mx.arange(205) < hidden, -mx.inf, mx.zeros((2, 1, 1)))
     sinks = sinks_of(GQA) if with_sinks else None
     output, mass = check(queries, [(k, v), recent], bias, sinks=sinks)
-    window = [tuple(attention.slice_rows(part, hidden, 200) for part in (k, v)), recent]
+    window = [tuple(slice_rows(part, hidden, 200) for part in (k, v)), recent]
     expected, expected_mass = attention.reference_decode_attention(queries, window, 0.125, None, sinks)
     assert_same(output, expected)
     assert_same(mass[..., hidden:], expected_mass)

@@ -9,8 +9,8 @@ from live_checks import METHODS, feed, lone_cache
 from mlx_lm.generate import generate_step, generation_stream
 
 from mlxkv.kernels import metal
+from mlxkv.kernels._products import TILE_FLOATS
 from mlxkv.kernels._rotation import rotation
-from mlxkv.kernels.decode_attention import TILE_FLOATS
 from mlxkv.live import live_config, make_cache
 from mlxkv.live.base import cache_class_of
 from mlxkv.live.packing import PackingCache
