@@ -1,0 +1,252 @@
+"""Attention of one new token over all that a packing cache keeps of a layer: sinks, packed tokens and newest tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import mlx.core as mx
+
+from mlxkv.errors import InputError, MismatchError
+from mlxkv.kernels import metal
+from mlxkv.kernels._products import scores_of, softmax, weighted_sum
+from mlxkv.kernels._rotation import rotate, rotate_back
+from mlxkv.kernels.bits import UNQUANTIZED, reference_pack
+from mlxkv.kernels.decode_attention import Bucket, decode_attention
+from mlxkv.kernels.operations import Example, Operation, register
+
+Pair = tuple[mx.array, mx.array]
+Shape = tuple[int, ...]
+
+
+def packed_attention(
+    queries: mx.array,
+    sinks: Pair | None,
+    packed: Bucket | None,
+    tail: Pair | None,
+    scale: float,
+    lengths: mx.array | None = None,
+    bias: mx.array | None = None,
+    logits: mx.array | None = None,
+) -> mx.array:
+    """Return softmax(scale * queries . keys + bias) . values of one token, accumulated in float32.
+
+    Parameters
+    ----------
+    queries
+        `[B, Hq, 1, D]`, float32, float16 or bfloat16. Hq is a multiple of Hkv: query head h reads key/value head
+        h // (Hq // Hkv).
+    sinks
+        Unquantized keys `[B, Hkv, n, D]` and values `[B, Hkv, n, Dv]` of one float type; None for none.
+    packed
+        Quantized keys and values, each with its own bits and tiles, rotated or not; None for none.
+    tail
+        Like `sinks`, and of the same type: a buffer whose first rows are the newest tokens.
+    scale
+        Factor on the products, such as D**-0.5.
+    lengths
+        How many rows of the tail each batch row has, int32 `[B]`; the rows after them count for nothing, but have to be
+        finite. None for all rows of the buffer. The values are not checked, which would wait for the device.
+    bias
+        Added to the scaled products, `[B, 1 or Hkv or Hq, T]` of any float type, of all T rows: sinks, packed tokens,
+        then the whole buffer of the tail; -inf masks a token. None adds nothing.
+    logits
+        Attention sinks, `[Hq]` of any float type: a logit of each query head that takes part in its softmax, as the score
+        of a token whose value is 0 (gpt-oss, https://arxiv.org/abs/2508.10925). None for none.
+
+    Returns
+    -------
+    mx.array
+        `[B, Hq, 1, Dv]` of queries' type. Zeros where every token is masked, or there is none.
+
+    Raises
+    ------
+    InputError
+        Without sinks, packed tokens and tail.
+    MismatchError
+        For shapes or types that do not fit together.
+
+    Examples
+    --------
+    >>> from mlxkv.kernels.bits import pack
+    >>> old, new = mx.random.normal((1, 2, 128, 64)), mx.random.normal((1, 2, 16, 64))
+    >>> packed = pack(old, bits=8, tile_tokens=64, tile_dims=1), pack(old, bits=8, tile_tokens=1, tile_dims=64)
+    >>> packed_attention(mx.random.normal((1, 8, 1, 64)), None, packed, (new, new), 0.125, mx.array([5])).shape
+    (1, 8, 1, 64)
+    """
+    attend = metal_packed_attention if metal.available() else reference_packed_attention
+    return attend(queries, sinks, packed, tail, scale, lengths, bias, logits)
+
+
+def reference_packed_attention(
+    queries: mx.array,
+    sinks: Pair | None,
+    packed: Bucket | None,
+    tail: Pair | None,
+    scale: float,
+    lengths: mx.array | None = None,
+    bias: mx.array | None = None,
+    logits: mx.array | None = None,
+) -> mx.array:
+    """Attend by the array operations that define `packed_attention`.
+
+    Parameters
+    ----------
+    queries, sinks, packed, tail, scale, lengths, bias, logits
+        See `packed_attention`.
+
+    Returns
+    -------
+    mx.array
+        See `packed_attention`.
+    """
+    Hkv, Dv, rows = _checked(queries, sinks, packed, tail, bias, logits)
+    B, Hq, _, D = queries.shape
+    if not sum(rows):
+        return mx.zeros((B, Hq, 1, Dv), queries.dtype)
+    grouped = (queries.astype(mx.float32) * scale).reshape(B, Hkv, Hq // Hkv, D)
+    parts = [] if sinks is None else [grouped @ sinks[0].astype(mx.float32).swapaxes(-1, -2)]
+    if packed is not None:
+        parts.append(scores_of(rotate(grouped) if packed[0].rotated else grouped, packed[0]))
+    if tail is not None:
+        newest = grouped @ tail[0].astype(mx.float32).swapaxes(-1, -2)
+        if lengths is not None:
+            newest = mx.where(mx.arange(rows[2]) < lengths[:, None, None, None], newest, -mx.inf)
+        parts.append(newest)
+    scores = mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+    if bias is not None:
+        each = mx.repeat(bias.astype(mx.float32), Hq // bias.shape[1], axis=1)
+        scores += each.reshape(B, Hkv, Hq // Hkv, -1)
+    weights = softmax(scores, logits)
+    first, last = rows[0], rows[0] + rows[1]
+    output = mx.zeros((B, Hkv, Hq // Hkv, Dv))
+    if packed is not None:
+        output = weighted_sum(weights[..., first:last], packed[1])
+        output = rotate_back(output) if packed[1].rotated else output
+    if sinks is not None:
+        output += weights[..., :first] @ sinks[1].astype(mx.float32)
+    if tail is not None:
+        output += weights[..., last:] @ tail[1].astype(mx.float32)
+    return output.reshape(B, Hq, 1, Dv).astype(queries.dtype)
+
+
+def metal_packed_attention(
+    queries: mx.array,
+    sinks: Pair | None,
+    packed: Bucket | None,
+    tail: Pair | None,
+    scale: float,
+    lengths: mx.array | None = None,
+    bias: mx.array | None = None,
+    logits: mx.array | None = None,
+) -> mx.array:
+    """Attend by the kernel.
+
+    Parameters
+    ----------
+    queries, sinks, packed, tail, scale, lengths, bias, logits
+        See `packed_attention`.
+
+    Returns
+    -------
+    mx.array
+        See `packed_attention`.
+    """
+    _, _, rows = _checked(queries, sinks, packed, tail, bias, logits)
+    buckets = [] if sinks is None else [_unquantized(sinks)]
+    buckets += [] if packed is None else [packed]
+    buckets += [] if tail is None else [_unquantized(tail)]
+    if lengths is not None and tail is not None:
+        hidden = mx.where(mx.arange(sum(rows)) < sum(rows[:2]) + lengths[:, None, None], 0.0, -mx.inf)
+        bias = hidden if bias is None else bias + hidden
+    return decode_attention(queries, buckets, scale, bias, logits)[0]
+
+
+def _unquantized(pair: Pair) -> Bucket:
+    """Return a pair in the form that `decode_attention` takes."""
+    keys, values = pair
+    return reference_pack(keys, UNQUANTIZED, 1, keys.shape[-1]), reference_pack(
+        values, UNQUANTIZED, 1, values.shape[-1]
+    )
+
+
+def _checked(
+    queries: mx.array,
+    sinks: Pair | None,
+    packed: Bucket | None,
+    tail: Pair | None,
+    bias: mx.array | None,
+    logits: mx.array | None,
+) -> tuple[int, int, tuple[int, int, int]]:
+    """Check that shapes and types fit together; return kv heads, dims of values, and rows of each part."""
+    return _fits(
+        queries.shape,
+        None if sinks is None else (sinks[0].shape, sinks[1].shape, sinks[0].dtype, sinks[1].dtype),
+        None if packed is None else (packed[0].shape, packed[1].shape),
+        None if tail is None else (tail[0].shape, tail[1].shape, tail[0].dtype, tail[1].dtype),
+        None if bias is None else bias.shape,
+        None if logits is None else logits.shape,
+    )
+
+
+@lru_cache(maxsize=256)
+def _fits(
+    queries: Shape,
+    sinks: tuple | None,
+    packed: tuple | None,
+    tail: tuple | None,
+    bias: Shape | None,
+    logits: Shape | None,
+) -> tuple[int, int, tuple[int, int, int]]:
+    """Check shapes and types once for each combination of them."""
+    parts = [part for part in (sinks, packed, tail) if part is not None]
+    if not parts:
+        raise InputError("attention needs sinks, packed tokens or a tail; each may hold 0 tokens")
+    B, Hq, L, D = queries
+    _, Hkv, _, Dv = parts[0][1]
+    if L != 1 or Hq % Hkv:
+        raise MismatchError(f"queries {queries}: expected one token and a multiple of {Hkv} heads")
+    for keys, values, *_ in parts:
+        if keys != (B, Hkv, keys[2], D) or values != (B, Hkv, keys[2], Dv):
+            raise MismatchError(
+                f"keys {keys} and values {values} do not fit queries {queries}, {Hkv} kv heads and {Dv} value dims"
+            )
+    types = {dtype for part in (sinks, tail) if part is not None for dtype in part[2:]}
+    if len(types) > 1:
+        raise MismatchError(f"unquantized keys and values are of types {sorted(map(str, types))}, expected one type")
+    rows = tuple(0 if part is None else part[0][2] for part in (sinks, packed, tail))
+    if bias is not None and bias not in ((B, 1, sum(rows)), (B, Hkv, sum(rows)), (B, Hq, sum(rows))):
+        raise MismatchError(f"bias {bias} is not [{B}, 1 or {Hkv} or {Hq}, {sum(rows)}]")
+    if logits is not None and logits != (Hq,):
+        raise MismatchError(f"logits {logits} are not [{Hq}], one for each query head")
+    return Hkv, Dv, (rows[0], rows[1], rows[2])
+
+
+def _example(keys: tuple[int, int, int], rotated: bool) -> Callable[[int], tuple]:
+    """Return a call of 32 query heads over 8 kv heads: 4 sinks, packed tokens and a tail of which 40 rows are used."""
+
+    def arguments(tokens: int) -> tuple:
+        queries, first, old, new = (
+            mx.random.normal(shape, key=mx.random.key(0)).astype(mx.bfloat16)
+            for shape in ((1, 32, 1, 128), (1, 8, 4, 128), (1, 8, tokens, 128), (1, 8, 48, 128))
+        )
+        packed = (reference_pack(old, *keys, rotated), reference_pack(old, keys[0], 1, 128, rotated))
+        return queries, (first, first), packed, (new, new), 128**-0.5, mx.array([40], mx.int32)
+
+    return arguments
+
+
+register(
+    Operation(
+        "packed_attention.packed_attention",
+        packed_attention,
+        reference_packed_attention,
+        metal_packed_attention,
+        (
+            Example("32/8 heads x 128 dims, 8 bits, a short text", _example((8, 64, 1), False), 256),
+            Example("32/8 heads x 128 dims, 8 bits", _example((8, 64, 1), False)),
+            Example("32/8 heads x 128 dims, 4 bits, rotated", _example((4, 60, 1), True)),
+            Example("32/8 heads x 128 dims, 4 bits, rotated", _example((4, 60, 1), True), 32768),
+        ),
+    )
+)
