@@ -22,6 +22,7 @@ from mlxkv.live.arrays import (
 from mlxkv.live.attention import AttentionCall, attention_mass, causal_mask, concat_stored, stored_attention
 from mlxkv.live.forecast import Forecasting
 from mlxkv.live.group import CacheGroup, check_consistent
+from mlxkv.live.merging import Mergeable
 from mlxkv.live.storage import SMALL_CHUNK, storage_dtype, to_storage_dtype
 from mlxkv.registry import METHOD_GROUP, Registry
 from mlxkv.spec import CacheSpec, Layer
@@ -41,7 +42,7 @@ __all__ = [
 ]
 
 
-class LayerCache(Forecasting, ABC):
+class LayerCache(Mergeable, Forecasting, ABC):
     """Base class of one layer's cache.
 
     The model processes a text in chunks: some chunks of the prompt, then one token at a time. All methods follow the

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -48,6 +49,7 @@ class CacheGroup:
         self.offsets: dict[int, int] = {}
         self.drops = any(isinstance(entry, _DROPPING) for entry in others.values())
         self._hiding: tuple[tuple[int, int], mx.array] | None = None
+        self._copies: dict[Hashable, CacheGroup] = {}  # while they are made
 
     @property
     def first(self) -> int:
@@ -77,6 +79,26 @@ class CacheGroup:
         if self._hiding is None or self._hiding[0] != (hidden, tokens):
             self._hiding = (hidden, tokens), mask_hiding(hidden, tokens)
         return self._hiding[1]
+
+    def copied(self, layer: int, place: Hashable) -> CacheGroup:
+        """Return the group of copies of the live entries, which are made one by one, in the order of the layers.
+
+        Parameters
+        ----------
+        layer
+            The layer that is copied: the first live one begins a new group.
+        place
+            What tells these copies from others.
+
+        Returns
+        -------
+        CacheGroup
+            A group that does not look at entries of other kinds, whose copies it cannot know.
+        """
+        if layer == self.first or place not in self._copies:
+            self._copies[place] = new = copy.copy(self)
+            new.others, new.offsets, new._copies = {}, {}, {}
+        return self._copies.pop(place) if layer == next(reversed(self.offsets)) else self._copies[place]
 
     def check(self, layer: int, offset: int, count: int) -> None:
         """Check, before the first live layer takes a chunk in, that all layers are equally far.
