@@ -41,6 +41,8 @@ class Answer(NamedTuple):
         Tokens of the prompt, those of them that the server did not compute, and those of the answer.
     error
         Why there is none; empty where there is.
+    pieces
+        Seconds until each piece of the text came.
     """
 
     text: str = ""
@@ -50,6 +52,7 @@ class Answer(NamedTuple):
     cached: int = 0
     tokens: int = 0
     error: str = ""
+    pieces: tuple[float, ...] = ()
 
 
 class Server(NamedTuple):
@@ -199,6 +202,7 @@ def _read(port: int, said: str | Messages, tokens: int, start: float) -> Answer:
 def _stream(response: http.client.HTTPResponse, start: float) -> Answer:
     """Read the events of an answer. Raises ValueError where it ends early."""
     text, first = "", 0.0
+    pieces: list[float] = []
     usage: dict[str, Any] = {}
     for line in response:
         if not line.startswith(b"data: "):
@@ -207,13 +211,16 @@ def _stream(response: http.client.HTTPResponse, start: float) -> Answer:
             details = usage.get("prompt_tokens_details") or {}
             return Answer(
                 text, first, time.perf_counter() - start, usage["prompt_tokens"], details.get("cached_tokens", 0),
-                usage["completion_tokens"],
+                usage["completion_tokens"], "", tuple(pieces),
             )  # fmt: skip
         first = first or time.perf_counter() - start
         event = json.loads(line[6:])
         usage = event.get("usage") or usage
-        for choice in event["choices"]:
-            text += choice.get("text") or choice.get("delta", {}).get("content") or ""
+        said = "".join(
+            choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in event["choices"]
+        )
+        pieces += [time.perf_counter() - start] if said else []
+        text += said
     raise ValueError("the answer ends early")
 
 
