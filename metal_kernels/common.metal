@@ -46,3 +46,19 @@ inline uint mersenne_hash(uint a, uint b, uint key) {
   residue = (residue & prime) + (residue >> 31);
   return uint(residue >= prime ? residue - prime : residue);
 }
+
+// Multiplies a row of DIM floats in threadgroup memory by a Hadamard matrix, each entry standing for ODD dims, in place
+// by one SIMD-group. P is a pointer to threadgroup float.
+template <int DIM, int ODD, typename P>
+void hadamard(P row, uint lane) {
+  for (uint far = ODD; far < DIM; far *= 2) {
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint i = lane; i < DIM / 2; i += 32) {
+      uint near = i / far * far + i;
+      float sum = row[near] + row[near + far];
+      row[near + far] = row[near] - row[near + far];
+      row[near] = sum;
+    }
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+}
