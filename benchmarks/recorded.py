@@ -71,13 +71,23 @@ def record(model: Any, tokens: Sequence[int], chunk: int) -> Recording:
     return [list(calls) for calls in zip(*(recorder.calls for recorder in recorders))]
 
 
-def replay(cache: Sequence[Any], recording: Recording) -> float:
-    """Ask a new cache the same, computing each layer of each chunk before the next, and return how many seconds that took."""
+def replay(cache: Sequence[Any], recording: Recording, answered: bool = True) -> float:
+    """Ask a new cache the same, each layer of each chunk before the next, and return how many seconds that took.
+
+    Parameters
+    ----------
+    cache
+        One entry a layer.
+    recording
+        What is asked.
+    answered
+        Whether answers are computed, too; else only what a cache computes to store a chunk, such as the attention that it goes by.
+    """
     start = perf_counter()
     for calls in recording:
         for entry, call in zip(cache, calls, strict=True):
             output = ask(entry, call)
-            mx.eval(output, entry.state)
+            mx.eval(output if answered else [], entry.state)
     return perf_counter() - start
 
 

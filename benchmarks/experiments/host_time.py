@@ -112,7 +112,7 @@ def filled(model: Any, presets: Sequence[str], recording: recorded.Recording) ->
         **{preset: make_cache(model, preset) for preset in presets},
     }
     for cache in caches.values():
-        recorded.replay(cache, recording)
+        recorded.replay(cache, recording, answered=False)
     return caches
 
 
