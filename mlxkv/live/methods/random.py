@@ -65,9 +65,9 @@ class RandomCache(SelectingCache):
         super().check_state()
         check_kept(self, min(self.offset, self.config.tokens))
 
-    def kept_indices(self, count: int) -> np.ndarray:
-        """Choose all tokens except those drawn for eviction."""
-        tokens = np.arange(count, dtype=np.int32)
-        middle = tokens[self.config.sinks : max(self.config.sinks, count - self.config.recent)]
+    def evicted_indices(self, count: int) -> list[int]:
+        """Draw the tokens to evict."""
+        sinks, excess = self.config.sinks, max(0, count - self.config.tokens)
         draw = np.random.default_rng([self.config.seed, self.layer, self.offset])
-        return np.setdiff1d(tokens, draw.choice(middle, max(0, count - self.config.tokens), replace=False))
+        evicted = draw.choice(max(0, count - self.config.recent - sinks), excess, replace=False)
+        return [sinks + index for index in evicted.tolist()]

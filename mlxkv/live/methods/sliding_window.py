@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from mlxkv.config import Config, integer
 from mlxkv.live.base import live_methods
 from mlxkv.live.checks import check_kept
@@ -49,6 +47,6 @@ class SlidingWindowCache(SelectingCache):
         super().check_state()
         check_kept(self, min(self.offset, self.config.recent))
 
-    def kept_indices(self, count: int) -> np.ndarray:
-        """Choose the newest tokens."""
-        return np.arange(max(0, count - self.config.recent), count, dtype=np.int32)
+    def evicted_indices(self, count: int) -> range:
+        """Choose all but the newest tokens."""
+        return range(count - self.config.recent)

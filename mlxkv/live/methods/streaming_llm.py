@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from mlxkv.config import Config, integer
 from mlxkv.live.base import live_methods
 from mlxkv.live.checks import check_kept
@@ -59,8 +57,6 @@ class StreamingLLMCache(SelectingCache):
         super().check_state()
         check_kept(self, min(self.offset, self.config.sinks + self.config.recent))
 
-    def kept_indices(self, count: int) -> np.ndarray:
-        """Choose the first tokens and the newest."""
-        sinks, recent = self.config.sinks, self.config.recent
-        tokens = np.arange(count, dtype=np.int32)
-        return tokens[(tokens < sinks) | (tokens >= count - recent)]
+    def evicted_indices(self, count: int) -> range:
+        """Choose the tokens between the first and the newest."""
+        return range(self.config.sinks, count - self.config.recent)
