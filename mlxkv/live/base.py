@@ -15,7 +15,6 @@ from mlxkv.live.arrays import (
     KeysValues,
     append_chunk,
     copy_without_parent,
-    held,
     map_arrays,
     unquantized,
 )
@@ -128,6 +127,8 @@ class LayerCache(Mergeable, Forecasting, ABC):
         self._group: CacheGroup | None = None
         self._pending_chunk: KeysValues | None = None
         self._ties: list[mx.array] = []
+        self._is_first = True  # of the live layers, so that it checks for all of them
+        self._texts: int | None = None  # that are stored, where it is known
         # The state before each token of the last small chunk, so that `trim` can go back to it.
         self._checkpoints: list[dict[str, Any]] = []
 
@@ -143,7 +144,7 @@ class LayerCache(Mergeable, Forecasting, ABC):
 
     @offset.setter
     def offset(self, offset: int) -> None:
-        self._offset = offset
+        self._offset, self._texts = offset, None  # the state was changed
         self._report_offset()
 
     def join(self, group: CacheGroup) -> None:
@@ -157,6 +158,7 @@ class LayerCache(Mergeable, Forecasting, ABC):
         self._group = group
         group.drops = group.drops or self.window is not None
         self._report_offset()
+        self._is_first = group.first == self.layer
 
     def _report_offset(self) -> None:
         """Tell the other layers how far this one is."""
@@ -241,17 +243,17 @@ class LayerCache(Mergeable, Forecasting, ABC):
                 "a live cache got a chunk before the last one was attended: call mlxkv.attach(model) before running "
                 "the model; after an interrupted call start again with a new cache"
             )
-        if self._group is not None:
-            self._group.check(self.layer, self._offset, keys.shape[2])
-        self._check_batch(keys.shape[0])
-        self._pending_chunk = KeysValues(keys, values)
+        if self._is_first:
+            self._check_call(keys)
+        self._pending_chunk = chunk = KeysValues(keys, values)
         self._offset += keys.shape[2]
-        return self._pending_chunk
+        return chunk
 
     def _end(self) -> None:
         """Forget the chunk that is stored now. An interrupted call leaves it pending, and the next call is refused."""
         self._pending_chunk = None
-        self._report_offset()
+        if self._group is not None:
+            self._group.offsets[self.layer] = self._offset
 
     def _fetch(self, chunk: KeysValues) -> tuple[mx.array, mx.array]:
         """Store a chunk at once; return what was stored before, unpacked, then the chunk."""
@@ -261,7 +263,7 @@ class LayerCache(Mergeable, Forecasting, ABC):
             keys, self._ties = mx.depends(keys, self._ties), []
         self._checkpoints = []
         if 1 < chunk.tokens <= SMALL_CHUNK and self.takes_tokens_back:
-            self._store_one_by_one(chunk, lambda *_: None)
+            self._store_one_by_one(chunk, lambda _, token: self._store(token, None))
         else:
             self._store(chunk, None)
         self._end()
@@ -314,21 +316,28 @@ class LayerCache(Mergeable, Forecasting, ABC):
         if small and self.takes_tokens_back and not (self.latent and self.observation_window):
             output = self._attend_small_chunk(call, chunk)
         else:
-            output, mass = self._attention(call, chunk)
-            self._store(chunk, mass)
+            output = self._attend_chunk(call, chunk)
         self._end()
         # Generation evaluates only outputs: state that no output depends on yet would keep all earlier steps in memory.
         return mx.depends(output, self._arrays())
 
-    def _check_batch(self, texts: int) -> None:
-        """Refuse, before the first live layer changes, a call with another number of texts."""
-        if self._group is not None and self.layer != self._group.first:
-            return  # making buckets takes time
-        stored = self.buckets()
-        if stored and stored[0][0].shape[0] != texts:
+    def _check_call(self, keys: mx.array) -> None:
+        """Refuse, before any layer changes, a call while they are not equally far, or with another number of texts."""
+        if self._group is not None:
+            self._group.check(self.layer, self._offset, keys.shape[2])
+        if self._texts is None and (stored := self.buckets()):
+            self._texts = stored[0][0].shape[0]
+        texts = keys.shape[0]
+        if self._texts not in (None, texts):
             raise MismatchError(
-                f"this prompt cache holds {stored[0][0].shape[0]} texts, the call has {texts}: give each batch a new cache"
+                f"this prompt cache holds {self._texts} texts, the call has {texts}: give each batch a new cache"
             )
+
+    def _attend_chunk(self, call: AttentionCall, chunk: KeysValues) -> mx.array:
+        """Return the attention over the stored tokens and a chunk, and store the chunk."""
+        output, mass = self._attention(call, chunk)
+        self._store(chunk, mass)
+        return output
 
     def _attend_small_chunk(self, call: AttentionCall, chunk: KeysValues) -> mx.array:
         """Take a chunk in token by token, as decoding its tokens would do."""
@@ -337,26 +346,14 @@ class LayerCache(Mergeable, Forecasting, ABC):
             call = self._within_window(call)  # whose columns are those of the tokens stored now
         outputs = [self._attention(call, chunk)[0]] if self.latent else []
 
-        def attend(index: int, token: KeysValues) -> mx.array | None:
+        def take(index: int, token: KeysValues) -> None:
             if self.latent:
-                return None
-            output, mass = self._attention(call.of_token(index, token, kept + index + 1), token)
-            outputs.append(output)
-            return mass
+                self._store(token, None)
+            else:
+                outputs.append(self._attend_chunk(call.of_token(index, token, kept + index + 1), token))
 
-        self._store_one_by_one(chunk, attend)
+        self._store_one_by_one(chunk, take)
         return mx.concatenate(outputs, axis=2)
-
-    def _store_one_by_one(self, chunk: KeysValues, attend: Callable[[int, KeysValues], mx.array | None]) -> None:
-        """Attend with each token of a chunk, then store it, remembering the state before each."""
-        seen = self._offset - chunk.tokens
-        for i in range(chunk.tokens):
-            self._checkpoints.append({name: map_arrays(getattr(self, name), held) for name in self.state_fields})
-            self._offset = seen + i + 1
-            token = chunk.slice_tokens(i, i + 1)
-            self._store(token, attend(i, token))
-        if self._only_appended_to(self._checkpoints[0]):
-            self._checkpoints = []
 
     def _attention(self, call: AttentionCall, chunk: KeysValues) -> tuple[mx.array, mx.array | None]:
         """Return the attention over the stored tokens and the chunk, and the mass for `absorb`."""

@@ -103,7 +103,7 @@ class StateContract:
     def state(self) -> list[Any]:
         """All arrays held, for `mx.eval`, then a description of them: `mlxkv.save_cache` saves, mlx-lm refuses to."""
         fields = {name: getattr(self, name) for name in self.state_fields}
-        return [*self._arrays(), StateForm(type(self), self._arguments, self.offset, fields)]
+        return [*iter_arrays(list(fields.values())), StateForm(type(self), self._arguments, self.offset, fields)]
 
     @state.setter
     def state(self, state: Sequence[Any]) -> None:

@@ -106,7 +106,7 @@ class CacheGroup:
         Parameters
         ----------
         layer
-            The layer that is about to take a chunk in; layers after the first live one check nothing.
+            The first live layer, which is about to take a chunk in.
         offset
             Its offset before the chunk.
         count
@@ -117,8 +117,6 @@ class CacheGroup:
         MismatchError
             When a layer has seen more or fewer tokens than others.
         """
-        if layer != self.first:
-            return
         seen = set(self.offsets.values())
         for index, entry in self.others.items():
             found = _offset_of(entry)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from typing import Any, ClassVar
+from functools import cache
+from typing import ClassVar
 
 import mlx.core as mx
 
 from mlxkv.config import Config
 from mlxkv.errors import FormatError
+from mlxkv.kernels import metal
 from mlxkv.kernels.bits import QuantizedArray, pack, slice_rows, unpack
 from mlxkv.kernels.decode_attention import Bucket
-from mlxkv.live.arrays import copy_without_parent
-from mlxkv.live.base import KeysValues, append_chunk
+from mlxkv.kernels.packed_attention import packed_attention
+from mlxkv.live.arrays import copy_without_parent, iter_arrays
+from mlxkv.live.attention import AttentionCall, mask_to_bias
+from mlxkv.live.base import KeysValues
 from mlxkv.live.checks import check_kept, check_like
+from mlxkv.live.storage import to_storage_dtype
+from mlxkv.live.tail import Tail
 from mlxkv.live.windowing import WindowedCache
 from mlxkv.spec import CacheSpec
 
@@ -63,8 +69,19 @@ class PackingCache(WindowedCache):
     def __init__(self, config: Config, spec: CacheSpec, layer: int) -> None:
         super().__init__(config, spec, layer)
         self.packed: Bucket | None = None
-        self.tail: KeysValues | None = None
+        self._tail: Tail | None = None
         self.first: KeysValues | None = None
+        # Whether a single token sees all that is stored, and is stored as it is.
+        self._plain = not (self.latent or self._fetching or self.window is not None)
+
+    @property
+    def tail(self) -> KeysValues | None:
+        """The newest tokens, and the sinks while no token is quantized."""
+        return None if self._tail is None else self._tail.tokens()
+
+    @tail.setter
+    def tail(self, tokens: KeysValues | None) -> None:
+        self._tail = None if tokens is None else Tail(*tokens)
 
     @abstractmethod
     def pack(self, keys: mx.array, values: mx.array) -> Bucket:
@@ -105,26 +122,100 @@ class PackingCache(WindowedCache):
         if not waiting:
             check_kept(self, self.offset - expected)
 
+    def _arrays(self) -> list[mx.array]:
+        """Return all arrays held: of the tail the whole buffer."""
+        tail = self._tail
+        return [*iter_arrays([self.packed, self.first]), *(() if tail is None else (tail.keys, tail.values))]
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: mx.array | str | None = None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """Return the attention over the stored tokens and the chunk; a single token is stored before it."""
+        token = self._pending_chunk
+        if not self._plain or mask is not None or token is None or queries.shape[2] != 1 or self._tail is None:
+            return super().attend(queries, keys, values, scale, mask, sinks)
+        self._checkpoints = []
+        output = self._attend_stored(queries, token, scale, None, sinks)
+        if self._tail.rows >= self.recent + self.block and self._pack_old():
+            # Generation evaluates only outputs, and no output depends on these arrays yet.
+            output = mx.depends(output, self._arrays())
+        self._end()
+        return output
+
+    def _attend_chunk(self, call: AttentionCall, chunk: KeysValues) -> mx.array:
+        """Store a token, then attend to all that is stored; longer chunks are attended to first, as they came."""
+        if chunk.tokens > 1 or self.latent or self._tail is None:
+            return super()._attend_chunk(call, chunk)
+        if self.window is not None:
+            call = self._within_window(call)
+        bias = mask_to_bias(call.mask, call.queries, self.kept + 1)
+        output = self._attend_stored(call.queries, chunk, call.scale, bias, call.sinks)
+        self._settle()
+        return output
+
+    def _attend_stored(
+        self, queries: mx.array, token: KeysValues, scale: float, bias: mx.array | None, logits: mx.array | None
+    ) -> mx.array:
+        """Append a token to the tail, and attend to all that is stored."""
+        tail = self._tail
+        assert tail is not None
+        keys, values = token
+        if keys.dtype == mx.float32:
+            dtype = tail.keys.dtype
+            keys, values = to_storage_dtype(keys, dtype), to_storage_dtype(values, dtype)
+        tail.append(keys, values)
+        if not metal.available():
+            return packed_attention(queries, self.first, self.packed, tail.tokens(), scale, None, bias, logits)
+        # The kernel reads the buffer where it is: a view of some rows would be copied.
+        whole, unused = KeysValues(tail.keys, tail.values), tail.allocated - tail.rows
+        lengths = row_counts(queries.shape[0], tail.rows) if unused else None
+        if bias is not None and unused:
+            bias = mx.pad(bias, [(0, 0), (0, 0), (0, unused)])
+        return packed_attention(queries, self.first, self.packed, whole, scale, lengths, bias, logits)
+
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
         """Append the chunk to the tail, drop the blocks that left the window, and pack those that are old enough."""
-        self.tail = append_chunk(self.tail, keys, values)
+        if self._tail is None:
+            self._tail = Tail.copy_of(KeysValues(keys, values))
+        else:
+            self._tail.append(keys, values)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Drop the blocks that left the window, and pack those that are old enough."""
         if self.window is not None and not self._fetching:
             self._drop_outside(self._offset)
-        tail = self.tail
+        self._pack_old()
+
+    def _pack_old(self) -> bool:
+        """Pack the blocks that are old enough, and return whether there were any."""
+        tail = self._tail
+        assert tail is not None
         # The sinks wait in the tail for the first block.
         start = self.sinks if self.packed is None and not self._dropped() else 0
-        stop = start + self._in_blocks(tail.tokens - start - self.recent)
-        if stop > start:
-            block = self.pack(tail.keys[..., start:stop, :], tail.values[..., start:stop, :])
-            if start:
-                self.first = tail.copy_tokens(0, start)
-            self.packed = block if self.packed is None else concat_buckets(self.packed, block)
-            self.tail = tail.copy_tokens(stop)
+        stop = start + self._in_blocks(tail.rows - start - self.recent)
+        if stop <= start:
+            return False
+        tokens = tail.tokens()
+        block = self.pack(*tokens.slice_tokens(start, stop))
+        if start:
+            self.first = tokens.copy_tokens(0, start)
+        self.packed = block if self.packed is None else concat_buckets(self.packed, block)
+        self._tail = Tail.copy_of(tokens.slice_tokens(stop, tail.rows))
+        return True
 
     @property
     def kept(self) -> int:
         """Number of tokens stored."""
-        return _count(self.packed, self.tail, self.first)
+        first, tail = self.first, self._tail
+        unpacked = (0 if first is None else first.tokens) + (0 if tail is None else tail.rows)
+        return token_count(self.packed) + unpacked
 
     def drop_oldest(self, count: int) -> None:
         """Drop the sinks and the first blocks, packed or still in the tail."""
@@ -136,12 +227,13 @@ class PackingCache(WindowedCache):
             keys, values = (copy_rows(part, packed, part.shape[-2]) for part in self.packed)
             self.packed = (keys, values) if keys.shape[-2] else None
         if self.tail is not None and count > packed:
-            self.tail = self.tail.copy_tokens(count - packed)
+            self._tail = Tail.copy_of(KeysValues(*(part[..., count - packed :, :] for part in self.tail)))
 
-    def _only_appended_to(self, state: dict[str, Any]) -> bool:
-        """Return whether no block was packed since, and none dropped."""
-        stays = token_count(state["packed"]) == token_count(self.packed)
-        return stays and (self.window is None or _count(**state) + len(self._checkpoints) == self.kept)
+    def _only_appends(self, count: int) -> bool:
+        """Return whether no block will be packed, and none dropped."""
+        if self._tail is None or self._tail.rows + count >= self.recent + self.block:
+            return False
+        return self.window is None or not self.leaving(self._offset, self._offset - count - self.kept)
 
     def _trim(self, count: int) -> None:
         """Drop tokens from the tail, then whole blocks; unpack what remains of a trimmed block."""
@@ -156,14 +248,27 @@ class PackingCache(WindowedCache):
             self.packed = (copy_rows(keys, 0, start), copy_rows(values, 0, start)) if start else None
             if self.first is not None and self.packed is None:
                 self.tail, self.first = self.first.copy_tokens(0, min(sinks, sinks + left)).append(self.tail), None
-        elif self.tail is not None:
-            self.tail = self.tail.copy_tokens(0, left - packed_tokens)
+        elif self._tail is not None:
+            self._tail.rows = left - packed_tokens
 
 
-def _count(packed: Bucket | None, tail: KeysValues | None, first: KeysValues | None) -> int:
-    """Return how many tokens are in these parts."""
-    unpacked = sum(part.tokens for part in (first, tail) if part is not None)
-    return token_count(packed) + unpacked
+@cache
+def row_counts(batch: int, rows: int) -> mx.array:
+    """Return how many rows of a buffer are used, once for each number.
+
+    Parameters
+    ----------
+    batch
+        Number of texts.
+    rows
+        Number of rows that each has.
+
+    Returns
+    -------
+    mx.array
+        int32 `[B]`, there at once: any thread can use it.
+    """
+    return mx.array([rows] * batch, mx.int32)
 
 
 def token_count(bucket: Bucket | None) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import mlx.core as mx
 
 from mlxkv.errors import InputError, UnsupportedError
+from mlxkv.live.arrays import KeysValues, held, map_arrays
 from mlxkv.live.contract import StateContract
 from mlxkv.spec import is_int
 
@@ -24,6 +26,7 @@ class Rewinding(StateContract):
     takes_tokens_back: ClassVar[bool] = False
     # The state before each token of the last small chunk, so that `trim` can go back to it.
     _checkpoints: list[dict[str, Any]]
+    _offset: int
 
     @property
     def method_name(self) -> str:
@@ -34,9 +37,18 @@ class Rewinding(StateContract):
         """Remove the last count >= 1 tokens; called only while every token is stored."""
         raise UnsupportedError(f"{self.method_name} cannot take tokens back")
 
-    def _only_appended_to(self, state: dict[str, Any]) -> bool:
-        """Return whether `_trim` can undo exactly what came after this state, by the names of its fields."""
+    def _only_appends(self, count: int) -> bool:
+        """Return whether `_trim` can undo exactly what the next tokens will change; `offset` includes them already."""
         return False
+
+    def _store_one_by_one(self, chunk: KeysValues, take: Callable[[int, KeysValues], None]) -> None:
+        """Store each token of a chunk, remembering the state before each unless `_trim` can go back to it exactly."""
+        seen, remember = self._offset - chunk.tokens, not self._only_appends(chunk.tokens)
+        for i in range(chunk.tokens):
+            if remember:
+                self._checkpoints.append({name: map_arrays(getattr(self, name), held) for name in self.state_fields})
+            self._offset = seen + i + 1
+            take(i, chunk.slice_tokens(i, i + 1))
 
     def is_trimmable(self) -> bool:
         """Return whether the last tokens can be removed now and at any later time.

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 SMALL_CHUNK = 16  # up to so many tokens a chunk is one of decoding, which does not wait for the device
 _LARGEST = 65504.0  # of float16
+_RANGE = mx.array(-_LARGEST), mx.array(_LARGEST)  # numbers would be made arrays of for each token
 _MARGIN = 8  # by which later tokens may exceed those that float16 was chosen for
 _SMALLEST = 2.0**-8  # a head whose values are all below: 8-bit steps would fall among float16's subnormal numbers
 
@@ -61,4 +62,4 @@ def to_storage_dtype(x: mx.array, dtype: mx.Dtype = mx.float16) -> mx.array:
     """
     if x.dtype != mx.float32:
         return x
-    return (mx.clip(x, -_LARGEST, _LARGEST) if dtype == mx.float16 else x).astype(dtype)
+    return (mx.clip(x, *_RANGE) if dtype == mx.float16 else x).astype(dtype)

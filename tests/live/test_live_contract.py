@@ -84,7 +84,7 @@ def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("step", ["update_and_fetch", "attend", "absorb"])
+@pytest.mark.parametrize("step", ["update_and_fetch", "attend", "_end"])
 @pytest.mark.parametrize("method", METHODS)
 def test_after_an_interrupted_call_the_next_one_is_refused(method, step):
     model = tiny_model("llama")
@@ -92,8 +92,6 @@ def test_after_an_interrupted_call_the_next_one_is_refused(method, step):
         caches = make_cache(model, method, **small(method))
         mx.eval(model(mx.array([tiny_tokens(30)]), cache=caches))
         check_consistent(caches)
-        if step == "absorb" and method == "full":
-            continue  # it absorbs nothing
         caches[layer].__dict__[step] = interrupt
         with pytest.raises(KeyboardInterrupt):
             model(mx.array([tiny_tokens(3)]), cache=caches)
@@ -182,7 +180,8 @@ def test_a_cache_made_of_a_state_goes_on_as_the_one_that_had_it(method):
     cache = lone_cache(method, TOY)
     feed(cache, numbers(1, 2, 70), numbers(2, 2, 70))
     twin = type(cache).from_state([x + 0 if isinstance(x, mx.array) else x for x in cache.state])
-    assert (twin.offset, twin.kept, twin.nbytes, twin.config) == (cache.offset, cache.kept, cache.nbytes, cache.config)
+    assert (twin.offset, twin.kept, twin.config) == (cache.offset, cache.kept, cache.config)
+    assert 0 < twin.nbytes <= cache.nbytes
     outputs = [feed(each, numbers(3, 2, 9), numbers(4, 2, 9)) for each in (cache, twin)]
     assert mx.array_equal(*outputs)
     assert all(mx.array_equal(*pair) for pair in zip(iter_arrays(cache.state), iter_arrays(twin.state), strict=True))

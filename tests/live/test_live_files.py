@@ -48,8 +48,9 @@ def test_a_loaded_cache_goes_on_bit_for_bit(method, architecture, tmp_path):
     save_cache(tmp_path / "cache", model, caches)
     detach(model)  # loading has to bring the seam with it
     loaded = load_cache(tmp_path / "cache", model)
-    if method != "full":  # whose allocated steps are not saved
-        assert [entry.nbytes for entry in loaded] == [entry.nbytes for entry in caches]
+    assert all(
+        0 < after.nbytes <= before.nbytes for after, before in zip(loaded, caches)
+    )  # allocated rows are not saved
     goes_on_alike(model, caches, loaded)
 
 
@@ -216,8 +217,8 @@ def test_only_live_caches_are_saved(tmp_path):
     with pytest.raises(InputError, match="make_cache makes them"):
         save_cache(tmp_path / "cache", model, make_prompt_cache(model))
     caches = filled(model, "int8")
-    caches[0].tail = object()
-    with pytest.raises(InputError, match="layer 0 cannot be saved: tail should be KeysValues, not '<object"):
+    caches[0].first = object()
+    with pytest.raises(InputError, match="layer 0 cannot be saved: first should be KeysValues, not '<object"):
         save_cache(tmp_path / "cache", model, caches)
     assert not list(tmp_path.iterdir())
 
