@@ -7,6 +7,7 @@ The forking process itself never uses MLX, whose threads a fork would not take a
 import builtins
 import fcntl
 import gc
+import hashlib
 import importlib
 import io
 import json
@@ -41,11 +42,14 @@ STATEMENTS = (
 class Operations:
     """Counts operations on files, and ends the process before one of them, or in the middle of it if it writes."""
 
-    def __init__(self, last=None, half=False):
+    def __init__(self, last=None, half=False, folder=None):
         self.last, self.half, self.count, self.writes = last, half, 0, []
+        self.folder, self.before = folder, []  # what a folder holds before each operation
 
     def step(self, half_of=None):
         self.count += 1
+        if self.folder:
+            self.before.append(held(self.folder))
         if half_of:
             self.writes.append(self.count)
         if self.count == self.last:
@@ -147,7 +151,7 @@ def in_child(function, *arguments, operations=None):
                 result = function(*arguments), None
             except BaseException:  # noqa: BLE001  # told by the process that forked
                 result = None, traceback.format_exc()
-            data = pickle.dumps((result, operations and (operations.count, operations.writes)))
+            data = pickle.dumps((result, operations and (operations.before, operations.writes)))
             while data:
                 data = data[write(writes, data) :]
             status = 0
@@ -163,6 +167,27 @@ def in_child(function, *arguments, operations=None):
     if error:
         raise RuntimeError(error)
     return result, operations
+
+
+def held(folder):
+    """Return a fingerprint of all that a folder holds: names, modes and bytes."""
+    found = hashlib.blake2b()
+    for root, folders_in, files in os.walk(folder):
+        folders_in.sort()
+        for name in sorted(files + folders_in):
+            path = os.path.join(root, name)
+            found.update(f"{path}\0{os.stat(path).st_mode}\0".encode())
+            if name in files:
+                with really_open(path, "rb") as file:
+                    found.update(file.read())
+    return found.digest()
+
+
+def kills(before, writes):
+    """Return the operations to be killed at, each with whether in its middle: of those before which nothing changes the last."""
+    changing = [last for last, (now, then) in enumerate(zip(before, [*before[1:], None]), 1) if now != then]
+    every = sorted([*((last, False) for last in changing), *((last, True) for last in writes)])
+    return sorted({*every[::STRIDE], every[-1]})
 
 
 def writing(scenario, folder):
@@ -217,43 +242,39 @@ def fresh(folder):
     return folder
 
 
-STRIDE = int(os.environ.get("KILL_STRIDE", "1"))  # operations from one kill to the next
+STRIDE = int(os.environ.get("KILL_STRIDE", "1"))  # kills from one that is made to the next
 
 
 def every_kill(scenario, folder):
-    """Kill a scenario's write after each operation, or every few; return the number of operations, and all that is wrong."""
+    """Kill a scenario's write after each operation that changes a file, or every few; return the number of operations, and all that is wrong."""
     wrong = []
     scenario.prepare(fresh(folder))
     before = scenario.read(folder)
-    modules, (count, writes) = in_child(writing, scenario, folder, operations=Operations())
+    modules, (found, writes) = in_child(writing, scenario, folder, operations=Operations(folder=folder))
     imported(modules)
-    writes = set(writes)
-    after = scenario.read(folder)
+    count, after = len(found), scenario.read(folder)
     if sorted(os.listdir(folder)) != sorted(scenario.names):
         wrong.append(f"uninterrupted, it leaves {os.listdir(folder)}")
     if (before != after) != scenario.changes:
         wrong.append("it changes nothing, or something")
     seen = set()
-    for last in sorted({*range(1, count + 1, STRIDE), count}):
-        for half in (False, True)[: 1 + (last in writes)]:
-            scenario.prepare(fresh(folder))
-            if in_child(scenario.write, folder, operations=Operations(last, half)) is not None:
-                wrong.append(f"it was not killed at {last} of {count}")
-            for step in ("the kill", "the next write"):
-                try:
-                    with nothing_written():
-                        found = scenario.read(folder)
-                    if found not in (before, after)[step != "the kill" :]:
-                        wrong.append(f"{last}: after {step} a reader finds neither the old nor the new: {found!r:.200}")
-                    seen.add(found == after)
-                    if step == "the kill":
-                        in_child(scenario.write_again, folder) if scenario.uses_mlx else quiet(
-                            scenario.write_again, folder
-                        )
-                except Exception:  # noqa: BLE001  # told at the end, with all others
-                    wrong.append(f"{last}: after {step}: {traceback.format_exc()}")
-            if sorted(os.listdir(folder)) != sorted(scenario.names):
-                wrong.append(f"{last}: the next write leaves {os.listdir(folder)}")
+    for last, half in kills(found, writes):
+        scenario.prepare(fresh(folder))
+        if in_child(scenario.write, folder, operations=Operations(last, half)) is not None:
+            wrong.append(f"it was not killed at {last} of {count}")
+        for step in ("the kill", "the next write"):
+            try:
+                with nothing_written():
+                    found = scenario.read(folder)
+                if found not in (before, after)[step != "the kill" :]:
+                    wrong.append(f"{last}: after {step} a reader finds neither the old nor the new: {found!r:.200}")
+                seen.add(found == after)
+                if step == "the kill":
+                    in_child(scenario.write_again, folder) if scenario.uses_mlx else quiet(scenario.write_again, folder)
+            except Exception:  # noqa: BLE001  # told at the end, with all others
+                wrong.append(f"{last}: after {step}: {traceback.format_exc()}")
+        if sorted(os.listdir(folder)) != sorted(scenario.names):
+            wrong.append(f"{last}: the next write leaves {os.listdir(folder)}")
     if scenario.changes and seen != {False, True}:
         wrong.append("no kill left the old, or none the new")
     return count, wrong
