@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from mlxkv.errors import InputError, MismatchError, UnsupportedError
 from mlxkv.live.attention import AttentionCall, attention_mass, concat_stored, mask_with_bias
 from mlxkv.live.columns import aligned, columns_before, common_mask, row_mask
-from mlxkv.live.merging import check_extends, check_whole, copied_row, keep_descriptions
-from mlxkv.spec import is_int
+from mlxkv.live.merging import check_whole
+from mlxkv.live.rows import BatchedRows, RowPart
 
 if TYPE_CHECKING:
     from mlxkv.live.base import LayerCache
 
-_ENDLESS = 2**62  # tokens of a row that no padding follows
 
-
-class _Part(NamedTuple):
-    """What a row takes of the call that is under way."""
-
-    start: int  # the columns of the call that are the row's; none where both are equal
-    stop: int
-    keys: mx.array | None  # what the row's `update_and_fetch` returned
-    values: mx.array | None
-
-
-class LiveBatch:
+class LiveBatch(BatchedRows):
     """Caches of one layer and several requests, in place of `mlx_lm.models.cache.BatchKVCache`.
 
     Its rows are the requests' own layer caches: each goes on exactly as it would alone, whatever the others do, so that
@@ -54,30 +42,14 @@ class LiveBatch:
     # their packed tokens could be stacked for one call of a kernel; on a CPU the weights, not these calls, take the time.
 
     def __init__(self, rows: Sequence[LayerCache]) -> None:
-        self.rows = list(rows)
+        super().__init__(rows)
         first = self.rows[0]
-        self.layer, self.spec, self.method_name = first.layer, first.spec, first.method_name
         self._latent, self._fetching, self._window = first.latent, first._fetching, first.window
         if first.window is not None:
             self.max_size = first.window
         # Layers that read by themselves get arrays of all rows, and may use a mask that another layer made.
         self._masked = any(layer is not None and layer.use == "fetch" for layer in first.spec.layers)
-        self._columns = max(row.offset for row in rows)  # as BatchKVCache has them: indexers choose among these
-        self._padding: list[tuple[int, int]] | None = None  # tokens of coming calls that a row skips, then takes
-        self._pending_chunk: list[_Part] | None = None
-        self._last: tuple[list[bool], list[int], int, list[Any]] | None = None  # what a layer that fetches gave last
-        self._offsets: mx.array | None = None
         self._ties: list[mx.array] = []
-
-    # What models call
-
-    @property
-    def offset(self) -> mx.array:
-        """Tokens that each row has seen, `[B]` int32; less than 0 while padding is to come first."""
-        if self._offsets is None:
-            skipped = [0] * len(self.rows) if self._padding is None else [skip for skip, _ in self._padding]
-            self._offsets = mx.array([row.offset - skip for row, skip in zip(self.rows, skipped)], mx.int32)
-        return self._offsets
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Hold a chunk until `attend`, as `LayerCache.update_and_fetch` does for each row.
@@ -120,38 +92,24 @@ class LiveBatch:
 
     def _before(self, length: int) -> int:
         """Return how many columns arrays of all rows have before those of a chunk."""
-        if self._fetching and self._window is None:
+        if self._masked and self._window is None:
             return self._columns
         return max(columns_before(row, length) for row in self.rows)
 
-    def _take(self, length: int) -> list[tuple[int, int]]:
-        """Return the columns of a call that are each row's, and count them as taken."""
-        if self._padding is None:
-            return [(0, length)] * len(self.rows)
-        spans = []
-        for i, (skip, left) in enumerate(self._padding):
-            start = min(skip, length)
-            stop = start + min(left, length - start)
-            spans.append((start, stop))
-            self._padding[i] = skip - start, left - (stop - start)
-        if all(skip == 0 and left > _ENDLESS // 2 for skip, left in self._padding):
-            self._padding = None  # what was on the left is through
-        return spans
-
-    def _update(self, row: LayerCache, start: int, stop: int, keys: mx.array, values: mx.array) -> _Part:
+    def _update(self, row: LayerCache, start: int, stop: int, keys: mx.array, values: mx.array) -> RowPart:
         """Let a row take its part of a chunk."""
         length = keys.shape[2]
         if start == stop:
-            return _Part(start, stop, None, None)
+            return RowPart(start, stop, None, None)
         if stop - start < length:
             keys, values = keys[:, :, start:stop], values[:, :, start:stop]
         if self._latent and not self._fetching and stop - start == 1 < length:
             # The model derives keys of all tokens, as it does not for a single one.
             latents = concat_stored(row.buckets(), 0, keys)
-            return _Part(start, stop, latents, row.update_and_fetch(keys, values)[1])
-        return _Part(start, stop, *row.update_and_fetch(keys, values))
+            return RowPart(start, stop, latents, row.update_and_fetch(keys, values)[1])
+        return RowPart(start, stop, *row.update_and_fetch(keys, values))
 
-    def _fetch(self, parts: list[_Part], before: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def _fetch(self, parts: list[RowPart], before: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Return what rows that have stored their part of the chunk gave the model."""
         stops = [part.stop for part in parts]
         self._last = (
@@ -209,22 +167,23 @@ class LiveBatch:
             outputs = [self._attend_part(i, part, query, call) for i, (part, query) in enumerate(zip(parts, each))]
         else:
             outputs = [
-                row.attend(query, part.keys, part.values, scale, mask, sinks)
+                row.attend(query, part.keys, part.values, scale, mask, sinks)  # type: ignore[arg-type]  # all have tokens
                 for row, part, query in zip(self.rows, parts, each)
             ]
         self._pending_chunk = None
         return self._tied(mx.concatenate(outputs))
 
-    def _attend_part(self, index: int, part: _Part, queries: mx.array, call: AttentionCall) -> mx.array:
+    def _attend_part(self, index: int, part: RowPart, queries: mx.array, call: AttentionCall) -> mx.array:
         """Return a row's attention, with zeros where it has no tokens."""
         row, (start, stop, keys, values), length = self.rows[index], part, queries.shape[2]
         if keys is None or values is None:
             return mx.zeros((*queries.shape[:3], call.values.shape[3]), queries.dtype)
         tokens = stop - start
-        before = values.shape[2] - tokens if self._latent else min(row.kept, row.offset - tokens)
+        before = values.shape[2] - tokens  # in the arrays that the model got
         mask = call.mask
         if isinstance(mask, mx.array):  # a row with a window finds its own columns
-            mask = row_mask(mask, index, start, stop, length, None if self._window is not None else before)
+            stored = before if self._latent else min(row.kept, row.offset - tokens)
+            mask = row_mask(mask, index, start, stop, length, None if self._window is not None else stored)
         elif tokens == 1:
             mask = None
         if self._latent and length == 1:
@@ -272,9 +231,9 @@ class LiveBatch:
         lengths = [columns_before(row, N) for row in self.rows]
         before = self._before(N)
         equal = not self._masked or set(lengths) == {before}
-        if equal and not return_array and (width is None or before + N <= min(width, window or width)):
+        if equal and (N == 1 or not return_array) and (width is None or before + N <= min(width, window or width)):
             return None if N == 1 else "causal"
-        return common_mask(() if equal else lengths, before, N, width, None if window is None else window - 1)
+        return common_mask(lengths if self._masked else (), before, N, width, None if window is None else window - 1)
 
     @property
     def keys(self) -> mx.array:
@@ -312,200 +271,15 @@ class LiveBatch:
         keys, values = (aligned([each[slot] for each in stored], stops, before, *forms[slot]) for slot in (0, 1))
         return keys, values
 
-    # What mlx-lm's generators call
 
-    def prepare(
-        self,
-        *,
-        left_padding: Sequence[int] | None = None,
-        lengths: Sequence[int] | None = None,
-        right_padding: Sequence[int] | None = None,
-    ) -> None:
-        """Say which tokens of the coming calls are padding.
-
-        Parameters
-        ----------
-        left_padding
-            Padding before each row's tokens; only while the batch is empty.
-        lengths
-            Tokens of each row in all coming calls up to `finalize`; what follows them is padding.
-        right_padding
-            Padding after them; `lengths` say where it begins.
-
-        Raises
-        ------
-        InputError
-            For padding on the left of what is stored, on the right without lengths, or of another number of rows.
-        """
-        if left_padding is not None and not self.empty():
-            raise InputError("padding on the left is possible only before the first token of a batch")
-        if lengths is None and right_padding is not None and max(_integers(right_padding), default=0) > 0:
-            raise InputError(
-                "right_padding needs the lengths of the rows as well: prepare(lengths=..., right_padding=...)"
-            )
-        skips = [0] * len(self.rows) if left_padding is None else _integers(left_padding)
-        counts = [_ENDLESS] * len(self.rows) if lengths is None else _integers(lengths)
-        if not len(skips) == len(counts) == len(self.rows):
-            raise InputError(
-                f"this batch has {len(self.rows)} rows, but padding is given for {len(skips)} and {len(counts)}"
-            )
-        self._padding, self._offsets = list(zip(skips, counts)), None
-
-    def finalize(self) -> None:
-        """End what `prepare` began: all rows take all tokens again."""
-        self._padding = self._offsets = None
-
-    def filter(self, batch_indices: Sequence[int]) -> None:
-        """Keep some rows.
-
-        Parameters
-        ----------
-        batch_indices
-            Their indices, in their new order; a row that is named twice becomes two.
-        """
-        check_whole(self)
-        indices, rows = _integers(batch_indices), self.rows
-        self.rows = [
-            copied_row(rows[i], ("filter", place)) if i in indices[:place] else rows[i]
-            for place, i in enumerate(indices)
-        ]
-        if self._padding is not None:
-            self._padding = [self._padding[i] for i in indices]
-        self._columns, self._offsets, self._last = max((row.offset for row in self.rows), default=0), None, None
-
-    def extend(self, other: LiveBatch) -> None:
-        """Take copies of the rows of another batch in, after the own ones.
-
-        Parameters
-        ----------
-        other
-            A batch of the same layer, which does not change.
-
-        Raises
-        ------
-        MismatchError
-            When it is none, or when a call of either batch was interrupted.
-        """
-        check_extends(self, other)
-        if self._padding is not None or other._padding is not None:
-            self._padding = [
-                each for batch in (self, other) for each in batch._padding or [(0, _ENDLESS)] * len(batch.rows)
-            ]
-        self.rows.extend(copied_row(row, ("extend", place)) for place, row in enumerate(other.rows))
-        self._columns, self._offsets, self._last = max(self._columns, other._columns), None, None
-
-    def extract(self, idx: int) -> LayerCache:
-        """Return the cache of one request, which goes on alone; the batch keeps its own.
-
-        Parameters
-        ----------
-        idx
-            The row.
-
-        Returns
-        -------
-        LayerCache
-            A copy.
-        """
-        check_whole(self)
-        return copied_row(self.rows[idx], "extract")
-
-    def is_trimmable(self) -> bool:
-        """Return whether every row could lose its last tokens now and at any later time.
-
-        Returns
-        -------
-        bool
-            As `LayerCache.is_trimmable`.
-        """
-        return self._pending_chunk is None and all(row.is_trimmable() for row in self.rows)
-
-    def trim(self, n: int) -> int:
-        """Remove the last tokens of every row, as if they had never come.
-
-        Parameters
-        ----------
-        n
-            Number of tokens; of rows with fewer, all.
-
-        Returns
-        -------
-        int
-            Number of tokens removed from the longest row.
-
-        Raises
-        ------
-        InputError
-            When n is negative or no integer.
-        UnsupportedError
-            When a row cannot remove them; no row changes.
-        """
-        check_whole(self)
-        if is_int(n) and not all(row.can_take_back(min(n, row.offset)) for row in self.rows):
-            raise UnsupportedError(
-                f"a row of this {self.method_name} batch cannot take {n} tokens back: ask is_trimmable()"
-            )
-        count = max(row.trim(n) for row in self.rows)
-        self._columns, self._offsets = self._columns - count, None
-        return count
-
-    @property
-    def state(self) -> list[Any]:
-        """The state of each row, for `mx.eval`."""
-        return [row.state for row in self.rows]
-
-    @state.setter
-    def state(self, state: Sequence[Any]) -> None:
-        for row, each in zip(self.rows, state, strict=True):
-            row.state = each
-        self._columns, self._offsets = max((row.offset for row in self.rows), default=0), None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays held."""
-        return sum(row.nbytes for row in self.rows)
-
-    def size(self) -> int:
-        """Return how many tokens the longest row stores.
-
-        Returns
-        -------
-        int
-            0 or more.
-        """
-        return max((row.size() for row in self.rows), default=0)
-
-    def empty(self) -> bool:
-        """Return whether no row has seen a token.
-
-        Returns
-        -------
-        bool
-            True before the first chunk.
-        """
-        return all(row.empty() for row in self.rows)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LiveBatch:
-        for row in self.rows:
-            keep_descriptions(row, memo)
-        memo[id(self)] = new = object.__new__(type(self))
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return new
-
-
-def _aligned(parts: Sequence[_Part], slot: int, before: int, chunk: mx.array) -> mx.array:
+def _aligned(parts: Sequence[RowPart], slot: int, before: int, chunk: mx.array) -> mx.array:
     """Return the keys (2) or values (3) of all rows as one array."""
     return aligned([part[slot] for part in parts], [part.stop for part in parts], before, chunk.shape, chunk.dtype)  # type: ignore[misc]
 
 
 def _split(array: mx.array, count: int) -> Sequence[mx.array]:
     """Return the rows of an array, each `[1, ...]`."""
-    return mx.split(array, count) if count > 1 else [array]
-
-
-def _integers(values: Any) -> list[int]:
-    """Return the numbers in a list or an array."""
-    return [int(value) for value in (values.tolist() if hasattr(values, "tolist") else values)]
+    return list(mx.split(array, count)) if count > 1 else [array]
 
 
 def _attend_derived(row: LayerCache, call: AttentionCall) -> mx.array:

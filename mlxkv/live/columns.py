@@ -76,7 +76,7 @@ def common_mask(lengths: Sequence[int], before: int, tokens: int, width: int | N
     Parameters
     ----------
     lengths
-        Stored tokens of each row, or none where rows find their own columns.
+        Stored tokens of each row; empty where rows find their own columns.
     before
         Columns before those of the chunk.
     tokens
@@ -87,13 +87,13 @@ def common_mask(lengths: Sequence[int], before: int, tokens: int, width: int | N
     Returns
     -------
     mx.array
-        Bool `[tokens, before + tokens]`, or `[B, 1, tokens, before + tokens]` where a row's own tokens are fewer.
+        Bool `[B, 1, tokens, before + tokens]`, or `[tokens, before + tokens]` without lengths.
     """
     seen = causal_mask(tokens, before + tokens, width, older)
-    hidden = [before - length for length in lengths]
-    if any(hidden):
-        seen = seen & (mx.arange(before + tokens) >= mx.array(hidden)[:, None, None, None])
-    return seen
+    if not lengths:
+        return seen
+    hidden = mx.array([before - length for length in lengths])
+    return seen & (mx.arange(before + tokens) >= hidden[:, None, None, None])
 
 
 def row_mask(mask: mx.array, index: int, start: int, stop: int, length: int, before: int | None) -> mx.array:

@@ -7,10 +7,13 @@ from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlxkv.errors import MismatchError, UnsupportedError
+from mlxkv.live.group import CacheGroup
+from mlxkv.live.trial import check_batches
 
 if TYPE_CHECKING:
     from mlxkv.live.base import LayerCache
     from mlxkv.live.batch import LiveBatch
+    from mlxkv.live.rows import BatchedRows
 
 
 def merge(caches: Sequence[Any]) -> LiveBatch:
@@ -31,11 +34,16 @@ def merge(caches: Sequence[Any]) -> LiveBatch:
     MismatchError
         When they are not all live caches of one layer of one model, or one holds several texts, or a chunk that was not
         attended.
+    UnsupportedError
+        For a model that does not take batches; the first time, this runs a few tokens through it.
     """
     from mlxkv.live.batch import LiveBatch
 
     for row in caches:
         _check_mergeable(row, caches[0])
+    group: CacheGroup | None = caches[0].group
+    if group is not None and (model := group.model()) is not None:
+        check_batches(model, group.offsets)
     return LiveBatch([copied_row(row, place) for place, row in enumerate(caches)])
 
 
@@ -54,7 +62,7 @@ def _check_mergeable(row: Any, first: LayerCache) -> None:
         raise MismatchError(f"a cache of {texts} texts cannot become one row of a batch: make one cache for each text")
 
 
-def check_whole(batch: LiveBatch) -> None:
+def check_whole(batch: BatchedRows) -> None:
     """Check that no call of the model is under way, or was interrupted.
 
     Parameters
@@ -74,7 +82,7 @@ def check_whole(batch: LiveBatch) -> None:
         )
 
 
-def check_extends(batch: LiveBatch, other: Any) -> None:
+def check_extends(batch: BatchedRows, other: Any) -> None:
     """Check that the rows of a batch can go on beside those of another.
 
     Parameters

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_lm import server
 
+from mlxkv import stock
 from mlxkv.errors import InputError, MlxkvError, UnsupportedError
+from mlxkv.live import LayerCache
 from mlxkv.lm.loading import located, name_for_mlx_lm, not_loaded, use_fast_type
 
 if TYPE_CHECKING:
@@ -130,9 +132,21 @@ class Provider(server.ModelProvider):
         for model in (self.model, self.draft_model):
             if model is not None:
                 use_fast_type(model)
+        self._check_batches()
         self._find_prompts()
         stored = "" if self.prompts is None else f", prompts are stored as {self.prompts.codings.current.name}"
         log.info("%s is loaded%s", self.name, stored)
+
+    def _check_batches(self) -> None:
+        """Answer one request at a time where live caches of the model cannot be in a batch."""
+        caches = server.make_prompt_cache(self.model)  # type: ignore[attr-defined]  # the one that was replaced
+        live = [entry for entry in stock.entries(caches) if isinstance(entry, LayerCache)]
+        try:
+            for entry in live[:1] if self.is_batchable else ():
+                entry.merge([entry])
+        except UnsupportedError as error:
+            log.warning("requests to %s are answered one at a time: %s", self.name, error)
+            self.is_batchable = False
 
     def _find_prompts(self) -> None:
         """Open what the store has of the model."""

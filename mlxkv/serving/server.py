@@ -19,6 +19,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlxkv.errors import InputError, MlxkvError
 from mlxkv.live import live_config, make_cache
+from mlxkv.serving.batches import Batches
 from mlxkv.serving.flags import check_ranks, machine_share, replaced, run_server
 from mlxkv.serving.generation import Generator
 from mlxkv.serving.handler import Handler
@@ -133,7 +134,9 @@ class Serving:
             opener = functools.partial(self._open, store) if store is not None else None
             own = Provider(arguments, opener, prompts.keep_on_disk, self._learnt_quality())
             if options.cache is not None:
-                stack.enter_context(replaced(make_prompt_cache=functools.partial(_caches, options.cache, own)))
+                made = functools.partial(_caches, options.cache, own)
+                batches = functools.partial(Batches, made)
+                stack.enter_context(replaced(make_prompt_cache=made, BatchGenerator=batches))
             self._greet(listener, store)
             generator = Generator(own, prompts, idle=own.learn, report=prompts.report, ended=self.stop)
             self._generator = generator
