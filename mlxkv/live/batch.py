@@ -76,12 +76,12 @@ class LiveBatch(BatchedRows):
         if keys.shape[0] != count:
             raise MismatchError(f"this batch holds {count} texts, the call has {keys.shape[0]}")
         before = self._before(length) if self._fetching or (self._latent and (length > 1 or self._masked)) else 0
-        self._pending_chunk, self._offsets, parts = [], None, []
-        self._columns += length
+        parts: list[RowPart] = []
         chunks = zip(_split(keys, count), _split(values, count))
         for row, (start, stop), (key, value) in zip(self.rows, self._take(length), chunks):
             parts.append(self._update(row, start, stop, key, value))
-        self._pending_chunk = parts
+            self._pending_chunk = parts
+        self._columns, self._offsets = self._columns + length, None
         if self._fetching:
             return self._fetch(parts, before, keys, values)
         if not self._latent:
