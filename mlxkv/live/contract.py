@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlxkv.errors import InputError, UnsupportedError
 from mlxkv.kernels.bits import unpack
 from mlxkv.kernels.decode_attention import Bucket
-from mlxkv.live.arrays import KeysValues, iter_arrays, map_arrays
+from mlxkv.live.arrays import KeysValues, held, iter_arrays, map_arrays
 from mlxkv.live.checks import check_buckets, check_fields
 from mlxkv.live.group import CacheGroup
 
@@ -117,7 +117,7 @@ class StateContract:
             raise InputError(f"a state of {len(arrays)} arrays does not fit its description")
         source = iter(arrays)
         for name, field in form.fields.items():
-            setattr(self, name, map_arrays(field, lambda _: next(source)))
+            setattr(self, name, map_arrays(field, lambda _: held(next(source))))  # which caches write in place
         self.offset = form.offset
 
     @classmethod

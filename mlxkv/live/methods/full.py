@@ -85,7 +85,8 @@ class FullCache(LayerCache):
         self.absorb(keys, values, None)
         if self._fetching:
             self._end()
-        return self.keys_and_values()
+        stop = self._offset
+        return self.keys[:, :, :stop], self.values[:, :, :stop]  # type: ignore[index]
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """Return all tokens."""
@@ -95,10 +96,16 @@ class FullCache(LayerCache):
 
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
         """Append the chunk."""
-        store: Any = KVCache()  # type: ignore[no-untyped-call]
-        store.state = self.keys, self.values, self.offset - keys.shape[2]
-        store.update_and_fetch(keys, values)
-        self.keys, self.values, _ = store.state
+        stop = self._offset
+        start = stop - keys.shape[2]
+        if self.keys is None or self.values is None or stop > self.keys.shape[2]:
+            store: Any = KVCache()  # type: ignore[no-untyped-call]
+            store.state = self.keys, self.values, start
+            store.update_and_fetch(keys, values)
+            self.keys, self.values, _ = store.state
+        else:
+            self.keys[:, :, start:stop] = keys
+            self.values[:, :, start:stop] = values
 
     def _store(self, chunk: KeysValues, mass: mx.array | None) -> None:
         """Store a chunk as it is."""
