@@ -12,6 +12,7 @@ from mlxkv.live.arrays import KeysValues
 from mlxkv.live.in_place import with_room
 
 _HIDDEN = -math.inf
+_STEP = 64  # rows are allocated in multiples of it
 
 
 class CountedRows:
@@ -23,8 +24,8 @@ class CountedRows:
         The entries so far.
     attention
         What they have got, `[B, 1 or Hkv, T]` float32.
-    room
-        Number of rows, at least T.
+    most
+        Number of rows that there may ever be, more than T.
     bias
         `[B, 1 or Hkv, T]` float32, added to the scores of the entries; None for 0.
 
@@ -40,7 +41,9 @@ class CountedRows:
         Number of rows.
     """
 
-    def __init__(self, tokens: KeysValues, attention: mx.array, room: int, bias: mx.array | None = None) -> None:
+    def __init__(self, tokens: KeysValues, attention: mx.array, most: int, bias: mx.array | None = None) -> None:
+        # Not of what came before: a cache that was saved and loaded computes the same numbers.
+        room = min(most, (tokens.tokens // _STEP + 1) * _STEP)
         self.keys, self.values = (with_room(part, room) for part in tokens)
         self.attention = with_room(attention, room)
         self.used, self.room = tokens.tokens, room

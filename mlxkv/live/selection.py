@@ -11,41 +11,37 @@ import numpy as np
 from mlxkv.config import Config
 from mlxkv.kernels.decode_attention import Bucket
 from mlxkv.live.base import KeysValues, append_chunk
-from mlxkv.live.in_place import Field, InPlaceCache, with_room
+from mlxkv.live.in_place import Field, InPlaceCache
 from mlxkv.spec import CacheSpec
 
 _ENOUGH = 1024  # tokens of a text to begin with
-_STEP = 16  # rows by which the arrays of a cache grow that has not evicted a token yet
 
 
-class SelectedRows:
-    """Tokens in arrays with room for one more at least: a new token takes the row of one that was evicted.
+class AttendedRows:
+    """Tokens that a query has attended to, in the order of the text; one of them may have been evicted since.
 
     Parameters
     ----------
     tokens
-        The tokens, in the order of the text.
+        The tokens.
 
     Attributes
     ----------
     keys, values
-        `[B, Hkv, R, D]` and `[B, Hkv, R, Dv]`.
-    order
-        The rows of the tokens kept, in the order of the text.
-    free
-        A row without a token, whose turn is next; None where the next token takes a row that none had yet.
+        `[B, Hkv, T, D]` and `[B, Hkv, T, Dv]`.
+    evicted
+        Index of the evicted token, None for none.
     """
 
     def __init__(self, tokens: KeysValues) -> None:
-        self.keys, self.values = (with_room(part, tokens.tokens + 1) for part in tokens)
-        self.order = list(range(tokens.tokens))
-        self.free: int | None = None
-        self._used, self._allocated = tokens.tokens, tokens.tokens + 1
+        self.keys, self.values = tokens
+        self.evicted: int | None = None
+        self._tokens = tokens.tokens
 
     @property
     def kept(self) -> int:
         """Number of tokens kept."""
-        return len(self.order)
+        return self._tokens - (self.evicted is not None)
 
     def arrays(self) -> list[mx.array]:
         """Return all arrays held.
@@ -57,8 +53,8 @@ class SelectedRows:
         """
         return [self.keys, self.values]
 
-    def write(self, token: KeysValues) -> tuple[mx.array, mx.array]:
-        """Add a token.
+    def append(self, token: KeysValues) -> KeysValues:
+        """Add a token in place of the evicted one, as the last.
 
         Parameters
         ----------
@@ -67,32 +63,29 @@ class SelectedRows:
 
         Returns
         -------
-        tuple of mx.array
-            Keys and values of all tokens, in any order.
+        KeysValues
+            All tokens.
         """
-        row = self.free
-        if row is None:
-            row = self._used
-            if row == self._allocated:
-                self._allocated += _STEP
-                self.keys, self.values = (with_room(part, self._allocated) for part in self.arrays())
-            self._used += 1
-        self.keys[:, :, row : row + 1] = token.keys
-        self.values[:, :, row : row + 1] = token.values
-        self.order.append(row)
-        if self._used == self._allocated:
-            return self.keys, self.values
-        return self.keys[:, :, : self._used], self.values[:, :, : self._used]
+        self.keys, self.values = (mx.concatenate([*parts, new], axis=2) for parts, new in zip(self._parts(), token))
+        self._tokens, self.evicted = self.kept + 1, None
+        return KeysValues(self.keys, self.values)
 
-    def evict(self, indices: Sequence[int]) -> None:
-        """Give up at most one token.
+    def tokens(self) -> KeysValues:
+        """Return the tokens kept.
 
-        Parameters
-        ----------
-        indices
-            Its index in the order of the text, or none.
+        Returns
+        -------
+        KeysValues
+            The tokens, in the order of the text.
         """
-        self.free = self.order.pop(indices[0]) if len(indices) else None
+        return KeysValues(*(mx.concatenate(parts, axis=2) for parts in self._parts()))
+
+    def _parts(self) -> list[list[mx.array]]:
+        """Return keys and values before and after the evicted token."""
+        at = self.evicted
+        if at is None:
+            return [[self.keys], [self.values]]
+        return [[part[:, :, :at], part[:, :, at + 1 :]] if at else [part[:, :, 1:]] for part in self.arrays()]
 
 
 class SelectingCache(InPlaceCache):
@@ -186,32 +179,51 @@ class SelectingCache(InPlaceCache):
         if self.tokens is not None:
             self.tokens = self.tokens.copy_tokens(0, -count)
 
-    def _open_rows(self) -> SelectedRows | None:
+    def _open_rows(self) -> Any:
         """Return rows of the tokens kept."""
         if self._rows is not None or self.tokens is None:
             return self._rows
         tokens, self.tokens = self.tokens, None
-        return SelectedRows(tokens)
+        return AttendedRows(tokens)
 
     def _attend_rows(
-        self, rows: SelectedRows, queries: mx.array, token: KeysValues, scale: float, sinks: mx.array | None
+        self, rows: Any, queries: mx.array, token: KeysValues, scale: float, sinks: mx.array | None
     ) -> mx.array:
-        """Attend to all tokens, then evict one."""
+        """Attend to all tokens, then evict."""
         evicted = self.evicted_indices(rows.kept + 1)
-        keys, values = rows.write(token)
-        if keys.dtype != queries.dtype:
-            keys, values = keys.astype(queries.dtype), values.astype(queries.dtype)
-        output = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, sinks=sinks)
+        output = attention(queries, rows.append(token), scale, sinks)
         if len(evicted) > 1:
-            self.tokens = self._selected(rows, np.delete(rows.order, evicted).tolist())
-        else:
-            rows.evict(evicted)
+            kept = mx.array(np.delete(np.arange(rows.kept, dtype=np.int32), evicted))
+            self.tokens = KeysValues(*(part[:, :, kept] for part in rows.arrays()))
+        elif len(evicted):
+            rows.evicted = evicted[0]
         return output
 
-    def _settled(self, rows: SelectedRows) -> dict[str, Any]:
+    def _settled(self, rows: Any) -> dict[str, Any]:
         """Return the tokens kept, in the order of the text."""
-        return {"tokens": self._selected(rows, rows.order)}
+        return {"tokens": rows.tokens()}
 
-    def _selected(self, rows: SelectedRows, order: list[int]) -> KeysValues:
-        """Return the tokens in some rows."""
-        return KeysValues(*(part[:, :, mx.array(order, mx.int32)] for part in rows.arrays()))
+
+def attention(queries: mx.array, tokens: KeysValues, scale: float, sinks: mx.array | None) -> mx.array:
+    """Return the attention of one query over tokens in the type they are stored in.
+
+    Parameters
+    ----------
+    queries
+        `[B, Hq, 1, D]`.
+    tokens
+        All that it sees.
+    scale
+        Factor of the scores.
+    sinks
+        `[Hq]`, logits of attention sinks, or None.
+
+    Returns
+    -------
+    mx.array
+        `[B, Hq, 1, Dv]`.
+    """
+    keys, values = tokens
+    if keys.dtype != queries.dtype:
+        keys, values = keys.astype(queries.dtype), values.astype(queries.dtype)
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, sinks=sinks)

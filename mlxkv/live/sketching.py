@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import mlx.core as mx
 
 from mlxkv.config import Config, choice, integer, number
 from mlxkv.errors import FormatError, InputError, UnsupportedError
 from mlxkv.kernels.decode_attention import Bucket
-from mlxkv.live.base import KeysValues, LayerCache, append_chunk
+from mlxkv.live.arrays import iter_arrays
+from mlxkv.live.base import KeysValues, append_chunk
 from mlxkv.live.checks import check_array, check_ascending, check_values
+from mlxkv.live.counting import CountedRows
+from mlxkv.live.in_place import Field, InPlaceCache
 from mlxkv.live.sketches import SKETCHES
 from mlxkv.spec import CacheSpec
 
@@ -73,7 +76,38 @@ class SketchConfig(Config):
             raise InputError(f"target needs count-min, whose rows add up to all that was counted, not {self.sketch}")
 
 
-class SketchingCache(LayerCache):
+class SketchedRows(CountedRows):
+    """Rows of a sketching cache; their attention is what they got since they were made, fading.
+
+    Attributes
+    ----------
+    fields
+        Fields of the state that are beside the rows, as they were then.
+    left
+        Number of tokens that have left the tail.
+    leaving_at
+        Number of tokens seen when the next leave it.
+    heavy, in_tail
+        Numbers of heavy tokens and of those in the tail.
+    steps
+        Number of tokens written.
+    """
+
+    fields: dict[str, Any]
+    left = leaving_at = heavy = in_tail = steps = 0
+
+    def arrays(self) -> list[mx.array]:
+        """Return all arrays held.
+
+        Returns
+        -------
+        list of mx.array
+            Those of the rows, then those of other fields.
+        """
+        return [*super().arrays(), *iter_arrays(self.fields)]
+
+
+class SketchingCache(InPlaceCache):
     """Base class of methods that keep the newest tokens and those that got most attention, as estimated by a sketch.
 
     The cache has two parts. `tail` holds the newest tokens. `heavy` holds the sinks and the older tokens that were
@@ -132,7 +166,13 @@ class SketchingCache(LayerCache):
         "size_factor",
     )
     state_types: ClassVar = {"heavy": KeysValues, "tail": KeysValues}
+    counters = Field[mx.array | None]()
+    heavy = Field[KeysValues | None]()
+    positions = Field[mx.array | None]()
+    tail = Field[KeysValues | None]()
+    evicted_attention = Field[mx.array | None]()
     merged_entries = 0
+    _unmoved: ClassVar[tuple[str, ...]] = ("counters", "positions", "evicted_attention")  # beside rows
 
     def __init__(self, config: SketchConfig, spec: CacheSpec, layer: int) -> None:
         super().__init__(config, spec, layer)
@@ -140,11 +180,7 @@ class SketchingCache(LayerCache):
             raise UnsupportedError("an MLA model's layers must keep equally many tokens: leave target at 0")
         self.observation_window = config.queries
         self.sketch = SKETCHES[config.sketch](config.width, config.depth, config.seed + layer)
-        self.counters: mx.array | None = None
-        self.heavy: KeysValues | None = None
-        self.positions: mx.array | None = None
-        self.tail: KeysValues | None = None
-        self.evicted_attention: mx.array | None = None
+        self.counters = self.heavy = self.positions = self.tail = self.evicted_attention = None
         self.coverage: mx.array | None = None
         self.size_factor = 1.0
 
@@ -159,9 +195,19 @@ class SketchingCache(LayerCache):
             Indices of the evicted tokens, `[B, Hkv, n]`, most attention first.
         """
 
+    def parts(self) -> list[KeysValues]:
+        """Return all stored tokens in the order of `buckets`.
+
+        Returns
+        -------
+        list of KeysValues
+            The heavy tokens, then the tail, as far as there are any.
+        """
+        return [part for part in (self.heavy, self.tail) if part is not None]
+
     def buckets(self) -> list[Bucket]:
-        """Return the heavy tokens, then the tail."""
-        return [part.as_bucket() for part in (self.heavy, self.tail) if part is not None]
+        """Return all stored tokens."""
+        return [part.as_bucket() for part in self.parts()]
 
     def check_state(self) -> None:
         """Check what every method has, then the sketch, the positions of heavy tokens and the controller's numbers."""
@@ -211,7 +257,7 @@ class SketchingCache(LayerCache):
         """Append the chunk to the tail, count the attention of its queries, and flush complete intervals."""
         assert mass is not None  # since observation_window is never 0
         self.tail = append_chunk(self.tail, keys, values)
-        sketch_keys = self._sketch_keys()
+        sketch_keys = self._sketch_keys(self.heavy, self.positions, self.tail, self.offset)
         attention = self._to_tables(mass[..., -sketch_keys.shape[1] :])
         fade = self.config.decay ** min(keys.shape[2], self.config.queries)
         past = self.sketch.empty(len(attention)) if self.counters is None else fade * self.counters
@@ -257,6 +303,65 @@ class SketchingCache(LayerCache):
         if self.config.target:
             self._update_controller(mx.take_along_axis(attention, ranking[:, room:], axis=-1).sum(axis=-1))
 
+    def _leaving_at(self, left: int) -> int:
+        """Return how many tokens have been seen when the next leave the tail, of which `left` have left."""
+        (heavy, recent), interval = self._target_sizes(), self.config.interval
+        return max(self.config.sinks + heavy + self.merged_entries + recent + interval, left + recent + interval)
+
+    def _open_rows(self) -> SketchedRows | None:
+        """Return rows of all that is stored, unless tokens leave the tail with the next."""
+        rows: SketchedRows | None = self._rows
+        if rows is None:
+            if self.tail is None or self._offset >= self._leaving_at(self._offset - 1 - self.tail.tokens):
+                return None
+            return self._new_rows()
+        if self._offset >= rows.leaving_at:
+            return None
+        if rows.used == rows.room:
+            self._settle()
+            return self._new_rows()
+        return rows
+
+    def _new_rows(self) -> SketchedRows:
+        """Move all that is stored into rows."""
+        assert self.tail is not None
+        parts, left = self.parts(), self._offset - 1 - self.tail.tokens
+        leaving_at = self._leaving_at(left)
+        tokens = KeysValues(*(mx.concatenate([*same], axis=2) for same in zip(*parts)))
+        rows = SketchedRows(
+            tokens, mx.zeros(tokens.keys.shape[:3]), tokens.tokens + leaving_at - self._offset, self.score_bias()
+        )
+        rows.left, rows.leaving_at, rows.in_tail = left, leaving_at, self.tail.tokens
+        rows.heavy = 0 if self.heavy is None else self.heavy.tokens
+        rows.fields = {name: getattr(self, name) for name in self._unmoved}
+        self.__dict__.update(dict.fromkeys(("heavy", "tail", *self._unmoved)))
+        return rows
+
+    def _attend_rows(
+        self, rows: SketchedRows, queries: mx.array, token: KeysValues, scale: float, sinks: mx.array | None
+    ) -> mx.array:
+        """Attend to all tokens; the sketch is told of what they get when tokens leave the tail."""
+        output, mass = rows.attend(queries, token, scale, sinks)
+        rows.attention = rows.attention * self.config.decay + mass
+        rows.steps += 1
+        rows.in_tail += 1
+        return mx.depends(output, [rows.attention])
+
+    def _settled(self, rows: SketchedRows) -> dict[str, Any]:
+        """Return all fields, with a sketch that has been told of the attention."""
+        fields, used = dict(rows.fields), rows.used
+        start = used - rows.in_tail - rows.heavy
+        heavy = rows.tokens(start, start + rows.heavy) if rows.heavy else None
+        tail = rows.tokens(start + rows.heavy, used)
+        if rows.steps:
+            fade = self.config.decay**rows.steps
+            keys = self._sketch_keys(heavy, fields["positions"], tail, rows.left + rows.in_tail)
+            attention = self._to_tables(rows.attention[..., start:used])
+            fields["counters"] = self.sketch.update(fade * fields["counters"], keys, attention)
+            if fields["evicted_attention"] is not None:
+                fields["evicted_attention"] = fade * fields["evicted_attention"]
+        return {**fields, "heavy": heavy, "tail": tail}
+
     def _update_controller(self, evicted: mx.array) -> None:
         """Scale the sizes by the previous interval's coverage; `evicted` `[N]` is the attention just evicted."""
         assert self.counters is not None
@@ -267,20 +372,21 @@ class SketchingCache(LayerCache):
         self.evicted_attention = self.evicted_attention + evicted
         self.coverage = 1 - (self.evicted_attention / self.counters[:, 0].sum(axis=-1)).mean()
 
-    def _sketch_keys(self) -> mx.array:
+    def _sketch_keys(
+        self, heavy: KeysValues | None, positions: mx.array | None, tail: KeysValues, seen: int
+    ) -> mx.array:
         """Return the sketch's keys of heavy tokens and tail: positions `[N, T]`, or for RACE vectors `[N, T, D]`."""
-        assert self.tail is not None
-        B, H, T, _ = self.tail.keys.shape
+        B, H, T, _ = tail.keys.shape
         if self.config.sketch == "race":
-            keys = self.tail.keys if self.heavy is None else mx.concatenate([self.heavy.keys, self.tail.keys], axis=2)
+            keys = tail.keys if heavy is None else mx.concatenate([heavy.keys, tail.keys], axis=2)
             if self.config.per == "layer":
                 keys = keys.swapaxes(1, 2).reshape(B, 1, keys.shape[2], -1)
             return keys.reshape(-1, *keys.shape[2:])
         tables = B * (H if self.config.per == "head" else 1)
-        tail = mx.broadcast_to(mx.arange(self.offset - T, self.offset), (tables, T))
-        if self.positions is None:
-            return tail
-        return mx.concatenate([self.positions.reshape(tables, -1), tail], axis=-1)
+        newest = mx.broadcast_to(mx.arange(seen - T, seen), (tables, T))
+        if positions is None:
+            return newest
+        return mx.concatenate([positions.reshape(tables, -1), newest], axis=-1)
 
     def _to_tables(self, attention: mx.array) -> mx.array:
         """Return `[B, Hkv, T]` as `[N, T]`: one table per head, or the sum over heads."""

@@ -127,7 +127,7 @@ def append(cache, plain, random):
 
 
 def compare(cache, plain):
-    assert cache.nbytes == sum(array.nbytes for array in iter_arrays(cache.state))
+    assert cache.nbytes >= sum(array.nbytes for array in iter_arrays(cache.state))
     assert 0 <= cache.kept <= cache.offset
     for keys, values in cache.buckets():
         assert keys.shape == values.shape == (1, 2, keys.shape[2], 16)
@@ -153,7 +153,7 @@ def test_saving_and_loading_at_random_times_changes_nothing(method, tmp_path):
             save_cache(tmp_path / "cache", model, moves)
             moves = load_cache(tmp_path / "cache", model)
             assert moves[0].offset == stays[0].offset
-            assert moves[0].nbytes == stays[0].nbytes or method == "full"  # which saves no rows that are only allocated
+            assert moves[0].nbytes <= stays[0].nbytes  # no rows are saved that are only allocated
         assert mx.array_equal(model(tokens, cache=stays), model(tokens, cache=moves))
         if stays[0].offset > 400:
             stays, moves = (make_cache(model, method, **small(method)) for _ in range(2))

@@ -210,7 +210,9 @@ def test_a_saved_cache_goes_on_as_it_would_have(method, overrides, tmp_path):
         assert mx.array_equal(model(tokens, cache=stays), model(tokens, cache=moves))
         save_cache(tmp_path / "cache", model, moves)
         moves = load_cache(tmp_path / "cache", model)
-    assert [layer.nbytes for layer in moves] == [layer.nbytes for layer in stays]
+    assert all(
+        moved.nbytes <= stayed.nbytes for moved, stayed in zip(moves, stays)
+    )  # no rows are saved that are only allocated
 
 
 # The controller
@@ -250,7 +252,9 @@ def test_what_is_covered_goes_on_as_the_share_that_kept_tokens_drew():
         before = cache.coverage
         run(cache, [x[:, :, start : start + 5] for x in parts], [5])
         if cache.coverage is not before:
-            kept = cache.sketch.query(cache.counters, cache._sketch_keys()).sum(axis=-1)
+            kept = cache.sketch.query(
+                cache.counters, cache._sketch_keys(cache.heavy, cache.positions, cache.tail, cache.offset)
+            ).sum(axis=-1)
             expected.append(float((kept / cache.counters[:, 0].sum(axis=-1)).mean()))
             found.append(float(cache.coverage))
     np.testing.assert_allclose(found, expected, atol=1e-3)

@@ -9,16 +9,16 @@ from typing import Any, ClassVar, NamedTuple
 import mlx.core as mx
 
 from mlxkv.config import Config, integer
+from mlxkv.errors import FormatError
 from mlxkv.kernels.decode_attention import Bucket
 from mlxkv.live.arrays import KeysValues, concat_pairs
 from mlxkv.live.base import live_methods
-from mlxkv.live.checks import check_array, check_kept
+from mlxkv.live.checks import check_array, check_ascending, check_kept, check_values
 from mlxkv.live.counting import CountedRows, counted_attention
-from mlxkv.live.in_place import Field, InPlaceCache, with_room
+from mlxkv.live.in_place import Field, InPlaceCache
 from mlxkv.live.storage import to_storage_dtype
 from mlxkv.spec import CacheSpec
 
-_STEP = 64  # rows by which the arrays grow of a cache that has not evicted a token yet
 _ZERO = mx.array(0.0)
 
 
@@ -47,11 +47,18 @@ class AttendedTokens(NamedTuple):
         `[B, Hkv, T, D]` and `[B, Hkv, T, Dv]`.
     attention
         `[B, Hkv, T]` float32: attention probabilities, summed over all queries from the token's own on.
+    came
+        `[B, Hkv, T]` int32: when tokens came that are in no order; of the newest their positions in the text.
+    free
+        `[B, Hkv, 1]` uint32: the row before which an evicted token was left out. It and `came` are None where tokens are in
+        the order they came.
     """
 
     keys: mx.array
     values: mx.array
     attention: mx.array
+    came: mx.array | None = None
+    free: mx.array | None = None
 
 
 @live_methods.register("h2o")
@@ -74,7 +81,8 @@ class H2OCache(InPlaceCache):
     Attributes
     ----------
     tokens
-        The tokens kept, in the order they came; None before the first chunk.
+        The tokens kept, None before the first chunk. Once decoded tokens have taken the rows of others, they are in the order
+        of their rows, which differs from head to head.
 
     Notes
     -----
@@ -101,6 +109,13 @@ class H2OCache(InPlaceCache):
         tokens = self.tokens
         return [] if tokens is None else [KeysValues(tokens.keys, tokens.values).as_bucket()]
 
+    def expected_bytes(self, tokens: int, batch: int = 1) -> int:
+        """Return the bytes of the tokens kept, and of when each of them came once a decoded one took another's row."""
+        most, rows = self.config.heavy + self.config.recent, 0
+        if tokens > most and not self.latent:
+            rows = most + 1
+        return super().expected_bytes(tokens, batch) + 4 * batch * self.slots[0].heads * rows
+
     def check_state(self) -> None:
         """Check what every method has, then the sums of attention and how many tokens there are."""
         super().check_state()
@@ -108,16 +123,38 @@ class H2OCache(InPlaceCache):
         if tokens is not None:
             check_array(tokens.attention, "tokens.attention", tokens.keys.shape[:3], mx.float32)
         check_kept(self, min(self.offset, self.config.heavy + self.config.recent))
+        if tokens is not None and (tokens.came is not None or tokens.free is not None):
+            self._check_rows(tokens)
+
+    def _check_rows(self, tokens: AttendedTokens) -> None:
+        """Check when tokens came, and the row that was left out."""
+        *heads, kept, _ = tokens.keys.shape
+        check_array(tokens.came, "tokens.came", (*heads, kept), mx.int32)
+        check_array(tokens.free, "tokens.free", (*heads, 1), mx.uint32)
+        assert tokens.came is not None
+        assert tokens.free is not None
+        check_values(tokens.free, "tokens.free", 0, kept)
+        order, newest = mx.sort(tokens.came, axis=-1), self.offset - self.config.recent
+        check_ascending(order, "tokens.came, sorted,")
+        check_values(order, "tokens.came", 0, self.offset - 1)
+        old = kept - self.config.recent
+        if (
+            kept != self.config.heavy + self.config.recent
+            or not mx.all((order >= newest) == (mx.arange(kept) >= old)).item()
+        ):
+            raise FormatError(f"tokens.came does not name the newest of {self.offset} tokens")
 
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
         """Append the chunk, add its attention to the sums, and evict the tokens with the smallest sums."""
         assert mass is not None  # since observation_window is never 0
-        old, new = (
-            self.tokens,
-            AttendedTokens(to_storage_dtype(keys), to_storage_dtype(values), mx.zeros(keys.shape[:3])),
-        )
-        tokens = new if old is None else AttendedTokens(*concat_pairs(old, new))
+        tokens = AttendedTokens(to_storage_dtype(keys), to_storage_dtype(values), mx.zeros(keys.shape[:3]))
+        old = self.tokens
+        if old is not None:
+            tokens = AttendedTokens(*concat_pairs(old[:3], tokens[:3]))
         tokens = tokens._replace(attention=tokens.attention + mass)
+        if old is not None and old.came is not None:
+            last = mx.broadcast_to(mx.arange(self.offset - keys.shape[2], self.offset), keys.shape[:3])
+            tokens = _gathered(tokens, mx.argsort(mx.concatenate([old.came, last], axis=-1), axis=-1))
         if tokens.keys.shape[2] > self.config.heavy + self.config.recent:
             tokens = self._evict_lightest(tokens)
         self.tokens = tokens
@@ -141,7 +178,7 @@ class H2OCache(InPlaceCache):
         kept, most = tokens.keys.shape[2], self.config.heavy + self.config.recent
         if kept == most:
             return H2ORows(tokens, self.config.recent, self._offset - 1)
-        return CountedRows(KeysValues(*tokens[:2]), tokens.attention, min(most, kept + _STEP))
+        return CountedRows(KeysValues(*tokens[:2]), tokens.attention, most)
 
     def _attend_rows(
         self, rows: CountedRows | H2ORows, queries: mx.array, token: KeysValues, scale: float, sinks: mx.array | None
@@ -154,7 +191,7 @@ class H2OCache(InPlaceCache):
         return mx.depends(output, [rows.attention])
 
     def _settled(self, rows: CountedRows | H2ORows) -> dict[str, Any]:
-        """Return the tokens kept, in the order they came."""
+        """Return the tokens kept."""
         if isinstance(rows, H2ORows):
             return {"tokens": rows.tokens()}
         return {"tokens": AttendedTokens(*rows.tokens(0, rows.used), rows.attention[..., : rows.used])}
@@ -166,7 +203,7 @@ class H2ORows:
     Parameters
     ----------
     tokens
-        The tokens kept, in the order they came.
+        The tokens kept.
     recent
         Number of newest tokens, which stay.
     seen
@@ -179,13 +216,17 @@ class H2ORows:
     """
 
     def __init__(self, tokens: AttendedTokens, recent: int, seen: int) -> None:
-        batch, heads, kept, _ = tokens.keys.shape
+        *heads, kept, _ = tokens.keys.shape
         self.kept, self._recent, self._seen = kept, recent, seen
-        self.keys, self.values, self._sums = (with_room(part, kept + 1) for part in tokens)
-        # When tokens came: in the right order for all, and exactly for the newest.
-        came = mx.arange(seen - kept, seen + 1, dtype=mx.int32)
-        self._came = mx.contiguous(mx.broadcast_to(came, (batch, heads, kept + 1)))
-        self._free = mx.full((batch, heads, 1), kept, mx.uint32)
+        came, free = tokens.came, tokens.free
+        if came is None or free is None:
+            came = mx.broadcast_to(mx.arange(seen - kept, seen, dtype=mx.int32), (*heads, kept))
+            free = mx.full((*heads, 1), kept, mx.uint32)
+        rows = mx.arange(kept + 1)
+        # The free row gets any token.
+        tokens = _gathered(tokens._replace(came=came), mx.minimum(rows - (rows > free), kept - 1))
+        assert tokens.came is not None
+        self.keys, self.values, self._sums, self._came, self._free = *tokens[:3], tokens.came, free
 
     def arrays(self) -> list[mx.array]:
         """Return all arrays held.
@@ -233,15 +274,15 @@ class H2ORows:
         Returns
         -------
         AttendedTokens
-            `kept` tokens a head, in the order they came.
+            `kept` tokens a head, in the order of their rows.
         """
-        order = mx.argsort(mx.put_along_axis(self._came, self._free, mx.array(self._seen), 2), axis=-1)
-        tokens = AttendedTokens(self.keys, self.values, self._sums)
-        return _gathered(tokens, order[..., : self.kept])
+        rows = mx.arange(self.kept)
+        tokens = AttendedTokens(self.keys, self.values, self._sums, self._came)
+        return _gathered(tokens, rows + (rows >= self._free))._replace(free=self._free)
 
 
 def _gathered(tokens: AttendedTokens, rows: mx.array) -> AttendedTokens:
     """Return the tokens in some rows, `[B, Hkv, n]`, of each head."""
     B, H = rows.shape[:2]
     at = mx.arange(B)[:, None, None], mx.arange(H)[:, None], rows
-    return AttendedTokens(*(part[at] for part in tokens))
+    return AttendedTokens(*(part[at] for part in tokens if part is not None))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -13,10 +13,12 @@ from mlxkv.config import choice, integer, number
 from mlxkv.errors import FormatError
 from mlxkv.kernels.decode_attention import Bucket
 from mlxkv.live.arrays import KeysValues, copy_without_parent
-from mlxkv.live.base import LayerCache, live_methods
+from mlxkv.live.base import live_methods
 from mlxkv.live.checks import MAX_OFFSET, check_array, check_values
 from mlxkv.live.clustering import ClusteringConfig, Clusters, insert, visible_counts
+from mlxkv.live.counting import CountedRows
 from mlxkv.live.importance import update_importance
+from mlxkv.live.in_place import Field, InPlaceCache
 from mlxkv.live.storage import to_storage_dtype
 from mlxkv.spec import CacheSpec
 
@@ -111,7 +113,7 @@ class Centroids(NamedTuple):
 
 
 @live_methods.register("mp-kvm")
-class MPKVMCache(LayerCache):
+class MPKVMCache(InPlaceCache):
     """MP-KVM: the first and the newest tokens stay; those between are clustered, and a centroid stands for many.
 
     Tokens are clustered when they leave the tail of newest tokens. The rotation of their keys (RoPE) is removed first,
@@ -155,18 +157,27 @@ class MPKVMCache(LayerCache):
 
     state_fields = ("centroids", "tail")
     state_types: ClassVar = {"centroids": Centroids, "tail": Tail}
+    centroids = Field[Centroids | None]()
+    tail = Field[Tail | None]()
 
     def __init__(self, config: MPKVMConfig, spec: CacheSpec, layer: int) -> None:
         super().__init__(config, spec, layer)
         self.observation_window = config.queries if config.weights == "attention" else 0
-        self.centroids: Centroids | None = None
-        self.tail: Tail | None = None
+        self.centroids = self.tail = None
+
+    def parts(self) -> list[KeysValues]:
+        """Return what is stored in the order of `buckets`.
+
+        Returns
+        -------
+        list of KeysValues
+            The centroids, then the tail, as far as there are any.
+        """
+        return [KeysValues(part.keys, part.values) for part in (self.centroids, self.tail) if part is not None]
 
     def buckets(self) -> list[Bucket]:
         """Return the centroids, then the tail."""
-        return [
-            KeysValues(part.keys, part.values).as_bucket() for part in (self.centroids, self.tail) if part is not None
-        ]
+        return [part.as_bucket() for part in self.parts()]
 
     def score_bias(self) -> mx.array | None:
         """Return the logarithms of the centroids' counts, and 0 for the tail."""
@@ -224,6 +235,63 @@ class MPKVMCache(LayerCache):
             self._flush_block(_slice(tail, start, start + flush), self.offset - tail.keys.shape[2] + start)
             start += flush
         self.tail = _copy(tail, start, None) if start else tail
+
+    def _open_rows(self) -> ClusteredRows | None:
+        """Return rows of centroids and tail, unless a block leaves the tail with the next token."""
+        rows: ClusteredRows | None = self._rows
+        if rows is None or rows.used == rows.room:
+            self._settle()
+            if self.tail is None or self.tail.keys.shape[2] + 1 >= self.config.recent + self.config.flush:
+                return None
+            return self._new_rows()
+        in_tail = rows.used - rows.slots
+        return rows if in_tail + 1 < self.config.recent + self.config.flush else None
+
+    def _new_rows(self) -> ClusteredRows:
+        """Move what is stored into rows."""
+        centroids, tail, bias = self.centroids, self.tail, self.score_bias()
+        assert tail is not None
+        slots = 0 if centroids is None else centroids.keys.shape[2]
+        tokens = KeysValues(*(mx.concatenate([*same], axis=2) for same in zip(*self.parts())))
+        stored = [part.attention for part in (centroids, tail) if part is not None and part.attention is not None]
+        attention = mx.concatenate(stored, axis=-1) if stored else mx.zeros((len(tail.keys), 1, tokens.tokens))
+        rows = ClusteredRows(tokens, attention, slots + self.config.recent + self.config.flush - 1, bias)
+        rows.slots, rows.counts, rows.positions = slots, None, None
+        if centroids is not None:
+            rows.counts, rows.positions = centroids.counts, centroids.positions
+        self.centroids = self.tail = None
+        # Importance is an average but for a new token, whose own query is its first.
+        share = 1 - self.config.decay
+        rows.shares = mx.full(2 * rows.room + 1, share or 1.0)
+        rows.shares[rows.room] = 1.0
+        return rows
+
+    def _attend_rows(
+        self, rows: ClusteredRows, queries: mx.array, token: KeysValues, scale: float, sinks: mx.array | None
+    ) -> mx.array:
+        """Attend to all entries, and update their importance."""
+        output, mass = rows.attend(queries, token, scale, sinks)
+        if self.config.weights == "count":
+            return output
+        if self.config.partition == "shared":
+            mass = mass.mean(axis=1, keepdims=True)
+        first = rows.room - rows.used + 1
+        share = mass * rows.shares[first : first + rows.room]
+        rows.attention = rows.attention * self.config.decay + share
+        return mx.depends(output, [rows.attention])
+
+    def _settled(self, rows: ClusteredRows) -> dict[str, Any]:
+        """Return centroids and tail."""
+        slots, counted = rows.slots, self.config.weights == "attention"
+        parts = []
+        for start, stop in ((0, slots), (slots, rows.used)):
+            attention = copy_without_parent(rows.attention[..., start:stop]) if counted else None
+            parts.append((*rows.tokens(start, stop), attention))
+        (keys, values, attention), tail = parts
+        centroids = None
+        if rows.counts is not None and rows.positions is not None:
+            centroids = Centroids(keys, values, rows.positions, rows.counts, attention)
+        return {"centroids": centroids, "tail": Tail(*tail)}
 
     def unrotated_clusters(self) -> Clusters | None:
         """Return the centroids in float32, with the rotation of their keys removed.
@@ -326,6 +394,36 @@ class MPKVMCache(LayerCache):
         apply = rope.unrotate if inverse else rope.rotate
         rotated = apply(x.reshape(-1, 1, 1, x.shape[-1]), start).reshape(x.shape)
         return (keys, rotated) if self.latent else (rotated, values)
+
+
+class ClusteredRows(CountedRows):
+    """Rows of centroids, then of the tail; their attention is their importance.
+
+    Attributes
+    ----------
+    slots
+        Number of centroids.
+    counts, positions
+        Those of the centroids, None where there are none.
+    shares
+        `[2 * R + 1]`: what an entry's importance takes of its attention now, around that of a new token.
+    """
+
+    slots: int
+    counts: mx.array | None
+    positions: mx.array | None
+    shares: mx.array
+
+    def arrays(self) -> list[mx.array]:
+        """Return all arrays held.
+
+        Returns
+        -------
+        list of mx.array
+            Those of the rows, then those beside them.
+        """
+        beside = (self.counts, self.positions, self.shares)
+        return [*super().arrays(), *(array for array in beside if array is not None)]
 
 
 def _used(tail: Tail) -> Sequence[mx.array]:

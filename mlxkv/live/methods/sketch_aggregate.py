@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 
 from mlxkv.config import integer
 from mlxkv.errors import FormatError
 from mlxkv.kernels import centroids
-from mlxkv.kernels.decode_attention import Bucket
 from mlxkv.live.base import KeysValues, live_methods
 from mlxkv.live.checks import check_array, check_values
-from mlxkv.live.sketching import SketchConfig, SketchingCache, gather_tokens
+from mlxkv.live.in_place import Field
+from mlxkv.live.sketching import SketchConfig, SketchedRows, SketchingCache, gather_tokens
 from mlxkv.spec import CacheSpec
 
 
@@ -80,22 +80,24 @@ class SketchAggregateCache(SketchingCache):
 
     state_fields = ("merged", *SketchingCache.state_fields)
     state_types: ClassVar = {**SketchingCache.state_types, "merged": MergedEntries}
+    merged = Field[MergedEntries | None]()
+    _unmoved = (*SketchingCache._unmoved, "merged")
 
     def __init__(self, config: SketchAggregateConfig, spec: CacheSpec, layer: int) -> None:
         super().__init__(config, spec, layer)
         self.merged_entries = config.entries
-        self.merged: MergedEntries | None = None
+        self.merged = None
 
-    def buckets(self) -> list[Bucket]:
+    def parts(self) -> list[KeysValues]:
         """Return the merged entries, then heavy tokens and tail."""
-        merged = [] if self.merged is None else [KeysValues(self.merged.keys, self.merged.values).as_bucket()]
-        return [*merged, *super().buckets()]
+        merged = self.merged
+        return [*([] if merged is None else [KeysValues(merged.keys, merged.values)]), *super().parts()]
 
     def score_bias(self) -> mx.array | None:
         """Return the logarithms of the entries' counts."""
-        if self.merged is None:
+        if (merged := self.merged) is None:
             return None
-        return mx.pad(mx.log(self.merged.counts), [(0, 0), (0, 0), (0, self.kept - self.merged_entries)])
+        return mx.pad(mx.log(merged.counts), [(0, 0), (0, 0), (0, self.kept - self.merged_entries)])
 
     def check_state(self) -> None:
         """Check the entries of evicted tokens, then what every sketch method has."""
@@ -108,6 +110,21 @@ class SketchAggregateCache(SketchingCache):
         super().check_state()
         if self.merged is not None and self.heavy is None:
             raise FormatError("there are merged entries, but no heavy tokens")
+
+    def _new_rows(self) -> SketchedRows:
+        """Move all that is stored into rows, and leave the counts of the entries beside them."""
+        rows = super()._new_rows()
+        if (merged := rows.fields["merged"]) is not None:
+            rows.fields["merged"] = merged.counts
+        return rows
+
+    def _settled(self, rows: Any) -> dict[str, Any]:
+        """Return all fields."""
+        fields = super()._settled(rows)
+        if (counts := fields["merged"]) is not None:
+            keys, values = rows.tokens(0, self.merged_entries)
+            fields["merged"] = MergedEntries(keys, values, counts)
+        return fields
 
     def evict(self, tokens: KeysValues, indices: mx.array) -> None:
         """Merge the evicted tokens into the entries with the nearest keys."""

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from mlxkv.config import Config, integer
 from mlxkv.live.base import live_methods
-from mlxkv.live.checks import check_kept
-from mlxkv.live.selection import SelectingCache
+from mlxkv.live.ring import RingCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +23,7 @@ class SlidingWindowConfig(Config):
 
 
 @live_methods.register("sliding-window")
-class SlidingWindowCache(SelectingCache):
+class SlidingWindowCache(RingCache):
     """Sliding window: every layer keeps only the newest tokens, at their positions in the text.
 
     The simplest baseline; StreamingLLM (https://arxiv.org/abs/2309.17453) improves on it by keeping the first tokens.
@@ -41,12 +40,3 @@ class SlidingWindowCache(SelectingCache):
 
     config_class = SlidingWindowConfig
     config: SlidingWindowConfig
-
-    def check_state(self) -> None:
-        """Check what every method has, then how many tokens there are."""
-        super().check_state()
-        check_kept(self, min(self.offset, self.config.recent))
-
-    def evicted_indices(self, count: int) -> range:
-        """Choose all but the newest tokens."""
-        return range(count - self.config.recent)

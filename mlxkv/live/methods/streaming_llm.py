@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from mlxkv.config import Config, integer
 from mlxkv.live.base import live_methods
-from mlxkv.live.checks import check_kept
-from mlxkv.live.selection import SelectingCache
+from mlxkv.live.ring import RingCache
+from mlxkv.spec import CacheSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class StreamingLLMConfig(Config):
 
 
 @live_methods.register("streaming-llm")
-class StreamingLLMCache(SelectingCache):
+class StreamingLLMCache(RingCache):
     """StreamingLLM: keep the first tokens and the newest, evict all others.
 
     Models give much attention to the first tokens of a text, whatever these are: they act as attention sinks. Keeping a
@@ -52,11 +52,6 @@ class StreamingLLMCache(SelectingCache):
     config_class = StreamingLLMConfig
     config: StreamingLLMConfig
 
-    def check_state(self) -> None:
-        """Check what every method has, then how many tokens there are."""
-        super().check_state()
-        check_kept(self, min(self.offset, self.config.sinks + self.config.recent))
-
-    def evicted_indices(self, count: int) -> range:
-        """Choose the tokens between the first and the newest."""
-        return range(self.config.sinks, count - self.config.recent)
+    def __init__(self, config: StreamingLLMConfig, spec: CacheSpec, layer: int) -> None:
+        super().__init__(config, spec, layer)
+        self.sinks = config.sinks
