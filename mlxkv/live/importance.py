@@ -43,6 +43,6 @@ def update_importance(importance: mx.array, mass: mx.array, queries: int, decay:
     T = importance.shape[-1]
     if decay == 1:
         return mx.concatenate([importance + mass[..., :T], mass[..., T:]], axis=-1)
-    mean = mass / mx.minimum(mx.arange(mass.shape[-1], 0, -1), queries)
+    mean = mass if queries == 1 else mass / mx.minimum(mx.arange(mass.shape[-1], 0, -1), queries)
     weight = decay**queries
     return mx.concatenate([weight * importance + (1 - weight) * mean[..., :T], mean[..., T:]], axis=-1)

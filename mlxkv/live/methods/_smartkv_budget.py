@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any, Self
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from mlxkv.live.allocation import Allocator
 from mlxkv.spec import Slot
 
 TILE = 32  # tokens whose keys share one minimum and one step per channel in the low-bit buckets
+LOOK_AHEAD = 64  # tokens for which it is computed at a time when the next flush is due
 SHORT_FACTOR = 3  # the budget holds from this many times the length of the shortest text that can meet it
 # Bits of keys and of values. ERRORS has roughly the KL divergence of SmolLM2, in nats, with all tokens at each
 # precision (the sum of what keys alone and values alone cause). Errors of keys do most harm.
@@ -75,6 +77,9 @@ class LayerBudget:
         self.reserved_bytes = (TILE - 1) * unfilled + (recent + 1) * newest
         spare_per_token = self.bytes_per_token - lowest
         self.holds_from = SHORT_FACTOR * self.reserved_bytes / spare_per_token if spare_per_token > 0 else math.inf
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # which never changes
 
     def max_bytes(self, tokens: int) -> int:
         """Return the bytes that the cache of a text may take.
@@ -167,6 +172,45 @@ class LayerBudget:
         """
         return min(most, max(1, tokens // TILE))
 
+    def must_flush(self, lower: Sequence[int], top: int, tail: int, least: int, most: int) -> bool:
+        """Return whether the tail is too long, or the layer over budget.
+
+        Parameters
+        ----------
+        lower, top, tail
+            As in `used_bytes`.
+        least
+            Minimal number of newest tokens that stay unquantized.
+        most
+            Maximal number of tokens that wait to be flushed.
+
+        Returns
+        -------
+        bool
+            True if the tail is to be flushed now.
+        """
+        tokens = sum(lower) + top + tail
+        longest = self.recent_tokens(least, most, tokens) + self.flush_interval(most, tokens)
+        return tail >= longest or self.used_bytes(lower, top, tail) > self.max_bytes(tokens)
+
+    @lru_cache(maxsize=4096)  # noqa: B019  # budgets are few, and kept for good
+    def next_flush(self, lower: tuple[int, ...], top: int, tail: int, least: int, most: int) -> int:
+        """Return for how many tokens the tail need not be flushed, computed once for layers that hold as many tokens.
+
+        Parameters
+        ----------
+        lower, top, tail, least, most
+            As in `must_flush`, which is false.
+
+        Returns
+        -------
+        int
+            The number of the token after which it has to be asked again, counted from the next, 1 or more; at most
+            LOOK_AHEAD.
+        """
+        later = range(1, LOOK_AHEAD)
+        return next((n for n in later if self.must_flush(lower, top, tail + n, least, most)), LOOK_AHEAD)
+
     def demotion_reserve(self, top: int, interval: int) -> int:
         """Return the bytes to keep free until the next flush and until the next tile of the 8-bit bucket is full.
 
@@ -184,6 +228,23 @@ class LayerBudget:
         """
         waiting = self.tail_overdraft * (interval - 1)
         return math.ceil(waiting + max(0, self.top_token_bytes - self.bytes_per_token) * (TILE - top % TILE))
+
+
+@lru_cache(maxsize=256)
+def layer_budget(slots: tuple[Slot, Slot], latent: bool, share: float, recent: int) -> LayerBudget:
+    """Return the budget of a layer, one object for equal layers, so that what it computes is computed once.
+
+    Parameters
+    ----------
+    slots, latent, share, recent
+        As in `LayerBudget`.
+
+    Returns
+    -------
+    LayerBudget
+        The budget.
+    """
+    return LayerBudget(slots, latent, share, recent)
 
 
 @lru_cache(maxsize=4096)

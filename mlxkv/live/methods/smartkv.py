@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import mlx.core as mx
 
 from mlxkv.config import Config, choice, integer, number
 from mlxkv.errors import FormatError, UnsupportedError
 from mlxkv.kernels.bits import pack, unpack
-from mlxkv.kernels.decode_attention import Bucket
+from mlxkv.kernels.decode_attention import Bucket, decode_attention
 from mlxkv.live.allocation import (
     Allocator,
     allocate_exact,
@@ -22,8 +22,9 @@ from mlxkv.live.allocation import (
 from mlxkv.live.base import KeysValues, LayerCache, append_chunk, live_methods
 from mlxkv.live.checks import check_array, check_kept, check_like
 from mlxkv.live.importance import update_importance
-from mlxkv.live.methods._smartkv_budget import TILE, TOP, LayerBudget, bits_of, demotion_counts
+from mlxkv.live.methods._smartkv_budget import TILE, TOP, bits_of, demotion_counts, layer_budget
 from mlxkv.live.packing import concat_buckets, gather_rows, quantize_per_token, token_count
+from mlxkv.live.storage import to_storage_dtype
 from mlxkv.spec import CacheSpec
 
 ALLOCATORS: dict[str, Allocator] = {"greedy": allocate_greedy, "exact": allocate_exact, "uniform": allocate_uniform}
@@ -76,6 +77,28 @@ class SmartKVConfig(Config):
     order: str = choice("importance", ORDERS)
     layers: str = choice("equal", SPLITS)
     seed: int = integer(0, most=2**63 - 1)
+
+
+class Packed(NamedTuple):
+    """What follows from the packed tokens of a layer, until the next of them.
+
+    Parameters
+    ----------
+    levels, top
+        The low-bit buckets and the 8-bit bucket that it was made of.
+    buckets
+        Those that hold tokens, fewest bits first.
+    lower
+        Number of tokens in the low-bit buckets.
+    flush
+        Length of the text at which the tail may have to be flushed.
+    """
+
+    levels: list[Bucket | None]
+    top: Bucket | None
+    buckets: tuple[Bucket, ...]
+    lower: int
+    flush: int
 
 
 @live_methods.register("smartkv")
@@ -141,7 +164,8 @@ class SmartKVCache(LayerCache):
         self.importance: mx.array | None = None
         layers = spec.attention_layers
         share = config.budget * layer_budget_factors(config.layers, len(layers))[layers.index(layer)]
-        self.budget = LayerBudget(self.slots, self.latent, share, config.recent)
+        self.budget = layer_budget(self.slots, self.latent, share, config.recent)
+        self._packed: Packed | None = None
         if math.isinf(self.budget.holds_from):
             raise UnsupportedError(
                 f"layer {layer} gets a budget of {share:.3f} of its bytes in float16, but heads of "
@@ -175,17 +199,77 @@ class SmartKVCache(LayerCache):
         elif self.offset or self.importance is not None:
             raise FormatError("there is no tail")
 
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: mx.array | str | None = None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """Return the attention over the stored tokens and the chunk; a single token is stored before it."""
+        chunk, tail = self._pending_chunk, self.tail
+        if mask is not None or chunk is None or queries.shape[2] != 1 or not self._decodes(chunk):
+            return super().attend(queries, keys, values, scale, mask, sinks)
+        assert tail is not None
+        keys, values = (
+            mx.concatenate([old, to_storage_dtype(new, old.dtype)], axis=2) for old, new in zip(tail, chunk)
+        )
+        self.tail = tail = KeysValues(keys, values)
+        packed = self._packed_tokens()
+        output, mass = decode_attention(queries, [*packed.buckets, tail.as_bucket()], scale, None, sinks)
+        assert self.importance is not None
+        self.importance = update_importance(self.importance, mass[..., packed.lower :], 1, self.config.decay)
+        # Generation evaluates only outputs: state that no output depends on yet would keep all earlier steps in memory.
+        if self._offset < packed.flush:
+            output = mx.depends(output, [self.importance])
+        else:
+            self._settle()
+            output = mx.depends(output, self._arrays())
+        self._end()
+        return output
+
+    def _decodes(self, chunk: KeysValues) -> bool:
+        """Return whether the next token only adds to tail and importance before the tail may have to be flushed."""
+        tail = self.tail
+        return (
+            tail is not None
+            and chunk.keys.dtype in (tail.keys.dtype, mx.float32)
+            and self._offset > self.config.sinks
+            and not self.latent
+            and self.config.order == "importance"
+        )
+
+    def _packed_tokens(self) -> Packed:
+        """Return what follows from the packed tokens; the tail includes a token that is about to be stored."""
+        packed = self._packed
+        if packed is None or packed.top is not self.top or packed.levels is not self.lower:
+            config, tail = self.config, self.tail
+            assert tail is not None
+            counts, top, waiting = tuple(self._lower_counts()), token_count(self.top), tail.tokens - 1
+            more = self.budget.next_flush(counts, top, waiting, config.recent, config.interval)
+            buckets = tuple(bucket for bucket in (*self.lower, self.top) if bucket is not None)
+            self._packed = packed = Packed(self.lower, self.top, buckets, sum(counts), self._offset - 1 + more)
+        return packed
+
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
         """Update importance, append the chunk to the tail, and flush the tail if it is too long or over budget."""
         assert mass is not None  # since observation_window is never 0
         self._update_importance(mass, keys.shape[-2])
         self.tail = append_chunk(self.tail, keys, values)
-        waiting = self.tail.tokens
-        used = self.budget.used_bytes(self._lower_counts(), token_count(self.top), waiting)
-        recent = self.budget.recent_tokens(self.config.recent, self.config.interval, self.offset)
-        most = recent + self.budget.flush_interval(self.config.interval, self.offset)
-        if waiting >= most or used > self.budget.max_bytes(self.offset):
-            self._flush_tail(max(0, waiting - recent))
+        self._settle()
+
+    def _settle(self) -> None:
+        """Flush the tail if it is too long or over budget."""
+        config, tail = self.config, self.tail
+        assert tail is not None
+        self._packed = None
+        if self.budget.must_flush(
+            self._lower_counts(), token_count(self.top), tail.tokens, config.recent, config.interval
+        ):
+            recent = self.budget.recent_tokens(config.recent, config.interval, self.offset)
+            self._flush_tail(max(0, tail.tokens - recent))
 
     def _update_importance(self, mass: mx.array, count: int) -> None:
         """Update the importance of all tokens that can be demoted, `count` new ones included; sinks get infinity."""
@@ -242,14 +326,15 @@ class SmartKVCache(LayerCache):
         """Demote tokens of the 8-bit bucket, `counts[i]` to low-bit bucket i, taken from the start of `order`."""
         assert self.top is not None
         assert self.importance is not None
-        start, length = 0, order.shape[-1]
+        start, length, lower = 0, order.shape[-1], list(self.lower)
         for level, count in enumerate(counts):
             if count:
                 moved = order[..., start : start + count]
                 new = self._quantize(level, *(unpack(gather_rows(x, moved), x.dtype) for x in self.top))
-                old = self.lower[level]
-                self.lower[level] = new if old is None else concat_buckets(old, new)
+                old = lower[level]
+                lower[level] = new if old is None else concat_buckets(old, new)
                 start += count
+        self.lower = lower
         stay = mx.sort(order[..., start:], axis=-1)
         self.top = (gather_rows(self.top[0], stay), gather_rows(self.top[1], stay)) if start < length else None
         kept, waiting = mx.take_along_axis(self.importance, stay, axis=-1), self.importance[..., length:]
