@@ -281,7 +281,7 @@ def reference_unpack(packed: QuantizedArray, dtype: mx.Dtype) -> mx.array:
         See `unpack`.
     """
     if packed.is_unquantized:
-        return _unquantized_values(packed).astype(dtype)
+        return unquantized_values(packed).astype(dtype)
     bias, scale = (part.astype(mx.float32)[..., :, None, :, None] for part in (packed.bias, packed.scale))
     tiles = scale * to_tiles(unpack_codes(packed), packed.tile_tokens, packed.tile_dims) + bias
     x = from_tiles(tiles, packed.shape)
@@ -302,6 +302,28 @@ def unpack_codes(packed: QuantizedArray) -> mx.array:
         float32 `[..., T, D]`, whole numbers; of rotated rows where `packed.rotated`.
     """
     return words_to_codes(packed.words, packed.bits, packed.dim).astype(mx.float32)
+
+
+def code_planes(packed: QuantizedArray) -> list[mx.array]:
+    """Return the codes of a quantized array apart: those in the same place of their bytes together.
+
+    Parameters
+    ----------
+    packed
+        An array `[..., T, D]` that is not unquantized.
+
+    Returns
+    -------
+    list of mx.array
+        n arrays float32 `[..., T, D / n]` of whole numbers, the j-th of dims j, j + n, j + 2 n. One of all dims where codes
+        do not divide a byte, or rows not into words.
+    """
+    each = 8 // packed.bits
+    if packed.bits == 3 or packed.dim * packed.bits % 32:
+        return [unpack_codes(packed)]
+    mask = (2**packed.bits - 1) * 0x01010101
+    words = [packed.words >> (packed.bits * j) if j else packed.words for j in range(each)]
+    return [(part & mask if each > 1 else part).view(mx.uint8).astype(mx.float32) for part in words]
 
 
 def slice_rows(packed: QuantizedArray, start: int, stop: int) -> QuantizedArray:
@@ -342,7 +364,7 @@ def metal_unpack(packed: QuantizedArray, dtype: mx.Dtype) -> mx.array:
         See `unpack`.
     """
     if packed.is_unquantized:
-        return _unquantized_values(packed).astype(dtype)
+        return unquantized_values(packed).astype(dtype)
     if packed.rotated:
         return rotate_back(metal_unpack(dataclasses.replace(packed, rotated=False), mx.float32)).astype(dtype)
     template = [("T", dtype), ("BITS", packed.bits), ("TOKENS", packed.tile_tokens), ("DIMS", packed.tile_dims)]
@@ -391,7 +413,19 @@ def _pack_unquantized(x: mx.array, tile_tokens: int, tile_dims: int) -> Quantize
     return QuantizedArray(words, none, none, bits, dim, tile_tokens, tile_dims)
 
 
-def _unquantized_values(packed: QuantizedArray) -> mx.array:
+def unquantized_values(packed: QuantizedArray) -> mx.array:
+    """Return the values of an array that is unquantized.
+
+    Parameters
+    ----------
+    packed
+        An array `[..., T, D]` of 16 or 32 bits.
+
+    Returns
+    -------
+    mx.array
+        A view `[..., T, D]` of its own type.
+    """
     return packed.words.view(packed.dtype)[..., : packed.dim]
 
 

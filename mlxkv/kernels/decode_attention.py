@@ -14,9 +14,9 @@ import mlx.core as mx
 
 from mlxkv.errors import InputError, MismatchError
 from mlxkv.kernels import metal
-from mlxkv.kernels._products import TILE_FLOATS, pieces_of, scores_of, softmax, wait_for, weighted_sum
+from mlxkv.kernels._products import Rows, attention_over
 from mlxkv.kernels._rotation import rotate, rotate_back
-from mlxkv.kernels.bits import UNQUANTIZED, QuantizedArray, reference_pack
+from mlxkv.kernels.bits import UNQUANTIZED, QuantizedArray, reference_pack, unquantized_values
 from mlxkv.kernels.metal import Kernel
 from mlxkv.kernels.operations import Example, Operation, register
 
@@ -115,25 +115,14 @@ def reference_decode_attention(
     if T == 0:
         return _empty_result(queries, Hkv, Dv)
     grouped = (queries.astype(mx.float32) * scale).reshape(B, Hkv, G, -1)
-    rotated = rotate(grouped) if any(k.rotated for k, _ in buckets) else grouped
-    pieces = [piece for bucket in buckets for piece in pieces_of(*bucket)]
-    in_turn = B * Hkv * T * max(queries.shape[-1], Dv) > TILE_FLOATS
-    parts: list[mx.array] = []
-    for k, _ in pieces:
-        x = rotated if k.rotated else grouped
-        parts.append(scores_of(x, wait_for(k, parts[-1:]) if in_turn else k))
-    scores = mx.concatenate(parts, axis=-1)
     if bias is not None:
-        scores += mx.repeat(bias.astype(mx.float32), G * Hkv // bias.shape[1], axis=1).reshape(B, Hkv, G, T)
-    weights = mx.softmax(scores, axis=-1) if bias is None and sinks is None else softmax(scores, sinks)
-    sums, start = {False: mx.zeros((B, Hkv, G, Dv))}, 0
-    for _, v in pieces:
-        stop, before = start + v.shape[-2], list(sums.values())
-        part = weighted_sum(weights[..., start:stop], wait_for(v, before) if in_turn else v)
-        sums[v.rotated] = sums[v.rotated] + part if v.rotated in sums else part
-        start = stop
-    output = sums[False] + rotate_back(sums[True]) if True in sums else sums[False]
-    return output.reshape(B, Hkv * G, 1, Dv).astype(queries.dtype), weights.sum(axis=2)
+        bias = mx.repeat(bias.astype(mx.float32), G * Hkv // bias.shape[1], axis=1).reshape(B, Hkv, G, T)
+    output, mass = attention_over(grouped, [(_rows(k), _rows(v)) for k, v in buckets], bias, sinks)
+    return output.reshape(B, Hkv * G, 1, Dv).astype(queries.dtype), mass
+
+
+def _rows(packed: QuantizedArray) -> Rows:
+    return unquantized_values(packed) if packed.is_unquantized else packed
 
 
 def metal_decode_attention(

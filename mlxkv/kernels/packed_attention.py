@@ -8,8 +8,7 @@ import mlx.core as mx
 
 from mlxkv.kernels import metal
 from mlxkv.kernels._packed_launch import THREADGROUP, Pair, described, factor, layout, nothing
-from mlxkv.kernels._products import scores_of, softmax, weighted_sum
-from mlxkv.kernels._rotation import rotate, rotate_back
+from mlxkv.kernels._products import attention_over
 from mlxkv.kernels.bits import UNQUANTIZED, reference_pack
 from mlxkv.kernels.decode_attention import Bucket, decode_attention
 from mlxkv.kernels.metal import Kernel
@@ -112,28 +111,14 @@ def reference_packed_attention(
     if not sum(rows):
         return mx.zeros((B, Hq, 1, Dv), queries.dtype)
     grouped = (queries.astype(mx.float32) * scale).reshape(B, Hkv, Hq // Hkv, D)
-    parts = [] if sinks is None else [grouped @ sinks[0].astype(mx.float32).swapaxes(-1, -2)]
-    if packed is not None:
-        parts.append(scores_of(rotate(grouped) if packed[0].rotated else grouped, packed[0]))
-    if tail is not None:
-        newest = grouped @ tail[0].astype(mx.float32).swapaxes(-1, -2)
-        if lengths is not None:
-            newest = mx.where(mx.arange(rows[2]) < lengths[:, None, None, None], newest, -mx.inf)
-        parts.append(newest)
-    scores = mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+    added = None
     if bias is not None:
-        each = mx.repeat(bias.astype(mx.float32), Hq // bias.shape[1], axis=1)
-        scores += each.reshape(B, Hkv, Hq // Hkv, -1)
-    weights = softmax(scores, logits)
-    first, last = rows[0], rows[0] + rows[1]
-    output = mx.zeros((B, Hkv, Hq // Hkv, Dv))
-    if packed is not None:
-        output = weighted_sum(weights[..., first:last], packed[1])
-        output = rotate_back(output) if packed[1].rotated else output
-    if sinks is not None:
-        output += weights[..., :first] @ sinks[1].astype(mx.float32)
-    if tail is not None:
-        output += weights[..., last:] @ tail[1].astype(mx.float32)
+        added = mx.repeat(bias.astype(mx.float32), Hq // bias.shape[1], axis=1).reshape(B, Hkv, Hq // Hkv, -1)
+    if lengths is not None and tail is not None:
+        used = mx.arange(sum(rows)) < rows[0] + rows[1] + lengths[:, None, None, None]
+        added = mx.where(used, 0.0 if added is None else added, -mx.inf)
+    parts = [part for part in (sinks, packed, tail) if part is not None]
+    output, _ = attention_over(grouped, parts, added, logits)
     return output.reshape(B, Hq, 1, Dv).astype(queries.dtype)
 
 
