@@ -292,14 +292,16 @@ class SmartKVCache(LayerCache):
     def _flush_tail(self, count: int) -> None:
         """Move the oldest `count` tokens of the tail to the 8-bit bucket, then demote tokens as the budget requires."""
         assert self.tail is not None
-        older = token_count(self.top)
-        if count:
-            new = self._quantize(TOP, self.tail.keys[..., :count, :], self.tail.values[..., :count, :])
-            self.top = new if self.top is None else concat_buckets(self.top, new)
-            self.tail = self.tail.copy_tokens(count)
+        older, leaving = token_count(self.top), self.tail.slice_tokens(0, count)
         counts = self._demotion_counts(older + count)
-        if self.top is not None and any(counts):
-            self._demote(counts, self._demotion_order(older, older + count))
+        demotes = older + count > 0 and any(counts)
+        if count:
+            self.tail = self.tail.copy_tokens(count)
+            if older or not demotes:
+                new = self._quantize(TOP, *leaving)
+                self.top = new if self.top is None else concat_buckets(self.top, new)
+        if demotes:
+            self._demote(counts, self._demotion_order(older, older + count), None if older else leaving)
 
     def _demotion_counts(self, top: int) -> tuple[int, ...]:
         """Return how many tokens of the 8-bit bucket to demote to each low-bit bucket."""
@@ -322,21 +324,32 @@ class SmartKVCache(LayerCache):
             importance = importance * mx.where(mx.arange(length) < older, 1 + self.config.hysteresis, 1)
         return mx.argsort(importance, axis=-1)
 
-    def _demote(self, counts: tuple[int, ...], order: mx.array) -> None:
-        """Demote tokens of the 8-bit bucket, `counts[i]` to low-bit bucket i, taken from the start of `order`."""
-        assert self.top is not None
+    def _demote(self, counts: tuple[int, ...], order: mx.array, leaving: KeysValues | None) -> None:
+        """Demote tokens of the 8-bit bucket, `counts[i]` to low-bit bucket i, taken from the start of `order`.
+
+        `leaving` are its tokens where all of them have left the tail just now, as a prompt's do: they are quantized once.
+        """
         assert self.importance is not None
-        start, length, lower = 0, order.shape[-1], list(self.lower)
+        start, length, lower, top = 0, order.shape[-1], list(self.lower), self.top
         for level, count in enumerate(counts):
             if count:
                 moved = order[..., start : start + count]
-                new = self._quantize(level, *(unpack(gather_rows(x, moved), x.dtype) for x in self.top))
-                old = lower[level]
+                if leaving is not None:
+                    rows = _gathered(leaving, moved)
+                else:
+                    assert top is not None
+                    rows = KeysValues(*(unpack(gather_rows(x, moved), x.dtype) for x in top))
+                new, old = self._quantize(level, *rows), lower[level]
                 lower[level] = new if old is None else concat_buckets(old, new)
                 start += count
-        self.lower = lower
         stay = mx.sort(order[..., start:], axis=-1)
-        self.top = (gather_rows(self.top[0], stay), gather_rows(self.top[1], stay)) if start < length else None
+        if start == length:
+            self.top = None
+        elif leaving is not None:
+            self.top = self._quantize(TOP, *_gathered(leaving, stay))
+        elif top is not None:
+            self.top = gather_rows(top[0], stay), gather_rows(top[1], stay)
+        self.lower = lower
         kept, waiting = mx.take_along_axis(self.importance, stay, axis=-1), self.importance[..., length:]
         self.importance = mx.concatenate([kept, waiting], axis=-1)
 
@@ -349,3 +362,8 @@ class SmartKVCache(LayerCache):
     def _lower_counts(self) -> list[int]:
         """Return the number of tokens in each low-bit bucket."""
         return [token_count(bucket) for bucket in self.lower]
+
+
+def _gathered(tokens: KeysValues, indices: mx.array) -> KeysValues:
+    """Return some tokens, with different indices `[B, H, n]` for each head."""
+    return KeysValues(*(mx.take_along_axis(x, indices[..., None], axis=2) for x in tokens))
