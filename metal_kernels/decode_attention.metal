@@ -5,6 +5,7 @@
 // loop over such an array is unrolled, since an index known only at run time would put it in memory. Tiles of 32, 64,
 // .. dims have one scale for all lanes; per-channel scales lie side by side and come from cache for a tile's tokens.
 // Only the last merge uses threadgroup memory, a head at a time. Sums are fused: nothing here is compared bit by bit.
+// A row of `parts` is a head's: of each split the sums, their maximum and total, then the scores of all tokens.
 constexpr int K_STEPS = (D + 31) / 32, V_STEPS = (DV + 31) / 32;
 threadgroup float part_top[SIMD_GROUPS], part_sum[SIMD_GROUPS], part_out[SIMD_GROUPS * DV];
 uint lane = thread_index_in_simdgroup, part = simdgroup_index_in_threadgroup;
@@ -13,6 +14,7 @@ uint heads = queries_shape[1], kv_heads = k_shape[1], tokens = k_shape[2], group
 uint passes = (group + HEADS - 1) / HEADS;
 uint pass = threadgroup_position_in_grid.z % passes, kv_row = threadgroup_position_in_grid.z / passes;
 uint batch = kv_row / kv_heads, first = (kv_row % kv_heads) * group + pass * HEADS;
+size_t width = size_t(splits) * (DV + 2) + tokens;
 uint count = metal::min(uint(HEADS), group - pass * HEADS);  // heads from `count` on repeat the last and write nothing
 
 float query[HEADS][K_STEPS], sums[HEADS][V_STEPS], top[HEADS], total[HEADS];
@@ -23,7 +25,7 @@ for (uint h = 0; h < HEADS; h++) {
 #pragma clang loop unroll(full)
   for (uint j = 0; j < K_STEPS; j++) {
     uint d = lane + 32 * j;
-    query[h][j] = d < D ? queries[(batch * heads + head) * D + d] : 0.0f;
+    query[h][j] = d < D ? float(queries[(batch * heads + head) * D + d]) * scale[0] : 0.0f;
   }
 #pragma clang loop unroll(full)
   for (uint j = 0; j < V_STEPS; j++) {
@@ -64,9 +66,9 @@ for (uint t = split * SPLIT_TOKENS + part; t < stop; t += SIMD_GROUPS) {
   }
 #pragma clang loop unroll(full)
   for (uint h = 0; h < HEADS; h++) {
-    score[h] = simd_sum(score[h]) + bias[size_t(bias_row[h]) * tokens + t];
+    score[h] = simd_sum(score[h]) + (BIAS ? float(bias[size_t(bias_row[h]) * tokens + t]) : 0.0f);
     if (lane == 0 && h < count) {
-      scores[(size_t(batch) * heads + first + h) * tokens + t] = score[h];
+      parts[(size_t(batch) * heads + first + h + 1) * width - tokens + t] = score[h];
     }
     float before = top[h];
     top[h] = metal::max(before, score[h]);
@@ -117,21 +119,21 @@ for (uint h = 0; h < HEADS; h++) {
   for (uint p = 0; p < SIMD_GROUPS; p++) {
     share[p] = metal::exp(part_top[p] - most);
   }
-  size_t row = (size_t(batch) * heads + first + h) * splits + split;
+  size_t row = (size_t(batch) * heads + first + h) * width + split * (DV + 2);
   for (uint d = thread_index_in_threadgroup; d < DV && h < count; d += 32 * SIMD_GROUPS) {
     float merged = 0.0f;
     for (uint p = 0; p < SIMD_GROUPS; p++) {
       merged += share[p] * part_out[p * DV + d];
     }
-    partials[row * DV + d] = merged;
+    parts[row + d] = merged;
   }
   if (thread_index_in_threadgroup == 0 && h < count) {
     float merged = 0.0f;
     for (uint p = 0; p < SIMD_GROUPS; p++) {
       merged += share[p] * part_sum[p];
     }
-    tops[row] = most;
-    totals[row] = merged;
+    parts[row + DV] = most;
+    parts[row + DV + 1] = merged;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);  // the next head writes over this one
 }

@@ -125,7 +125,7 @@ for (uint kind = 0; kind < (PACKED ? 2 : 1); kind++) {
       auto k_rows = (sink ? sinks_k : tail_k) + size_t(kv_row) * (sink ? sink_rows : tail_room) * D;
 #pragma clang loop unroll(full)
       for (uint t = 0; t < TOKENS; t++) {
-        size_t row = size_t(metal::min(token + t, rows - 1)) * D;
+        uint row = metal::min(token + t, rows - 1) * D;
 #pragma clang loop unroll(full)
         for (uint i = 0; i < K_PER; i++) {
           if (D == 32 * K_PER || lane * K_PER + i < D) {
@@ -139,11 +139,14 @@ for (uint kind = 0; kind < (PACKED ? 2 : 1); kind++) {
       }
     } else {
       float step[K_PER], low[K_PER];
+      auto k_rows = k + size_t(kv_row) * packed_rows * k_shape[3];  // of the row, so that indices below are 32-bit
+      size_t k_tiles = size_t(kv_row) * k_scale_shape[2] * k_scale_shape[3];
+      auto k_steps = k_scale + k_tiles, k_lows = k_shift + k_tiles;
 #pragma clang loop unroll(full)
       for (uint t = 0; t < TOKENS; t++) {
         uint at = metal::min(token + t, rows - 1);
-        auto words = k + (size_t(kv_row) * packed_rows + at) * k_shape[3];
-        size_t tiles = (size_t(kv_row) * k_scale_shape[2] + at / K_TOKENS) * k_scale_shape[3];
+        auto words = k_rows + at * k_shape[3];
+        uint tiles = at / K_TOKENS * k_scale_shape[3];
         uint word = 0;
         if (K_WORD && (D == 32 * K_PER || lane * K_PER < D)) {
           word = words[lane * K_PER * K_BITS / 32] >> (lane * K_PER * K_BITS % 32);
@@ -154,8 +157,8 @@ for (uint kind = 0; kind < (PACKED ? 2 : 1); kind++) {
           if (D == 32 * K_PER || d < D) {
             if (t == 0 || K_TOKENS % TOKENS != 0) {  // else the tokens share their tile
               bool same = i > 0 && K_DIMS % K_PER == 0;
-              step[i] = same ? step[0] : float(k_scale[tiles + d / K_DIMS]);
-              low[i] = same ? low[0] : float(k_shift[tiles + d / K_DIMS]);
+              step[i] = same ? step[0] : float(k_steps[tiles + d / K_DIMS]);
+              low[i] = same ? low[0] : float(k_lows[tiles + d / K_DIMS]);
             }
             uint code = K_WORD ? (word >> (i * K_BITS % 32)) & ((1u << K_BITS) - 1) : read_bits(words, d, K_BITS);
             float value = metal::fma(step[i], float(code), low[i]);
@@ -212,7 +215,7 @@ for (uint kind = 0; kind < (PACKED ? 2 : 1); kind++) {
       auto v_rows = (sink ? sinks_v : tail_v) + size_t(kv_row) * (sink ? sink_rows : tail_room) * DV;
 #pragma clang loop unroll(full)
       for (uint t = 0; t < TOKENS; t++) {
-        size_t row = size_t(metal::min(token + t, rows - 1)) * DV;
+        uint row = metal::min(token + t, rows - 1) * DV;
 #pragma clang loop unroll(full)
         for (uint i = 0; i < V_PER; i++) {
           if (DV == 32 * V_PER || lane * V_PER + i < DV) {
@@ -226,11 +229,14 @@ for (uint kind = 0; kind < (PACKED ? 2 : 1); kind++) {
       }
     } else {
       float step[V_PER], low[V_PER];
+      auto v_rows = v + size_t(kv_row) * packed_rows * v_shape[3];  // of the row, so that indices below are 32-bit
+      size_t v_tiles = size_t(kv_row) * v_scale_shape[2] * v_scale_shape[3];
+      auto v_steps = v_scale + v_tiles, v_lows = v_shift + v_tiles;
 #pragma clang loop unroll(full)
       for (uint t = 0; t < TOKENS; t++) {
         uint at = metal::min(token + t, rows - 1);
-        auto words = v + (size_t(kv_row) * packed_rows + at) * v_shape[3];
-        size_t tiles = (size_t(kv_row) * v_scale_shape[2] + at / V_TOKENS) * v_scale_shape[3];
+        auto words = v_rows + at * v_shape[3];
+        uint tiles = at / V_TOKENS * v_scale_shape[3];
         uint word = 0;
         if (V_WORD && (DV == 32 * V_PER || lane * V_PER < DV)) {
           word = words[lane * V_PER * V_BITS / 32] >> (lane * V_PER * V_BITS % 32);
@@ -241,8 +247,8 @@ for (uint kind = 0; kind < (PACKED ? 2 : 1); kind++) {
           if (DV == 32 * V_PER || d < DV) {
             if (t == 0 || V_TOKENS % TOKENS != 0) {
               bool same = i > 0 && V_DIMS % V_PER == 0;
-              step[i] = same ? step[0] : float(v_scale[tiles + d / V_DIMS]);
-              low[i] = same ? low[0] : float(v_shift[tiles + d / V_DIMS]);
+              step[i] = same ? step[0] : float(v_steps[tiles + d / V_DIMS]);
+              low[i] = same ? low[0] : float(v_lows[tiles + d / V_DIMS]);
             }
             uint code = V_WORD ? (word >> (i * V_BITS % 32)) & ((1u << V_BITS) - 1) : read_bits(words, d, V_BITS);
             float value = metal::fma(step[i], float(code), low[i]);

@@ -9,9 +9,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlxkv.errors import InputError, MismatchError
-from mlxkv.kernels._rotation import rotation
+from mlxkv.kernels._rotation import turn
 from mlxkv.kernels.bits import UNQUANTIZED
 from mlxkv.kernels.decode_attention import Bucket
+from mlxkv.kernels.metal import factor
 
 Pair = tuple[mx.array, mx.array]
 Shape = tuple[int, ...]
@@ -177,20 +178,7 @@ def _heads_at_once(D: int, Dv: int) -> int:
     return max(fitting, default=0)
 
 
-@lru_cache(maxsize=64)
-def factor(scale: float) -> mx.array:
-    """Return the scale as the kernel reads it."""
-    return mx.array([scale], mx.float32)
-
-
 @lru_cache(maxsize=1)
 def nothing() -> mx.array:
     """Return what stands for arrays that a call does not have; never read."""
     return mx.array(np.zeros((1, 1, 1, 8), np.uint32))
-
-
-@lru_cache(maxsize=16)
-def turn(dim: int) -> mx.array:
-    """Return the columns of a rotation that its others follow from by signs: `[dim, odd part of dim]`."""
-    odd = dim // (dim & -dim)
-    return mx.array(np.ascontiguousarray(np.array(rotation(dim))[:, :odd]))

@@ -68,3 +68,20 @@ def rotate_back(x: mx.array) -> mx.array:
         `[..., D]` float32.
     """
     return x.astype(mx.float32) @ rotation(x.shape[-1]).T
+
+
+@cache
+def turn(dim: int) -> mx.array:
+    """Return the columns of a rotation that its others follow from by signs, as kernels read them.
+
+    Parameters
+    ----------
+    dim
+        The width, at least 1.
+
+    Returns
+    -------
+    mx.array
+        float32 `[dim, the odd part of dim]`.
+    """
+    return mx.array(np.ascontiguousarray(np.array(rotation(dim))[:, : dim // (dim & -dim)]))

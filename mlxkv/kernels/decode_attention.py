@@ -2,8 +2,8 @@
 
 The kernel is one pass over each bucket: the running maximum and sum of the online softmax
 (https://arxiv.org/abs/1805.02867) for splits of the tokens, as in flash-decoding
-(https://crfm.stanford.edu/2023/10/12/flashdecoding.html); a few MLX operations merge the splits of all buckets.
-Unlike there, it also writes the scores, since importance-driven caches need each token's attention.
+(https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Unlike there, it also writes the scores: a second kernel merges the
+splits of all buckets, and sums each token's attention, which importance-driven caches need.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import mlx.core as mx
 from mlxkv.errors import InputError, MismatchError
 from mlxkv.kernels import metal
 from mlxkv.kernels._products import Rows, attention_over
-from mlxkv.kernels._rotation import rotate, rotate_back
+from mlxkv.kernels._rotation import rotate, turn
 from mlxkv.kernels.bits import UNQUANTIZED, QuantizedArray, reference_pack, unquantized_values
-from mlxkv.kernels.metal import Kernel
+from mlxkv.kernels.metal import Kernel, factor
 from mlxkv.kernels.operations import Example, Operation, register
 
 Bucket = tuple[QuantizedArray, QuantizedArray]
@@ -26,12 +26,19 @@ SPLIT_TOKENS = 128  # tokens of a bucket that one threadgroup attends to
 SIMD_GROUPS = 8  # of a threadgroup
 REGISTER_FLOATS = 2304  # queries and sums that a SIMD-group's registers may hold for its heads: more would spill
 MAX_HEADS = 8  # query heads that a SIMD-group attends with
+MAX_BUCKETS = 8  # that one kernel merges
+MASS_TOKENS = 1024  # whose attention mass one threadgroup of that sums
 MAX_DIMS = 576  # of keys or values: threadgroup memory holds that many, and MLA's latents need them
 
 _ATTEND = Kernel(
     "decode_attention",
-    inputs=("queries", "k", "k_shift", "k_scale", "v", "v_shift", "v_scale", "bias", "sinks"),
-    outputs=("scores", "partials", "tops", "totals"),
+    inputs=("queries", "k", "k_shift", "k_scale", "v", "v_shift", "v_scale", "bias", "sinks", "scale"),
+    outputs=("parts",),
+)
+_MERGE = Kernel(
+    "decode_attention_merge",
+    inputs=(*(f"parts{i}" for i in range(MAX_BUCKETS)), "turn"),
+    outputs=("output", "mass"),
 )
 
 
@@ -49,13 +56,13 @@ def decode_attention(
     queries
         `[B, Hq, 1, D]`, one token; D up to 576.
     buckets
-        Pairs of keys `[B, Hkv, Tb, D]` and values `[B, Hkv, Tb, Dv]`, at least one, both of one float type, each with
+        1 to 8 pairs of keys `[B, Hkv, Tb, D]` and values `[B, Hkv, Tb, Dv]`, both of one float type, each with
         its own bits and tiles; Tb may be 0, Dv up to 576. Hq is a multiple of Hkv: query head h reads key/value head
         h // (Hq // Hkv).
     scale
         Factor on the products, such as D**-0.5.
     bias
-        Added to the scaled products, `[B, 1 or Hkv or Hq, T]`, of all T tokens in the order of the buckets; -inf masks
+        Added to the scaled products, `[B, 1 or Hkv or Hq, T]` of any float type, of all T tokens in the order of the buckets; -inf masks
         a token. None adds nothing.
     sinks
         Attention sinks, `[Hq]` of any float type: a logit of each query head that takes part in its softmax, as the score
@@ -73,7 +80,7 @@ def decode_attention(
     Raises
     ------
     InputError
-        Without buckets, or for larger dims.
+        Without buckets, or for more, or for larger dims.
     MismatchError
         For shapes or types that do not fit together.
 
@@ -149,36 +156,47 @@ def metal_decode_attention(
     Hq = queries.shape[1]
     if T == 0:
         return _empty_result(queries, Hkv, Dv)
-    bias = mx.zeros((B, 1, T)) if bias is None else bias.astype(mx.float32)
-    flat = (queries.astype(mx.float32) * scale).reshape(B, Hq, -1)
-    rotated = rotate(flat) if any(k.rotated for k, _ in buckets) else flat
-    parts, start = [], 0
-    for k, v in buckets:
+    rotated = rotate(queries) if any(k.rotated for k, _ in buckets) else queries
+    stored, parts, start = [(k, v) for k, v in buckets if k.shape[-2]], [], 0
+    for k, v in stored:
         stop = start + k.shape[-2]
-        if stop > start:
-            # Sinks are counted once: in the last bucket, which is always the new token, so that one more kernel is compiled.
-            counted = sinks if stop == T else None
-            part = _attend(rotated if k.rotated else flat, k, v, bias[..., start:stop], counted)
-            if v.rotated:
-                part[1] = rotate_back(part[1])
-            parts.append(part)
+        # Sinks are counted once: in the last bucket, which is always the new token, so that one more kernel is compiled.
+        counted = sinks if stop == T else None
+        added = None if bias is None else bias[..., start:stop]
+        parts.append(_attend(rotated if k.rotated else queries, k, v, scale, added, counted))
         start = stop
-    scores, partials, tops, totals = (mx.concatenate(list(same), axis=2) for same in zip(*parts))
-    top = tops.max(axis=-1, keepdims=True)
-    shares = mx.exp(tops - top)
-    total = (shares * totals).sum(axis=-1, keepdims=True)
-    total = mx.where(total == 0, 1, total)
-    output = (shares[..., None, :] @ partials)[..., 0, :] / total
-    mass = (mx.exp(scores - top) / total).reshape(B, Hkv, Hq // Hkv, T).sum(axis=2)
-    return output[..., None, :].astype(queries.dtype), mass
+    turned = sum(v.rotated << i for i, (_, v) in enumerate(stored))
+    template = {
+        "DV": Dv,
+        "GROUP": Hq // Hkv,
+        "BUCKETS": len(parts),
+        "ROTATED": turned,
+        "SPLIT_TOKENS": SPLIT_TOKENS,
+        "SIMD_GROUPS": SIMD_GROUPS,
+        "OUT": queries.dtype,
+    }
+    output, mass = _MERGE(
+        inputs=[*parts, *parts[:1] * (MAX_BUCKETS - len(parts)), turn(Dv) if turned else factor(1.0)],
+        template=list(template.items()),
+        grid=(32 * SIMD_GROUPS, B * (Hq + Hkv * -(-T // MASS_TOKENS)), 1),
+        threadgroup=(32 * SIMD_GROUPS, 1, 1),
+        output_shapes=[(B, Hq, 1, Dv), (B, Hkv, T)],
+        output_dtypes=[queries.dtype, mx.float32],
+    )
+    return output, mass
 
 
 def _attend(
-    queries: mx.array, k: QuantizedArray, v: QuantizedArray, bias: mx.array, sinks: mx.array | None
-) -> list[mx.array]:
-    """Return a bucket's scores `[B, Hq, T]` and its splits' outputs `[B, Hq, S, Dv]`, maxima and sums `[B, Hq, S]`."""
+    queries: mx.array,
+    k: QuantizedArray,
+    v: QuantizedArray,
+    scale: float,
+    bias: mx.array | None,
+    sinks: mx.array | None,
+) -> mx.array:
+    """Return, for each query head, sums, maximum and total of each of S splits, then the scores `[B, Hq, S * (Dv + 2) + T]`."""
     B, Hkv, T, Dv = v.shape
-    Hq, D = queries.shape[1:]
+    Hq, D = queries.shape[1], queries.shape[3]
     passes = -(-Hq // Hkv // min(MAX_HEADS, max(1, REGISTER_FLOATS // (D + Dv))))
     splits = -(-T // SPLIT_TOKENS)
     template: dict[str, int | bool] = {
@@ -192,16 +210,25 @@ def _attend(
         "BFLOAT": k.dtype == mx.bfloat16,
         "SPLIT_TOKENS": SPLIT_TOKENS,
         "SIMD_GROUPS": SIMD_GROUPS,
+        "BIAS": bias is not None,
         "SINKS": sinks is not None,
     }
-    return _ATTEND(
-        inputs=[queries, *_buffers(k), *_buffers(v), bias, queries if sinks is None else sinks],
+    (parts,) = _ATTEND(
+        inputs=[
+            queries,
+            *_buffers(k),
+            *_buffers(v),
+            queries if bias is None else bias,
+            queries if sinks is None else sinks,
+            factor(scale),
+        ],
         template=list(template.items()),
         grid=(32 * SIMD_GROUPS, splits, B * Hkv * passes),
         threadgroup=(32 * SIMD_GROUPS, 1, 1),
-        output_shapes=[(B, Hq, T), (B, Hq, splits, Dv), (B, Hq, splits), (B, Hq, splits)],
-        output_dtypes=[mx.float32] * 4,
+        output_shapes=[(B, Hq, splits * (Dv + 2) + T)],
+        output_dtypes=[mx.float32],
     )
+    return parts
 
 
 def _tile(name: str, packed: QuantizedArray) -> dict[str, int]:
@@ -211,10 +238,9 @@ def _tile(name: str, packed: QuantizedArray) -> dict[str, int]:
 
 
 def _buffers(packed: QuantizedArray) -> tuple[mx.array, mx.array, mx.array]:
-    """Return words, bias, scale; unread elements where unquantized values have none, as no buffer can be empty."""
+    """Return words, bias, scale; words in their place, unread, where unquantized values have none: no buffer can be empty."""
     if packed.is_unquantized:
-        unread = mx.zeros((1, 1, 1, 1))
-        return packed.words, unread, unread
+        return packed.words, packed.words, packed.words
     return packed.words, packed.bias, packed.scale
 
 
@@ -226,8 +252,10 @@ def _empty_result(queries: mx.array, kv_heads: int, dims: int) -> tuple[mx.array
 
 def _checked_tokens(queries: mx.array, buckets: Sequence[Bucket], bias: mx.array | None, sinks: mx.array | None) -> int:
     """Check that all shapes fit together and return the total number of tokens."""
-    if not buckets:
-        raise InputError("attention needs at least one bucket; it may hold 0 tokens")
+    if not 0 < len(buckets) <= MAX_BUCKETS:
+        raise InputError(
+            f"{len(buckets)} buckets: attention needs at least one bucket, which may hold 0 tokens, and at most {MAX_BUCKETS}"
+        )
     B, Hq, L, D = queries.shape
     _, Hkv, _, Dv = buckets[0][1].shape
     if max(D, Dv) > MAX_DIMS:

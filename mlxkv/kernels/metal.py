@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import cast
 
 import mlx.core as mx
@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlxkv.bundled.resources import resource_dir
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """A body and the names of its buffers, compiled on first call for each combination of types.
 
@@ -139,3 +139,20 @@ def compiled(kernel: Kernel) -> Callable[..., list[mx.array]]:
         atomic_outputs=kernel.atomic,
     )
     return cast(Callable[..., list[mx.array]], kernel_call)  # MLX says only that it is an object
+
+
+@lru_cache(maxsize=64)
+def factor(value: float) -> mx.array:
+    """Return a number as kernels read it: templates hold no floats.
+
+    Parameters
+    ----------
+    value
+        The number.
+
+    Returns
+    -------
+    mx.array
+        float32 `[1]`.
+    """
+    return mx.array([value], mx.float32)

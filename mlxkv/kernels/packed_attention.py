@@ -7,11 +7,11 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from mlxkv.kernels import metal
-from mlxkv.kernels._packed_launch import THREADGROUP, Pair, described, factor, layout, nothing
+from mlxkv.kernels._packed_launch import THREADGROUP, Pair, described, layout, nothing
 from mlxkv.kernels._products import attention_over
 from mlxkv.kernels.bits import UNQUANTIZED, reference_pack
 from mlxkv.kernels.decode_attention import Bucket, decode_attention
-from mlxkv.kernels.metal import Kernel
+from mlxkv.kernels.metal import Kernel, factor
 from mlxkv.kernels.operations import Example, Operation, register
 
 _ATTEND = Kernel(

@@ -62,7 +62,7 @@ def call_of(case):
     """The arguments of a call; rows of the tail that do not count hold large values."""
     (Hkv, G), (D, Dv), B = case.heads, case.dims, case.batch
     pairs = [
-        [2 * normal((B, Hkv, rows, dim), case.raw, 10 * i + j) for j, dim in enumerate((D, Dv))] if rows else None
+        [normal((B, Hkv, rows, dim), case.raw, 10 * i + j) for j, dim in enumerate((D, Dv))] if rows else None
         for i, rows in enumerate(case.rows)
     ]
     first, old, newest = pairs
@@ -270,11 +270,13 @@ def test_shapes_that_do_not_fit_together_are_refused(attend):
         ("int4", "(sink ? sinks_v : tail_v)", "sinks_v"),
         ("kivi", "size_t(kv_row) * (sink ? sink_rows : tail_room) * D;", "size_t(kv_row) * (sink ? sink_rows : tail_rows) * D;"),
         ("kivi", "(sink ? sink_rows : tail_room) * DV", "sink_rows * DV"),
-        ("an odd part", "metal::min(token + t, rows - 1)) * D;", "token + t) * D;"),
-        ("an odd part", "metal::min(token + t, rows - 1)) * DV;", "token + t) * DV;"),
+        ("an odd part", "metal::min(token + t, rows - 1) * D;", "(token + t) * D;"),
+        ("an odd part", "metal::min(token + t, rows - 1) * DV;", "(token + t) * DV;"),
         ("an odd part", "at / K_TOKENS", "at % K_TOKENS"),
         ("awkward", "at / V_TOKENS", "at"),
-        ("int8", "k_shape[3];", "k_shape[3] + 1;"),
+        ("int8", "at * k_shape[3];", "at * k_shape[3] + 1;"),
+        ("int8", "packed_rows * k_shape[3]", "k_shape[3]"),
+        ("kivi", "size_t(kv_row) * v_scale_shape[2] *", "size_t(kv_row) *"),
         ("int8", "(lane * K_PER * K_BITS % 32)", "(lane * K_BITS % 32)"),
         ("int4", "lane * V_PER * V_BITS / 32", "lane * V_BITS / 32"),
         ("awkward", "(D == 32 * K_PER || d < D) {\n            if", "(d < D + 1) {\n            if"),
@@ -282,8 +284,8 @@ def test_shapes_that_do_not_fit_together_are_refused(attend):
         ("int4", "(t == 0 || V_TOKENS % TOKENS != 0)", "(t == 0)"),
         ("awkward", "i > 0 && K_DIMS % K_PER == 0", "i > 0"),
         ("many heads", "i > 0 && V_DIMS % V_PER == 0", "i > 0"),
-        ("awkward", "k_shift[tiles + d / K_DIMS]", "k_shift[tiles]"),
-        ("awkward", "v_scale[tiles + d / V_DIMS]", "v_scale[tiles]"),
+        ("awkward", "k_lows[tiles + d / K_DIMS]", "k_lows[tiles]"),
+        ("awkward", "v_steps[tiles + d / V_DIMS]", "v_steps[tiles]"),
         ("int8", "(word >> (i * K_BITS % 32))", "(word >> (i * K_BITS / 2))"),
         ("int4", "(word >> (i * V_BITS % 32))", "word"),
         ("int4", "upper ? score[n] : score[n + far], far", "upper ? score[n + far] : score[n], far"),
