@@ -1,5 +1,6 @@
 """A process that uses a store with others, for tests: `python store_worker.py FOLDER SEED SECONDS LIMIT`."""
 
+import select
 import sys
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ def work(folder, seed, seconds, limit):
     random, until = np.random.default_rng(seed), time.monotonic() + seconds
     with BlockStore(Path(folder), limit) as store:
         print("ready", flush=True)
-        while time.monotonic() < until:
+        while time.monotonic() < until and not select.select([sys.stdin], [], [], 0)[0]:  # it is closed to end this
             words = [1, *(int(word) for word in random.integers(2, 6, random.integers(1, 5)))]
             tokens = text(*words, length=512 * len(words) - int(random.integers(300)))
             match random.integers(8):

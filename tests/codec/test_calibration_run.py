@@ -86,7 +86,7 @@ def prepared(model, kind=calibration.Calibration, texts=None, config=None, **set
 @pytest.mark.parametrize("name", ["llama", "glm4_moe_lite", "lfm2", "gemma3_text"])
 def test_a_model_of_any_kind_is_calibrated_and_the_measured_quality_rises(name):
     model = build(name) if name == "gemma3_text" else tiny_model(name)
-    calibrated = prepared(model, texts=some_texts(words=90, kinds=("prose", "code")))
+    calibrated = prepared(model, texts=some_texts(words=60, kinds=("prose", "code")))
     artifacts = calibrated.run()
     rows = artifacts.meta["measured"]
     assert [row["quality"] for row in rows] == [25, 35, 45]

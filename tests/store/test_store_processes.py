@@ -20,7 +20,9 @@ LIMIT = 4 * 2**20
 def worker(folder, seed, seconds):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
     command = [sys.executable, str(TESTS / "store_worker.py"), str(folder), str(seed), str(seconds), str(LIMIT)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def watched(folder, processes):
@@ -55,7 +57,7 @@ def intact(folder):
 @pytest.mark.slow
 def test_processes_killed_at_any_moment_leave_a_store_that_goes_on(tmp_path):
     chance = random.Random(0)
-    other = worker(tmp_path, 99, 12)
+    other = worker(tmp_path, 99, 60)
     for seed in range(8):
         process = worker(tmp_path, seed, 20)
         assert process.stdout.readline() == "ready\n", process.communicate()[1]
@@ -65,8 +67,7 @@ def test_processes_killed_at_any_moment_leave_a_store_that_goes_on(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        if other.poll() is not None:
-            break
+    assert other.poll() is None, other.communicate()[1]
     _, errors = other.communicate()
     assert other.returncode == 0, errors
     intact(tmp_path)
