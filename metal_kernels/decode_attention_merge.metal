@@ -2,7 +2,7 @@
 // one kv head, the probabilities that its query heads give. A SIMD-group finds maximum and total of
 // every SIMD_GROUPS-th head.
 // Outputs of rotated values are merged apart, rotated back by one SIMD-group, and added.
-constexpr int STEPS = (DV + 31) / 32, ODD = DV / (DV & -DV), MASS_TOKENS = 1024;
+constexpr int STEPS = (DV + 31) / 32, ODD = DV / (DV & -DV);
 threadgroup float shared[SIMD_GROUPS * DV], back[ROTATED ? DV : 1], head_top[GROUP], head_total[GROUP];
 const device float* parts[8] = {parts0, parts1, parts2, parts3, parts4, parts5, parts6, parts7};
 uint widths[8] = {uint(parts0_shape[2]), uint(parts1_shape[2]), uint(parts2_shape[2]), uint(parts3_shape[2]),

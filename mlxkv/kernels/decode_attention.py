@@ -172,6 +172,7 @@ def metal_decode_attention(
         "BUCKETS": len(parts),
         "ROTATED": turned,
         "SPLIT_TOKENS": SPLIT_TOKENS,
+        "MASS_TOKENS": MASS_TOKENS,
         "SIMD_GROUPS": SIMD_GROUPS,
         "OUT": queries.dtype,
     }

@@ -13,8 +13,8 @@ from mlxkv.kernels.bits import pack
 
 def check_long_text():
     heads = Heads(2, 2, 8, 8, mx.float32)
-    with patch.object(attention, "SPLIT_TOKENS", 16):
-        check(queries_of(heads, 1), [bucket(heads, 7, PLAIN, 1), bucket(heads, 1100, ((8, 1, 8), (8, 1, 8)), 1)])
+    with patch.multiple(attention, SPLIT_TOKENS=8, MASS_TOKENS=100):
+        check(queries_of(heads, 1), [bucket(heads, 7, PLAIN, 1), bucket(heads, 350, ((8, 1, 8), (8, 1, 8)), 1)])
 
 
 def test_more_splits_than_lanes_and_more_tokens_than_a_threadgroup_sums_are_merged(kernel_path):
