@@ -193,7 +193,7 @@ def test_what_the_options_say_is_what_is_held_and_fed(text_file, name):
 
 
 def test_a_damaged_cache_is_noticed_in_perplexity_and_int8_is_not(smollm2):
-    options = perplexity.PerplexityOptions(context_tokens=128, eval_tokens=16, samples=1)
+    options = perplexity.PerplexityOptions(context_tokens=64, eval_tokens=16, samples=1)
     rows = run("perplexity", *smollm2, [live_variant("full"), live_variant("int8"), zeroed(), shuffled()], options)[
         "samples"
     ]

@@ -72,10 +72,10 @@ def test_mistakes_show_before_the_model_runs():
 
 def test_a_damaged_cache_scores_worse(smollm2):
     model, tokenizer = smollm2
-    task = replace(ruler.TASKS["niah_single_1"], max_tokens=10)
+    task = replace(ruler.TASKS["niah_single_1"], max_tokens=8)
     (row,) = samples(task, "niah_single_1", tokenizer, 130, 1, 0, Sources())
-    compared = [variants.baseline(), variants.live_variant("full"), variants.live_variant("int8"), shuffled(), zeroed()]
-    assert [record["score"] for record in ruler.ask_sample(task, row, model, tokenizer, compared)] == [1, 1, 1, 0, 0]
+    compared = [variants.baseline(), variants.live_variant("full"), shuffled(), zeroed()]
+    assert [record["score"] for record in ruler.ask_sample(task, row, model, tokenizer, compared)] == [1, 1, 0, 0]
 
 
 def test_as_many_tokens_are_generated_as_published_and_the_question_is_not_held():

@@ -17,7 +17,7 @@ from fuzz.strategies import recipes
 
 CORPUS = sorted((Path(__file__).parent / "corpus").glob("*.json"))
 MINUTES = float(os.environ.get("FUZZ_MINUTES", 0))
-CASES = 20  # of each format in the default run
+CASES = 12  # of each format in the default run
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.slow]
 

@@ -223,7 +223,7 @@ def test_a_conversion_says_once_whose_terms_hold(tmp_path, monkeypatch, caplog):
 def test_perplexity_is_low_and_only_with_the_token_that_begins_a_text(gemma):
     model, tokenizer = gemma
     text = "\n".join(value for _, value in sorted(pydoc_data.topics.topics.items()))
-    tokens = tokenizer.encode(text[:8000])[:128]
+    tokens = tokenizer.encode(text[:8000])[:96]
     assert tokens[0] == 2
 
     def perplexity(tokens, targets):
@@ -231,7 +231,7 @@ def test_perplexity_is_low_and_only_with_the_token_that_begins_a_text(gemma):
         return math.exp(nn.losses.cross_entropy(logits, mx.array(targets), reduction="mean").item())
 
     assert 15 < perplexity(tokens[:-1], tokens[1:]) < 23
-    assert perplexity(tokens[1:-1], tokens[2:]) > 80
+    assert perplexity(tokens[1:47], tokens[2:48]) > 80
     assert model.stored_dtype == "bfloat16"
 
 
