@@ -15,12 +15,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlxkv.kernels._rotation import rotate, rotate_back
-from mlxkv.kernels.bits import QuantizedArray, code_planes, reference_unpack
+from mlxkv.kernels.bits import UNQUANTIZED, QuantizedArray, code_planes, reference_unpack
 
 Rows = QuantizedArray | mx.array  # `[B, H, T, D]`, packed or of any float type
 
 TILE_FLOATS = 2**20  # that are unpacked at a time
 PRODUCT_ROWS = 4  # OpenBLAS multiplies 4 rows in 60% of the time of 3
+FEW_ROWS = 512  # of 4 bits, which MLX's own product sums as fast
 # Running maxima start here, in the kernel's body too: finite, so that a fully masked row has weights 0 and not NaN.
 LOWEST = -3.4e38
 
@@ -30,8 +31,9 @@ def attention_over(
     parts: Sequence[tuple[Rows, Rows]],
     bias: mx.array | None,
     sinks: mx.array | None,
-) -> tuple[mx.array, mx.array]:
-    """Attend over keys and values in parts, with their token's key and value heads each.
+    with_mass: bool = True,
+) -> tuple[mx.array, mx.array | None]:
+    """Attend over keys and values in parts.
 
     Parameters
     ----------
@@ -43,37 +45,38 @@ def attention_over(
         Added to the scores, what broadcasts to `[B, H, G, T]`; None adds nothing.
     sinks
         `[H * G]`, a logit of each query head; None for none.
+    with_mass
+        Whether to return what tokens get.
 
     Returns
     -------
-    tuple[mx.array, mx.array]
+    tuple[mx.array, mx.array or None]
         The output `[B, H, G, Dv]` float32, and what tokens get of all their heads' attention, `[B, H, T]` float32.
     """
-    G = queries.shape[-2]
-    filled = _filled(queries)
+    G, filled = queries.shape[-2], _filled(queries)
+    parts = [pair for pair in parts if _length(pair[0])]
     turned = rotate(filled) if any(_is_rotated(k) for k, _ in parts) else filled
-    parts = [pair for pair in parts if pair[0].shape[-2]]
-    scores = [_in_turn(scores_of, turned if _is_rotated(k) else filled, k)[..., :G, :] for k, _ in parts]
+    scores = [_in_turn(scores_of, turned if _is_rotated(k) else filled, k) for k, _ in parts]
+    if filled is not queries:
+        scores = [part[..., :G, :] for part in scores]
     joined = scores[0] if len(scores) == 1 else mx.concatenate(scores, axis=-1)
-    weights, total = exponentials(joined if bias is None else joined + bias, sinks)
+    weights, total = exponentials(joined if bias is None else joined + bias, sinks, bias is not None)
     sums: dict[bool, mx.array] = {}
     start = 0
     for _, v in parts:
-        stop, rotated = start + v.shape[-2], _is_rotated(v)
-        part = _in_turn(weighted_sum, weights[..., start:stop], v)
+        stop, rotated = start + _length(v), _is_rotated(v)
+        part = _in_turn(weighted_sum, weights[..., start:stop] if len(parts) > 1 else weights, v)
         sums[rotated] = sums[rotated] + part if rotated in sums else part
         start = stop
-    output = sums.get(False)
     if True in sums:
-        back = rotate_back(sums[True])
-        output = back if output is None else output + back
-    shares = 1 / mx.where(total == 0, 1, total)
-    assert output is not None
-    return output * shares, (shares.swapaxes(-1, -2) @ weights)[..., 0, :]
+        back = rotate_back(sums.pop(True))
+        sums[False] = sums[False] + back if sums else back
+    mass = ((1 / total).swapaxes(-1, -2) @ weights).squeeze(-2) if with_mass else None
+    return sums[False] / total, mass
 
 
-def exponentials(scores: mx.array, sinks: mx.array | None) -> tuple[mx.array, mx.array]:
-    """Return what a softmax divides, and by what: zeros where every score is -inf.
+def exponentials(scores: mx.array, sinks: mx.array | None, masked: bool = True) -> tuple[mx.array, mx.array]:
+    """Return what a softmax divides, and by what.
 
     Parameters
     ----------
@@ -81,19 +84,25 @@ def exponentials(scores: mx.array, sinks: mx.array | None) -> tuple[mx.array, mx
         `[B, H, G, T]` float32.
     sinks
         Logits of the query heads, `[H * G]`, which count in maximum and sum; None for none.
+    masked
+        Whether every score of a query may be -inf, which gives zeros and a sum of 1.
 
     Returns
     -------
     tuple[mx.array, mx.array]
         Exponentials `[B, H, G, T]`, and their sums with those of the sinks, `[B, H, G, 1]`.
     """
-    top = mx.maximum(scores.max(axis=-1, keepdims=True), LOWEST)
+    top = scores.max(axis=-1, keepdims=True)
+    if masked or sinks is not None:
+        top = mx.maximum(top, LOWEST)
     if sinks is not None:
         logits = sinks.astype(mx.float32).reshape(*scores.shape[1:3], 1)
         top = mx.maximum(top, logits)
     weights = mx.power(math.e, scores - top)  # MLX's exp takes three times as long on an x86 CPU
     total = weights.sum(axis=-1, keepdims=True)
-    return weights, total if sinks is None else total + mx.exp(logits - top)
+    if sinks is not None:
+        total += mx.exp(logits - top)
+    return weights, mx.where(total == 0, 1, total) if masked or sinks is not None else total
 
 
 def scores_of(x: mx.array, rows: Rows) -> mx.array:
@@ -117,23 +126,25 @@ def scores_of(x: mx.array, rows: Rows) -> mx.array:
     if isinstance(rows, mx.array):
         return x @ rows.astype(mx.float32).swapaxes(-1, -2)
     *lead, G, D = x.shape
-    T = rows.shape[-2]
-    if _scaled_by_token(rows):
+    scaled_by = _scaled_by(rows.bits, D, rows.tile_tokens, rows.tile_dims, _length(rows))
+    if scaled_by == "token":
         scale, bias = _scales(rows, "scale"), _scales(rows, "bias")  # [B, H, groups, T]
         if rows.tile_dims == D:
             return _products(x, rows) * scale + x.sum(axis=-1, keepdims=True) * bias
-        split = x[..., None, :] * _groups(D, rows.tile_dims)  # [B, H, G, groups, D], each row zero outside its group
-        products = _products(split.reshape(*lead, -1, D), rows).reshape(*split.shape[:-1], T)
-        return (products * scale[..., None, :, :]).sum(axis=-2) + split.sum(axis=-1) @ bias
-    if _scaled_by_dim(rows):
-        scale, bias = rows.scale.astype(mx.float32), rows.bias.astype(mx.float32)  # [B, H, tiles, D]
-        scaled = x[..., None, :, :] * scale[..., None, :]  # [B, H, tiles, G, D]
-        products = (bias @ x.swapaxes(-1, -2))[..., None, :]  # [B, H, tiles, 1, G]
+        split = mx.expand_dims(x, -2) * _groups(
+            D, rows.tile_dims
+        )  # [B, H, G, groups, D], each row zero outside its group
+        products = _products(split.reshape(*lead, -1, D), rows).reshape(*split.shape[:-1], -1)
+        return (products * mx.expand_dims(scale, -3)).sum(axis=-2) + split.sum(axis=-1) @ bias
+    if scaled_by == "dim":
+        scaled = mx.expand_dims(x, -3) * mx.expand_dims(rows.scale, -2)  # [B, H, tiles, G, D]
+        products = mx.expand_dims(rows.bias.astype(mx.float32) @ x.swapaxes(-1, -2), -2)  # [B, H, tiles, 1, G]
         planes = code_planes(rows)
         for j, plane in enumerate(planes):
             codes = plane.reshape(*lead, -1, rows.tile_tokens, plane.shape[-1])
-            products = mx.addmm(products, codes, scaled[..., j :: len(planes)].swapaxes(-1, -2))
-        return products.reshape(*lead, T, G).swapaxes(-1, -2)
+            own = scaled[..., j :: len(planes)] if len(planes) > 1 else scaled
+            products = mx.addmm(products, codes, own.swapaxes(-1, -2))
+        return products.reshape(*lead, -1, G).swapaxes(-1, -2)
     return x @ _unpacked(rows).swapaxes(-1, -2)
 
 
@@ -156,30 +167,31 @@ def weighted_sum(weights: mx.array, rows: Rows) -> mx.array:
         return weights @ rows.astype(mx.float32)
     *lead, G, T = weights.shape
     D = rows.dim
-    if _scaled_by_token(rows):
+    scaled_by = _scaled_by(rows.bits, D, rows.tile_tokens, rows.tile_dims, T)
+    if scaled_by == "token":
         scale, bias = _scales(rows, "scale"), _scales(rows, "bias")  # [B, H, groups, T]
         added = weights @ bias.swapaxes(-1, -2)  # [B, H, G, groups]
         if rows.tile_dims == D:
-            return _sums(_filled(weights * scale), rows)[..., :G, :] + added
+            sums = _sums(_filled(weights * scale), rows)
+            return (sums[..., :G, :] if sums.shape[-2] > G else sums) + added
         groups = _groups(D, rows.tile_dims)
-        split = (weights[..., None, :] * scale[..., None, :, :]).reshape(*lead, -1, T)  # [B, H, G * groups, T]
+        split = (mx.expand_dims(weights, -2) * mx.expand_dims(scale, -3)).reshape(*lead, -1, T)  # [B, H, G * groups, T]
         sums = _sums(_filled(split), rows)[..., : split.shape[-2], :].reshape(*lead, G, -1, D)
         return (sums * groups).sum(axis=-2) + added @ groups
-    if _scaled_by_dim(rows):
-        scale, bias = rows.scale.astype(mx.float32), rows.bias.astype(mx.float32)
+    if scaled_by == "dim":
         split = weights.reshape(*lead, G, -1, rows.tile_tokens).swapaxes(-2, -3)  # [B, H, tiles, G, tokens]
         codes = [plane.reshape(*split.shape[:-2], rows.tile_tokens, -1) for plane in code_planes(rows)]
-        sums = _interleaved([split @ part for part in codes])
-        return (sums * scale[..., None, :] + split.sum(axis=-1, keepdims=True) * bias[..., None, :]).sum(axis=-3)
+        sums = _interleaved([split @ part for part in codes]) * mx.expand_dims(rows.scale, -2)
+        return (sums + split.sum(axis=-1, keepdims=True) * mx.expand_dims(rows.bias, -2)).sum(axis=-3)
     return weights @ _unpacked(rows)
 
 
 def _in_turn(product: Callable[[mx.array, Rows], mx.array], x: mx.array, rows: Rows) -> mx.array:
     """Compute a product piece by piece where rows are many: some heads at a time, or a part of the rows of each head."""
+    if (rows.size if isinstance(rows, mx.array) else rows.words.size * (32 // rows.bits)) <= TILE_FLOATS:
+        return product(x, rows)
     *lead, T, D = rows.shape
     heads = math.prod(lead)
-    if heads * T * D <= TILE_FLOATS:
-        return product(x, rows)
     tile = 1 if isinstance(rows, mx.array) else rows.tile_tokens
     step, each = max(1, TILE_FLOATS // (D * tile)) * tile, max(1, TILE_FLOATS // (T * D))
     x = x.reshape(heads, *x.shape[-2:])
@@ -213,7 +225,7 @@ def _piece(rows: Rows, heads: tuple[int, int], tokens: tuple[int, int], before: 
 def _products(x: mx.array, packed: QuantizedArray) -> mx.array:
     """Multiply `[..., G, D]` by the transpose of codes: `[..., G, T]`."""
     planes = code_planes(packed)
-    products = x[..., :: len(planes)] @ planes[0].swapaxes(-1, -2)
+    products = (x[..., :: len(planes)] if len(planes) > 1 else x) @ planes[0].swapaxes(-1, -2)
     for j, plane in enumerate(planes[1:], 1):
         products = mx.addmm(products, x[..., j :: len(planes)], plane.swapaxes(-1, -2))
     return products
@@ -248,23 +260,17 @@ def _is_rotated(rows: Rows) -> bool:
     return isinstance(rows, QuantizedArray) and rows.rotated
 
 
-def _scaled_by_token(packed: QuantizedArray) -> bool:
-    return (
-        not packed.is_unquantized
-        and packed.tile_tokens <= packed.tile_dims
-        and packed.shape[-2] % packed.tile_tokens == 0
-        and packed.shape[-2] > 0
-        and packed.dim % packed.tile_dims == 0
-    )
+def _length(rows: Rows) -> int:
+    return rows.shape[-2] if isinstance(rows, mx.array) else rows.words.shape[-2]
 
 
-def _scaled_by_dim(packed: QuantizedArray) -> bool:
-    return (
-        not packed.is_unquantized
-        and packed.tile_dims == 1
-        and packed.shape[-2] > 0
-        and packed.shape[-2] % packed.tile_tokens == 0
-    )
+def _scaled_by(bits: int, dim: int, tile_tokens: int, tile_dims: int, length: int) -> str | None:
+    """Return what shares a scale, "token" or "dim", where tiles are such that it can be taken out of a product."""
+    if bits >= UNQUANTIZED or not length or length % tile_tokens:
+        return None
+    if tile_dims == 1:
+        return "dim"
+    return "token" if tile_tokens <= tile_dims and dim % tile_dims == 0 else None
 
 
 @lru_cache
@@ -275,5 +281,5 @@ def _groups(dim: int, tile_dims: int) -> mx.array:
 
 def _scales(packed: QuantizedArray, name: str) -> mx.array:
     """Return bias or scale of every token, `[B, H, groups, T]` float32."""
-    part = getattr(packed, name).astype(mx.float32).swapaxes(-1, -2)
+    part: mx.array = getattr(packed, name).astype(mx.float32).swapaxes(-1, -2)
     return part if packed.tile_tokens == 1 else mx.repeat(part, packed.tile_tokens, axis=-1)
