@@ -138,7 +138,7 @@ for (uint kind = 0; kind < (PACKED ? 2 : 1); kind++) {
         }
       }
     } else {
-      float step[K_PER], low[K_PER];
+      float step[K_PER] = {0.0f}, low[K_PER] = {0.0f};
       auto k_rows = k + size_t(kv_row) * packed_rows * k_shape[3];  // of the row, so that indices below are 32-bit
       size_t k_tiles = size_t(kv_row) * k_scale_shape[2] * k_scale_shape[3];
       auto k_steps = k_scale + k_tiles, k_lows = k_shift + k_tiles;
@@ -228,7 +228,7 @@ for (uint kind = 0; kind < (PACKED ? 2 : 1); kind++) {
         }
       }
     } else {
-      float step[V_PER], low[V_PER];
+      float step[V_PER] = {0.0f}, low[V_PER] = {0.0f};
       auto v_rows = v + size_t(kv_row) * packed_rows * v_shape[3];  // of the row, so that indices below are 32-bit
       size_t v_tiles = size_t(kv_row) * v_scale_shape[2] * v_scale_shape[3];
       auto v_steps = v_scale + v_tiles, v_lows = v_shift + v_tiles;
