@@ -27,7 +27,7 @@ PHASE = 8
 LENGTHS, ANSWER = (40, 400, 90, 350, 140, 300, 190, 240), 64
 PRESETS = ("int8", "int4", "kivi-2", "smartkv-0.3", "h2o-256")
 QUICK_LENGTHS, QUICK_ANSWER, QUICK_PRESETS = (40, 120, 60), 8, ("int8",)
-WARM_UP = ("4 5 6", "7 8 9")  # the first batch ever waits for what MLX compiles
+WARM_UP = ("4 5 6", "7 8 9")  # the first requests ever wait for what MLX compiles
 BRIEF = "int8"
 
 
@@ -76,6 +76,7 @@ def measured(contender: Contender, said: Sequence[str], tokens: int, log: Path) 
         return answer
 
     with running(contender.words, contender.environment, log) as server:
+        list(map(ask, WARM_UP))
         alone = [ask(prompt) for prompt in said]
         alone_peak = server.peak_memory()
     with running(contender.words, contender.environment, log) as server, ThreadPoolExecutor(len(said)) as pool:
