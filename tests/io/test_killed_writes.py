@@ -42,8 +42,8 @@ def test_a_write_killed_at_any_operation_leaves_the_old_or_the_new_and_the_next_
 @pytest.mark.skipif(sys.platform == "darwin", reason="a forked process cannot use Metal")
 @pytest.mark.parametrize(
     ("names", "stride"),
-    [(LIVE, 1), (SESSIONS, 1), (COMMANDS, 3), (STORE + REMOVALS, 2)],
-    ids=["live caches", "sessions", "commands", "store"],
+    [(LIVE + SESSIONS, 1), (COMMANDS, 3), (STORE + REMOVALS, 2)],
+    ids=["live caches and sessions", "commands", "store"],
 )
 def test_whole_commands_and_live_caches_keep_that_promise(tmp_path, names, stride):
     promised(killed(tmp_path, names, stride))

@@ -69,8 +69,15 @@ def test_the_commands_run_as_written(model_dir, tmp_path, monkeypatch):
     assert "<svg" in Path("fidelity.html").read_text()
 
 
+@pytest.fixture
+def loaded(smollm2, monkeypatch):
+    """What `lm.load` gives an example: the model that is loaded already, by the same function and name."""
+    monkeypatch.setattr(lm, "load", {"smollm2-135m": smollm2}.__getitem__)
+    return smollm2
+
+
 @pytest.mark.slow
-def test_the_python_example_runs_as_written_with_fewer_tokens(smollm2, tmp_path, monkeypatch, capsys):
+def test_the_python_example_runs_as_written_with_fewer_tokens(loaded, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     script = block(README, "python", "mlxkv.Session")
     assert len([line for line in script.splitlines() if line]) == 10
@@ -83,9 +90,9 @@ def test_the_python_example_runs_as_written_with_fewer_tokens(smollm2, tmp_path,
 
 
 @pytest.mark.slow
-def test_the_files_example_runs_as_written_with_fewer_tokens(smollm2, tmp_path, monkeypatch, capsys):
+def test_the_files_example_runs_as_written_with_fewer_tokens(loaded, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    model, tokenizer = smollm2
+    model, tokenizer = loaded
     Path("notes.txt").write_text(PROSE * 10)
     tokens = tokenizer.encode(PROSE[::2] * 4)
     dump = lm.dump(model, tokens)
