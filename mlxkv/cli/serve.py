@@ -27,7 +27,7 @@ def serve_command(
     ] = None,
     cache: Annotated[
         str | None,
-        typer.Option(metavar="PRESET", help="Run in live caches: one request at a time.", autocompletion=live_names),
+        typer.Option(metavar="PRESET", help="Run in live caches.", autocompletion=live_names),
     ] = None,
     store: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of stored prompts.")] = None,
     no_store: Annotated[bool, typer.Option("--no-store", help="Keep prompts in memory alone.")] = False,
