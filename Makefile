@@ -29,7 +29,7 @@ STORM_MINUTES ?= 1
 STORM_KILLS ?= 100
 STORM := PYTHONPATH=tests OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/serving/campaign.py
 storm: .venv/ready
-	KILL_STRIDE=1 $(PYTEST) tests/io/test_killed_writes.py
+	KILL_STRIDE=1 $(PYTEST) tests/io/test_killed_writes.py tests/store/test_store_hostile.py
 	$(STORM) storm $(STORM_MINUTES)
 	$(STORM) kills $(STORM_KILLS)
 

@@ -134,10 +134,12 @@ COLUMNS = {
 
 CASES = [(table, column, value) for table in COLUMNS for column in COLUMNS[table] for value in ABSURD]
 FEW = CASES[:: len(ABSURD) + 1]  # another value for each column
+STRIDE = int(os.environ.get("KILL_STRIDE", "2"))  # `make storm` sets it to 1; values are an odd number
 
 
 @pytest.mark.parametrize(
-    ("table", "column", "value"), [pytest.param(*case, marks=[pytest.mark.slow] * (case not in FEW)) for case in CASES]
+    ("table", "column", "value"),
+    [pytest.param(*case, marks=[pytest.mark.slow] * (case not in FEW)) for case in sorted({*CASES[::STRIDE], *FEW})],
 )
 def test_absurd_values_in_the_index_are_misses_or_a_new_index(template, tmp_path, table, column, value):
     path = tmp_path / "store"
