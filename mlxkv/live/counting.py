@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import mlx.core as mx
 
 from mlxkv.kernels import metal
+from mlxkv.kernels.bits import QuantizedArray
 from mlxkv.kernels.decode_attention import decode_attention
-from mlxkv.live.arrays import KeysValues
+from mlxkv.live.arrays import KeysValues, unquantized
 from mlxkv.live.in_place import with_room
 
 _HIDDEN = -math.inf
+_SHIFTED = 2.0**112
+_PLACES = mx.array(13, mx.int32)  # that float32's mantissa is longer
+_NO_SIGNS = mx.array(
+    0x8FFFE000 - 2**32, mx.int32
+)  # all bits but those between sign and exponent that the sign was copied to
 _STEP = 64  # rows are allocated in multiples of it
 
 
@@ -138,12 +145,42 @@ def counted_attention(
         The output `[B, Hq, 1, Dv]`, and `[B, Hkv, T]` float32, summed over the query heads that share a kv head.
     """
     if sinks is not None or metal.available():
-        return decode_attention(queries, [KeysValues(keys, values).as_bucket()], scale, bias, sinks)
+        return decode_attention(queries, [(_described(keys), _described(values))], scale, bias, sinks)
     B, H, _, D = keys.shape
-    grouped = queries.astype(mx.float32).reshape(B, H, -1, D) * scale
-    scores = grouped @ keys.astype(mx.float32).swapaxes(-1, -2)
+    times = _SHIFTED if keys.dtype == mx.float16 and queries.dtype == mx.float32 else 1.0
+    if times == 1:
+        keys, values = keys.astype(mx.float32), values.astype(mx.float32)
+    else:
+        keys, values = _shifted(keys), _shifted(values)
+    grouped = queries.astype(mx.float32).reshape(B, H, -1, D) * (scale * times)
+    scores = grouped @ keys.swapaxes(-1, -2)
     if bias is not None:
         scores = scores + mx.expand_dims(bias, 2)
     weights = mx.softmax(scores, axis=-1)
-    output = (weights @ values.astype(mx.float32)).reshape(B, queries.shape[1], 1, -1)
+    output = ((weights if times == 1 else weights * times) @ values).reshape(B, queries.shape[1], 1, -1)
     return output.astype(queries.dtype), weights.sum(axis=2)
+
+
+def _shifted(x: mx.array) -> mx.array:
+    """Return finite float16 values, divided by `_SHIFTED`, in float32: their bits in place, which takes a third of the time.
+
+    An exponent means 2**112 less in float32. Factors of the other side make up for it, before the product: no product becomes
+    so small that it would be rounded.
+    """
+    return mx.bitwise_and(mx.left_shift(x.view(mx.int16).astype(mx.int32), _PLACES), _NO_SIGNS).view(mx.float32)
+
+
+def _described(array: mx.array) -> QuantizedArray:
+    """Return an array in the form that buckets have; all but the words is made once for each shape and type."""
+    like = _like(tuple(array.shape), array.dtype)
+    if like.words.shape[-1] * 32 != array.shape[-1] * like.bits:
+        return unquantized(array)  # whose rows end within a word
+    same = object.__new__(QuantizedArray)
+    same.__dict__.update(like.__dict__, words=array.view(mx.uint32))
+    return same
+
+
+@lru_cache(maxsize=256)
+def _like(shape: tuple[int, ...], dtype: mx.Dtype) -> QuantizedArray:
+    """Return an array of zeros, which are never computed, in the form that buckets have."""
+    return unquantized(mx.zeros(shape, dtype))

@@ -9,8 +9,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlxkv.config import Config
+from mlxkv.kernels import metal
 from mlxkv.kernels.decode_attention import Bucket
 from mlxkv.live.base import KeysValues, append_chunk
+from mlxkv.live.counting import counted_attention
 from mlxkv.live.in_place import Field, InPlaceCache
 from mlxkv.spec import CacheSpec
 
@@ -224,6 +226,8 @@ def attention(queries: mx.array, tokens: KeysValues, scale: float, sinks: mx.arr
         `[B, Hq, 1, Dv]`.
     """
     keys, values = tokens
+    if keys.dtype == mx.float16 and queries.dtype == mx.float32 and sinks is None and not metal.available():
+        return counted_attention(queries, keys, values, scale, None, None)[0]
     if keys.dtype != queries.dtype:
         keys, values = keys.astype(queries.dtype), values.astype(queries.dtype)
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, sinks=sinks)
