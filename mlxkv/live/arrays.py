@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -27,7 +28,18 @@ def unquantized(x: mx.array) -> QuantizedArray:
     QuantizedArray
         The same values, marked as not quantized.
     """
-    return pack(x, UNQUANTIZED, 1, x.shape[-1])
+    like = _like(tuple(x.shape), x.dtype)
+    if like.words.shape[-1] * 32 != like.dim * like.bits:  # rows end within a word
+        return pack(x, UNQUANTIZED, 1, like.dim)
+    same = object.__new__(QuantizedArray)
+    same.__dict__.update(like.__dict__, words=x.view(mx.uint32))
+    return same
+
+
+@lru_cache(maxsize=256)
+def _like(shape: tuple[int, ...], dtype: mx.Dtype) -> QuantizedArray:
+    """Return zeros, which are never computed, in the form that buckets have: all but the words is the same for all arrays."""
+    return pack(mx.zeros(shape, dtype), UNQUANTIZED, 1, shape[-1])
 
 
 def copy_without_parent(x: mx.array) -> mx.array:
