@@ -21,7 +21,8 @@ Rows = QuantizedArray | mx.array  # `[B, H, T, D]`, packed or of any float type
 
 TILE_FLOATS = 2**20  # that are unpacked at a time
 PRODUCT_ROWS = 4  # OpenBLAS multiplies 4 rows in 60% of the time of 3
-FEW_ROWS = 512  # of 4 bits, which MLX's own product sums as fast
+# MLX's own product with quantized rows unpacks them again for each row of weights, into registers: faster for a few.
+FEW_ROWS = {2: 4, 3: 4, 4: 8, 8: 8}
 # Running maxima start here, in the kernel's body too: finite, so that a fully masked row has weights 0 and not NaN.
 LOWEST = -3.4e38
 
@@ -31,8 +32,7 @@ def attention_over(
     parts: Sequence[tuple[Rows, Rows]],
     bias: mx.array | None,
     sinks: mx.array | None,
-    with_mass: bool = True,
-) -> tuple[mx.array, mx.array | None]:
+) -> tuple[mx.array, mx.array, mx.array]:
     """Attend over keys and values in parts.
 
     Parameters
@@ -45,13 +45,11 @@ def attention_over(
         Added to the scores, what broadcasts to `[B, H, G, T]`; None adds nothing.
     sinks
         `[H * G]`, a logit of each query head; None for none.
-    with_mass
-        Whether to return what tokens get.
 
     Returns
     -------
-    tuple[mx.array, mx.array or None]
-        The output `[B, H, G, Dv]` float32, and what tokens get of all their heads' attention, `[B, H, T]` float32.
+    tuple[mx.array, mx.array, mx.array]
+        The output `[B, H, G, Dv]`, each token's weight `[B, H, G, T]`, and their sums `[B, H, G, 1]`, not 0, all float32.
     """
     G, filled = queries.shape[-2], _filled(queries)
     parts = [pair for pair in parts if _length(pair[0])]
@@ -71,8 +69,7 @@ def attention_over(
     if True in sums:
         back = rotate_back(sums.pop(True))
         sums[False] = sums[False] + back if sums else back
-    mass = ((1 / total).swapaxes(-1, -2) @ weights).squeeze(-2) if with_mass else None
-    return sums[False] / total, mass
+    return sums[False] / total, weights, total
 
 
 def exponentials(scores: mx.array, sinks: mx.array | None, masked: bool = True) -> tuple[mx.array, mx.array]:
@@ -169,6 +166,11 @@ def weighted_sum(weights: mx.array, rows: Rows) -> mx.array:
     D = rows.dim
     scaled_by = _scaled_by(rows.bits, D, rows.tile_tokens, rows.tile_dims, T)
     if scaled_by == "token":
+        if _summed_by_mlx(rows, G):
+            scale, bias = (_repeated(x.astype(mx.float32), rows.tile_tokens, -2) for x in (rows.scale, rows.bias))
+            return mx.quantized_matmul(
+                weights, rows.words, scale, bias, transpose=False, group_size=rows.tile_dims, bits=rows.bits
+            )
         scale, bias = _scales(rows, "scale"), _scales(rows, "bias")  # [B, H, groups, T]
         added = weights @ bias.swapaxes(-1, -2)  # [B, H, G, groups]
         if rows.tile_dims == D:
@@ -190,6 +192,8 @@ def _in_turn(product: Callable[[mx.array, Rows], mx.array], x: mx.array, rows: R
     """Compute a product piece by piece where rows are many: some heads at a time, or a part of the rows of each head."""
     if (rows.size if isinstance(rows, mx.array) else rows.words.size * (32 // rows.bits)) <= TILE_FLOATS:
         return product(x, rows)
+    if product is weighted_sum and _summed_by_mlx(rows, x.shape[-2]):
+        return product(x, rows)  # which unpacks nothing in memory
     *lead, T, D = rows.shape
     heads = math.prod(lead)
     tile = 1 if isinstance(rows, mx.array) else rows.tile_tokens
@@ -273,6 +277,13 @@ def _scaled_by(bits: int, dim: int, tile_tokens: int, tile_dims: int, length: in
     return "token" if tile_tokens <= tile_dims and dim % tile_dims == 0 else None
 
 
+def _summed_by_mlx(rows: Rows, count: int) -> bool:
+    """Return whether MLX's own product sums rows with this many rows of weights, in less time."""
+    if isinstance(rows, mx.array) or rows.tile_dims not in (32, 64, 128) or count > FEW_ROWS.get(rows.bits, 0):
+        return False
+    return _scaled_by(rows.bits, rows.dim, rows.tile_tokens, rows.tile_dims, _length(rows)) == "token"
+
+
 @lru_cache
 def _groups(dim: int, tile_dims: int) -> mx.array:
     """Return which dims belong to which group of a token, float32 `[groups, D]`."""
@@ -282,4 +293,8 @@ def _groups(dim: int, tile_dims: int) -> mx.array:
 def _scales(packed: QuantizedArray, name: str) -> mx.array:
     """Return bias or scale of every token, `[B, H, groups, T]` float32."""
     part: mx.array = getattr(packed, name).astype(mx.float32).swapaxes(-1, -2)
-    return part if packed.tile_tokens == 1 else mx.repeat(part, packed.tile_tokens, axis=-1)
+    return _repeated(part, packed.tile_tokens, -1)
+
+
+def _repeated(x: mx.array, times: int, axis: int) -> mx.array:
+    return x if times == 1 else mx.repeat(x, times, axis=axis)

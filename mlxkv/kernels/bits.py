@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 
@@ -115,7 +116,7 @@ class QuantizedArray:
         """Float type of the array before quantization."""
         return self.bias.dtype
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """Shape of the array before quantization, `[..., T, D]`."""
         return (*self.words.shape[:-1], self.dim)
@@ -318,12 +319,14 @@ def code_planes(packed: QuantizedArray) -> list[mx.array]:
         n arrays float32 `[..., T, D / n]` of whole numbers, the j-th of dims j, j + n, j + 2 n. One of all dims where codes
         do not divide a byte, or rows not into words.
     """
+    if packed.bits == 8 and packed.dim % 4 == 0:
+        return [packed.words.view(mx.uint8).astype(mx.float32)]
     each = 8 // packed.bits
-    if packed.bits == 3 or packed.dim * packed.bits % 32:
+    if packed.bits in (3, 8) or packed.dim * packed.bits % 32:
         return [unpack_codes(packed)]
     mask = (2**packed.bits - 1) * 0x01010101
     words = [packed.words >> (packed.bits * j) if j else packed.words for j in range(each)]
-    return [(part & mask if each > 1 else part).view(mx.uint8).astype(mx.float32) for part in words]
+    return [(part & mask).view(mx.uint8).astype(mx.float32) for part in words]
 
 
 def slice_rows(packed: QuantizedArray, start: int, stop: int) -> QuantizedArray:

@@ -124,7 +124,9 @@ def reference_decode_attention(
     grouped = (queries.astype(mx.float32) * scale).reshape(B, Hkv, G, -1)
     if bias is not None:
         bias = mx.repeat(bias.astype(mx.float32), G * Hkv // bias.shape[1], axis=1).reshape(B, Hkv, G, T)
-    output, mass = attention_over(grouped, [(_rows(k), _rows(v)) for k, v in buckets], bias, sinks)
+    parts = [(_rows(k), _rows(v)) for k, v in buckets]
+    output, weights, total = attention_over(grouped, parts, bias, sinks)
+    mass = ((1 / total).swapaxes(-1, -2) @ weights).squeeze(-2)
     return output.reshape(B, Hkv * G, 1, Dv).astype(queries.dtype), mass
 
 

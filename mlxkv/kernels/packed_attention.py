@@ -118,7 +118,7 @@ def reference_packed_attention(
         used = mx.arange(sum(rows)) < rows[0] + rows[1] + lengths[:, None, None, None]
         added = mx.where(used, 0.0 if added is None else added, -mx.inf)
     parts = [part for part in (sinks, packed, tail) if part is not None]
-    output, _ = attention_over(grouped, parts, added, logits)
+    output = attention_over(grouped, parts, added, logits)[0]
     return output.reshape(B, Hq, 1, Dv).astype(queries.dtype)
 
 
