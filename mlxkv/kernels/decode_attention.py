@@ -9,6 +9,7 @@ splits of all buckets, and sums each token's attention, which importance-driven 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import mlx.core as mx
 
@@ -202,20 +203,7 @@ def _attend(
     Hq, D = queries.shape[1], queries.shape[3]
     passes = -(-Hq // Hkv // min(MAX_HEADS, max(1, REGISTER_FLOATS // (D + Dv))))
     splits = -(-T // SPLIT_TOKENS)
-    template: dict[str, int | bool] = {
-        "D": D,
-        "DV": Dv,
-        "K_BITS": k.bits,
-        "V_BITS": v.bits,
-        **_tile("K", k),
-        **_tile("V", v),
-        "HEADS": -(-Hq // Hkv // passes),
-        "BFLOAT": k.dtype == mx.bfloat16,
-        "SPLIT_TOKENS": SPLIT_TOKENS,
-        "SIMD_GROUPS": SIMD_GROUPS,
-        "BIAS": bias is not None,
-        "SINKS": sinks is not None,
-    }
+    kinds = (k.bits, *_tile(k), v.bits, *_tile(v), k.dtype == mx.bfloat16, bias is not None, sinks is not None)
     (parts,) = _ATTEND(
         inputs=[
             queries,
@@ -225,7 +213,7 @@ def _attend(
             queries if sinks is None else sinks,
             factor(scale),
         ],
-        template=list(template.items()),
+        template=_template(D, Dv, -(-Hq // Hkv // passes), *kinds),
         grid=(32 * SIMD_GROUPS, splits, B * Hkv * passes),
         threadgroup=(32 * SIMD_GROUPS, 1, 1),
         output_shapes=[(B, Hq, splits * (Dv + 2) + T)],
@@ -234,10 +222,43 @@ def _attend(
     return parts
 
 
-def _tile(name: str, packed: QuantizedArray) -> dict[str, int]:
-    """Return the tile as template values, since dividing by a constant is cheap; always 1 x 1 for unquantized ones."""
-    tokens, dims = (1, 1) if packed.is_unquantized else (packed.tile_tokens, packed.tile_dims)
-    return {f"{name}_TOKENS": tokens, f"{name}_DIMS": dims}
+@lru_cache(maxsize=256)
+def _template(
+    D: int,
+    Dv: int,
+    heads: int,
+    k_bits: int,
+    k_tokens: int,
+    k_dims: int,
+    v_bits: int,
+    v_tokens: int,
+    v_dims: int,
+    bfloat: bool,
+    bias: bool,
+    sinks: bool,
+) -> list[tuple[str, int | bool]]:
+    """Return the template of a bucket's kernel, made once for buckets that are alike."""
+    return [
+        ("D", D),
+        ("DV", Dv),
+        ("K_BITS", k_bits),
+        ("V_BITS", v_bits),
+        ("K_TOKENS", k_tokens),
+        ("K_DIMS", k_dims),
+        ("V_TOKENS", v_tokens),
+        ("V_DIMS", v_dims),
+        ("HEADS", heads),
+        ("BFLOAT", bfloat),
+        ("SPLIT_TOKENS", SPLIT_TOKENS),
+        ("SIMD_GROUPS", SIMD_GROUPS),
+        ("BIAS", bias),
+        ("SINKS", sinks),
+    ]
+
+
+def _tile(packed: QuantizedArray) -> tuple[int, int]:
+    """Return the tile for the template, since dividing by a constant is cheap; always 1 x 1 for unquantized ones."""
+    return (1, 1) if packed.is_unquantized else (packed.tile_tokens, packed.tile_dims)
 
 
 def _buffers(packed: QuantizedArray) -> tuple[mx.array, mx.array, mx.array]:
