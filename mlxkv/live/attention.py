@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlxkv.kernels import metal
 from mlxkv.kernels.bits import unpack
 from mlxkv.kernels.decode_attention import Bucket, decode_attention
 from mlxkv.live.arrays import KeysValues
@@ -108,8 +110,12 @@ def stored_attention(
         keys, values = concat_stored(stored, 0, keys), concat_stored(stored, 1, values)
     elif length == 1:
         keys = values = concat_stored(stored, 0, keys)
-    output = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
     last = min(window, length)
+    if (
+        last and length > 1 and not metal.available()
+    ):  # MLX's attention on a CPU takes longer, and the weights are needed
+        return _counted_attention(queries, keys, values, scale, mask, last, chunk.keys.shape[1], sinks)
+    output = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
     return output, attention_mass(queries, keys, scale, mask, last, chunk.keys.shape[1], sinks) if last else None
 
 
@@ -229,12 +235,29 @@ def attention_mass(
         `[B, kv_heads, T]` float32: attention probabilities, summed over the counted queries and over the query
         heads that share a kv head; without what the sinks take.
     """
+    return _counted_attention(queries, keys, None, scale, mask, last, kv_heads, sinks)[1]
+
+
+def _counted_attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array | None,
+    scale: float,
+    mask: mx.array | str | None,
+    last: int,
+    kv_heads: int,
+    sinks: mx.array | None,
+) -> tuple[mx.array, mx.array]:
+    """Return the attention `[B, Hq, L, Dv]` (of no query without values), and what `attention_mass` returns."""
     B, Hq, L, D = queries.shape
     H, T = keys.shape[1:3]
     columns = keys.astype(mx.float32).swapaxes(-1, -2)
-    mass = mx.zeros((B, kv_heads, 1, T))
-    for start in range(L - last, L, _QUERY_BLOCK):
-        rows = slice(start, min(start + _QUERY_BLOCK, L))
+    summed = None if values is None else values.astype(mx.float32)
+    mass, outputs = mx.zeros((B, kv_heads, 1, T)), [queries[:, :, :0, :0]]
+    first = L - last
+    edges = [*range(first if values is None else 0, first, _QUERY_BLOCK), *range(first, L, _QUERY_BLOCK), L]
+    for start, stop in pairwise(edges):
+        rows = slice(start, stop)
         block = queries[:, :, rows].astype(mx.float32) * (scale * _LOG2_E)
         scores = (block.reshape(B, H, -1, D) @ columns).reshape(B, Hq, -1, T)
         if mask is not None:
@@ -250,9 +273,14 @@ def attention_mass(
             top = mx.maximum(top, logits)
             weights = mx.power(2.0, scores - top)
             total = weights.sum(axis=-1, keepdims=True) + mx.power(2.0, logits - top)
-        shares, weights = ((x.reshape(B, kv_heads, -1, x.shape[-1])) for x in (1 / total, weights))
-        mass += shares.swapaxes(-1, -2) @ weights
-    return mass[:, :, 0]
+        if start >= first:
+            shares, together = ((x.reshape(B, kv_heads, -1, x.shape[-1])) for x in (1 / total, weights))
+            mass += shares.swapaxes(-1, -2) @ together
+        if summed is not None:
+            output = (weights.reshape(B, H, -1, T) @ summed).reshape(B, Hq, -1, summed.shape[-1]) / total
+            # The weights of a block are gone before those of the next are there.
+            outputs.append(mx.depends(output.astype(queries.dtype), [mass]))
+    return mx.concatenate(outputs[1:] or outputs, axis=2), mass[:, :, 0]
 
 
 def mask_with_bias(mask: mx.array | str | None, bias: mx.array | None, queries: mx.array) -> mx.array | str | None:
