@@ -113,7 +113,8 @@ class SmartKVCache(LayerCache):
 
     How many tokens get each precision depends only on their number, the budget and an assumed skew of attention
     (`demotion_counts`). Which tokens these are depends on their importance (`_demotion_order`), and is computed on the
-    device. So no call synchronises with it.
+    device. So no call synchronises with it. When the tail has to be flushed next follows from the same numbers
+    (`LayerBudget.next_flush`), so that a token costs no work that does not depend on it.
 
     Parameters
     ----------
