@@ -47,7 +47,8 @@ class LayerCache(Mergeable, Forecasting, ABC):
     The model processes a text in chunks: some chunks of the prompt, then one token at a time. All methods follow the
     same rule. The queries of a chunk attend to earlier tokens as the cache stores them (quantized, merged, some
     evicted), and to their own chunk exactly, with a causal mask. Only then does the method store the chunk, in
-    `absorb`. Methods that can take tokens back at any time attend to chunks of 2 to 16 tokens token by token instead: such
+    `absorb`. A method may store a single token first, and attend to it as it is stored: the key and value of a float32 model's
+    newest token are then rounded to 2 bytes. Methods that can take tokens back at any time attend to chunks of 2 to 16 tokens token by token instead: such
     a chunk may be a draft, of which the text must not show (with multi-head latent attention it is only stored so).
 
     Stored tokens are exposed as buckets. A bucket is a pair of keys and values of the same tokens, all stored alike:

@@ -30,9 +30,10 @@ BLOCK = 64  # tokens packed at a time: few, so that the tail stays small, but en
 class PackingCache(WindowedCache):
     """Base class of methods that quantize old tokens and keep the first ones, sinks, and the newest unquantized.
 
-    All tokens come into a tail and leave it in blocks as soon as `recent` tokens remain. So the tail has fewer than
-    `recent + block` tokens, and the stored values do not depend on how the text
-    was split into chunks. The sinks leave the tail with the first block, and stay unquantized. If `trim` removes part of a
+    All tokens come into a tail, a buffer that is written in place, and leave it in blocks as soon as `recent` tokens remain.
+    So the tail has fewer than `recent + block` tokens, and the stored values do not depend on how the text was split into
+    chunks. `nbytes` counts up to 15 rows of the tail that are allocated in advance. A single token is stored before its query
+    attends, by one call for all that is stored (`mlxkv.kernels.packed_attention`). The sinks leave the tail with the first block, and stay unquantized. If `trim` removes part of a
     block, the rest of the block returns to the tail with its quantized values. A method implements `pack`.
 
     Parameters

@@ -40,7 +40,7 @@ class Tail:
 
     @classmethod
     def copy_of(cls, tokens: KeysValues) -> Tail:
-        """Make a tail that owns its memory.
+        """Make a tail that owns its memory, without a row in advance.
 
         Parameters
         ----------
@@ -52,9 +52,7 @@ class Tail:
         Tail
             Their copies.
         """
-        tail = cls(*(part[..., :0, :] for part in tokens))
-        tail._grow(*tokens)
-        return tail
+        return cls(*tokens.copy_tokens())
 
     def append(self, keys: mx.array, values: mx.array) -> None:
         """Append a chunk.

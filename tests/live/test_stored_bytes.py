@@ -46,13 +46,12 @@ def layer_bytes(config, tokens, elements, heads, wide):
         return config.budget * 2 * elements * tokens
     if method == "int4":  # keys in groups of 60 tokens, values of 128 elements, half of the elements each
         packed = max(0, tokens - config.sinks) // 60 * 60
-        return elements * (packed * (4 / 8 + (4 / 60 + 4 / 128) / 2) + 2 * raw_rows(tokens, packed, config.sinks))
+        return elements * (packed * (4 / 8 + (4 / 60 + 4 / 128) / 2) + 2 * (tokens - packed))
     if method in ("int8", "kivi"):
         kivi = method == "kivi"
         bits, group, newest = (config.bits, config.group, config.recent + config.sinks) if kivi else (8, 64, 0)
         packed = max(0, tokens - newest) // BLOCK * BLOCK
-        sinks = config.sinks if kivi else 0
-        return elements * (packed * (bits / 8 + 4 / group) + 2 * raw_rows(tokens, packed, sinks))
+        return elements * (packed * (bits / 8 + 4 / group) + 2 * (tokens - packed))
     if method == "streaming-llm":
         return 2 * elements * min(tokens, config.sinks + config.recent)
     if method == "h2o":
@@ -62,12 +61,6 @@ def layer_bytes(config, tokens, elements, heads, wide):
         centroids, tail = min(left, config.centroids), tokens - left
         return 2 * elements * (centroids + tail) + 4 * heads * (3 * centroids + tail)
     raise ValueError(f"no theory of {method}")
-
-
-def raw_rows(tokens, packed, sinks):
-    """Rows of the tokens that are not packed: the newest ones in steps of 16, and sinks apart from them."""
-    sinks = sinks if packed else 0
-    return sinks + math.ceil((tokens - packed - sinks) / 16) * 16
 
 
 def sketch_bytes(config, tokens, elements, heads):
