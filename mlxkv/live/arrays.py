@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from mlxkv.kernels.bits import UNQUANTIZED, QuantizedArray, pack
 from mlxkv.kernels.decode_attention import Bucket
@@ -39,7 +40,9 @@ def unquantized(x: mx.array) -> QuantizedArray:
 @lru_cache(maxsize=256)
 def _like(shape: tuple[int, ...], dtype: mx.Dtype) -> QuantizedArray:
     """Return zeros, which are never computed, in the form that buckets have: all but the words is the same for all arrays."""
-    return pack(mx.zeros(shape, dtype), UNQUANTIZED, 1, shape[-1])
+    like = pack(mx.zeros(shape, dtype), UNQUANTIZED, 1, shape[-1])
+    none = mx.array(np.zeros(like.bias.shape, np.float32), dtype)  # there at once: any thread can use it
+    return dataclasses.replace(like, bias=none, scale=none)
 
 
 def copy_without_parent(x: mx.array) -> mx.array:
