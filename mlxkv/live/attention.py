@@ -16,6 +16,7 @@ from mlxkv.live.arrays import KeysValues
 
 MASKED = -1e38  # score of what a bool mask hides; finite, so that a query that sees nothing gives no NaN
 _LOG2_E = math.log2(math.e)
+_ATTENDED_BLOCK = 256  # queries whose scores are held in memory at a time on a CPU
 _QUERY_BLOCK = 64  # queries whose attention weights are held in memory at a time
 
 
@@ -115,8 +116,33 @@ def stored_attention(
         last and length > 1 and not metal.available()
     ):  # MLX's attention on a CPU takes longer, and the weights are needed
         return _counted_attention(queries, keys, values, scale, mask, last, chunk.keys.shape[1], sinks)
-    output = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+    output = _attention_in_blocks(queries, keys, values, scale, mask, sinks)
     return output, attention_mass(queries, keys, scale, mask, last, chunk.keys.shape[1], sinks) if last else None
+
+
+def _attention_in_blocks(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None,
+) -> mx.array:
+    """Return mlx's attention; on a CPU, where it holds all scores in memory, of a few hundred queries at a time."""
+    length, tokens = queries.shape[2], keys.shape[2]
+    step = length if metal.available() else _ATTENDED_BLOCK
+    outputs: list[mx.array] = []
+    for start in range(0, length, step):
+        stop = min(start + step, length)
+        seen = tokens - length + stop if isinstance(mask, str) else tokens  # later ones are hidden from all of these
+        part = mask_rows(mask, slice(start, stop)) if isinstance(mask, mx.array) else mask
+        rows = mx.depends(queries[:, :, start:stop], outputs[-1:]) if outputs else queries[:, :, start:stop]
+        outputs.append(
+            mx.fast.scaled_dot_product_attention(
+                rows, keys[:, :, :seen], values[:, :, :seen], scale=scale, mask=part, sinks=sinks
+            )
+        )
+    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 
 def concat_stored(stored: Sequence[Bucket], slot: int, chunk: mx.array) -> mx.array:
