@@ -16,6 +16,7 @@ from mlxkv.live.arrays import KeysValues
 
 MASKED = -1e38  # score of what a bool mask hides; finite, so that a query that sees nothing gives no NaN
 _LOG2_E = math.log2(math.e)
+_FEW_SCORES = 2**26  # that may be in memory at once
 _ATTENDED_BLOCK = 256  # queries whose scores are held in memory at a time on a CPU
 _QUERY_BLOCK = 64  # queries whose attention weights are held in memory at a time
 
@@ -129,8 +130,8 @@ def _attention_in_blocks(
     sinks: mx.array | None,
 ) -> mx.array:
     """Return mlx's attention; on a CPU, where it holds all scores in memory, of a few hundred queries at a time."""
-    length, tokens = queries.shape[2], keys.shape[2]
-    step = length if metal.available() else _ATTENDED_BLOCK
+    heads, (length, tokens) = queries.shape[0] * queries.shape[1], (queries.shape[2], keys.shape[2])
+    step = length if metal.available() or heads * length * tokens <= _FEW_SCORES else _ATTENDED_BLOCK
     outputs: list[mx.array] = []
     for start in range(0, length, step):
         stop = min(start + step, length)

@@ -7,7 +7,6 @@ from collections.abc import Collection
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import PromptProcessingBatch
 
 from mlxkv.errors import UnsupportedError
 
@@ -57,6 +56,8 @@ def _reason(model: Any, layers: Collection[int]) -> str | None:
 
 def _difference(model: Any, layers: Collection[int]) -> float:
     """Return how far the logits of two texts in a batch are from those of each alone, of their own deviation."""
+    from mlx_lm.generate import PromptProcessingBatch  # with transformers, which planning does without
+
     from mlxkv.live.base import cache_class_of  # which need this file
     from mlxkv.live.seam import assemble_cache, live_config
 

@@ -86,8 +86,9 @@ def test_bytes_are_a_mean_over_what_the_chunks_find():
     model, text = tiny_model("llama"), tiny_tokens(128 + 32 + 1)
     record = named(measure_while_growing(model, VARIANTS, text, 128), "int4")
     held = VARIANTS[1].build(model, text[:128]).sizes["cache_bytes"]
-    assert record["cache_bytes"] == held + 16 * FP16_BYTES / 2  # two chunks find 0 and 16 in the tail
-    shares = [held / (128 * FP16_BYTES), (held + 16 * FP16_BYTES) / (144 * FP16_BYTES)]
+    # Two chunks find 4 rows in the tail, and 20 in room for 32.
+    assert record["cache_bytes"] == held + 28 * FP16_BYTES / 2
+    shares = [held / (128 * FP16_BYTES), (held + 28 * FP16_BYTES) / (144 * FP16_BYTES)]
     assert record["share_of_fp16"] == pytest.approx(sum(shares) / 2)
 
 

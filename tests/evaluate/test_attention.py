@@ -126,7 +126,9 @@ def test_weights_are_those_that_the_cache_attends_with(model, method, queries, m
         attention.attention_weights(model, held.cache, entries, tokens[HELD:]), outputs
     ):
         values = np.array(values).repeat(len(weights) // len(values), axis=0)
-        np.testing.assert_allclose(weights @ values, output, atol=2e-4, rtol=2e-4)
+        # A single token is attended to as it is stored, in float16.
+        close = 2e-4 if queries > 1 else 1e-3
+        np.testing.assert_allclose(weights @ values, output, atol=close, rtol=close)
     assert len(outputs) == len(layers)
 
 

@@ -58,7 +58,9 @@ def test_eight_requests_at_once_are_answered_as_one_by_one(folders, widths, meth
         )
     assert [each if isinstance(each, str) else each[0] for each in answers] == expected
     assert max(widths) > 2
-    assert all(cached >= tokens - 2 for _, tokens, cached in longer)
+    # What cannot be cut needs its very cache, and RAM holds ten, of whichever came last.
+    kept = [cached >= tokens - 2 for _, tokens, cached in longer]
+    assert all(kept) if kind == "llama" else any(kept)
 
 
 def test_answers_in_a_batch_are_those_of_generate_and_are_stored(folders, widths, tmp_path):
