@@ -1,4 +1,4 @@
-"""How a call of packed attention is launched: checked once for its shapes, then looked up."""
+"""Launches of packed attention: checked and planned once for their shapes, then looked up."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FULL = 512  # threadgroups that busy any GPU: then splits grow longer, not more
 
 
 class Launch(NamedTuple):
-    """What a launch of a kernel needs besides arrays; the same for every layer, and for 16 tokens in a row."""
+    """Plan of a launch, without its arrays; the same for every layer, and for 16 tokens in a row."""
 
     template: list[tuple[str, object]]
     grid: tuple[int, int, int]

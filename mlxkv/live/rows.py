@@ -19,7 +19,7 @@ _ENDLESS = 2**62  # tokens of a row that no padding follows
 
 
 class RowPart(NamedTuple):
-    """What a row takes of the call that is under way.
+    """Part of a call that a row takes.
 
     Parameters
     ----------

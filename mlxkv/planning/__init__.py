@@ -1,4 +1,4 @@
-"""What the caches of a model will take, before anything is downloaded: from its config.json alone."""
+"""Forecast of the bytes of a model's caches from its config.json alone, before anything is downloaded."""
 
 from __future__ import annotations
 

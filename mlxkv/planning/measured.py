@@ -1,4 +1,4 @@
-"""What caches cost in predictions, as measured: `measured.json`, which benchmarks/planned.py writes from results."""
+"""Measured costs of caches in predictions: `measured.json`, which benchmarks/planned.py writes from results."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class SmartKVConfig(Config):
 
 
 class Packed(NamedTuple):
-    """What follows from the packed tokens of a layer, until the next of them.
+    """Buckets of a layer's packed tokens and the next flush, made anew when tokens are packed.
 
     Parameters
     ----------
