@@ -1,13 +1,12 @@
-"""Attention of one new token over tokens in digits of 2 bits: coordinates in a basis of each head's own, some finer than others.
+"""Attention of one new token over rows of 2-bit digits, the packed tokens of the live method `klt`, never unpacked to keys.
 
-A row of a bucket is a token. Channel i of the row is a code of n digits, n = 0..4, `c = sum_j 4^(n-1-j) (d_j - 1.5)`; its coordinate is
-the code times a step, and the token is the mean and the sum of coordinates times the basis' columns. So the product of a query with a row is a product
-of digits with an expanded query, and rows are never put together (`DigitSlot` says how digits, places and scales are kept).
+A key is mean + basis @ codes, so its product with a query is one of the codes with the query's coordinates. A code is a sum of
+digits times powers of 4: the query is expanded to one number a digit, once a token, and the digits are multiplied as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,352 +14,288 @@ import mlx.core as mx
 import numpy as np
 
 from mlxkv.errors import MismatchError
+from mlxkv.kernels._products import exponentials
 
+TILE = 128  # rows of a bucket that share a scale a channel
+UNIT = 127  # what 1 is in a basis
+DIGITS = 4  # of a channel, at most
+STEPS = (0.0, 0.9957, 0.3352, 0.1041, 0.0308)  # of a uniform quantizer of a Gaussian with as many digits, in deviations
+PLANES = (1.0, 4.0, 16.0, 64.0)  # what the digits of a byte count for
 Pair = tuple[mx.array, mx.array]
-
-BUCKETS = 3  # of a slot: tokens of one bucket have equally many digits
-DIGITS = 4  # of a byte
-TILE_ROWS = 128  # rows of a bucket that share the scales of their channels
-MIDDLE = 1.5  # of the values 0..3 that a digit has
-SCALE_STEPS = 8  # steps of a scale in an octave
-SCALE_ZERO = 128  # the byte of a scale that is 1
 
 
 class DigitSlot(NamedTuple):
-    """Keys or values of the packed tokens of one layer, in three buckets.
+    """Keys, or values, of packed tokens in three buckets a, b and c, the most important first.
+
+    A row of a bucket has N digits, N a multiple of 4: digit p is in byte p % (N / 4), in its bits 2 * (p // (N / 4)) and the next.
 
     Parameters
     ----------
     basis
-        int8 `[B, Hkv, D, D]`: its columns are directions, each times a factor of its own.
-    place
-        float16 `[B, Hkv, N0 + N1 + N2]`: what a digit of each bucket counts, for a scale of 1; the factor of its column is in it.
+        int8 `[B, H, D, D]`: the directions are its columns, in units of 1 / 127.
     order
-        uint8, or uint16 where D > 256, `[B, Hkv, max N]`: the channel (column) that a digit belongs to. All buckets share it: bucket b has
-        the first Nb.
+        uint8 or uint16 `[B, H, largest N]`: the channel (column) that each digit is of. A bucket has the first N.
+    place
+        float16 `[B, H, N of a + N of b + N of c]`: what a digit of a bucket counts for, in standard deviations; of the byte with its
+        other digits masked.
     mean
-        float16 `[B, Hkv, D]`, which is not in the digits.
-    codes
-        uint8 `[B, Hkv, Tb, Nb / 4]` for each bucket: digit p is in bits 2 (p % 4) of byte p // 4.
-    scales
-        uint8 `[B, Hkv, ceil(Tb / 128), D]` for each bucket: `2 ** ((u - 128) / 8)` scales a channel in 128 rows.
+        float16 `[B, H, D]`.
+    codes_a, codes_b, codes_c
+        uint8 `[B, H, rows, N / 4]`.
+    scales_a, scales_b, scales_c
+        uint8 `[B, H, tiles, D]`: of each 128 rows, eighths of the binary logarithm of a channel's standard deviation, plus 128.
     """
 
     basis: mx.array
-    place: mx.array
     order: mx.array
+    place: mx.array
     mean: mx.array
-    codes: tuple[mx.array, ...]
-    scales: tuple[mx.array, ...]
+    codes_a: mx.array
+    codes_b: mx.array
+    codes_c: mx.array
+    scales_a: mx.array
+    scales_b: mx.array
+    scales_c: mx.array
 
-    def digits(self, bucket: int) -> int:
-        """Return Nb, the number of digits of a row.
+    @property
+    def codes(self) -> tuple[mx.array, mx.array, mx.array]:
+        """Rows of each bucket."""
+        return self.codes_a, self.codes_b, self.codes_c
 
-        Parameters
-        ----------
-        bucket
-            0 to 2.
+    @property
+    def scales(self) -> tuple[mx.array, mx.array, mx.array]:
+        """Scales of each bucket."""
+        return self.scales_a, self.scales_b, self.scales_c
 
-        Returns
-        -------
-        int
-            A multiple of 4.
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Number of rows of each bucket."""
+        return tuple(codes.shape[2] for codes in self.codes)
+
+    def buckets(self) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
+        """Return codes, scales and places of each bucket.
+
+        Yields
+        ------
+        tuple of mx.array
+            uint8 `[B, H, rows, N / 4]`, uint8 `[B, H, tiles, D]`, float16 `[B, H, N]`.
         """
-        return DIGITS * int(self.codes[bucket].shape[-1])
-
-    def places(self, bucket: int) -> slice:
-        """Return where a bucket's digits are in `place`.
-
-        Parameters
-        ----------
-        bucket
-            0 to 2.
-
-        Returns
-        -------
-        slice
-            Of the last axis.
-        """
-        start = sum(self.digits(before) for before in range(bucket))
-        return slice(start, start + self.digits(bucket))
+        start = 0
+        for codes, scales in zip(self.codes, self.scales):
+            stop = start + 4 * codes.shape[-1]
+            yield codes, scales, self.place[..., start:stop]
+            start = stop
 
 
 class DigitRows(NamedTuple):
-    """Keys and values of the packed tokens of one layer; bucket b of both has the same tokens in the same order.
+    """Keys and values of the same packed tokens, a row for a row.
 
     Parameters
     ----------
-    keys
-        Dims D.
-    values
-        Dims Dv; N of its own.
+    keys, values
+        Of dims D and Dv, with digits of their own.
     """
 
     keys: DigitSlot
     values: DigitSlot
 
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """Number of rows of each bucket."""
-        return tuple(int(codes.shape[2]) for codes in self.keys.codes)
 
-
-def digit_attention(
-    queries: mx.array, sinks: Pair | None, packed: DigitRows, tail: Pair, scale: float, rows: int
-) -> tuple[mx.array, mx.array]:
-    """Return softmax(scale * queries . keys) . values of one token, accumulated in float32, and the attention that the tail gets.
-
-    Parameters
-    ----------
-    queries
-        `[B, Hq, 1, D]`, float32, float16 or bfloat16. Hq is a multiple of Hkv: query head h reads key/value head
-        h // (Hq // Hkv).
-    sinks
-        Unquantized keys `[B, Hkv, n, D]` and values `[B, Hkv, n, Dv]` of one float type; None for none.
-    packed
-        Packed tokens.
-    tail
-        Unquantized keys `[B, Hkv, n, D]` and values `[B, Hkv, n, Dv]` of one float type: a buffer.
-    scale
-        Factor on the products, such as D**-0.5.
-    rows
-        How many rows of the tail count, 1 to n.
-
-    Returns
-    -------
-    tuple of mx.array
-        The output `[B, Hq, 1, Dv]` of queries' type, and `[B, Hkv, rows]` float32: the attention probability of each token of the
-        tail, summed over the query heads that share its key/value head.
-
-    Raises
-    ------
-    MismatchError
-        For shapes that do not fit together.
-    """
-    return reference_digit_attention(queries, sinks, packed, tail, scale, rows)
-
-
-def reference_digit_attention(
-    queries: mx.array, sinks: Pair | None, packed: DigitRows, tail: Pair, scale: float, rows: int
-) -> tuple[mx.array, mx.array]:
-    """Attend by array operations; digits are widened, and rows are not put together.
-
-    Parameters
-    ----------
-    queries, sinks, packed, tail, scale, rows
-        See `digit_attention`.
-
-    Returns
-    -------
-    tuple of mx.array
-        See `digit_attention`.
-    """
-    check(queries, sinks, packed, tail, rows)
-    B, Hq, _, D = queries.shape
-    Hkv = tail[0].shape[1]
-    grouped = (queries.astype(mx.float32) * scale).reshape(B, Hkv, Hq // Hkv, D)
-    plain = [(k[:, :, :rows], v[:, :, :rows]) for k, v in ([] if sinks is None else [sinks])]
-    plain.append((tail[0][:, :, :rows], tail[1][:, :, :rows]))
-    scores = digit_scores(grouped, packed.keys)
-    scores += [grouped @ k.astype(mx.float32).swapaxes(-1, -2) for k, _ in plain]
-    weights = mx.softmax(mx.concatenate(scores, axis=-1), axis=-1, precise=True)
-    count = sum(packed.counts)
-    output, start = digit_sums(weights[..., :count], packed.values), count
-    for _, v in plain:
-        output = output + weights[..., start : start + v.shape[2]] @ v.astype(mx.float32)
-        start += v.shape[2]
-    mass = weights[..., start - rows :].sum(axis=-2)
-    return output.reshape(B, Hq, 1, -1).astype(queries.dtype), mass
-
-
-def check(queries: mx.array, sinks: Pair | None, packed: DigitRows, tail: Pair, rows: int) -> None:
-    """Check that all shapes fit together.
-
-    Parameters
-    ----------
-    queries, sinks, packed, tail, rows
-        See `digit_attention`.
-
-    Raises
-    ------
-    MismatchError
-        When they do not.
-    """
-    B, Hq, L, D = queries.shape
-    Hkv, Dv = packed.values.basis.shape[1], packed.values.basis.shape[-1]
-    if L != 1 or Hq % Hkv:
-        raise MismatchError(f"queries {queries.shape}: expected one token and a multiple of {Hkv} heads")
-    for keys, values in (tail,) if sinks is None else (sinks, tail):
-        if keys.shape != (B, Hkv, keys.shape[2], D) or values.shape != (B, Hkv, keys.shape[2], Dv):
-            raise MismatchError(f"keys {keys.shape} and values {values.shape} do not fit queries {queries.shape}")
-    if packed.keys.basis.shape != (B, Hkv, D, D) or not 0 < rows <= tail[0].shape[2]:
-        raise MismatchError(
-            f"a basis {packed.keys.basis.shape} and {rows} of {tail[0].shape[2]} rows do not fit queries {queries.shape}"
-        )
-
-
-def digit_scores(queries: mx.array, slot: DigitSlot) -> list[mx.array]:
-    """Multiply queries by the transpose of packed keys.
-
-    Parameters
-    ----------
-    queries
-        `[B, Hkv, G, D]` float32.
-    slot
-        Keys.
-
-    Returns
-    -------
-    list of mx.array
-        `[B, Hkv, G, Tb]` float32 for each bucket.
-    """
-    B, H, G, _ = queries.shape
-    turned = queries @ slot.basis.astype(mx.float32)
-    constant = queries @ mx.expand_dims(slot.mean.astype(mx.float32), -1)  # [B, H, G, 1]
-    found: list[mx.array] = []
-    for b, codes in enumerate(slot.codes):
-        T, N = codes.shape[2], slot.digits(b)
-        if not N or not T:
-            found.append(mx.broadcast_to(constant, (B, H, G, T)))
-            continue
-        factors = digit_factors(slot, b)  # [B, H, tiles, N]
-        at = mx.broadcast_to(slot.order[:, :, None, :N].astype(mx.uint32), (B, H, G, N))
-        expanded = mx.take_along_axis(turned, at, axis=-1)[:, :, None] * factors[:, :, :, None]  # [B, H, tiles, G, N]
-        digits = _in_tiles(widen(codes))
-        products = digits @ expanded.swapaxes(-1, -2) - MIDDLE * expanded.sum(axis=-1)[..., None, :]
-        found.append(products.reshape(B, H, -1, G)[:, :, :T].swapaxes(-1, -2) + constant)
-    return found
-
-
-def digit_sums(weights: mx.array, slot: DigitSlot) -> mx.array:
-    """Sum packed values with weights.
-
-    Parameters
-    ----------
-    weights
-        `[B, Hkv, G, T0 + T1 + T2]` float32, in the order of the buckets.
-    slot
-        Values.
+@lru_cache(1)
+def deviations() -> mx.array:
+    """Return the standard deviation that each scale stands for.
 
     Returns
     -------
     mx.array
-        `[B, Hkv, G, Dv]` float32.
+        float32 `[256]`.
     """
-    B, H, G, _ = weights.shape
-    D, start = slot.basis.shape[-1], 0
-    sums = mx.zeros((B, H, G, D))
-    for b, codes in enumerate(slot.codes):
-        T, N = codes.shape[2], slot.digits(b)
-        own, start = weights[..., start : start + T], start + T
-        if N and T:
-            tiled = _in_tiles(own.swapaxes(-1, -2)).swapaxes(-1, -2)  # [B, H, tiles, G, rows]
-            digits = tiled @ _in_tiles(widen(codes)) - MIDDLE * tiled.sum(axis=-1, keepdims=True)
-            total = (digits * digit_factors(slot, b)[:, :, :, None]).sum(axis=2)  # [B, H, G, N]
-            at = mx.broadcast_to(slot.order[:, :, None, :N].astype(mx.uint32), (B, H, G, N))
-            sums = sums + _added_at(at, total, D)
-    turned = sums @ slot.basis.astype(mx.float32).swapaxes(-1, -2)
-    return turned + weights.sum(axis=-1, keepdims=True) * slot.mean.astype(mx.float32)[:, :, None]
-
-
-def digit_factors(slot: DigitSlot, bucket: int) -> mx.array:
-    """Return what each digit of a bucket counts in each tile.
-
-    Parameters
-    ----------
-    slot
-        Keys or values.
-    bucket
-        0 to 2.
-
-    Returns
-    -------
-    mx.array
-        `[B, Hkv, tiles, Nb]` float32.
-    """
-    sigma = scales_of(slot.scales[bucket])
-    at = slot.order[:, :, None, : slot.digits(bucket)].astype(mx.uint32)
-    at = mx.broadcast_to(at, (*sigma.shape[:3], at.shape[-1]))
-    return mx.take_along_axis(sigma, at, axis=-1) * slot.place[:, :, None, slot.places(bucket)].astype(mx.float32)
-
-
-def scales_of(codes: mx.array) -> mx.array:
-    """Return the scales that bytes stand for.
-
-    Parameters
-    ----------
-    codes
-        uint8, any shape.
-
-    Returns
-    -------
-    mx.array
-        float32, of the same shape.
-    """
-    return mx.take(_scale_table(), codes)
-
-
-def widen(codes: mx.array) -> mx.array:
-    """Return the digits of bytes.
-
-    Parameters
-    ----------
-    codes
-        uint8 `[..., n]`.
-
-    Returns
-    -------
-    mx.array
-        0, 1, 2 or 3 as float32, `[..., 4 n]`.
-    """
-    return mx.take(_digit_table(), codes, axis=0).reshape(*codes.shape[:-1], -1)
-
-
-def _in_tiles(x: mx.array) -> mx.array:
-    """Split `[B, H, T, n]` into tiles `[B, H, tiles, 128, n]`, with zeros after the last row."""
-    B, H, T, n = x.shape
-    if T % TILE_ROWS:
-        x = mx.pad(x, [(0, 0), (0, 0), (0, -T % TILE_ROWS), (0, 0)])
-    return x.reshape(B, H, -1, TILE_ROWS, n)
-
-
-def _added_at(at: mx.array, values: mx.array, size: int) -> mx.array:
-    """Add values `[..., N]` up by their channels, `[..., size]`."""
-    chosen = at[..., 0, :, None] == mx.arange(size)
-    return values @ chosen.astype(mx.float32)
+    return mx.array(np.exp2((np.arange(256) - 128) / 8).astype(np.float32))
 
 
 @lru_cache
-def _scale_table() -> mx.array:
-    return mx.array(np.exp2((np.arange(256) - SCALE_ZERO) / SCALE_STEPS).astype(np.float32))
-
-
-@lru_cache
-def _digit_table() -> mx.array:
-    return mx.array((np.arange(256)[:, None] >> 2 * np.arange(DIGITS) & 3).astype(np.float32))
-
-
-def pack_digits(digits: mx.array) -> mx.array:
-    """Pack digits into bytes.
+def middles(digits: int) -> mx.array:
+    """Return the middle of the range of each masked digit of a row.
 
     Parameters
     ----------
     digits
-        0 to 3 of any integer type, `[..., N]`; N is a multiple of 4.
+        N, of the row.
 
     Returns
     -------
     mx.array
-        uint8 `[..., N / 4]`.
+        float32 `[N]`.
     """
-    parts = [digits[..., j::DIGITS].astype(mx.uint8) << (2 * j) for j in range(DIGITS)]
-    return parts[0] | parts[1] | parts[2] | parts[3]
+    return mx.array(1.5 * np.repeat(np.array(PLANES, np.float32), digits // 4))
 
 
-__all__: Sequence[str] = (
-    "DigitRows",
-    "DigitSlot",
-    "digit_attention",
-    "pack_digits",
-    "reference_digit_attention",
-)
+def channels(slot: DigitSlot) -> mx.array:
+    """Return which channel each digit is of.
+
+    Parameters
+    ----------
+    slot
+        Packed keys or values.
+
+    Returns
+    -------
+    mx.array
+        float32 `[B, H, largest N, D]`, 1 at the digit's channel and 0 elsewhere.
+    """
+    return _identity(slot.basis.shape[-1])[slot.order]
+
+
+def masked_digits(codes: mx.array) -> mx.array:
+    """Return the digits of rows, each times the power of 4 of its place in the byte.
+
+    Parameters
+    ----------
+    codes
+        uint8 `[B, H, rows, N / 4]`.
+
+    Returns
+    -------
+    mx.array
+        float32 `[B, H, tiles, 128, N]`; rows after the last one are 0.
+    """
+    B, H, rows, width = codes.shape
+    tiles = -(-rows // TILE)
+    if rows % TILE:
+        codes = mx.pad(codes, [(0, 0), (0, 0), (0, tiles * TILE - rows), (0, 0)])
+    masked = mx.expand_dims(codes, -2) & _masks()
+    return masked.reshape(B, H, tiles, TILE, 4 * width).astype(mx.float32)
+
+
+def digit_attention(
+    queries: mx.array,
+    sinks: Pair | None,
+    packed: DigitRows,
+    tail: Pair,
+    scale: float,
+    rows: int,
+    logits: mx.array | None = None,
+) -> Pair:
+    """Return softmax(scale * queries . keys) . values of one token, and the attention that the newest tokens get.
+
+    Parameters
+    ----------
+    queries
+        `[B, Hq, 1, D]` of any float type. Hq is a multiple of Hkv: query head h reads key/value head h // (Hq // Hkv).
+    sinks
+        Unquantized keys `[B, Hkv, n, D]` and values `[B, Hkv, n, Dv]`; None for none.
+    packed
+        Packed tokens.
+    tail
+        Keys and values like `sinks`: a buffer whose first `rows` rows are the newest tokens.
+    scale
+        Factor on the products, such as D**-0.5.
+    rows
+        1 or more.
+    logits
+        Attention sinks, `[Hq]`: a logit of each query head that takes part in its softmax and adds nothing to the output (gpt-oss,
+        https://arxiv.org/abs/2508.10925). None for none.
+
+    Returns
+    -------
+    tuple of mx.array
+        The output `[B, Hq, 1, Dv]` of queries' type, accumulated in float32, and the attention probability of each of the
+        newest tokens, summed over the query heads that share its key/value head, `[B, Hkv, rows]` float32.
+
+    Raises
+    ------
+    MismatchError
+        Where keys and values have different rows, or fewer newest tokens are there.
+    """
+    keys, values = packed
+    if keys.rows != values.rows or not 0 < rows <= tail[0].shape[2]:
+        raise MismatchError(
+            f"packed keys have {keys.rows} rows, packed values {values.rows}, and {rows} of {tail[0].shape[2]} newest tokens"
+        )
+    return reference_digit_attention(queries, sinks, packed, tail, scale, rows, logits)
+
+
+def reference_digit_attention(
+    queries: mx.array,
+    sinks: Pair | None,
+    packed: DigitRows,
+    tail: Pair,
+    scale: float,
+    rows: int,
+    logits: mx.array | None = None,
+) -> Pair:
+    """Attend by the array operations that define `digit_attention`.
+
+    Parameters
+    ----------
+    queries, sinks, packed, tail, scale, rows, logits
+        See `digit_attention`.
+
+    Returns
+    -------
+    tuple of mx.array
+        See `digit_attention`.
+    """
+    B, H, D = packed.keys.mean.shape
+    grouped = (queries.astype(mx.float32) * scale).reshape(B, H, -1, D)
+    newest = (tail[0][:, :, :rows], tail[1][:, :, :rows])
+    plain = [newest] if sinks is None else [sinks, newest]
+    scores = [*_packed_scores(grouped, packed.keys), *(grouped @ _columns(k) for k, _ in plain)]
+    weights, total = exponentials(mx.concatenate(scores, axis=-1), logits, False)
+    stops = np.cumsum([part.shape[-1] for part in scores]).tolist()
+    parts: list[mx.array] = list(mx.split(weights / total, stops[:-1], axis=-1))
+    output = _weighted(parts[:3], packed.values)
+    for part, (_, v) in zip(parts[3:], plain):
+        output = output + part @ v.astype(mx.float32)
+    return output.reshape(B, -1, 1, output.shape[-1]).astype(queries.dtype), parts[-1].sum(axis=-2)
+
+
+def _packed_scores(queries: mx.array, keys: DigitSlot) -> list[mx.array]:
+    """Return the products `[B, H, G, rows]` of queries `[B, H, G, D]` with the keys of each bucket."""
+    which = channels(keys)
+    turned = (queries @ keys.basis.astype(mx.float32)) @ (which * (1 / UNIT)).swapaxes(-1, -2)  # [B, H, G, largest N]
+    common = queries @ mx.expand_dims(keys.mean.astype(mx.float32), -1)  # [B, H, G, 1]
+    found = []
+    for codes, scales, place in keys.buckets():
+        digits = place.shape[-1]
+        spread = deviations()[scales] @ which[:, :, :digits].swapaxes(-1, -2)  # [B, H, tiles, N]
+        expanded = mx.expand_dims(turned[..., :digits] * mx.expand_dims(place, -2), 2) * mx.expand_dims(spread, -2)
+        middle = expanded @ mx.expand_dims(middles(digits), -1)
+        products = expanded @ masked_digits(codes).swapaxes(-1, -2) - middle  # [B, H, tiles, G, 128]
+        together = products.swapaxes(2, 3).reshape(*turned.shape[:3], -1)[..., : codes.shape[2]]
+        found.append(together + common)
+    return found
+
+
+def _weighted(weights: list[mx.array], values: DigitSlot) -> mx.array:
+    """Return the sum `[B, H, G, Dv]` of the values of all buckets, with weights `[B, H, G, rows]` of each."""
+    which = channels(values)
+    B, H, G, _ = weights[0].shape
+    coordinates, share = mx.array(0.0), mx.array(0.0)
+    for part, (codes, scales, place) in zip(weights, values.buckets()):
+        digits, tiles = place.shape[-1], scales.shape[2]
+        own = which[:, :, :digits]
+        spread = (deviations()[scales] @ own.swapaxes(-1, -2)) * mx.expand_dims(place, 2)  # [B, H, tiles, N]
+        missing = tiles * TILE - part.shape[-1]
+        filled = mx.pad(part, [(0, 0)] * 3 + [(0, missing)]) if missing else part
+        tiled = filled.reshape(B, H, G, tiles, TILE).swapaxes(2, 3)  # [B, H, tiles, G, 128]
+        total = tiled.sum(axis=-1, keepdims=True)
+        sums = tiled @ masked_digits(codes) - total * middles(digits)
+        coordinates = coordinates + (sums * mx.expand_dims(spread, -2)).sum(axis=2) @ own
+        share = share + total.sum(axis=2)
+    back = (values.basis.astype(mx.float32) * (1 / UNIT)).swapaxes(-1, -2)
+    return coordinates @ back + share * mx.expand_dims(values.mean.astype(mx.float32), -2)
+
+
+def _columns(keys: mx.array) -> mx.array:
+    return keys.astype(mx.float32).swapaxes(-1, -2)
+
+
+@lru_cache(1)
+def _masks() -> mx.array:
+    """Return the bits of each digit of a byte, uint8 `[4, 1]`."""
+    return mx.array([[3], [12], [48], [192]], mx.uint8)
+
+
+@lru_cache
+def _identity(dims: int) -> mx.array:
+    return mx.eye(dims)
