@@ -6,7 +6,7 @@ digits times powers of 4: the query is expanded to one number a digit, once a to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -14,14 +14,33 @@ import mlx.core as mx
 import numpy as np
 
 from mlxkv.errors import MismatchError
+from mlxkv.kernels import metal
+from mlxkv.kernels._digit_launch import TILE, UNIT, layout, newest_rows, nothing
+from mlxkv.kernels._packed_launch import THREADGROUP
 from mlxkv.kernels._products import exponentials
+from mlxkv.kernels.metal import Kernel, factor
+from mlxkv.kernels.operations import Example, Operation, register
 
-TILE = 128  # rows of a bucket that share a scale a channel
-UNIT = 127  # what 1 is in a basis
 DIGITS = 4  # of a channel, at most
 STEPS = (0.0, 0.9957, 0.3352, 0.1041, 0.0308)  # of a uniform quantizer of a Gaussian with as many digits, in deviations
 PLANES = (1.0, 4.0, 16.0, 64.0)  # what the digits of a byte count for
 Pair = tuple[mx.array, mx.array]
+
+_ATTEND = Kernel(
+    "digit_attention",
+    inputs=(
+        "queries", "sinks_k", "sinks_v", "tail_k", "tail_v",
+        "k_basis", "k_order", "k_place", "k_mean", "k_a", "k_b", "k_c", "k_scales_a", "k_scales_b", "k_scales_c",
+        "v_order", "v_place", "v_a", "v_b", "v_c", "v_scales_a", "v_scales_b", "v_scales_c",
+        "logits", "scale", "sizes", "newest",
+    ),
+    outputs=("parts",),
+)  # fmt: skip
+_MERGE = Kernel(
+    "digit_attention_merge",
+    inputs=("parts", "v_basis", "v_order", "v_mean", "sizes", "newest"),
+    outputs=("output", "mass"),
+)
 
 
 class DigitSlot(NamedTuple):
@@ -206,12 +225,8 @@ def digit_attention(
     MismatchError
         Where keys and values have different rows, or fewer newest tokens are there.
     """
-    keys, values = packed
-    if keys.rows != values.rows or not 0 < rows <= tail[0].shape[2]:
-        raise MismatchError(
-            f"packed keys have {keys.rows} rows, packed values {values.rows}, and {rows} of {tail[0].shape[2]} newest tokens"
-        )
-    return reference_digit_attention(queries, sinks, packed, tail, scale, rows, logits)
+    attend = metal_digit_attention if metal.available() else reference_digit_attention
+    return attend(queries, sinks, packed, tail, scale, rows, logits)
 
 
 def reference_digit_attention(
@@ -235,6 +250,7 @@ def reference_digit_attention(
     tuple of mx.array
         See `digit_attention`.
     """
+    _check(packed, tail, rows)
     B, H, D = packed.keys.mean.shape
     grouped = (queries.astype(mx.float32) * scale).reshape(B, H, -1, D)
     newest = (tail[0][:, :, :rows], tail[1][:, :, :rows])
@@ -247,6 +263,78 @@ def reference_digit_attention(
     for part, (_, v) in zip(parts[3:], plain):
         output = output + part @ v.astype(mx.float32)
     return output.reshape(B, -1, 1, output.shape[-1]).astype(queries.dtype), parts[-1].sum(axis=-2)
+
+
+def metal_digit_attention(
+    queries: mx.array,
+    sinks: Pair | None,
+    packed: DigitRows,
+    tail: Pair,
+    scale: float,
+    rows: int,
+    logits: mx.array | None = None,
+) -> Pair:
+    """Attend by the kernel, and merge what its threadgroups found.
+
+    Parameters
+    ----------
+    queries, sinks, packed, tail, scale, rows, logits
+        See `digit_attention`.
+
+    Returns
+    -------
+    tuple of mx.array
+        See `digit_attention`.
+    """
+    _check(packed, tail, rows)
+    keys, values = packed
+    launch = None
+    first = tail if sinks is None or not sinks[0].size else sinks
+    if (first[0].dtype, first[1].dtype) == (tail[0].dtype, tail[1].dtype):
+        launch = layout(
+            queries.shape, queries.dtype, first[0].shape if first is sinks else None, (tail[0].shape, tail[1].shape),
+            tuple(codes.shape for codes in keys.codes), tuple(codes.shape for codes in values.codes), logits is not None,
+        )  # fmt: skip
+    if launch is None:
+        return reference_digit_attention(queries, sinks, packed, tail, scale, rows, logits)
+    count = newest_rows(rows)
+    B, Hq = queries.shape[:2]
+    (parts,) = _ATTEND(
+        inputs=[
+            queries, *first, *tail,
+            keys.basis, keys.order, keys.place, keys.mean, *_filled(keys.codes), *_filled(keys.scales),
+            values.order, values.place, *_filled(values.codes), *_filled(values.scales),
+            queries if logits is None else logits, factor(scale), launch.sizes, count,
+        ],
+        template=launch.template,
+        grid=launch.grid,
+        threadgroup=THREADGROUP,
+        output_shapes=[(B, Hq, launch.width + rows)],
+        output_dtypes=[mx.float32],
+    )  # fmt: skip
+    output, mass = _MERGE(
+        inputs=[parts, values.basis, values.order, values.mean, launch.sizes, count],
+        template=launch.merge_template,
+        grid=launch.merge_grid,
+        threadgroup=THREADGROUP,
+        output_shapes=[launch.shape, (B, tail[0].shape[1], rows)],
+        output_dtypes=[queries.dtype, mx.float32],
+    )
+    return output, mass
+
+
+def _filled(parts: Sequence[mx.array]) -> list[mx.array]:
+    """Return arrays with another in the place of those without elements: no buffer can be empty."""
+    return [part if part.size else nothing() for part in parts]
+
+
+def _check(packed: DigitRows, tail: Pair, rows: int) -> None:
+    """Check that keys and values have the same rows, and that the newest tokens are there."""
+    keys, values = packed
+    if keys.rows != values.rows or not 0 < rows <= tail[0].shape[2]:
+        raise MismatchError(
+            f"packed keys have {keys.rows} rows, packed values {values.rows}, and {rows} of {tail[0].shape[2]} newest tokens"
+        )
 
 
 def _packed_scores(queries: mx.array, keys: DigitSlot) -> list[mx.array]:
@@ -299,3 +387,46 @@ def _masks() -> mx.array:
 @lru_cache
 def _identity(dims: int) -> mx.array:
     return mx.eye(dims)
+
+
+def _example(bits: float) -> Callable[[int], tuple]:
+    """Return a call of 32 query heads over 8 kv heads: 4 sinks, packed tokens of so many bits a dim, 40 of a tail's 48 rows."""
+
+    def slot(random: np.random.Generator, rows: tuple[int, int, int]) -> DigitSlot:
+        widths = [int(16 * bits * share) for share in (1.5, 1.25, 0.875)]  # bytes
+        return DigitSlot(
+            mx.array(random.integers(-30, 31, (1, 8, 128, 128)), mx.int8),
+            mx.array(random.integers(0, 128, (1, 8, 4 * max(widths))), mx.uint8),
+            mx.array(random.uniform(0.005, 0.02, (1, 8, 4 * sum(widths))), mx.float16),
+            mx.array(random.standard_normal((1, 8, 128)), mx.float16),
+            *(mx.array(random.integers(0, 256, (1, 8, n, w)), mx.uint8) for n, w in zip(rows, widths)),
+            *(mx.array(random.integers(100, 124, (1, 8, -(-n // TILE), 128)), mx.uint8) for n in rows),
+        )
+
+    def arguments(tokens: int) -> tuple:
+        random, blocks = np.random.default_rng(0), -(-tokens // 16)
+        queries, first, newest = (
+            mx.array(random.standard_normal(shape)).astype(mx.bfloat16)
+            for shape in ((1, 32, 1, 128), (1, 8, 4, 128), (1, 8, 48, 128))
+        )
+        rows = (blocks, 4 * blocks, 11 * blocks)
+        packed = DigitRows(slot(random, rows), slot(random, rows))
+        return queries, (first, first), packed, (newest, newest), 128**-0.5, 40
+
+    return arguments
+
+
+register(
+    Operation(
+        "digit_attention.digit_attention",
+        digit_attention,
+        reference_digit_attention,
+        metal_digit_attention,
+        (
+            Example("32/8 heads x 128 dims, 2.5 bits, a short text", _example(2.5), 256),
+            Example("32/8 heads x 128 dims, 1.5 bits", _example(1.5)),
+            Example("32/8 heads x 128 dims, 2.5 bits", _example(2.5)),
+            Example("32/8 heads x 128 dims, 2.5 bits", _example(2.5), 32768),
+        ),
+    )
+)
