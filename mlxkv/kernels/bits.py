@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -120,6 +120,11 @@ class QuantizedArray:
     def shape(self) -> tuple[int, ...]:
         """Shape of the array before quantization, `[..., T, D]`."""
         return (*self.words.shape[:-1], self.dim)
+
+    @cached_property
+    def kind(self) -> tuple[Hashable, ...]:
+        """All that the launch of a kernel depends on: shape, bits, tiles, whether rotated, type."""
+        return self.shape, self.bits, self.tile_tokens, self.tile_dims, self.rotated, self.dtype
 
     @property
     def nbytes(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -29,6 +30,8 @@ REGISTER_FLOATS = 2304  # queries and sums that a SIMD-group's registers may hol
 MAX_HEADS = 8  # query heads that a SIMD-group attends with
 MAX_BUCKETS = 8  # that one kernel merges
 MASS_TOKENS = 1024  # whose attention mass one threadgroup of that sums
+_THREADGROUP = (32 * SIMD_GROUPS, 1, 1)
+_FLOAT32 = [mx.float32]
 MAX_DIMS = 576  # of keys or values: threadgroup memory holds that many, and MLA's latents need them
 
 _ATTEND = Kernel(
@@ -117,7 +120,12 @@ def reference_decode_attention(
     tuple[mx.array, mx.array]
         See `decode_attention`.
     """
-    T = _checked_tokens(queries, buckets, bias, sinks)
+    T = _checked_tokens(
+        queries.shape,
+        [(k.shape, k.dtype, v.shape, v.dtype) for k, v in buckets],
+        None if bias is None else bias.shape,
+        None if sinks is None else sinks.shape,
+    )
     B, Hkv, _, Dv = buckets[0][1].shape
     G = queries.shape[1] // Hkv
     if T == 0:
@@ -154,118 +162,137 @@ def metal_decode_attention(
     tuple[mx.array, mx.array]
         See `decode_attention`.
     """
-    T = _checked_tokens(queries, buckets, bias, sinks)
-    B, Hkv, _, Dv = buckets[0][1].shape
-    Hq = queries.shape[1]
-    if T == 0:
+    kinds = tuple((k.kind, v.kind) for k, v in buckets)
+    launches = _launches(
+        queries.shape,
+        queries.dtype,
+        kinds,
+        None if bias is None else bias.shape,
+        None if sinks is None else sinks.shape,
+    )
+    if not launches.buckets:
+        _, Hkv, _, Dv = buckets[0][1].shape
         return _empty_result(queries, Hkv, Dv)
-    rotated = rotate(queries) if any(k.rotated for k, _ in buckets) else queries
-    stored, parts, start = [(k, v) for k, v in buckets if k.shape[-2]], [], 0
-    for k, v in stored:
-        stop = start + k.shape[-2]
-        # Sinks are counted once: in the last bucket, which is always the new token, so that one more kernel is compiled.
-        counted = sinks if stop == T else None
-        added = None if bias is None else bias[..., start:stop]
-        parts.append(_attend(rotated if k.rotated else queries, k, v, scale, added, counted))
-        start = stop
-    turned = sum(v.rotated << i for i, (_, v) in enumerate(stored))
-    template = {
-        "DV": Dv,
-        "GROUP": Hq // Hkv,
-        "BUCKETS": len(parts),
-        "ROTATED": turned,
-        "SPLIT_TOKENS": SPLIT_TOKENS,
-        "MASS_TOKENS": MASS_TOKENS,
-        "SIMD_GROUPS": SIMD_GROUPS,
-        "OUT": queries.dtype,
-    }
+    rotated = rotate(queries) if launches.rotates else queries
+    parts, factors = [], factor(scale)
+    for place, turned, start, stop, last, template, grid, shapes in launches.buckets:
+        k, v = buckets[place]
+        parts += _ATTEND(
+            inputs=[
+                rotated if turned else queries,
+                *_buffers(k),
+                *_buffers(v),
+                queries if bias is None else bias[..., start:stop],
+                queries if sinks is None or not last else sinks,
+                factors,
+            ],
+            template=template,
+            grid=grid,
+            threadgroup=_THREADGROUP,
+            output_shapes=shapes,
+            output_dtypes=_FLOAT32,
+        )
     output, mass = _MERGE(
-        inputs=[*parts, *parts[:1] * (MAX_BUCKETS - len(parts)), turn(Dv) if turned else factor(1.0)],
-        template=list(template.items()),
-        grid=(32 * SIMD_GROUPS, B * (Hq + Hkv * -(-T // MASS_TOKENS)), 1),
-        threadgroup=(32 * SIMD_GROUPS, 1, 1),
-        output_shapes=[(B, Hq, 1, Dv), (B, Hkv, T)],
-        output_dtypes=[queries.dtype, mx.float32],
+        inputs=[*parts, *parts[:1] * (MAX_BUCKETS - len(parts)), launches.turn],
+        template=launches.template,
+        grid=launches.grid,
+        threadgroup=_THREADGROUP,
+        output_shapes=launches.shapes,
+        output_dtypes=launches.dtypes,
     )
     return output, mass
 
 
-def _attend(
-    queries: mx.array,
-    k: QuantizedArray,
-    v: QuantizedArray,
-    scale: float,
-    bias: mx.array | None,
-    sinks: mx.array | None,
-) -> mx.array:
-    """Return, for each query head, sums, maximum and total of each of S splits, then the scores `[B, Hq, S * (Dv + 2) + T]`."""
-    B, Hkv, T, Dv = v.shape
-    Hq, D = queries.shape[1], queries.shape[3]
-    passes = -(-Hq // Hkv // min(MAX_HEADS, max(1, REGISTER_FLOATS // (D + Dv))))
-    splits = -(-T // SPLIT_TOKENS)
-    kinds = (k.bits, *_tile(k), v.bits, *_tile(v), k.dtype == mx.bfloat16, bias is not None, sinks is not None)
-    (parts,) = _ATTEND(
-        inputs=[
-            queries,
-            *_buffers(k),
-            *_buffers(v),
-            queries if bias is None else bias,
-            queries if sinks is None else sinks,
-            factor(scale),
-        ],
-        template=_template(D, Dv, -(-Hq // Hkv // passes), *kinds),
-        grid=(32 * SIMD_GROUPS, splits, B * Hkv * passes),
-        threadgroup=(32 * SIMD_GROUPS, 1, 1),
-        output_shapes=[(B, Hq, splits * (Dv + 2) + T)],
-        output_dtypes=[mx.float32],
-    )
-    return parts
+class _Launch(NamedTuple):
+    """Launch for a bucket, without its arrays."""
+
+    place: int
+    turned: bool
+    start: int
+    stop: int
+    last: bool
+    template: list[tuple[str, int | bool]]
+    grid: tuple[int, int, int]
+    shapes: list[tuple[int, ...]]
+
+
+class _Launches(NamedTuple):
+    """All launches of a call: those for buckets that hold tokens, and the one that merges them."""
+
+    buckets: list[_Launch]
+    rotates: bool
+    template: list[tuple[str, object]]
+    grid: tuple[int, int, int]
+    shapes: list[tuple[int, ...]]
+    dtypes: list[mx.Dtype]
+    turn: mx.array
 
 
 @lru_cache(maxsize=256)
-def _template(
-    D: int,
-    Dv: int,
-    heads: int,
-    k_bits: int,
-    k_tokens: int,
-    k_dims: int,
-    v_bits: int,
-    v_tokens: int,
-    v_dims: int,
-    bfloat: bool,
-    bias: bool,
-    sinks: bool,
-) -> list[tuple[str, int | bool]]:
-    """Return the template of a bucket's kernel, made once for buckets that are alike."""
-    return [
-        ("D", D),
+def _launches(
+    queries: tuple[int, ...],
+    dtype: mx.Dtype,
+    kinds: tuple[tuple[tuple, tuple], ...],
+    bias: tuple[int, ...] | None,
+    sinks: tuple[int, ...] | None,
+) -> _Launches:
+    """Check shapes and types, and plan the launches, once for all layers alike."""
+    T = _checked_tokens(queries, [(k[0], k[-1], v[0], v[-1]) for k, v in kinds], bias, sinks)
+    B, Hq, _, D = queries
+    _, Hkv, _, Dv = kinds[0][1][0]
+    passes = -(-Hq // Hkv // min(MAX_HEADS, max(1, REGISTER_FLOATS // (D + Dv))))
+    launches: list[_Launch] = []
+    start = turned = 0
+    for place, (k, v) in enumerate(kinds):
+        (*_, tokens, _), k_bits, k_tokens, k_dims, k_turned, kept = k
+        _, v_bits, v_tokens, v_dims, v_turned, _ = v
+        if not tokens:
+            continue
+        stop, splits = start + tokens, -(-tokens // SPLIT_TOKENS)
+        turned |= v_turned << len(launches)
+        template: list[tuple[str, int | bool]] = [
+            ("D", D),
+            ("DV", Dv),
+            ("K_BITS", k_bits),
+            ("V_BITS", v_bits),
+            # Dividing by a constant is cheap; unquantized ones have no tiles.
+            ("K_TOKENS", 1 if k_bits >= UNQUANTIZED else k_tokens),
+            ("K_DIMS", 1 if k_bits >= UNQUANTIZED else k_dims),
+            ("V_TOKENS", 1 if v_bits >= UNQUANTIZED else v_tokens),
+            ("V_DIMS", 1 if v_bits >= UNQUANTIZED else v_dims),
+            ("HEADS", -(-Hq // Hkv // passes)),
+            ("BFLOAT", kept == mx.bfloat16),
+            ("SPLIT_TOKENS", SPLIT_TOKENS),
+            ("SIMD_GROUPS", SIMD_GROUPS),
+            ("BIAS", bias is not None),
+            # Sinks are counted once: in the last bucket, which is always the new token, so that one more kernel is compiled.
+            ("SINKS", sinks is not None and stop == T),
+        ]
+        grid = (32 * SIMD_GROUPS, splits, B * Hkv * passes)
+        shapes: list[tuple[int, ...]] = [(B, Hq, splits * (Dv + 2) + tokens)]
+        launches.append(_Launch(place, k_turned, start, stop, stop == T, template, grid, shapes))
+        start = stop
+    merging: list[tuple[str, object]] = [
         ("DV", Dv),
-        ("K_BITS", k_bits),
-        ("V_BITS", v_bits),
-        ("K_TOKENS", k_tokens),
-        ("K_DIMS", k_dims),
-        ("V_TOKENS", v_tokens),
-        ("V_DIMS", v_dims),
-        ("HEADS", heads),
-        ("BFLOAT", bfloat),
+        ("GROUP", Hq // Hkv),
+        ("BUCKETS", len(launches)),
+        ("ROTATED", turned),
         ("SPLIT_TOKENS", SPLIT_TOKENS),
+        ("MASS_TOKENS", MASS_TOKENS),
         ("SIMD_GROUPS", SIMD_GROUPS),
-        ("BIAS", bias),
-        ("SINKS", sinks),
+        ("OUT", dtype),
     ]
-
-
-def _tile(packed: QuantizedArray) -> tuple[int, int]:
-    """Return the tile for the template, since dividing by a constant is cheap; always 1 x 1 for unquantized ones."""
-    return (1, 1) if packed.is_unquantized else (packed.tile_tokens, packed.tile_dims)
+    grid = (32 * SIMD_GROUPS, B * (Hq + Hkv * -(-T // MASS_TOKENS)), 1)
+    return _Launches(
+        launches, any(k[4] for k, _ in kinds), merging, grid, [(B, Hq, 1, Dv), (B, Hkv, T)], [dtype, mx.float32],
+        turn(Dv) if turned else factor(1.0),
+    )  # fmt: skip
 
 
 def _buffers(packed: QuantizedArray) -> tuple[mx.array, mx.array, mx.array]:
     """Return words, bias, scale; words in their place, unread, where unquantized values have none: no buffer can be empty."""
-    if packed.is_unquantized:
-        return packed.words, packed.words, packed.words
-    return packed.words, packed.bias, packed.scale
+    words = packed.words
+    return (words, words, words) if packed.bits >= UNQUANTIZED else (words, packed.bias, packed.scale)
 
 
 def _empty_result(queries: mx.array, kv_heads: int, dims: int) -> tuple[mx.array, mx.array]:
@@ -274,29 +301,34 @@ def _empty_result(queries: mx.array, kv_heads: int, dims: int) -> tuple[mx.array
     return mx.zeros((B, Hq, 1, dims), queries.dtype), mx.zeros((B, kv_heads, 0))
 
 
-def _checked_tokens(queries: mx.array, buckets: Sequence[Bucket], bias: mx.array | None, sinks: mx.array | None) -> int:
+def _checked_tokens(
+    queries: tuple[int, ...],
+    buckets: Sequence[tuple[tuple[int, ...], mx.Dtype, tuple[int, ...], mx.Dtype]],
+    bias: tuple[int, ...] | None,
+    sinks: tuple[int, ...] | None,
+) -> int:
     """Check that all shapes fit together and return the total number of tokens."""
     if not 0 < len(buckets) <= MAX_BUCKETS:
         raise InputError(
             f"{len(buckets)} buckets: attention needs at least one bucket, which may hold 0 tokens, and at most {MAX_BUCKETS}"
         )
-    B, Hq, L, D = queries.shape
-    _, Hkv, _, Dv = buckets[0][1].shape
+    B, Hq, L, D = queries
+    _, Hkv, _, Dv = buckets[0][2]
     if max(D, Dv) > MAX_DIMS:
         raise InputError(f"heads of {D} and {Dv} dims: the kernel's threadgroup memory ends at {MAX_DIMS}")
     if L != 1 or Hq % Hkv:
-        raise MismatchError(f"queries {queries.shape}: expected one token and a multiple of {Hkv} heads")
-    for k, v in buckets:
-        if k.shape != (B, Hkv, k.shape[-2], D) or v.shape != (B, Hkv, k.shape[-2], Dv) or k.dtype != v.dtype:
+        raise MismatchError(f"queries {queries}: expected one token and a multiple of {Hkv} heads")
+    for k, k_dtype, v, v_dtype in buckets:
+        if k != (B, Hkv, k[-2], D) or v != (B, Hkv, k[-2], Dv) or k_dtype != v_dtype:
             raise MismatchError(
-                f"keys {k.shape} {k.dtype} and values {v.shape} {v.dtype} do not fit queries {queries.shape}, "
+                f"keys {k} {k_dtype} and values {v} {v_dtype} do not fit queries {queries}, "
                 f"{Hkv} kv heads and {Dv} value dims"
             )
-    T = sum(k.shape[-2] for k, _ in buckets)
-    if bias is not None and bias.shape not in ((B, 1, T), (B, Hkv, T), (B, Hq, T)):
-        raise MismatchError(f"bias {bias.shape} is not [{B}, 1 or {Hkv} or {Hq}, {T}]")
-    if sinks is not None and sinks.shape != (Hq,):
-        raise MismatchError(f"sinks {sinks.shape} are not [{Hq}], a logit for each query head")
+    T = sum(k[-2] for k, *_ in buckets)
+    if bias is not None and bias not in ((B, 1, T), (B, Hkv, T), (B, Hq, T)):
+        raise MismatchError(f"bias {bias} is not [{B}, 1 or {Hkv} or {Hq}, {T}]")
+    if sinks is not None and sinks != (Hq,):
+        raise MismatchError(f"sinks {sinks} are not [{Hq}], a logit for each query head")
     return T
 
 

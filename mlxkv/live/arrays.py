@@ -42,7 +42,9 @@ def _like(shape: tuple[int, ...], dtype: mx.Dtype) -> QuantizedArray:
     """Return zeros, which are never computed, in the form that buckets have: all but the words is the same for all arrays."""
     like = pack(mx.zeros(shape, dtype), UNQUANTIZED, 1, shape[-1])
     none = mx.array(np.zeros(like.bias.shape, np.float32), dtype)  # there at once: any thread can use it
-    return dataclasses.replace(like, bias=none, scale=none)
+    like = dataclasses.replace(like, bias=none, scale=none)
+    _ = like.kind  # computed here, once for all of them
+    return like
 
 
 def copy_without_parent(x: mx.array) -> mx.array:

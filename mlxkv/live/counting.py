@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import mlx.core as mx
 
 from mlxkv.kernels import metal
-from mlxkv.kernels.bits import QuantizedArray
 from mlxkv.kernels.decode_attention import decode_attention
 from mlxkv.live.arrays import KeysValues, unquantized
 from mlxkv.live.in_place import with_room
@@ -145,7 +143,7 @@ def counted_attention(
         The output `[B, Hq, 1, Dv]`, and `[B, Hkv, T]` float32, summed over the query heads that share a kv head.
     """
     if sinks is not None or metal.available():
-        return decode_attention(queries, [(_described(keys), _described(values))], scale, bias, sinks)
+        return decode_attention(queries, [(unquantized(keys), unquantized(values))], scale, bias, sinks)
     B, H, _, D = keys.shape
     times = _SHIFTED if keys.dtype == mx.float16 and queries.dtype == mx.float32 else 1.0
     if times == 1:
@@ -168,19 +166,3 @@ def _shifted(x: mx.array) -> mx.array:
     so small that it would be rounded.
     """
     return mx.bitwise_and(mx.left_shift(x.view(mx.int16).astype(mx.int32), _PLACES), _NO_SIGNS).view(mx.float32)
-
-
-def _described(array: mx.array) -> QuantizedArray:
-    """Return an array in the form that buckets have; all but the words is made once for each shape and type."""
-    like = _like(tuple(array.shape), array.dtype)
-    if like.words.shape[-1] * 32 != array.shape[-1] * like.bits:
-        return unquantized(array)  # whose rows end within a word
-    same = object.__new__(QuantizedArray)
-    same.__dict__.update(like.__dict__, words=array.view(mx.uint32))
-    return same
-
-
-@lru_cache(maxsize=256)
-def _like(shape: tuple[int, ...], dtype: mx.Dtype) -> QuantizedArray:
-    """Return an array of zeros, which are never computed, in the form that buckets have."""
-    return unquantized(mx.zeros(shape, dtype))
