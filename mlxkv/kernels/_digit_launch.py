@@ -31,6 +31,15 @@ class Launch(NamedTuple):
     sizes: mx.array
 
 
+def check_shapes(queries: Shape, sinks: Shape | None, tail: tuple[Shape, Shape]) -> None:
+    """Check that queries of one token, unquantized keys and the tail's values fit together."""
+    B, Hq, L, D = queries
+    _, H, room, Dv = tail[1]
+    for name, shape, rows in (("the tail's keys", tail[0], room), ("sinks", sinks, sinks and sinks[2])):
+        if shape is not None and (L != 1 or Hq % H or shape != (B, H, rows, D) or tail[1] != (B, H, room, Dv)):
+            raise MismatchError(f"{name} {shape} and values {tail[1]} do not fit queries {queries} of one token")
+
+
 @lru_cache(maxsize=1024)
 def layout(
     queries: Shape,
@@ -42,11 +51,9 @@ def layout(
     logits: bool,
 ) -> Launch | None:
     """Plan a call for its shapes, those of codes among them; None where the kernel does not take them."""
-    B, Hq, L, D = queries
+    check_shapes(queries, sinks, tail)
+    B, Hq, _, D = queries
     _, H, room, Dv = tail[1]
-    for name, shape in (("the tail's keys", tail[0]), ("sinks", sinks or tail[0])):
-        if L != 1 or Hq % H or shape != (B, H, shape[2], D) or tail[1] != (B, H, tail[0][2], Dv):
-            raise MismatchError(f"{name} {shape} and values {tail[1]} do not fit queries {queries} of one token")
     rows = [shape[2] for shape in keys]
     widths = [[shape[3] for shape in slot] for slot in (keys, values)]
     arrays = [math.prod(shape) for shape in (*keys, *values)] + [4 * B * H * max(slot) for slot in widths]

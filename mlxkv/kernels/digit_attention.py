@@ -15,14 +15,17 @@ import numpy as np
 
 from mlxkv.errors import MismatchError
 from mlxkv.kernels import metal
-from mlxkv.kernels._digit_launch import TILE, UNIT, layout, newest_rows, nothing
+from mlxkv.kernels._digit_launch import TILE as TILE
+from mlxkv.kernels._digit_launch import UNIT as UNIT
+from mlxkv.kernels._digit_launch import check_shapes, layout, newest_rows, nothing
 from mlxkv.kernels._packed_launch import THREADGROUP
 from mlxkv.kernels._products import exponentials
 from mlxkv.kernels.metal import Kernel, factor
 from mlxkv.kernels.operations import Example, Operation, register
 
 DIGITS = 4  # of a channel, at most
-STEPS = (0.0, 0.9957, 0.3352, 0.1041, 0.0308)  # of a uniform quantizer of a Gaussian with as many digits, in deviations
+# Steps of a uniform quantizer of a Gaussian with as many digits, in deviations, as bfloat16 has them: 0.9957, 0.3352, ...
+STEPS = (0.0, 0.99609375, 0.3359375, 0.10400390625, 0.03076171875)
 PLANES = (1.0, 4.0, 16.0, 64.0)  # what the digits of a byte count for
 Pair = tuple[mx.array, mx.array]
 
@@ -55,14 +58,14 @@ class DigitSlot(NamedTuple):
     order
         uint8 or uint16 `[B, H, largest N]`: the channel (column) that each digit is of. A bucket has the first N.
     place
-        float16 `[B, H, N of a + N of b + N of c]`: what a digit of a bucket counts for, in standard deviations; of the byte with its
-        other digits masked.
+        bfloat16 `[B, H, N of a + N of b + N of c]`: what a digit of a bucket counts for, in the byte with its other digits masked, where
+        the scale is 1.
     mean
-        float16 `[B, H, D]`.
+        `[B, H, D]` of the type that tokens are stored in.
     codes_a, codes_b, codes_c
         uint8 `[B, H, rows, N / 4]`.
     scales_a, scales_b, scales_c
-        uint8 `[B, H, tiles, D]`: of each 128 rows, eighths of the binary logarithm of a channel's standard deviation, plus 128.
+        uint8 `[B, H, tiles, D]`: of each 128 rows, eighths of the binary logarithm of a channel's scale, plus 128.
     """
 
     basis: mx.array
@@ -97,7 +100,7 @@ class DigitSlot(NamedTuple):
         Yields
         ------
         tuple of mx.array
-            uint8 `[B, H, rows, N / 4]`, uint8 `[B, H, tiles, D]`, float16 `[B, H, N]`.
+            uint8 `[B, H, rows, N / 4]`, uint8 `[B, H, tiles, D]`, bfloat16 `[B, H, N]`.
         """
         start = 0
         for codes, scales in zip(self.codes, self.scales):
@@ -121,7 +124,7 @@ class DigitRows(NamedTuple):
 
 @lru_cache(1)
 def deviations() -> mx.array:
-    """Return the standard deviation that each scale stands for.
+    """Return the factor that each scale stands for.
 
     Returns
     -------
@@ -223,7 +226,7 @@ def digit_attention(
     Raises
     ------
     MismatchError
-        Where keys and values have different rows, or fewer newest tokens are there.
+        Where keys and values have different rows, fewer newest tokens are there, or shapes do not fit together.
     """
     attend = metal_digit_attention if metal.available() else reference_digit_attention
     return attend(queries, sinks, packed, tail, scale, rows, logits)
@@ -251,6 +254,7 @@ def reference_digit_attention(
         See `digit_attention`.
     """
     _check(packed, tail, rows)
+    check_shapes(queries.shape, None if sinks is None else sinks[0].shape, (tail[0].shape, tail[1].shape))
     B, H, D = packed.keys.mean.shape
     grouped = (queries.astype(mx.float32) * scale).reshape(B, H, -1, D)
     newest = (tail[0][:, :, :rows], tail[1][:, :, :rows])
@@ -397,8 +401,8 @@ def _example(bits: float) -> Callable[[int], tuple]:
         return DigitSlot(
             mx.array(random.integers(-30, 31, (1, 8, 128, 128)), mx.int8),
             mx.array(random.integers(0, 128, (1, 8, 4 * max(widths))), mx.uint8),
-            mx.array(random.uniform(0.005, 0.02, (1, 8, 4 * sum(widths))), mx.float16),
-            mx.array(random.standard_normal((1, 8, 128)), mx.float16),
+            mx.array(random.uniform(0.005, 0.02, (1, 8, 4 * sum(widths)))).astype(mx.bfloat16),
+            mx.array(random.standard_normal((1, 8, 128))).astype(mx.bfloat16),
             *(mx.array(random.integers(0, 256, (1, 8, n, w)), mx.uint8) for n, w in zip(rows, widths)),
             *(mx.array(random.integers(100, 124, (1, 8, -(-n // TILE), 128)), mx.uint8) for n in rows),
         )
