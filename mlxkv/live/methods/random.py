@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from hashlib import blake2b
 
 import numpy as np
 
@@ -68,13 +67,7 @@ class RandomCache(SelectingCache):
 
     def evicted_indices(self, count: int) -> list[int]:
         """Draw the tokens to evict."""
-        config, sinks, excess = self.config, self.config.sinks, count - self.config.tokens
-        if excess <= 0:
-            return []
-        seeds, among = [config.seed, self.layer, self.offset], count - config.recent - sinks
-        if excess == 1:
-            # A token is drawn for each that is decoded: a generator of its own would take longer than all else here.
-            drawn = blake2b(b"".join(seed.to_bytes(8, "little") for seed in seeds), digest_size=8).digest()
-            return [sinks + int.from_bytes(drawn, "little") % among]
-        evicted = np.random.default_rng(seeds).choice(among, excess, replace=False)
+        sinks, excess = self.config.sinks, max(0, count - self.config.tokens)
+        draw = np.random.default_rng([self.config.seed, self.layer, self.offset])
+        evicted = draw.choice(max(0, count - self.config.recent - sinks), excess, replace=False)
         return [sinks + index for index in evicted.tolist()]
