@@ -13,7 +13,8 @@ from mlxkv.live.storage import SMALL_CHUNK
 
 METHODS = live_methods.names()
 # So that texts of a hundred tokens are more than a method keeps exactly; each method has some of these.
-SMALL = {"sinks": 2, "tokens": 24, "recent": 8, "heavy": 12, "centroids": 12, "flush": 8}
+SMALL = {"sinks": 2, "tokens": 24, "recent": 8, "heavy": 12, "centroids": 12, "flush": 8, "learn": 16}
+DECODED = ("klt",)  # whose buckets are rounded to the stored type, which attention is not
 WINDOWS = ("mp-kvm", "sliding-window", "streaming-llm")  # of 20 recent tokens
 
 
@@ -98,7 +99,8 @@ class Checked:
                 np.concatenate([part[:, :, :-1], part[:, :, -1:].astype(np.float16)], axis=2) for part in self.seen
             )
             expected = plain_attention(np.array(queries), keys_seen, values_seen, scale, mask, self.bias)
-        np.testing.assert_allclose(output, expected, atol=2e-4, rtol=2e-4)
+        near = 2e-3 if self.cache.method_name in DECODED else 2e-4
+        np.testing.assert_allclose(output, expected, atol=near, rtol=near)
         return output
 
 

@@ -18,7 +18,7 @@ from mlxkv.live.seam import assemble_cache, make_cache
 from mlxkv.live.serialization import load_cache, save_cache
 
 LENGTH = 150
-SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "uint32": 4}
+SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "uint32": 4, "int8": 1, "uint8": 1}
 
 
 def saved(method, path, architecture="llama", **overrides):

@@ -16,7 +16,7 @@ from mlxkv.kernels.digit_attention import (
     masked_digits,
     middles,
 )
-from mlxkv.live.klt.learning import inverse, levels
+from mlxkv.live.klt.learning import inverse, levels, places_of
 
 SHARES = (1, 4, 11)  # sixteenths of the tokens packed at a time that each bucket gets, the most important first
 _PRIOR = 16  # tokens that the tile before counts as, where a tile begins with few
@@ -61,6 +61,8 @@ def append(slot: DigitSlot, x: mx.array, indices: list[mx.array]) -> DigitSlot:
     """
     which = channels(slot)
     z = (x - mx.expand_dims(slot.mean.astype(mx.float32), 2)) @ inverse(slot.basis).swapaxes(-1, -2)
+    first = places_of(which[:, :, : 4 * slot.codes_a.shape[-1]])[..., :1]
+    z = z * mx.expand_dims(first / slot.place[..., :1].astype(mx.float32), 2)  # in the unit that was learnt
     codes: list[mx.array] = []
     scales: list[mx.array] = []
     for (old, before, place), rows in zip(slot.buckets(), indices):

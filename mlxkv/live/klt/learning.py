@@ -15,7 +15,7 @@ AHEAD = 2  # times as many tokens as are there: positions that keys are to be co
 _SMALLEST = 1e-12  # of a variance, beside the largest
 
 
-def learn(x: mx.array, slot: Slot, start: int, digits: tuple[int, int, int]) -> DigitSlot:
+def learn(x: mx.array, slot: Slot, start: int, digits: tuple[int, int, int], dtype: mx.Dtype) -> DigitSlot:
     """Learn from tokens how to code them and those that follow.
 
     Keys turn with their position, and so do their directions. Half of the moments are the tokens' own; the other half those that
@@ -31,6 +31,8 @@ def learn(x: mx.array, slot: Slot, start: int, digits: tuple[int, int, int]) -> 
         Position of the first one.
     digits
         Digits of a row of each bucket; multiples of 4.
+    dtype
+        Type that tokens are stored in.
 
     Returns
     -------
@@ -47,11 +49,13 @@ def learn(x: mx.array, slot: Slot, start: int, digits: tuple[int, int, int]) -> 
     order = _order(values, max(digits))
     B, H, D = mean.shape
     basis = mx.round(vectors * UNIT).astype(mx.int8)
+    unit = mx.power(2.0, mx.floor(mx.log2(mx.maximum(values[..., :1], 1e-37)) / 2))  # exact in every float type
     empty = [mx.zeros((B, H, 0, n // 4), mx.uint8) for n in digits]
     scales = [mx.zeros((B, H, 0, D), mx.uint8) for _ in digits]
-    found = DigitSlot(basis, order, mx.zeros(0), mean.astype(mx.float16), *empty, *scales)
+    found = DigitSlot(basis, order, mx.zeros(0), mean.astype(dtype), *empty, *scales)
     which = channels(found)
-    return found._replace(place=mx.concatenate([_places(which[:, :, :n]) for n in digits], axis=-1).astype(mx.float16))
+    places = mx.concatenate([places_of(which[:, :, :n]) for n in digits], axis=-1)
+    return found._replace(place=(places * unit).astype(mx.bfloat16))
 
 
 def inverse(basis: mx.array) -> mx.array:
@@ -91,12 +95,23 @@ def levels(which: mx.array) -> mx.array:
     return (mx.cumsum(which, axis=-2) * which).sum(axis=-1) - 1
 
 
-def _places(which: mx.array) -> mx.array:
-    """Return what each masked digit of a bucket counts for, `[B, H, N]`, of its channels `[B, H, N, D]`."""
-    count = which @ mx.expand_dims(which.sum(axis=-2), -1)  # [B, H, N, 1]: digits of the digit's channel
-    steps = mx.array(np.array(STEPS, np.float32))[count[..., 0].astype(mx.uint8)]
-    planes = mx.array(np.repeat(PLANES, which.shape[2] // 4), mx.float32)
-    return mx.power(4.0, count[..., 0] - 1 - levels(which)) * steps / planes
+def places_of(which: mx.array) -> mx.array:
+    """Return what each digit of a bucket counts for, of the byte with its other digits masked.
+
+    Parameters
+    ----------
+    which
+        Its channels, `[B, H, N, D]`.
+
+    Returns
+    -------
+    mx.array
+        float32 `[B, H, N]`, in deviations.
+    """
+    count = (which @ mx.expand_dims(which.sum(axis=-2), -1))[..., 0]  # digits of the digit's channel
+    steps = mx.array(np.array(STEPS, np.float32))[count.astype(mx.uint8)]
+    planes = mx.array(np.repeat(np.array(PLANES, np.float32), which.shape[2] // 4))
+    return mx.power(4.0, count - 1 - levels(which)) * steps / planes
 
 
 def _order(variances: mx.array, digits: int) -> mx.array:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -14,7 +16,8 @@ import numpy as np
 
 from mlxkv import lm
 from mlxkv.codec import library
-from mlxkv.errors import FormatError, MlxkvError
+from mlxkv.codec.entries import SHORT
+from mlxkv.errors import FormatError, LibraryWarning, MlxkvError
 from mlxkv.kernels.digit_attention import DIGITS
 from mlxkv.spec import CacheSpec, Slot
 
@@ -225,12 +228,18 @@ _found: dict[int, tuple[weakref.ref[Any], Tables]] = {}
 
 
 def _calibrated(model: Any, spec: CacheSpec) -> Tables | None:
-    try:
+    artifacts = None
+    with suppress(MlxkvError):
         artifacts = library.find(lm.fingerprint(model), spec=spec)
-        if artifacts is None or NAME not in artifacts.meta:
-            return None
+    if artifacts is None or NAME not in artifacts.meta:
+        return None
+    try:
         return Tables.from_json(artifacts.meta[NAME], live_slots(spec))
-    except MlxkvError:
+    except FormatError as error:
+        name = artifacts.fingerprint[:SHORT]
+        warnings.warn(
+            f"of artifacts {name} the split of bytes of klt is not used: {error.message}", LibraryWarning, stacklevel=2
+        )
         return None
 
 

@@ -24,7 +24,6 @@ from mlxkv.live.tail import STEP, Tail
 from mlxkv.spec import CacheSpec
 
 BLOCK = sum(SHARES)  # tokens packed at a time
-LEARN = 256  # tokens that directions are learnt from, at least
 SHORTEST = 1024  # tokens from which on the budget holds
 
 
@@ -43,19 +42,22 @@ class KLTConfig(Config):
         Minimal number of newest tokens that stay unquantized.
     queries
         Number of queries at the end of a chunk whose attention is counted.
+    learn
+        Number of tokens that directions are learnt from, at least: until there are so many, none is packed.
     """
 
     budget: float = number(0.2, least=0.08, most=0.5)
     sinks: int = integer(4)
     recent: int = integer(32)
     queries: int = integer(256, least=1)
+    learn: int = integer(256, least=BLOCK)
 
 
 @live_methods.register("klt")
 class KLTCache(LayerCache):
     """KLT: coordinates in the directions of the text itself, with bits by direction and by the attention a token gets.
 
-    A head's keys vary along few directions, other ones in each text, and so do its values. When the first 256 tokens or
+    A head's keys vary along few directions, other ones in each text, and so do its values. When the first `learn` tokens or
     more are packed (a prompt all at once), their Karhunen-Loeve transform is learnt, and stays. Keys turn with their position, so
     theirs also expects positions up to twice as far. A packed token is its coordinates in 0, 2, 4, 6 or 8 bits, as digits of 2
     bits. Of the tokens that are packed together, the 1/16 that got most attention have most digits, the next 4/16 fewer, the others
@@ -85,7 +87,7 @@ class KLTCache(LayerCache):
     attention
         `[B, Hkv, tokens of the tail]` float32: the attention that each has got from the counted queries.
     seen
-        `[tokens of the tail]` float32: how many of these queries could see it.
+        `[1, 1, tokens of the tail]` float32: how many of these queries could see it.
 
     Notes
     -----
@@ -102,6 +104,8 @@ class KLTCache(LayerCache):
     state_types: ClassVar = {
         "packed_keys": DigitSlot, "packed_values": DigitSlot, "tail": KeysValues, "first": KeysValues,
     }  # fmt: skip
+
+    _learn, _append = staticmethod(learn), staticmethod(coding.append)  # what ablations replace
 
     def __init__(self, config: KLTConfig, spec: CacheSpec, layer: int) -> None:
         super().__init__(config, spec, layer)
@@ -188,19 +192,19 @@ class KLTCache(LayerCache):
     def _count(self, mass: mx.array, new: int) -> None:
         """Add the attention `[B, Hkv, tail]` that the last queries of a chunk of so many tokens gave."""
         queries = min(new, self.config.queries)
-        seen = mx.array(np.minimum(np.arange(new, 0, -1), queries).astype(np.float32))
+        seen = mx.array(np.minimum(np.arange(new, 0, -1), queries).astype(np.float32))[None, None]
         if self.attention is None or self.seen is None:
             self.attention, self.seen = mass, seen
             return
         self.attention = mx.pad(self.attention, [(0, 0), (0, 0), (0, new)]) + mass
-        self.seen = mx.concatenate([self.seen + queries, seen])
+        self.seen = mx.concatenate([self.seen + queries, seen], axis=-1)
 
     def _pack_old(self) -> None:
         """Pack all but the newest tokens, as soon as there is a block of them, at first as soon as there is enough to learn from."""
         tail, config = self._tail, self.config
         assert tail is not None
         begins = self.packed_keys is None
-        sinks, least = (config.sinks, LEARN) if begins else (0, BLOCK)
+        sinks, least = (config.sinks, config.learn) if begins else (0, BLOCK)
         count = (tail.rows - sinks - config.recent) // BLOCK * BLOCK
         if count < least:
             return
@@ -217,17 +221,22 @@ class KLTCache(LayerCache):
             self._digits() if begins else (None, None),
         ):  # fmt: skip
             rows = x.astype(mx.float32)
-            held = part if digits is None else learn(rows, slot, self._offset - tail.rows + sinks, digits)
+            held = (
+                part if digits is None else self._learn(rows, slot, self._offset - tail.rows + sinks, digits, x.dtype)
+            )
             assert held is not None
-            setattr(self, name, coding.append(held, rows, indices))
+            setattr(self, name, self._append(held, rows, indices))
         rest = sinks + count
         self._tail = Tail.copy_of(tokens.slice_tokens(rest, tail.rows))
-        self.attention, self.seen = self.attention[..., rest:], self.seen[rest:]
+        self.attention, self.seen = self.attention[..., rest:], self.seen[..., rest:]
 
     def _digits(self) -> tuple[tables.Digits, tables.Digits]:
         """Return how many digits each bucket's rows have, of keys and of values."""
-        model = None if self._group is None else self._group.model()
-        return _split(tables.tables_of(model, self.spec), self.config, self.spec, self._offset)[self.layer]
+        return _split(self._tables(), self.config, self.spec, self._offset)[self.layer]
+
+    def _tables(self) -> tables.Tables:
+        """Return what errors in each layer cost."""
+        return tables.tables_of(None if self._group is None else self._group.model(), self.spec)
 
     def check_state(self) -> None:
         """Check the packed tokens, then what every method has; no token may be missing."""
@@ -247,7 +256,7 @@ class KLTCache(LayerCache):
         if self.tail is not None:
             rows = self.tail.tokens
             check_array(self.attention, "attention", (*self.tail.keys.shape[:2], rows), mx.float32)
-            check_array(self.seen, "seen", (rows,), mx.float32)
+            check_array(self.seen, "seen", (1, 1, rows), mx.float32)
         elif self.offset:
             raise FormatError("there is no tail")
 
@@ -279,7 +288,7 @@ def _check_slot(packed: Any, name: str, heads: int, dim: int) -> None:
         raise FormatError(f"{name} should be packed rows, not {str(packed)[:40]!r}")
     batch = packed.mean.shape[0] if packed.mean.ndim else 0
     check_array(packed.basis, f"{name}.basis", (batch, heads, dim, dim), mx.int8)
-    check_array(packed.mean, f"{name}.mean", (batch, heads, dim), mx.float16)
+    check_array(packed.mean, f"{name}.mean", (batch, heads, dim))
     check_values(packed.mean, f"{name}.mean")
     widths: list[int] = []
     for letter, codes, scales in zip("abc", packed[4:7], packed[7:]):
@@ -290,9 +299,8 @@ def _check_slot(packed: Any, name: str, heads: int, dim: int) -> None:
     if not widths or min(widths) < 1 or max(widths) > DIGITS * dim:
         raise FormatError(f"{name} has rows of {widths} digits, for {dim} dims")
     check_array(packed.order, f"{name}.order", (batch, heads, max(widths)), mx.uint8 if dim <= 256 else mx.uint16)
-    if packed.order.size and mx.max(packed.order).item() >= dim:
-        raise FormatError(f"{name}.order names channels that are not there")
-    check_array(packed.place, f"{name}.place", (batch, heads, sum(widths)), mx.float16)
+    check_values(packed.order, f"{name}.order", 0, dim - 1)
+    check_array(packed.place, f"{name}.place", (batch, heads, sum(widths)), mx.bfloat16)
     check_values(packed.place, f"{name}.place", 0)
     if any(rows % share or rows // share != packed.rows[0] for rows, share in zip(packed.rows, SHARES)):
         raise FormatError(f"{name} has buckets of {packed.rows} rows")
