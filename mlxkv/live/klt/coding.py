@@ -19,6 +19,7 @@ from mlxkv.kernels.digit_attention import (
 from mlxkv.live.klt.learning import inverse, levels, places_of
 
 SHARES = (1, 4, 11)  # sixteenths of the tokens packed at a time that each bucket gets, the most important first
+_FARTHEST = 2.0**20  # units from the mean, more than scales reach
 _PRIOR = 16  # tokens that the tile before counts as, where a tile begins with few
 # Of the largest value of a tile, what a scale covers at least, by the digits of a channel.
 _COVERED = (0.0, 0.85, 1.0, 1.0, 1.0)
@@ -60,9 +61,10 @@ def append(slot: DigitSlot, x: mx.array, indices: list[mx.array]) -> DigitSlot:
         With the new rows. What a tile's scale does not cover is clipped.
     """
     which = channels(slot)
-    z = (x - mx.expand_dims(slot.mean.astype(mx.float32), 2)) @ inverse(slot.basis).swapaxes(-1, -2)
     first = places_of(which[:, :, : 4 * slot.codes_a.shape[-1]])[..., :1]
-    z = z * mx.expand_dims(first / slot.place[..., :1].astype(mx.float32), 2)  # in the unit that was learnt
+    units = mx.expand_dims(first / slot.place[..., :1].astype(mx.float32), 2)
+    apart = x * units - mx.expand_dims(slot.mean.astype(mx.float32), 2) * units  # in the unit that was learnt
+    z = mx.clip(apart, -_FARTHEST, _FARTHEST) @ inverse(slot.basis).swapaxes(-1, -2)
     codes: list[mx.array] = []
     scales: list[mx.array] = []
     for (old, before, place), rows in zip(slot.buckets(), indices):

@@ -13,6 +13,7 @@ from mlxkv.spec import Slot
 POSITIONS = 64  # that keys are rotated to
 AHEAD = 2  # times as many tokens as are there: positions that keys are to be coded at
 _SMALLEST = 1e-12  # of a variance, beside the largest
+_LEAST = 2.0**-16  # of the first variance, beside the square of the largest value
 
 
 def learn(x: mx.array, slot: Slot, start: int, digits: tuple[int, int, int], dtype: mx.Dtype) -> DigitSlot:
@@ -39,6 +40,8 @@ def learn(x: mx.array, slot: Slot, start: int, digits: tuple[int, int, int], dty
     DigitSlot
         Of no row. Nothing waits for the device.
     """
+    size = _size(x)  # squares of large values would not be finite
+    x = x / mx.expand_dims(size, -1)
     mean, second = _moments(x)
     if slot.rope is not None:
         moved_mean, moved = _moved(slot, x, start)
@@ -49,10 +52,10 @@ def learn(x: mx.array, slot: Slot, start: int, digits: tuple[int, int, int], dty
     order = _order(values, max(digits))
     B, H, D = mean.shape
     basis = mx.round(vectors * UNIT).astype(mx.int8)
-    unit = mx.power(2.0, mx.floor(mx.log2(mx.maximum(values[..., :1], 1e-37)) / 2))  # exact in every float type
+    unit = size * mx.power(2.0, mx.floor(mx.log2(mx.maximum(values[..., :1], _LEAST)) / 2))  # exact in bfloat16
     empty = [mx.zeros((B, H, 0, n // 4), mx.uint8) for n in digits]
     scales = [mx.zeros((B, H, 0, D), mx.uint8) for _ in digits]
-    found = DigitSlot(basis, order, mx.zeros(0), mean.astype(dtype), *empty, *scales)
+    found = DigitSlot(basis, order, mx.zeros(0), (mean * size).astype(dtype), *empty, *scales)
     which = channels(found)
     places = mx.concatenate([places_of(which[:, :, :n]) for n in digits], axis=-1)
     return found._replace(place=(places * unit).astype(mx.bfloat16))
@@ -112,6 +115,12 @@ def places_of(which: mx.array) -> mx.array:
     steps = mx.array(np.array(STEPS, np.float32))[count.astype(mx.uint8)]
     planes = mx.array(np.repeat(np.array(PLANES, np.float32), which.shape[2] // 4))
     return mx.power(4.0, count - 1 - levels(which)) * steps / planes
+
+
+def _size(x: mx.array) -> mx.array:
+    """Return a power of 2 a head, `[B, H, 1]`, that none of `[B, H, T, D]` is much larger than."""
+    most = mx.abs(x).max(axis=(2, 3))[..., None]
+    return mx.power(2.0, mx.ceil(mx.log2(mx.clip(most, 2.0**-100, 2.0**126))))
 
 
 def _order(variances: mx.array, digits: int) -> mx.array:

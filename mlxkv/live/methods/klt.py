@@ -19,6 +19,7 @@ from mlxkv.live.checks import check_array, check_kept, check_values
 from mlxkv.live.klt import coding, tables
 from mlxkv.live.klt.coding import SHARES
 from mlxkv.live.klt.learning import learn
+from mlxkv.live.methods.int4 import Int4Cache, Int4Config
 from mlxkv.live.storage import to_storage_dtype
 from mlxkv.live.tail import STEP, Tail
 from mlxkv.spec import CacheSpec
@@ -34,8 +35,9 @@ class KLTConfig(Config):
     Parameters
     ----------
     budget
-        Maximal bytes, as a share of the unquantized cache at 2 bytes per element, of all layers together; directions, scales
-        and unquantized tokens are included. Texts shorter than 1,024 tokens may exceed it.
+        Maximal bytes, as a share of the unquantized cache at 2 bytes per element, of all layers without a window together;
+        directions, scales and unquantized tokens are included. Texts shorter than 1,024 tokens may exceed it. Layers with a sliding
+        window have `int4`.
     sinks
         Number of first tokens that stay unquantized.
     recent
@@ -126,6 +128,11 @@ class KLTCache(LayerCache):
     def tail(self, tokens: KeysValues | None) -> None:
         self._tail = None if tokens is None else Tail(*tokens)
 
+    @classmethod
+    def in_windows(cls, config: Config) -> tuple[type[LayerCache], Config] | None:
+        """Return `int4`: a window is too short to learn from, and its tokens leave in the order of the text."""
+        return Int4Cache, Int4Config(sinks=config.sinks) if isinstance(config, KLTConfig) else Int4Config()
+
     @property
     def packed(self) -> DigitRows | None:
         """The packed tokens, None while there are none."""
@@ -140,7 +147,7 @@ class KLTCache(LayerCache):
         tail = self._tail.tokens()
         if self.packed is None:
             return [tail.as_bucket()]
-        keys, values = (unquantized(coding.decoded(slot).astype(tail.keys.dtype)) for slot in self.packed)
+        keys, values = (unquantized(to_storage_dtype(coding.decoded(slot), tail.keys.dtype)) for slot in self.packed)
         return [*([] if self.first is None else [self.first.as_bucket()]), (keys, values), tail.as_bucket()]
 
     @property
