@@ -22,6 +22,7 @@ from mlxkv.live.base import check_consistent
 STEPS = int(
     os.environ.get("BATCH_STEPS", "6")
 )  # of each method and kind of layer; CONTRIBUTING.md has a campaign of thousands
+SEED = os.environ.get("BATCH_SEED", "")  # any text, for other steps than the last time
 STEP_SIZE = 16
 MODELS = {"llama": tiny_model, "gemma3_text": build, "glm4_moe_lite": tiny_model, "lfm2": tiny_model}
 
@@ -30,7 +31,7 @@ MODELS = {"llama": tiny_model, "gemma3_text": build, "glm4_moe_lite": tiny_model
 @pytest.mark.parametrize("method", METHODS)
 def test_requests_that_join_and_leave_are_what_they_are_alone(method, kind):
     try:
-        storm = Storm(kind, method, seed=f"{method}, {kind}, {STEPS}")
+        storm = Storm(kind, method, seed=f"{method}, {kind}, {STEPS}{SEED}")
     except UnsupportedError as error:
         pytest.skip(str(error))
     for _ in range(STEPS):
