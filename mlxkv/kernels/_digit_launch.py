@@ -28,6 +28,7 @@ class Launch(NamedTuple):
     merge_template: list[tuple[str, object]]
     merge_grid: tuple[int, int, int]
     shape: Shape  # of the output
+    gaps: bool  # whether some bucket has no rows, or no digits
     sizes: mx.array
 
 
@@ -57,7 +58,12 @@ def layout(
     rows = [shape[2] for shape in keys]
     widths = [[shape[3] for shape in slot] for slot in (keys, values)]
     arrays = [math.prod(shape) for shape in (*keys, *values)] + [4 * B * H * max(slot) for slot in widths]
-    if max(D, Dv) > MAX_DIMS or min(D, Dv) < SMALLEST or any(0 < size < SMALLEST for size in arrays):
+    if (
+        rows != [shape[2] for shape in values]
+        or max(D, Dv) > MAX_DIMS
+        or min(D, Dv) < SMALLEST
+        or any(0 < size < SMALLEST for size in arrays)
+    ):
         return None
     if not any(widths[0]) or not any(widths[1]) or not sum(rows):
         return None
@@ -82,6 +88,7 @@ def layout(
         merging,
         (THREADGROUP[0], B * H * (group + 1), 1),
         (B, Hq, 1, Dv),
+        0 in arrays,
         mx.array(np.array([*rows, *widths[0], *widths[1], sinks[2] if sinks else 0, room, H, per], np.int32)),
     )
 

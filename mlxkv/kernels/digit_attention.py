@@ -6,7 +6,7 @@ digits times powers of 4: the query is expanded to one number a digit, once a to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -290,24 +290,24 @@ def metal_digit_attention(
     tuple of mx.array
         See `digit_attention`.
     """
-    _check(packed, tail, rows)
-    keys, values = packed
+    k, v = packed
     launch = None
     first = tail if sinks is None or not sinks[0].size else sinks
-    if (first[0].dtype, first[1].dtype) == (tail[0].dtype, tail[1].dtype):
+    if first[0].dtype == tail[0].dtype and first[1].dtype == tail[1].dtype:
         launch = layout(
-            queries.shape, queries.dtype, first[0].shape if first is sinks else None, (tail[0].shape, tail[1].shape),
-            tuple(codes.shape for codes in keys.codes), tuple(codes.shape for codes in values.codes), logits is not None,
+            queries.shape, queries.dtype, None if first is tail else first[0].shape, (tail[0].shape, tail[1].shape),
+            (k.codes_a.shape, k.codes_b.shape, k.codes_c.shape), (v.codes_a.shape, v.codes_b.shape, v.codes_c.shape),
+            logits is not None,
         )  # fmt: skip
-    if launch is None:
+    if launch is None or not 0 < rows <= tail[0].shape[2]:
         return reference_digit_attention(queries, sinks, packed, tail, scale, rows, logits)
+    if launch.gaps:
+        k, v = _filled(k), _filled(v)
     count = newest_rows(rows)
     B, Hq = queries.shape[:2]
     (parts,) = _ATTEND(
         inputs=[
-            queries, *first, *tail,
-            keys.basis, keys.order, keys.place, keys.mean, *_filled(keys.codes), *_filled(keys.scales),
-            values.order, values.place, *_filled(values.codes), *_filled(values.scales),
+            queries, *first, *tail, *k, v.order, v.place, *v[4:],
             queries if logits is None else logits, factor(scale), launch.sizes, count,
         ],
         template=launch.template,
@@ -317,7 +317,7 @@ def metal_digit_attention(
         output_dtypes=[mx.float32],
     )  # fmt: skip
     output, mass = _MERGE(
-        inputs=[parts, values.basis, values.order, values.mean, launch.sizes, count],
+        inputs=[parts, v.basis, v.order, v.mean, launch.sizes, count],
         template=launch.merge_template,
         grid=launch.merge_grid,
         threadgroup=THREADGROUP,
@@ -327,9 +327,9 @@ def metal_digit_attention(
     return output, mass
 
 
-def _filled(parts: Sequence[mx.array]) -> list[mx.array]:
-    """Return arrays with another in the place of those without elements: no buffer can be empty."""
-    return [part if part.size else nothing() for part in parts]
+def _filled(slot: DigitSlot) -> DigitSlot:
+    """Return a slot with another array in the place of those without elements: no buffer can be empty."""
+    return DigitSlot(*(part if part.size else nothing() for part in slot))
 
 
 def _check(packed: DigitRows, tail: Pair, rows: int) -> None:
