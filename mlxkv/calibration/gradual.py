@@ -9,7 +9,7 @@ import itertools
 import os
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -18,6 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlxkv import lm
 from mlxkv.calibration import budget, worth
+from mlxkv.calibration.costs import MOST_STRETCHES, Costs
 from mlxkv.calibration.model_work import ModelWork
 from mlxkv.calibration.prompts import OWN, Distinct, distinct, stretches_of
 from mlxkv.calibration.run import run_stretch
@@ -27,8 +28,8 @@ from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.codec.calibrate import uncalibrated
 from mlxkv.codec.methods.kvtc_rd import KVTCRDConfig
 from mlxkv.codec.session import CacheCodec
-from mlxkv.dump import KVDump
-from mlxkv.errors import InputError, MlxkvError
+from mlxkv.dump import KVDump, read_dump
+from mlxkv.errors import InputError, MlxkvError, UnsupportedError
 from mlxkv.sensitivity import context_length
 from mlxkv.spec import CacheSpec
 
@@ -335,7 +336,21 @@ class Gradual:
             "calibration_kinds": sorted({stretch.kind for stretch in work.stretches}),
             "calibration_seconds": round(self.spent, 1),
         }
-        return replace(artifacts, meta={**artifacts.meta, **meta})
+        return replace(artifacts, meta={**artifacts.meta, **meta, **(yield from self._costs(work))})
+
+    def _costs(self, work: ModelWork) -> Generator[None, None, Mapping[str, Any]]:
+        """Return what errors of each layer cost a live cache, a stretch a step; nothing for a model without live caches."""
+        costs = Costs(self.spec)
+        for index in range(min(len(work.stretches), MOST_STRETCHES)):
+            if not work.is_finished(index):
+                break
+            try:
+                with work.step():
+                    costs.measure(self.model, read_dump(work.path(index)))
+            except UnsupportedError:
+                break
+            yield
+        return costs.facts()
 
 
 def _free_memory() -> int:

@@ -14,6 +14,7 @@ from mlxkv import lm
 from mlxkv.calibration import budget as sizes
 from mlxkv.calibration import training, worth
 from mlxkv.calibration.budget import Budget, Plan
+from mlxkv.calibration.costs import FEWEST_STRETCHES, MOST_STRETCHES, SECONDS, Costs
 from mlxkv.calibration.texts import Stretch, Stretches
 from mlxkv.calibration.training import Training
 from mlxkv.calibration.work import Work
@@ -21,8 +22,8 @@ from mlxkv.codec.artifacts import CalibrationArtifacts
 from mlxkv.codec.calibrate import method_to_calibrate
 from mlxkv.codec.methods.base import CodecConfig
 from mlxkv.codec.session import CacheCodec
-from mlxkv.dump import KVDump
-from mlxkv.errors import InputError
+from mlxkv.dump import KVDump, read_dump
+from mlxkv.errors import InputError, UnsupportedError
 from mlxkv.models import cache_spec
 from mlxkv.sensitivity import dump_with_sensitivity
 
@@ -156,6 +157,7 @@ class Calibration:
         try:
             count = self._collect()
             artifacts = self._learn(count)
+            artifacts = self._cost(artifacts, count)
             artifacts = self._measure(artifacts, count)
         finally:
             self.work.close()
@@ -201,7 +203,10 @@ class Calibration:
     def _rest(self, count: int) -> float:
         """Estimate the seconds after so many stretches are finished."""
         training = sizes.training_seconds(self.spec, self._tokens(count), self._flops)
-        return training + self._measuring(len(self.held_out))
+        return training + self._costing(count) + self._measuring(len(self.held_out))
+
+    def _costing(self, count: int) -> float:
+        return SECONDS * self._pace * min(count, MOST_STRETCHES)
 
     def _measuring(self, texts: int) -> float:
         return sizes.measuring_seconds(texts, len(worth.AROUND), self._pace)
@@ -243,7 +248,7 @@ class Calibration:
 
     def _learn(self, count: int) -> CalibrationArtifacts:
         """Learn from so many finished stretches."""
-        start, after = self.budget.clock(), self._measuring(len(self.held_out))
+        start, after = self.budget.clock(), self._costing(count) + self._measuring(len(self.held_out))
         expected = sizes.training_seconds(self.spec, self._tokens(count), self._flops)
 
         def show(step: str) -> None:
@@ -259,6 +264,24 @@ class Calibration:
             for step in learning.steps():
                 show(step)
             return learning.result()
+
+    def _cost(self, artifacts: CalibrationArtifacts, count: int) -> CalibrationArtifacts:
+        """Measure what errors of each layer cost a live cache, and note it; of as many stretches as time allows."""
+        costs, after = Costs(self.spec), self._measuring(_FEWEST_MEASURED)
+        count, pace = min(count, MOST_STRETCHES), 0.0
+        for index in range(count):
+            if index >= FEWEST_STRETCHES and not self.budget.allows(pace + after):
+                break
+            ahead = (count - index) * (pace or SECONDS * self._pace) + self._measuring(len(self.held_out))
+            self._show("learning: costs of errors by layer", ahead)
+            start = self.budget.clock()
+            try:
+                costs.measure(self.model, read_dump(self.work.path(index)))
+            except UnsupportedError:  # live caches do not work with every model
+                break
+            pace = self.budget.clock() - start
+            mx.clear_cache()
+        return replace(artifacts, meta={**artifacts.meta, **costs.facts()})
 
     def _measure(self, artifacts: CalibrationArtifacts, count: int) -> CalibrationArtifacts:
         """Measure on held-out texts as long as time allows, and note what was found."""

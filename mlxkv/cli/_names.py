@@ -51,7 +51,7 @@ def preset_and_method_names() -> list[str]:
 
 def artifact_ids() -> list[tuple[str, str]]:
     """Return the ids of artifacts in the library, each with what it is of."""
-    from mlxkv.codec import entries
+    from mlxkv.io import entries
 
     items = entries.items()
     return [(entries.short_id(item, items), f"{item.method} of {item.model}") for item in items]

@@ -16,7 +16,7 @@ from mlxkv.cli._output import Json, note, print_record, print_table
 from mlxkv.cli._work import promise, working
 
 if TYPE_CHECKING:
-    from mlxkv.codec.entries import Item
+    from mlxkv.io.entries import Item
 
 command = typer.Typer(
     no_args_is_help=True,
@@ -46,7 +46,7 @@ def list_command(json: Json = False) -> None:
 
     Example: mlxkv artifacts ls
     """
-    from mlxkv.codec import entries
+    from mlxkv.io import entries
 
     items = entries.items()
     rows = [_row(item, items) for item in items]
@@ -132,7 +132,7 @@ def import_command(
 
 def _row(item: Item, items: list[Item]) -> dict[str, Any]:
     """Return what a person wants to know of an entry."""
-    from mlxkv.codec.entries import short_id
+    from mlxkv.io.entries import short_id
 
     return {
         "id": short_id(item, items),

@@ -163,7 +163,7 @@ def _model_type(config: Path) -> Any:
 
 def _artifacts() -> dict[str, Any]:
     """Say where the calibrations of models are, and how many there are."""
-    from mlxkv.codec import entries
+    from mlxkv.io import entries
 
     items, where = entries.items(), entries.home()
     if not items:

@@ -150,7 +150,7 @@ def _container(file: Path) -> dict[str, Any]:
 
 def _where(header: Mapping[str, Any]) -> str | None:
     """Return where the artifacts of a compressed cache are; None where they are not among those that mlxkv finds."""
-    from mlxkv.codec.entries import folder_for
+    from mlxkv.io.entries import folder_for
 
     if "uncalibrated" in header:
         return "the file itself"

@@ -15,16 +15,16 @@ from pathlib import Path
 
 from mlxkv.codec import calibrate
 from mlxkv.codec.artifacts import CalibrationArtifacts
-from mlxkv.codec.entries import SHORT, folder_for
-from mlxkv.codec.entries import Item as Item
-from mlxkv.codec.entries import home as home
-from mlxkv.codec.entries import items as items
-from mlxkv.codec.entries import resolve as resolve
-from mlxkv.codec.entries import short_id as short_id
 from mlxkv.codec.methods.base import codec_methods
 from mlxkv.errors import FormatError, InputError, LibraryWarning, MismatchError, MlxkvError, suggest
 from mlxkv.identity import same_model
 from mlxkv.io.container import Reader, Source
+from mlxkv.io.entries import SHORT, folder_for
+from mlxkv.io.entries import Item as Item
+from mlxkv.io.entries import home as home
+from mlxkv.io.entries import items as items
+from mlxkv.io.entries import resolve as resolve
+from mlxkv.io.entries import short_id as short_id
 from mlxkv.io.folders import private_folder, remove_folder, sweep_all
 from mlxkv.presets import presets_of
 from mlxkv.spec import CacheSpec

@@ -11,11 +11,11 @@ import numpy as np
 
 from mlxkv.codec import calibrate, library
 from mlxkv.codec.artifacts import CalibrationArtifacts
-from mlxkv.codec.entries import folder_for
 from mlxkv.codec.parts import CachePart, PartCodec, StoredPart, decode_parts
 from mlxkv.dump import stream_key
 from mlxkv.errors import InputError, MlxkvError
 from mlxkv.io.container import Reader
+from mlxkv.io.entries import folder_for
 from mlxkv.spec import STREAMS, CacheSpec
 
 DEFAULT_QUALITY = 39.5

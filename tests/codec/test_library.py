@@ -15,8 +15,9 @@ from forging import forge, header_of
 from synthetic import toy_dump
 
 from mlxkv import CacheCodec, CalibrationArtifacts
-from mlxkv.codec import entries, library
+from mlxkv.codec import library
 from mlxkv.errors import InputError, LibraryWarning, MismatchError, MlxkvError, WeakFingerprintWarning
+from mlxkv.io import entries
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 GOLDEN = {name: CalibrationArtifacts.from_dir(FIXTURES / name / "artifacts") for name in ("golden", "golden_rd")}
@@ -233,7 +234,8 @@ def test_a_library_that_cannot_be_made_is_said_with_the_way_out(place, tmp_path,
 
 MANY = """
 from test_library import of
-from mlxkv.codec import entries, library
+from mlxkv.codec import library
+from mlxkv.io import entries
 for n in range(6):
     library.add(of("a.1", shift=n))
     assert library.find("a.1") is not None

@@ -7,17 +7,16 @@ import binascii
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlxkv import lm
-from mlxkv.codec import library
-from mlxkv.codec.entries import SHORT
 from mlxkv.errors import FormatError, LibraryWarning, MlxkvError
+from mlxkv.identity import fingerprint, same_model
+from mlxkv.io import entries
+from mlxkv.io.inputs import MAX_JSON, parse_json, read_bytes
 from mlxkv.kernels.digit_attention import DIGITS
 from mlxkv.spec import CacheSpec, Slot
 
@@ -228,19 +227,22 @@ _found: dict[int, tuple[weakref.ref[Any], Tables]] = {}
 
 
 def _calibrated(model: Any, spec: CacheSpec) -> Tables | None:
-    artifacts = None
-    with suppress(MlxkvError):
-        artifacts = library.find(lm.fingerprint(model), spec=spec)
-    if artifacts is None or NAME not in artifacts.meta:
-        return None
-    try:
-        return Tables.from_json(artifacts.meta[NAME], live_slots(spec))
-    except FormatError as error:
-        name = artifacts.fingerprint[:SHORT]
-        warnings.warn(
-            f"of artifacts {name} the split of bytes of klt is not used: {error.message}", LibraryWarning, stacklevel=2
-        )
-        return None
+    """Return the newest tables of a model in the library of artifacts, of which nothing else is read."""
+    own = ""
+    for item in entries.items():
+        if item.problem:
+            continue
+        try:
+            facts = parse_json(read_bytes(item.folder / "meta.json", MAX_JSON), str(item.folder / "meta.json"))
+            if NAME not in facts:
+                continue
+            own = own or fingerprint(model)  # which reads all weights
+            if same_model(item.model_fingerprint, own):
+                return Tables.from_json(facts[NAME], live_slots(spec))
+        except MlxkvError as error:
+            message = f"artifacts {item.fingerprint[: entries.SHORT]} are skipped: {error.message}"
+            warnings.warn(message, LibraryWarning, stacklevel=2)
+    return None
 
 
 @lru_cache
