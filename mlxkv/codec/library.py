@@ -53,7 +53,7 @@ def add(artifacts: CalibrationArtifacts) -> Path:
     """
     folder, failures = home() / artifacts.fingerprint, 0
     sweep_all(folder.parent)
-    while not _renewed(folder):
+    while not _renewed(folder, artifacts):
         try:
             private_folder(folder.parent)
             artifacts.save(folder, overwrite=folder.exists())
@@ -306,10 +306,11 @@ def _read(item: Item, spec: CacheSpec | None) -> CalibrationArtifacts | None:
     return found
 
 
-def _renewed(folder: Path) -> bool:
-    """Make an entry the newest if it is there and intact, and return whether it is."""
+def _renewed(folder: Path, artifacts: CalibrationArtifacts) -> bool:
+    """Make an entry the newest if it is there, intact and tells as much as these artifacts; return whether it is."""
     try:
-        if CalibrationArtifacts.from_dir(folder).fingerprint != folder.name:
+        found = CalibrationArtifacts.from_dir(folder)
+        if found.fingerprint != folder.name or artifacts.meta.keys() - found.meta.keys():
             return False
     except MlxkvError:
         return False

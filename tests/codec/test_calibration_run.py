@@ -15,7 +15,8 @@ from mlxkv.calibration import budget, run, training, work, worth
 from mlxkv.codec.calibrate import codec_config
 from mlxkv.codec.methods.kvtc_rd import KVTCRDConfig
 from mlxkv.codec.session import CacheCodec
-from mlxkv.errors import InputError
+from mlxkv.errors import InputError, UnsupportedError
+from mlxkv.live.klt.tables import Tables, live_slots
 from mlxkv.models import cache_spec
 from mlxkv.sensitivity import STRETCH_TOKENS
 from mlxkv.spec import CacheSpec, Rope, Slot
@@ -96,6 +97,8 @@ def test_a_model_of_any_kind_is_calibrated_and_the_measured_quality_rises(name):
     dump = lm.dump(model, calibrated.stretches[0].tokens)
     codec = CacheCodec(artifacts)
     assert codec.decompress_dump(codec.compress_dump(dump)).tokens.tolist() == dump.tokens.tolist()
+    slots = live_slots(cache_spec(model))
+    assert Tables.from_json(artifacts.meta["klt"], slots).layers.keys() == slots.keys()
     calibrated.finish()
     assert os.listdir(work.work_home()) == []
 
@@ -228,6 +231,33 @@ def test_what_it_takes_is_said_before_and_again_when_the_speed_is_known(llama):
     size = sum(path.stat().st_size for path in calibrated.work.folder.iterdir())
     assert plans[1].disk_bytes == pytest.approx(size, rel=0.2)
     assert all(0 <= share <= 1 for share in shares)
+
+
+@pytest.mark.parametrize(("seconds", "stretches"), [(1, 2), (45, 4), (1e6, 12)])
+def test_costs_for_live_caches_are_measured_on_as_many_stretches_as_time_allows(llama, monkeypatch, seconds, stretches):
+    counted = []
+
+    def measure(costs, model, dump):
+        counted.append(dump.tokens)
+        clock.now += 10
+
+    clock = Clock()
+    calibrated = prepared(llama, texts=some_texts(words=80, each=6), seconds=seconds, clock=clock)
+    monkeypatch.setattr(run.Costs, "measure", measure)
+    monkeypatch.setattr(calibrated, "_measuring", lambda texts: 0.0)
+    artifacts = calibrated._learn(calibrated._collect())
+    calibrated._cost(artifacts, len(calibrated.stretches))
+    assert len(counted) == stretches < len(calibrated.stretches)
+
+
+def test_a_model_without_live_caches_is_calibrated_all_the_same(llama, monkeypatch):
+    def measure(costs, model, dump):
+        raise UnsupportedError("it chooses tokens by their index")
+
+    monkeypatch.setattr(run.Costs, "measure", measure)
+    artifacts = prepared(llama, texts=some_texts(60)).run()
+    assert artifacts.meta["measured"]
+    assert "klt" not in artifacts.meta
 
 
 def test_rows_in_memory_are_bounded_whatever_the_texts(llama):

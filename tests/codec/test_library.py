@@ -187,6 +187,15 @@ def test_any_value_in_a_meta_json_can_be_listed(key, value, home):
     assert item.tokens is None or item.tokens == value
 
 
+def test_adding_artifacts_again_that_tell_more_of_themselves_adds_what_they_tell(home):
+    folder = library.add(of("a.1"))
+    more = of("a.1")
+    more.meta["klt"] = {"version": 1}
+    assert library.add(more) == folder
+    assert library.add(of("a.1")) == folder  # which tell less, and take nothing away
+    assert library.find("a.1").meta["klt"] == {"version": 1}
+
+
 def test_whatever_else_lies_in_the_folder_is_no_entry(home):
     library.add(of("a.1"))
     (home / ".DS_Store").write_bytes(b"x")
