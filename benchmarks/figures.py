@@ -27,6 +27,7 @@ LOOKS = {
     "uniform": (GRAY, "P"), "int": (GRAY, "P"), "mx.quantize": (GRAY, "P"),
     "h2o": (INDIGO, "X"), "streaming-llm": (OLIVE, "<"), "sliding-window": (OLIVE, ">"), "random": (BLACK, "x"),
     "sketch-topk": (SKY, "p"), "sketch-aggregate": (ORANGE, "h"),
+    "klt": (BLUE, "o"), "turbo": (GREEN, "v"),
     "": (GRAY, "."),  # any other
 }  # fmt: skip
 RECALL = ("#F0496E", "#EBB839", "#0CD79F")  # of needle heatmaps, from 0 to 1

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
 
-from mlxkv import lm
-from mlxkv.config import Config, choice
+from mlxkv import lm, stock
+from mlxkv.config import Config, choice, integer
 from mlxkv.errors import UnsupportedError
 from mlxkv.evaluate.tasks import fidelity
 from mlxkv.evaluate.variants import CachedContext, Variant, baseline, cache_sizes, iter_logits, iter_variants
+from mlxkv.kernels._rotation import rotate, rotate_back
 from mlxkv.kernels.decode_attention import Bucket
 from mlxkv.live import live_config, live_methods
+from mlxkv.live.arrays import KeysValues, append_chunk, concat_pairs
 from mlxkv.live.base import LayerCache, cache_class_of
 from mlxkv.live.packing import PackingCache, quantize_per_token
 from mlxkv.live.seam import make_cache_of
 from mlxkv.models import cache_spec
 from mlxkv.presets import method_preset, preset_names
+from mlxkv.spec import CacheSpec
 
 CONTEXT, PREDICT = 1024, 64  # 64 are one round of a tail that is packed 64 tokens at a time
 CHUNK = 16  # tokens: far faster than single ones, and nearly the same, as every method keeps the newest as they are
@@ -46,6 +50,111 @@ class UniformCache(PackingCache):
     def pack(self, keys: mx.array, values: mx.array) -> Bucket:
         """Quantize keys and values token by token."""
         return quantize_per_token(keys, self.config.bits), quantize_per_token(values, self.config.bits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LloydConfig(Config):
+    """Settings of LloydCache: bits of every value, and tokens that stay as they are, as klt leaves them."""
+
+    bits: int = choice(4, (2, 3, 4))
+    sinks: int = integer(4)
+    recent: int = integer(32)
+    block: int = integer(16, 1)
+
+
+class LloydCache(LayerCache):
+    """Rotated tokens, a norm and Lloyd-Max codes each: a baseline in the manner of TurboQuant.
+
+    A token's key or value is divided by its length, which is kept in float16, and rotated, so that its elements are nearly
+    Gaussian of variance 1 / D; each is coded by itself with the levels that are best for that. Nothing is learnt.
+
+    Notes
+    -----
+    Paper: "TurboQuant: Online Vector Quantization with Near-optimal Distortion Rate", https://arxiv.org/abs/2504.19874, its
+    variant for the least squared error. Departures: the rotation is the project's fixed one by signs and a Hadamard matrix, not a
+    random orthogonal matrix; no outlier channels have more bits; sinks and the newest tokens stay as they are. The code is our own.
+    """
+
+    config_class = LloydConfig
+    config: LloydConfig
+    state_fields = ("codes", "norms", "tail", "first")
+    state_types: ClassVar = {"tail": KeysValues, "first": KeysValues}
+
+    def __init__(self, config: LloydConfig, spec: CacheSpec, layer: int) -> None:
+        super().__init__(config, spec, layer)
+        self.codes: tuple[mx.array, mx.array] | None = None
+        self.norms: tuple[mx.array, mx.array] | None = None
+        self.tail: KeysValues | None = None
+        self.first: KeysValues | None = None
+
+    def buckets(self) -> list[Bucket]:
+        """Return the sinks, the decoded tokens, then the tail."""
+        parts = [self.first, None if self.codes is None else self._decoded(), self.tail]
+        return [part.as_bucket() for part in parts if part is not None]
+
+    def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
+        """Append the chunk to the tail, and code the blocks that are old enough."""
+        self.tail = append_chunk(self.tail, keys, values)
+        start = 0 if self.first is not None else self.config.sinks
+        count = (self.tail.tokens - start - self.config.recent) // self.config.block * self.config.block
+        if count <= 0:
+            return
+        if start:
+            self.first = self.tail.copy_tokens(0, start)
+        made = [lloyd_codes(part, self.config.bits) for part in self.tail.slice_tokens(start, start + count)]
+        (key_codes, key_norms), (value_codes, value_norms) = made
+        codes, norms = (key_codes, value_codes), (key_norms, value_norms)
+        self.codes = codes if self.codes is None else _pair(concat_pairs(self.codes, codes))
+        self.norms = norms if self.norms is None else _pair(concat_pairs(self.norms, norms))
+        self.tail = self.tail.copy_tokens(start + count)
+
+    def _decoded(self) -> KeysValues:
+        assert self.codes is not None
+        assert self.norms is not None
+        assert self.tail is not None
+        made = (lloyd_values(codes, norms, self.config.bits) for codes, norms in zip(self.codes, self.norms))
+        return KeysValues(*(part.astype(self.tail.keys.dtype) for part in made))
+
+
+def _pair(arrays: Iterable[mx.array]) -> tuple[mx.array, mx.array]:
+    first, second = arrays
+    return first, second
+
+
+@cache
+def lloyd_levels(bits: int) -> tuple[float, ...]:
+    """Return the `2**bits` levels that code a standard Gaussian with the least squared error, ascending."""
+    edge = np.linspace(-6, 6, 20_001)
+    density = np.exp(-(edge**2) / 2)
+    levels = np.linspace(-2, 2, 2**bits)
+    for _ in range(500):
+        nearest = np.abs(edge[:, None] - levels).argmin(axis=1)
+        levels = np.array([np.average(edge[nearest == i], weights=density[nearest == i]) for i in range(2**bits)])
+    return tuple(levels.tolist())
+
+
+def lloyd_codes(x: mx.array, bits: int) -> tuple[mx.array, mx.array]:
+    """Code rows `[..., D]`, D a multiple of 8; return bytes `[..., D * bits / 8]` and norms `[..., 1]` in float16."""
+    levels = np.array(lloyd_levels(bits))
+    wide = x.astype(mx.float32)
+    norms = mx.linalg.norm(wide, axis=-1, keepdims=True)
+    unit = rotate(wide / mx.maximum(norms, 1e-20)) * math.sqrt(x.shape[-1])
+    codes = sum((unit > edge).astype(mx.uint32) for edge in ((levels[1:] + levels[:-1]) / 2).tolist())
+    assert isinstance(codes, mx.array)
+    eights = (codes.reshape(*x.shape[:-1], -1, 8) << _eight_places(bits)).sum(axis=-1, keepdims=True)
+    return eights.view(mx.uint8)[..., :bits].reshape(*x.shape[:-1], -1), norms.astype(mx.float16)
+
+
+def lloyd_values(codes: mx.array, norms: mx.array, bits: int) -> mx.array:
+    """Return float32 rows `[..., D]` of what `lloyd_codes` returned."""
+    eights = mx.pad(codes.reshape(*codes.shape[:-1], -1, bits), [(0, 0)] * codes.ndim + [(0, 4 - bits)]).view(mx.uint32)
+    unit = mx.array(lloyd_levels(bits))[(eights >> _eight_places(bits)) & (2**bits - 1)]
+    rows = unit.reshape(*codes.shape[:-1], -1)
+    return rotate_back(rows) * (norms.astype(mx.float32) / math.sqrt(rows.shape[-1]))
+
+
+def _eight_places(bits: int) -> mx.array:
+    return mx.arange(8, dtype=mx.uint32) * bits
 
 
 @cache
@@ -110,7 +219,11 @@ def supported(model: Any, variants: Sequence[Variant]) -> list[Variant]:
 
 
 def measure_while_growing(
-    model: Any, variants: Sequence[Variant], tokens: Sequence[int], context_tokens: int
+    model: Any,
+    variants: Sequence[Variant],
+    tokens: Sequence[int],
+    context_tokens: int,
+    sizes_of: Callable[[Any, Sequence[Any]], dict[str, Any]] = cache_sizes,
 ) -> list[dict[str, Any]]:
     """Score variants as `mlxkv eval fidelity` does, and measure their bytes while the text goes on.
 
@@ -124,6 +237,8 @@ def measure_while_growing(
         The text.
     context_tokens
         Tokens of it that are held first; the others are given CHUNK at a time.
+    sizes_of
+        What counts bytes: `cache_sizes`, or `sizes_of_live`.
 
     Returns
     -------
@@ -139,9 +254,9 @@ def measure_while_growing(
             continue
         stored: list[tuple[float, float]] = []
         parts: list[mx.array] = []
-        restored = cache_sizes(model, held.cache)["fp16_bytes"]  # windows hold fewer tokens than after a prompt's chunk
+        restored = sizes_of(model, held.cache)["fp16_bytes"]  # windows hold fewer tokens than after a prompt's chunk
         for start in range(0, len(following) - 1, CHUNK):
-            now = cache_sizes(model, held.cache)
+            now = sizes_of(model, held.cache)
             since = now["fp16_bytes"] - restored
             size = held.sizes["cache_bytes"] + since if variant.needs_baseline else now["cache_bytes"]
             stored.append((size, size / now["fp16_bytes"]))
@@ -152,6 +267,19 @@ def measure_while_growing(
         sizes = {"cache_bytes": cache_bytes, "share_of_fp16": share}
         records.append({"variant": variant.name, **sizes, **fidelity.compare(reference, logits, following)})
     return records
+
+
+def sizes_of_live(model: Any, cache: Sequence[Any]) -> dict[str, Any]:
+    """Measure as `cache_sizes` does the layers alone that live caches hold."""
+    live = [entry for entry in stock.entries(cache) if isinstance(entry, LayerCache)]
+    fp16_bytes = sum(2 * slot.heads * slot.dim * entry.offset for entry in live for slot in entry.slots)
+    cache_bytes = sum(entry.nbytes for entry in live)
+    return {
+        "tokens": live[0].offset,
+        "fp16_bytes": fp16_bytes,
+        "cache_bytes": cache_bytes,
+        "ratio": fp16_bytes / cache_bytes,
+    }
 
 
 def mlx_quantized(bits: int, sinks: int, recent: int) -> Variant:

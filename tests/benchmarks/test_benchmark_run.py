@@ -55,6 +55,7 @@ def test_on_another_model_all_are_those_that_run_on_it(monkeypatch, capsys):
         (
             [
                 "live_methods",
+                "low_bytes",
                 "needle",
                 "calibration_tokens",
                 "one_command",
