@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlxkv.kernels import metal
 
 Shape = tuple[int, ...]
+_new: list[mx.array] = []  # that may not be computed yet
 
 
 @contextmanager
@@ -77,9 +78,16 @@ def _kernel(kernel: metal.Kernel, launches: Counter[str]) -> Callable[..., list[
 
 @cache
 def _zeros(shape: Shape, dtype: mx.Dtype) -> mx.array:
+    """Return zeros, one array for each shape; they are computed with what depends on them, since computing is not to be timed."""
     zeros = mx.zeros(shape, dtype)
-    mx.eval(zeros)
+    _new.append(zeros)
     return zeros
+
+
+def compute_zeros() -> None:
+    """Compute all zeros that stubs have returned, so that the operations that make them are not counted."""
+    mx.eval(_new)
+    _new.clear()
 
 
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:

@@ -154,6 +154,7 @@ def counted(model: Any, cache: list[Any], token: int, launches: Counter[str]) ->
         logits = model(text, cache=cache)
     finally:
         sys.setprofile(before)
+    stubs.compute_zeros()
     counts = {"calls": called, "operations": operations(logits), "launches": launches.total()}
     mx.eval(logits)
     return {name: round(number / len(model.layers), 2) for name, number in counts.items()}
