@@ -168,6 +168,22 @@ class LayerCache(Mergeable, Forecasting, ABC):
 
     # What a method implements
 
+    @classmethod
+    def in_windows(cls, config: Config) -> tuple[type[LayerCache], Config] | None:
+        """Return what layers with a sliding window have beside this method in others.
+
+        Parameters
+        ----------
+        config
+            Settings, of the method's `config_class`.
+
+        Returns
+        -------
+        tuple or None
+            A method and its settings, this one where it takes windows; None for mlx-lm's own cache.
+        """
+        return (cls, config) if cls.takes_windows else None
+
     @abstractmethod
     def buckets(self) -> list[Bucket]:
         """Return all stored tokens.

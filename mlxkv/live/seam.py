@@ -105,8 +105,10 @@ def make_cache_of(model: Any, cache_class: type[LayerCache], config: Config) -> 
         For a model that live caches do not support, or a method that does not support this model.
     """
     spec = cache_spec(model)
-    layers = (*spec.attention_layers, *(spec.window_layers if cache_class.takes_windows else ()))
-    return assemble_cache(model, dict.fromkeys(layers, (cache_class, config)))
+    methods = dict.fromkeys(spec.attention_layers, (cache_class, config))
+    if (windowed := cache_class.in_windows(config)) is not None:
+        methods |= dict.fromkeys(spec.window_layers, windowed)
+    return assemble_cache(model, methods)
 
 
 def assemble_cache(model: Any, methods: Mapping[int, tuple[type[LayerCache], Config]]) -> list[CacheEntry]:

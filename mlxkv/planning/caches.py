@@ -168,12 +168,15 @@ class TracedModel:
             raise UnsupportedError(
                 f"heads of {widest:,} dims are wider than any model's: up to {MOST_DIMS:,} are planned"
             )
-        live = {*spec.attention_layers, *(spec.window_layers if kind.takes_windows else ())}
+        live = dict.fromkeys(spec.attention_layers, (kind, config))
+        if (windowed := kind.in_windows(config)) is not None:
+            live |= dict.fromkeys(spec.window_layers, windowed)
 
         def size(index: int) -> Size:
             if index not in live:
                 return self._own(index, tokens, batch)
-            held = kind(config, spec, index).expected_bytes(tokens, batch)
+            method, settings = live[index]
+            held = method(settings, spec, index).expected_bytes(tokens, batch)
             return Size(held, held)
 
         return self._sum(size)

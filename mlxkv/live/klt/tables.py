@@ -198,6 +198,23 @@ def default(slots: Mapping[int, Slots]) -> Tables:
     return Tables({layer: _like_others(pair) for layer, pair in slots.items()})
 
 
+@lru_cache(8)
+def default_of(spec: CacheSpec) -> Tables:
+    """Return `default` of a model.
+
+    Parameters
+    ----------
+    spec
+        Description of its cache.
+
+    Returns
+    -------
+    Tables
+        The same object for the same description.
+    """
+    return default(live_slots(spec))
+
+
 def tables_of(model: Any, spec: CacheSpec) -> Tables:
     """Return the tables of a model's newest calibration, or those for a model that was not calibrated.
 
@@ -214,11 +231,11 @@ def tables_of(model: Any, spec: CacheSpec) -> Tables:
         What is found once for a model stays.
     """
     if model is None:
-        return default(live_slots(spec))
+        return default_of(spec)
     key = id(model)  # models are dicts, which have no hash
     known = _found.get(key)
     if known is None or known[0]() is not model:
-        found = _calibrated(model, spec) or default(live_slots(spec))
+        found = _calibrated(model, spec) or default_of(spec)
         known = _found[key] = weakref.ref(model, lambda _: _found.pop(key, None)), found
     return known[1]
 

@@ -178,13 +178,18 @@ class KLTCache(LayerCache):
             return super().attend(queries, keys, values, scale, mask, sinks)
         if token.keys.dtype not in (tail.keys.dtype, mx.float32):
             return super().attend(queries, keys, values, scale, mask, sinks)
-        tail.append(*(to_storage_dtype(part, tail.keys.dtype) for part in token))
+        tail.append(to_storage_dtype(token.keys, tail.keys.dtype), to_storage_dtype(token.values, tail.keys.dtype))
         output, mass = digit_attention(queries, self.first, packed, (tail.keys, tail.values), scale, tail.rows, sinks)
         self._count(mass, 1)
         self._pack_old()
         self._end()
         # Generation evaluates only outputs: state that no output depends on yet would keep all earlier steps in memory.
-        return mx.depends(output, self._arrays())
+        # What was packed before is in the output's graph as it is.
+        if self.packed_keys is not packed.keys:
+            return mx.depends(output, self._arrays())
+        assert self.attention is not None
+        assert self.seen is not None
+        return mx.depends(output, [tail.keys, tail.values, self.attention, self.seen])
 
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
         """Append a chunk to the tail, count attention, and pack what is old."""
@@ -199,7 +204,7 @@ class KLTCache(LayerCache):
     def _count(self, mass: mx.array, new: int) -> None:
         """Add the attention `[B, Hkv, tail]` that the last queries of a chunk of so many tokens gave."""
         queries = min(new, self.config.queries)
-        seen = mx.array(np.minimum(np.arange(new, 0, -1), queries).astype(np.float32))[None, None]
+        seen = _seen(new, queries)
         if self.attention is None or self.seen is None:
             self.attention, self.seen = mass, seen
             return
@@ -245,6 +250,26 @@ class KLTCache(LayerCache):
         """Return what errors in each layer cost."""
         return tables.tables_of(None if self._group is None else self._group.model(), self.spec)
 
+    def expected_bytes(self, tokens: int, batch: int = 1) -> int:
+        """Return the bytes after a prompt of all tokens but one, and that one."""
+        config, raw = self.config, 2 * sum(slot.heads * slot.dim for slot in self.slots)
+        at = next(
+            (n for n in (tokens - 1, tokens) if n - config.sinks - config.recent >= -(-config.learn // BLOCK) * BLOCK),
+            0,
+        )
+        rows = (tokens - config.sinks - config.recent) // BLOCK if at else 0
+        tail = tokens - (rows * BLOCK + config.sinks if at else 0)
+        size = batch * (tail * (raw + 4 * self.slots[0].heads)) + 4 * tail
+        if not at:
+            return size
+        digits = _split(tables.default_of(self.spec), config, self.spec, at)[self.layer]
+        for slot, counts in zip(self.slots, digits):
+            each = slot.dim * (slot.dim + 2) + max(counts) * (1 if slot.dim <= 256 else 2) + 2 * sum(counts)
+            for share, count in zip(SHARES, counts):
+                each += rows * share * count // 4 + -(-rows * share // TILE) * slot.dim
+            size += batch * slot.heads * each
+        return size + batch * config.sinks * raw
+
     def check_state(self) -> None:
         """Check the packed tokens, then what every method has; no token may be missing."""
         for name, slot in zip(("packed_keys", "packed_values"), self.slots):
@@ -269,6 +294,12 @@ class KLTCache(LayerCache):
 
 
 @lru_cache(8)
+@lru_cache(maxsize=16)
+def _seen(new: int, queries: int) -> mx.array:
+    """Return how many of the last queries of a chunk can see each of its tokens, float32 `[1, 1, new]`."""
+    return mx.array(np.minimum(np.arange(new, 0, -1), queries).astype(np.float32)[None, None])
+
+
 def _split(
     known: tables.Tables, config: KLTConfig, spec: CacheSpec, tokens: int
 ) -> dict[int, tuple[tables.Digits, tables.Digits]]:
