@@ -1,5 +1,7 @@
 """SmartKV: budgets to the byte, precision that only falls, and more of it for tokens that get attention."""
 
+import math
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -55,6 +57,16 @@ def test_the_budget_holds_right_after_a_prompt_and_for_every_token_from_there(bu
         share = cache.nbytes / (2 * 3 * (64 + 64) * cache.offset)
         assert share <= budget or step < len(prompt) - 1
     assert share > 0.9 * budget
+
+
+@pytest.mark.parametrize("budget", [0.2, 0.25, 0.3, 0.5])
+@pytest.mark.parametrize(("dims", "heads"), [((64, 64), 3), ((64, 128), 2), ((48, 80), 1)])
+def test_the_budget_holds_right_after_a_prompt_of_the_least_length_for_which_it_should(dims, heads, budget):
+    least = math.ceil(lone_cache("smartkv", spec(*dims, heads), budget=budget).budget.holds_from)
+    for length in (least, least + 1, least + 31, 2 * least):
+        cache = lone_cache("smartkv", spec(*dims, heads), budget=budget)
+        for _ in fill(cache, [length]):
+            assert cache.nbytes <= budget * 2 * heads * sum(dims) * length
 
 
 @pytest.mark.parametrize(("dims", "heads", "budget"), [
