@@ -258,15 +258,18 @@ def reference_digit_attention(
     B, H, D = packed.keys.mean.shape
     grouped = (queries.astype(mx.float32) * scale).reshape(B, H, -1, D)
     newest = (tail[0][:, :, :rows], tail[1][:, :, :rows])
-    plain = [newest] if sinks is None else [sinks, newest]
-    scores = [*_packed_scores(grouped, packed.keys), *(grouped @ _columns(k) for k, _ in plain)]
-    weights, total = exponentials(mx.concatenate(scores, axis=-1), logits, False)
-    stops = np.cumsum([part.shape[-1] for part in scores]).tolist()
-    parts: list[mx.array] = list(mx.split(weights / total, stops[:-1], axis=-1))
-    output = _weighted(parts[:3], packed.values)
-    for part, (_, v) in zip(parts[3:], plain):
-        output = output + part @ v.astype(mx.float32)
-    return output.reshape(B, -1, 1, output.shape[-1]).astype(queries.dtype), parts[-1].sum(axis=-2)
+    keys, values = newest if sinks is None else (mx.concatenate(pair, axis=2) for pair in zip(sinks, newest))
+    common = grouped @ mx.expand_dims(packed.keys.mean.astype(mx.float32), -1)  # [B, H, G, 1]
+    scores, plain = _packed_scores(grouped, packed.keys), grouped @ keys.astype(mx.float32).swapaxes(-1, -2)
+    if logits is None:  # a softmax does not change where all scores are less by as much
+        plain = plain - common
+    else:
+        scores = [part + common for part in scores]
+    weights, total = exponentials(mx.concatenate([*scores, plain], axis=-1), logits, False)
+    stop = sum(packed.values.rows)
+    output = _weighted(weights[..., :stop], packed.values) + weights[..., stop:] @ values.astype(mx.float32)
+    mass = (1 / total).swapaxes(-1, -2) @ weights[..., -rows:]
+    return (output / total).reshape(B, -1, 1, output.shape[-1]).astype(queries.dtype), mass[:, :, 0]
 
 
 def metal_digit_attention(
@@ -342,44 +345,57 @@ def _check(packed: DigitRows, tail: Pair, rows: int) -> None:
 
 
 def _packed_scores(queries: mx.array, keys: DigitSlot) -> list[mx.array]:
-    """Return the products `[B, H, G, rows]` of queries `[B, H, G, D]` with the keys of each bucket."""
-    which = channels(keys)
-    turned = (queries @ keys.basis.astype(mx.float32)) @ (which * (1 / UNIT)).swapaxes(-1, -2)  # [B, H, G, largest N]
-    common = queries @ mx.expand_dims(keys.mean.astype(mx.float32), -1)  # [B, H, G, 1]
-    found = []
+    """Return the products `[B, H, G, rows]` of queries `[B, H, G, D]` with the keys of each bucket, but for their mean."""
+    B, H, G, _ = queries.shape
+    turned = mx.expand_dims(queries @ keys.basis.astype(mx.float32), 2) * _deviations_of(keys)  # [B, H, tiles, G, D]
+    expanded = turned @ mx.expand_dims(channels(keys), 2).swapaxes(-1, -2)  # [B, H, tiles, G, largest N]
+    found, first = [], 0
     for codes, scales, place in keys.buckets():
-        digits = place.shape[-1]
-        spread = deviations()[scales] @ which[:, :, :digits].swapaxes(-1, -2)  # [B, H, tiles, N]
-        expanded = mx.expand_dims(turned[..., :digits] * mx.expand_dims(place, -2), 2) * mx.expand_dims(spread, -2)
-        middle = expanded @ mx.expand_dims(middles(digits), -1)
-        products = expanded @ masked_digits(codes).swapaxes(-1, -2) - middle  # [B, H, tiles, G, 128]
-        together = products.swapaxes(2, 3).reshape(*turned.shape[:3], -1)[..., : codes.shape[2]]
-        found.append(together + common)
+        (count, width), tiles = codes.shape[2:], scales.shape[2]
+        if not codes.size:
+            found.append(mx.zeros((B, H, G, count)))
+            continue
+        own = expanded[:, :, first : first + tiles, :, : 4 * width] * mx.expand_dims(place, (2, 3))
+        products = own @ masked_digits(codes).swapaxes(-1, -2) - own @ mx.expand_dims(middles(4 * width), -1)
+        found.append(products.swapaxes(2, 3).reshape(B, H, G, -1)[..., :count])  # of [B, H, tiles, G, 128]
+        first += tiles
     return found
 
 
-def _weighted(weights: list[mx.array], values: DigitSlot) -> mx.array:
-    """Return the sum `[B, H, G, Dv]` of the values of all buckets, with weights `[B, H, G, rows]` of each."""
-    which = channels(values)
-    B, H, G, _ = weights[0].shape
-    coordinates, share = mx.array(0.0), mx.array(0.0)
-    for part, (codes, scales, place) in zip(weights, values.buckets()):
-        digits, tiles = place.shape[-1], scales.shape[2]
-        own = which[:, :, :digits]
-        spread = (deviations()[scales] @ own.swapaxes(-1, -2)) * mx.expand_dims(place, 2)  # [B, H, tiles, N]
-        missing = tiles * TILE - part.shape[-1]
-        filled = mx.pad(part, [(0, 0)] * 3 + [(0, missing)]) if missing else part
-        tiled = filled.reshape(B, H, G, tiles, TILE).swapaxes(2, 3)  # [B, H, tiles, G, 128]
-        total = tiled.sum(axis=-1, keepdims=True)
-        sums = tiled @ masked_digits(codes) - total * middles(digits)
-        coordinates = coordinates + (sums * mx.expand_dims(spread, -2)).sum(axis=2) @ own
-        share = share + total.sum(axis=2)
-    back = (values.basis.astype(mx.float32) * (1 / UNIT)).swapaxes(-1, -2)
-    return coordinates @ back + share * mx.expand_dims(values.mean.astype(mx.float32), -2)
+def _weighted(weights: mx.array, values: DigitSlot) -> mx.array:
+    """Return the sum `[B, H, G, Dv]` of the values of all buckets, with weights `[B, H, G, rows of all]`."""
+    B, H, G, _ = weights.shape
+    which, start = mx.expand_dims(channels(values), 2), 0
+    coordinates: list[mx.array] = []  # each [B, H, tiles, G, D]
+    for codes, scales, place in values.buckets():
+        count, tiles, digits = codes.shape[2], scales.shape[2], place.shape[-1]
+        if codes.size:
+            own = weights[..., start : start + count]
+            if count < tiles * TILE:
+                own = mx.pad(own, [(0, 0)] * 3 + [(0, tiles * TILE - count)])
+            own = own.reshape(B, H, G, tiles, TILE).swapaxes(2, 3)
+            sums = own @ masked_digits(codes) - own.sum(axis=-1, keepdims=True) * middles(digits)
+            coordinates.append((sums * mx.expand_dims(place, (2, 3))) @ which[..., :digits, :])
+        start += count
+    total = weights.sum(axis=-1, keepdims=True) * mx.expand_dims(values.mean.astype(mx.float32), 2)
+    if not coordinates:
+        return total
+    turned = (mx.concatenate(coordinates, axis=2) * _deviations_of(values)).sum(axis=2)
+    return total + turned @ values.basis.astype(mx.float32).swapaxes(-1, -2)
 
 
-def _columns(keys: mx.array) -> mx.array:
-    return keys.astype(mx.float32).swapaxes(-1, -2)
+def _deviations_of(slot: DigitSlot) -> mx.array:
+    """Return the deviations of all tiles that hold digits, `[B, H, tiles, 1, D]`, in units of the basis."""
+    scales = [scales for codes, scales in zip(slot.codes, slot.scales) if codes.size]
+    if not scales:
+        return mx.zeros((*slot.mean.shape[:2], 0, 1, slot.mean.shape[-1]))
+    return mx.expand_dims(_deviations_in_units()[mx.concatenate(scales, axis=2)], 3)
+
+
+@lru_cache(1)
+def _deviations_in_units() -> mx.array:
+    """Return what each scale stands for times a column of the basis, float32 `[256]`."""
+    return mx.array(np.array(deviations()) / UNIT)
 
 
 @lru_cache(1)
@@ -390,7 +406,7 @@ def _masks() -> mx.array:
 
 @lru_cache
 def _identity(dims: int) -> mx.array:
-    return mx.eye(dims)
+    return mx.array(np.eye(dims, dtype=np.float32))  # there at once: any thread can use it
 
 
 def _example(bits: float) -> Callable[[int], tuple]:
