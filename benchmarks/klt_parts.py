@@ -22,7 +22,7 @@ class Uncalibrated(KLTCache):
     """With the tables that klt has without calibration: all layers alike."""
 
     def _tables(self) -> Tables:
-        return _default(self.spec)
+        return tables.default_of(self.spec)
 
 
 class OneBucket(KLTCache):
@@ -96,11 +96,6 @@ def reordered(slot: DigitSlot, variances: mx.array, digits: tuple[int, int, int]
     which = channels(changed)
     places = mx.concatenate([learning.places_of(which[:, :, :count]) for count in digits], axis=-1)
     return changed._replace(place=(places * unit).astype(slot.place.dtype))
-
-
-@lru_cache(8)
-def _default(spec: CacheSpec) -> Tables:
-    return tables.default(tables.live_slots(spec))
 
 
 @lru_cache(8)
