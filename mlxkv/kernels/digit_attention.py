@@ -258,7 +258,7 @@ def reference_digit_attention(
     B, H, D = packed.keys.mean.shape
     grouped = (queries.astype(mx.float32) * scale).reshape(B, H, -1, D)
     newest = (tail[0][:, :, :rows], tail[1][:, :, :rows])
-    keys, values = newest if sinks is None else (mx.concatenate(pair, axis=2) for pair in zip(sinks, newest))
+    keys, values = newest if sinks is None else (mx.concatenate([*pair], axis=2) for pair in zip(sinks, newest))
     common = grouped @ mx.expand_dims(packed.keys.mean.astype(mx.float32), -1)  # [B, H, G, 1]
     scores, plain = _packed_scores(grouped, packed.keys), grouped @ keys.astype(mx.float32).swapaxes(-1, -2)
     if logits is None:  # a softmax does not change where all scores are less by as much

@@ -293,13 +293,13 @@ class KLTCache(LayerCache):
             raise FormatError("there is no tail")
 
 
-@lru_cache(8)
 @lru_cache(maxsize=16)
 def _seen(new: int, queries: int) -> mx.array:
     """Return how many of the last queries of a chunk can see each of its tokens, float32 `[1, 1, new]`."""
     return mx.array(np.minimum(np.arange(new, 0, -1), queries).astype(np.float32)[None, None])
 
 
+@lru_cache(maxsize=8)
 def _split(
     known: tables.Tables, config: KLTConfig, spec: CacheSpec, tokens: int
 ) -> dict[int, tuple[tables.Digits, tables.Digits]]:
