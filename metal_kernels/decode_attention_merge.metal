@@ -1,5 +1,5 @@
 // The first threadgroups merge the splits of all buckets, each for a query head; the others sum, for MASS_TOKENS tokens of
-// one kv head, the probabilities that its query heads give. A SIMD-group finds maximum and total of
+// one kv head, the probabilities that its query heads give, or update the importance of the last of them, where IMPORTANCE. A SIMD-group finds maximum and total of
 // every SIMD_GROUPS-th head.
 // Outputs of rotated values are merged apart, rotated back by one SIMD-group, and added.
 constexpr int STEPS = (DV + 31) / 32, ODD = DV / (DV & -DV);
@@ -92,6 +92,7 @@ if (merges) {
     }
   }
 } else {
+  uint lower = IMPORTANCE ? columns - 1 - uint(importance_shape[2]) : 0;
   uint from = (place - heads) / (heads / GROUP) * MASS_TOKENS;
   for (uint t = from + thread_index_in_threadgroup; t < from + MASS_TOKENS; t += 32 * SIMD_GROUPS) {
     uint start = 0;
@@ -104,7 +105,12 @@ if (merges) {
         for (uint h = 0; h < GROUP; h++) {
           sum += metal::exp(scores[size_t(h) * widths[b]] - head_top[h]) / head_total[h];
         }
-        mass[size_t(kv_row) * columns + t] = sum;
+        if (t >= lower && t + 1 < columns && IMPORTANCE) {  // the newest token has no importance yet
+          sum = old_share[0] * importance[size_t(kv_row) * uint(importance_shape[2]) + (t - lower)] + new_share[0] * sum;
+        }
+        if (t >= lower) {
+          mass[size_t(kv_row) * (columns - lower) + (t - lower)] = sum;
+        }
       }
       start += tokens;
     }

@@ -41,7 +41,7 @@ _ATTEND = Kernel(
 )
 _MERGE = Kernel(
     "decode_attention_merge",
-    inputs=(*(f"parts{i}" for i in range(MAX_BUCKETS)), "turn"),
+    inputs=(*(f"parts{i}" for i in range(MAX_BUCKETS)), "turn", "importance", "old_share", "new_share"),
     outputs=("output", "mass"),
 )
 
@@ -52,6 +52,8 @@ def decode_attention(
     scale: float,
     bias: mx.array | None = None,
     sinks: mx.array | None = None,
+    importance: mx.array | None = None,
+    decay: float = 1.0,
 ) -> tuple[mx.array, mx.array]:
     """Return softmax(scale * queries . keys + bias) . values, accumulated in float32, and each token's attention mass.
 
@@ -71,6 +73,11 @@ def decode_attention(
     sinks
         Attention sinks, `[Hq]` of any float type: a logit of each query head that takes part in its softmax, as the score
         of a token whose value is 0 (gpt-oss, https://arxiv.org/abs/2508.10925). -inf is none. None is none at all.
+    importance
+        `[B, Hkv, n]` float32, a running mean or sum of the attention of the n tokens before the newest; the newest is the
+        last of all. None for none.
+    decay
+        Weight of `importance` against the new mass, which has the rest; with 1 both are added.
 
     Returns
     -------
@@ -78,6 +85,8 @@ def decode_attention(
         The output `[B, Hq, 1, Dv]` of queries' type, and the mass `[B, Hkv, T]` float32: each token's attention
         probability, summed over the query heads that share its key/value head, so a row sums to Hq / Hkv, less what the
         sinks take. That is what importance per token and head accumulates (H2O, https://arxiv.org/abs/2306.14048).
+        Given importance, its update is in mass's place, `[B, Hkv, n + 1]`; the newest token's is its mass. It is computed
+        when the output is, as a cache's state has to be.
         Where every token is masked, or there is none, output and mass are 0; NaN and infinite keys, queries or sinks
         (other than -inf) give NaN, as plain softmax does.
 
@@ -98,7 +107,7 @@ def decode_attention(
     ((1, 8, 1, 64), (1, 2, 100), [4.0, 4.0])
     """
     attend = metal_decode_attention if metal.available() else reference_decode_attention
-    return attend(queries, buckets, scale, bias, sinks)
+    return attend(queries, buckets, scale, bias, sinks, importance, decay)
 
 
 def reference_decode_attention(
@@ -107,12 +116,14 @@ def reference_decode_attention(
     scale: float,
     bias: mx.array | None = None,
     sinks: mx.array | None = None,
+    importance: mx.array | None = None,
+    decay: float = 1.0,
 ) -> tuple[mx.array, mx.array]:
     """Attend by the array operations that define `decode_attention`, a piece of each bucket unpacked at a time.
 
     Parameters
     ----------
-    queries, buckets, scale, bias, sinks
+    queries, buckets, scale, bias, sinks, importance, decay
         See `decode_attention`.
 
     Returns
@@ -125,6 +136,7 @@ def reference_decode_attention(
         [(k.shape, k.dtype, v.shape, v.dtype) for k, v in buckets],
         None if bias is None else bias.shape,
         None if sinks is None else sinks.shape,
+        None if importance is None else importance.shape,
     )
     B, Hkv, _, Dv = buckets[0][1].shape
     G = queries.shape[1] // Hkv
@@ -135,8 +147,13 @@ def reference_decode_attention(
         bias = mx.repeat(bias.astype(mx.float32), G * Hkv // bias.shape[1], axis=1).reshape(B, Hkv, G, T)
     parts = [(_rows(k), _rows(v)) for k, v in buckets]
     output, weights, total = attention_over(grouped, parts, bias, sinks)
+    output = output.reshape(B, Hkv * G, 1, Dv).astype(queries.dtype)
     mass = ((1 / total).swapaxes(-1, -2) @ weights).squeeze(-2)
-    return output.reshape(B, Hkv * G, 1, Dv).astype(queries.dtype), mass
+    if importance is not None:
+        mass, (old, new) = mass[..., -importance.shape[-1] - 1 :], _shares(decay)
+        mass = mx.concatenate([old * importance + new * mass[..., :-1], mass[..., -1:]], axis=-1)
+        output = mx.depends(output, [mass])
+    return output, mass
 
 
 def _rows(packed: QuantizedArray) -> Rows:
@@ -149,12 +166,14 @@ def metal_decode_attention(
     scale: float,
     bias: mx.array | None = None,
     sinks: mx.array | None = None,
+    importance: mx.array | None = None,
+    decay: float = 1.0,
 ) -> tuple[mx.array, mx.array]:
     """Attend by the kernel, a launch for each bucket, and merge the splits of all buckets.
 
     Parameters
     ----------
-    queries, buckets, scale, bias, sinks
+    queries, buckets, scale, bias, sinks, importance, decay
         See `decode_attention`.
 
     Returns
@@ -162,6 +181,10 @@ def metal_decode_attention(
     tuple[mx.array, mx.array]
         See `decode_attention`.
     """
+    if importance is not None and not importance.size:  # no buffer can be empty
+        output, mass = metal_decode_attention(queries, buckets, scale, bias, sinks)
+        mass = mass[..., -1:]
+        return mx.depends(output, [mass]), mass
     kinds = tuple((k.kind, v.kind) for k, v in buckets)
     launches = _launches(
         queries.shape,
@@ -169,6 +192,7 @@ def metal_decode_attention(
         kinds,
         None if bias is None else bias.shape,
         None if sinks is None else sinks.shape,
+        None if importance is None else importance.shape,
     )
     if not launches.buckets:
         _, Hkv, _, Dv = buckets[0][1].shape
@@ -193,7 +217,13 @@ def metal_decode_attention(
             output_dtypes=_FLOAT32,
         )
     output, mass = _MERGE(
-        inputs=[*parts, *parts[:1] * (MAX_BUCKETS - len(parts)), launches.turn],
+        inputs=[
+            *parts,
+            *parts[:1] * (MAX_BUCKETS - len(parts)),
+            launches.turn,
+            parts[0] if importance is None else importance,
+            *(map(factor, _shares(decay))),
+        ],
         template=launches.template,
         grid=launches.grid,
         threadgroup=_THREADGROUP,
@@ -235,9 +265,10 @@ def _launches(
     kinds: tuple[tuple[tuple, tuple], ...],
     bias: tuple[int, ...] | None,
     sinks: tuple[int, ...] | None,
+    importance: tuple[int, ...] | None,
 ) -> _Launches:
     """Check shapes and types, and plan the launches, once for all layers alike."""
-    T = _checked_tokens(queries, [(k[0], k[-1], v[0], v[-1]) for k, v in kinds], bias, sinks)
+    T = _checked_tokens(queries, [(k[0], k[-1], v[0], v[-1]) for k, v in kinds], bias, sinks, importance)
     B, Hq, _, D = queries
     _, Hkv, _, Dv = kinds[0][1][0]
     passes = -(-Hq // Hkv // min(MAX_HEADS, max(1, REGISTER_FLOATS // (D + Dv))))
@@ -280,11 +311,12 @@ def _launches(
         ("SPLIT_TOKENS", SPLIT_TOKENS),
         ("MASS_TOKENS", MASS_TOKENS),
         ("SIMD_GROUPS", SIMD_GROUPS),
+        ("IMPORTANCE", importance is not None),
         ("OUT", dtype),
     ]
     grid = (32 * SIMD_GROUPS, B * (Hq + Hkv * -(-T // MASS_TOKENS)), 1)
     return _Launches(
-        launches, any(k[4] for k, _ in kinds), merging, grid, [(B, Hq, 1, Dv), (B, Hkv, T)], [dtype, mx.float32],
+        launches, any(k[4] for k, _ in kinds), merging, grid, [(B, Hq, 1, Dv), (B, Hkv, T if importance is None else importance[-1] + 1)], [dtype, mx.float32],
         turn(Dv) if turned else factor(1.0),
     )  # fmt: skip
 
@@ -293,6 +325,11 @@ def _buffers(packed: QuantizedArray) -> tuple[mx.array, mx.array, mx.array]:
     """Return words, bias, scale; words in their place, unread, where unquantized values have none: no buffer can be empty."""
     words = packed.words
     return (words, words, words) if packed.bits >= UNQUANTIZED else (words, packed.bias, packed.scale)
+
+
+def _shares(decay: float) -> tuple[float, float]:
+    """Return the weights of old importance and new mass."""
+    return (1.0, 1.0) if decay == 1 else (decay, 1 - decay)
 
 
 def _empty_result(queries: mx.array, kv_heads: int, dims: int) -> tuple[mx.array, mx.array]:
@@ -306,6 +343,7 @@ def _checked_tokens(
     buckets: Sequence[tuple[tuple[int, ...], mx.Dtype, tuple[int, ...], mx.Dtype]],
     bias: tuple[int, ...] | None,
     sinks: tuple[int, ...] | None,
+    importance: tuple[int, ...] | None = None,
 ) -> int:
     """Check that all shapes fit together and return the total number of tokens."""
     if not 0 < len(buckets) <= MAX_BUCKETS:
@@ -329,6 +367,10 @@ def _checked_tokens(
         raise MismatchError(f"bias {bias} is not [{B}, 1 or {Hkv} or {Hq}, {T}]")
     if sinks is not None and sinks != (Hq,):
         raise MismatchError(f"sinks {sinks} are not [{Hq}], a logit for each query head")
+    if importance is not None and importance != (B, Hkv, min(importance[-1], T - 1)):
+        raise MismatchError(
+            f"importance {importance} is not [{B}, {Hkv}, up to {T - 1}], of the tokens before the newest"
+        )
     return T
 
 

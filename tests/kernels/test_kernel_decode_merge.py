@@ -4,11 +4,14 @@ from unittest.mock import patch
 
 import mlx.core as mx
 import pytest
+from kernel_checks import assert_same
 from metal_host import HostError, installed
-from test_kernel_decode_attention import ODD, PLAIN, Heads, bucket, check, masked_bias, normal, queries_of
+from test_kernel_decode_attention import ODD, PLAIN, Heads, bucket, check, masked_bias, normal, queries_of, sinks_of
 
+from mlxkv.errors import MismatchError
 from mlxkv.kernels import decode_attention as attention
 from mlxkv.kernels.bits import pack
+from mlxkv.live.importance import update_importance
 
 
 def check_long_text():
@@ -19,6 +22,48 @@ def check_long_text():
 
 def test_more_splits_than_lanes_and_more_tokens_than_a_threadgroup_sums_are_merged(kernel_path):
     check_long_text()
+
+
+def check_importance(decay=0.9, kept=150):
+    queries, buckets = queries_of(ODD), [bucket(ODD, 40), bucket(ODD, 140, PLAIN), bucket(ODD, 7, PLAIN)]
+    old = mx.abs(normal((2, 2, kept), mx.float32, 5))
+    call = queries, buckets, 0.125, None, sinks_of(ODD), old, decay
+    for found, expected in zip(attention.metal_decode_attention(*call), attention.reference_decode_attention(*call)):
+        assert_same(found, expected)
+    return attention.decode_attention(*call), attention.decode_attention(*call[:5]), old
+
+
+@pytest.mark.parametrize("decay", [0.9, 1])
+@pytest.mark.parametrize("kept", [0, 1, 150, 186])
+def test_importance_is_updated_by_the_merge_as_by_its_definition(kernel_path, decay, kept):
+    with patch.multiple(attention, MASS_TOKENS=100):
+        (output, updated), (alone, mass), old = check_importance(decay, kept)
+    assert_same(output, alone)
+    assert_same(updated, update_importance(old, mass[..., -kept - 1 :], 1, decay))
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 187), (2, 1, 20), (1, 2, 20)])
+def test_importance_that_does_not_fit_is_refused(kernel_path, shape):
+    with pytest.raises(MismatchError, match="importance"):
+        attention.decode_attention(queries_of(ODD), [bucket(ODD, 187)], 0.125, None, None, mx.zeros(shape), 0.9)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("columns - 1 - uint(importance_shape[2])", "columns - uint(importance_shape[2])"),
+        ("t + 1 < columns && IMPORTANCE", "IMPORTANCE"),
+        ("t + 1 < columns && IMPORTANCE", "false"),
+        ("size_t(kv_row) * uint(importance_shape[2]) + (t - lower)", "(t - lower)"),
+        ("old_share[0] *", ""),
+        ("new_share[0] *", ""),
+        ("(columns - lower) + (t - lower)", "columns + (t - lower)"),
+    ],
+)
+def test_a_fault_planted_in_the_update_of_importance_is_found(old, new):
+    with installed(("decode_attention_merge", old, new)), pytest.raises((AssertionError, HostError)):
+        check_importance()
 
 
 def rotated_buckets(heads):

@@ -88,8 +88,6 @@ class Packed(NamedTuple):
         The low-bit buckets and the 8-bit bucket that it was made of.
     buckets
         Those that hold tokens, fewest bits first.
-    lower
-        Number of tokens in the low-bit buckets.
     flush
         Length of the text at which the tail may have to be flushed.
     """
@@ -97,7 +95,6 @@ class Packed(NamedTuple):
     levels: list[Bucket | None]
     top: Bucket | None
     buckets: tuple[Bucket, ...]
-    lower: int
     flush: int
 
 
@@ -219,13 +216,11 @@ class SmartKVCache(LayerCache):
         )
         self.tail = tail = KeysValues(keys, values)
         packed = self._packed_tokens()
-        output, mass = decode_attention(queries, [*packed.buckets, tail.as_bucket()], scale, None, sinks)
-        assert self.importance is not None
-        self.importance = update_importance(self.importance, mass[..., packed.lower :], 1, self.config.decay)
+        output, self.importance = decode_attention(
+            queries, [*packed.buckets, tail.as_bucket()], scale, None, sinks, self.importance, self.config.decay
+        )
         # Generation evaluates only outputs: state that no output depends on yet would keep all earlier steps in memory.
-        if self._offset < packed.flush:
-            output = mx.depends(output, [self.importance])
-        else:
+        if self._offset >= packed.flush:
             self._settle()
             output = mx.depends(output, self._arrays())
         self._end()
@@ -251,7 +246,7 @@ class SmartKVCache(LayerCache):
             counts, top, waiting = tuple(self._lower_counts()), token_count(self.top), tail.tokens - 1
             more = self.budget.next_flush(counts, top, waiting, config.recent, config.interval)
             buckets = tuple(bucket for bucket in (*self.lower, self.top) if bucket is not None)
-            self._packed = packed = Packed(self.lower, self.top, buckets, sum(counts), self._offset - 1 + more)
+            self._packed = packed = Packed(self.lower, self.top, buckets, self._offset - 1 + more)
         return packed
 
     def absorb(self, keys: mx.array, values: mx.array, mass: mx.array | None) -> None:
