@@ -19,12 +19,13 @@ from mlxkv.live.arrays import (
     unquantized,
 )
 from mlxkv.live.attention import AttentionCall, attention_mass, causal_mask, concat_stored, stored_attention
+from mlxkv.live.checks import check_layer
 from mlxkv.live.forecast import Forecasting
 from mlxkv.live.group import CacheGroup, check_consistent
 from mlxkv.live.merging import Mergeable
 from mlxkv.live.storage import SMALL_CHUNK, storage_dtype, to_storage_dtype
 from mlxkv.registry import METHOD_GROUP, Registry
-from mlxkv.spec import CacheSpec, Layer
+from mlxkv.spec import CacheSpec
 
 __all__ = [
     "KeysValues",
@@ -119,7 +120,7 @@ class LayerCache(Mergeable, Forecasting, ABC):
         described = spec.layers[layer]
         if described is None:
             raise UnsupportedError(f"layer {layer} of this {spec.model_type} model keeps no keys and values")
-        _check_layer(type(self), described, f"layer {layer} of this {spec.model_type} model")
+        check_layer(type(self), described, f"layer {layer} of this {spec.model_type} model", live_methods.items())
         self.config, self.spec, self.layer = config, spec, layer
         self.slots, self.latent = (described.keys, described.values), described.latent
         self.window, self._fetching = described.window, described.use == "fetch"
@@ -428,29 +429,6 @@ class LayerCache(Mergeable, Forecasting, ABC):
         if N == 1:
             return None
         return causal_mask(N, self.kept + N) if return_array else "causal"
-
-
-def _check_layer(kind: type[LayerCache], described: Layer, name: str) -> None:
-    """Refuse a layer that a method does not suit."""
-    reason = (
-        "chooses tokens by their index" if described.selects
-        else "is read outside of mlx-lm's attention function" if described.use == "fetch"
-        else None
-    )  # fmt: skip
-    if reason and not kind.any_use:
-        suited = ", ".join(sorted(each for each, known in live_methods.items() if known.any_use))
-        raise UnsupportedError(
-            f"{name} {reason}, so every token has to be there, and {_name_of(kind)} does not keep each or needs its attention",
-            f"methods for it: {suited}",
-        )
-    if described.window is not None and not kind.takes_windows:
-        raise UnsupportedError(
-            f"{name} has a sliding window, where {_name_of(kind)} does not work: keep mlx-lm's own cache"
-        )
-
-
-def _name_of(kind: type[LayerCache]) -> str:
-    return next((name for name, known in live_methods.items() if known is kind), kind.__name__)
 
 
 def _check_method(kind: type[LayerCache]) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
 
-from mlxkv.errors import FormatError
+from mlxkv.errors import FormatError, UnsupportedError
 from mlxkv.kernels.bits import QuantizedArray
 from mlxkv.kernels.decode_attention import Bucket
-from mlxkv.spec import is_int
+from mlxkv.spec import Layer, is_int
 from mlxkv.stock import FLOATS as FLOATS
 from mlxkv.stock import MAX_OFFSET as MAX_OFFSET
 from mlxkv.stock import check_array as check_array
@@ -183,3 +184,39 @@ def check_buckets(cache: Any) -> None:
     if bias is not None and (bias.ndim != 3 or bias.shape[::2] != (min(batches), cache.kept)
                              or bias.shape[1] not in (1, first.heads)):  # fmt: skip
         raise FormatError(f"the bias of scores {list(bias.shape)} does not fit {cache.kept} entries")
+
+
+def check_layer(kind: Any, described: Layer, name: str, methods: Iterable[tuple[str, Any]]) -> None:
+    """Check that a method suits a layer.
+
+    Parameters
+    ----------
+    kind
+        The method's class.
+    described
+        The layer's description.
+    name
+        Its name for messages.
+    methods
+        All methods with their names.
+
+    Raises
+    ------
+    UnsupportedError
+        When it does not.
+    """
+    reason = (
+        "chooses tokens by their index" if described.selects
+        else "is read outside of mlx-lm's attention function" if described.use == "fetch"
+        else None
+    )  # fmt: skip
+    names = {known: each for each, known in methods}
+    method = names.get(kind, kind.__name__)
+    if reason and not kind.any_use:
+        suited = ", ".join(sorted(each for known, each in names.items() if known.any_use))
+        raise UnsupportedError(
+            f"{name} {reason}, so every token has to be there, and {method} does not keep each or needs its attention",
+            f"methods for it: {suited}",
+        )
+    if described.window is not None and not kind.takes_windows:
+        raise UnsupportedError(f"{name} has a sliding window, where {method} does not work: keep mlx-lm's own cache")
