@@ -25,6 +25,7 @@ PRODUCT_ROWS = 4  # OpenBLAS multiplies 4 rows in 60% of the time of 3
 FEW_ROWS = {2: 4, 3: 4, 4: 8, 8: 8}
 # Running maxima start here, in the kernel's body too: finite, so that a fully masked row has weights 0 and not NaN.
 LOWEST = -3.4e38
+_E = mx.array(math.e)
 
 
 def attention_over(
@@ -51,25 +52,38 @@ def attention_over(
     tuple[mx.array, mx.array, mx.array]
         The output `[B, H, G, Dv]`, each token's weight `[B, H, G, T]`, and their sums `[B, H, G, 1]`, not 0, all float32.
     """
-    G, filled = queries.shape[-2], _filled(queries)
-    parts = [pair for pair in parts if _length(pair[0])]
-    turned = rotate(filled) if any(_is_rotated(k) for k, _ in parts) else filled
-    scores = [_in_turn(scores_of, turned if _is_rotated(k) else filled, k) for k, _ in parts]
-    if filled is not queries:
-        scores = [part[..., :G, :] for part in scores]
+    filled = _filled(queries)
+    turned: mx.array | None = None
+    scores: list[mx.array] = []
+    summed: list[Rows] = []
+    bounds = [0]  # between parts
+    for keys, values in parts:
+        if not (length := _length(keys)):
+            continue
+        if _is_rotated(keys):
+            turned = rotate(filled) if turned is None else turned
+            scores.append(_in_turn(scores_of, turned, keys))
+        else:
+            scores.append(_in_turn(scores_of, filled, keys))
+        summed.append(values)
+        bounds.append(bounds[-1] + length)
     joined = scores[0] if len(scores) == 1 else mx.concatenate(scores, axis=-1)
+    if filled is not queries:
+        joined = joined[:, :, : queries.shape[2]]
     weights, total = exponentials(joined if bias is None else joined + bias, sinks, bias is not None)
-    sums: dict[bool, mx.array] = {}
-    start = 0
-    for _, v in parts:
-        stop, rotated = start + _length(v), _is_rotated(v)
-        part = _in_turn(weighted_sum, weights[..., start:stop] if len(parts) > 1 else weights, v)
-        sums[rotated] = sums[rotated] + part if rotated in sums else part
-        start = stop
-    if True in sums:
-        back = rotate_back(sums.pop(True))
-        sums[False] = sums[False] + back if sums else back
-    return sums[False] / total, weights, total
+    shares = [weights] if len(summed) == 1 else mx.split(weights, bounds[1:-1], axis=-1)
+    plain: mx.array | None = None
+    rotated: mx.array | None = None
+    for share, values in zip(shares, summed):
+        part = _in_turn(weighted_sum, share, values)
+        if _is_rotated(values):
+            rotated = part if rotated is None else rotated + part
+        else:
+            plain = part if plain is None else plain + part
+    if rotated is not None:
+        plain = rotate_back(rotated) if plain is None else plain + rotate_back(rotated)
+    assert plain is not None
+    return plain / total, weights, total
 
 
 def exponentials(scores: mx.array, sinks: mx.array | None, masked: bool = True) -> tuple[mx.array, mx.array]:
@@ -95,7 +109,7 @@ def exponentials(scores: mx.array, sinks: mx.array | None, masked: bool = True) 
     if sinks is not None:
         logits = sinks.astype(mx.float32).reshape(*scores.shape[1:3], 1)
         top = mx.maximum(top, logits)
-    weights = mx.power(math.e, scores - top)  # MLX's exp takes three times as long on an x86 CPU
+    weights = mx.power(_E, scores - top)  # MLX's exp takes three times as long on an x86 CPU
     total = weights.sum(axis=-1, keepdims=True)
     if sinks is not None:
         total += mx.exp(logits - top)
@@ -122,7 +136,7 @@ def scores_of(x: mx.array, rows: Rows) -> mx.array:
     """
     if isinstance(rows, mx.array):
         return x @ rows.astype(mx.float32).swapaxes(-1, -2)
-    *lead, G, D = x.shape
+    *lead, _, D = x.shape
     scaled_by = _scaled_by(rows.bits, D, rows.tile_tokens, rows.tile_dims, _length(rows))
     if scaled_by == "token":
         scale, bias = _scales(rows, "scale"), _scales(rows, "bias")  # [B, H, groups, T]
@@ -138,10 +152,10 @@ def scores_of(x: mx.array, rows: Rows) -> mx.array:
         products = mx.expand_dims(rows.bias.astype(mx.float32) @ x.swapaxes(-1, -2), -2)  # [B, H, tiles, 1, G]
         planes = code_planes(rows)
         for j, plane in enumerate(planes):
-            codes = plane.reshape(*lead, -1, rows.tile_tokens, plane.shape[-1])
+            codes = mx.unflatten(plane, -2, (-1, rows.tile_tokens))
             own = scaled[..., j :: len(planes)] if len(planes) > 1 else scaled
             products = mx.addmm(products, codes, own.swapaxes(-1, -2))
-        return products.reshape(*lead, -1, G).swapaxes(-1, -2)
+        return mx.flatten(products, -3, -2).swapaxes(-1, -2)
     return x @ _unpacked(rows).swapaxes(-1, -2)
 
 
