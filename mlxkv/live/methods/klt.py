@@ -36,7 +36,8 @@ class KLTConfig(Config):
     ----------
     budget
         Maximal bytes, as a share of the unquantized cache at 2 bytes per element, of all layers without a window together;
-        directions, scales and unquantized tokens are included. Texts shorter than 1,024 tokens may exceed it. Layers with a sliding
+        directions, scales and unquantized tokens are included. Texts shorter than 1,024 tokens may exceed it, and where it is less
+        than the directions take (half a head's dims of its tokens in float16: 128 of 4,096 for 256 dims) longer ones too. Layers with a sliding
         window have `int4`.
     sinks
         Number of first tokens that stay unquantized.
