@@ -148,13 +148,14 @@ def scores_of(x: mx.array, rows: Rows) -> mx.array:
         products = _products(split.reshape(*lead, -1, D), rows).reshape(*split.shape[:-1], -1)
         return (products * mx.expand_dims(scale, -3)).sum(axis=-2) + split.sum(axis=-1) @ bias
     if scaled_by == "dim":
-        scaled = mx.expand_dims(x, -3) * mx.expand_dims(rows.scale, -2)  # [B, H, tiles, G, D]
-        products = mx.expand_dims(rows.bias.astype(mx.float32) @ x.swapaxes(-1, -2), -2)  # [B, H, tiles, 1, G]
+        turned = x.swapaxes(-1, -2)
+        scaled = mx.expand_dims(turned, -3) * mx.expand_dims(rows.scale, -1)  # [B, H, tiles, D, G]
+        products = mx.expand_dims(rows.bias @ turned, -2)  # [B, H, tiles, 1, G]
         planes = code_planes(rows)
         for j, plane in enumerate(planes):
             codes = mx.unflatten(plane, -2, (-1, rows.tile_tokens))
-            own = scaled[..., j :: len(planes)] if len(planes) > 1 else scaled
-            products = mx.addmm(products, codes, own.swapaxes(-1, -2))
+            own = scaled[..., j :: len(planes), :] if len(planes) > 1 else scaled
+            products = mx.addmm(products, codes, own)
         return mx.flatten(products, -3, -2).swapaxes(-1, -2)
     return x @ _unpacked(rows).swapaxes(-1, -2)
 

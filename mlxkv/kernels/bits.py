@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import mlx.core as mx
 
@@ -326,12 +326,18 @@ def code_planes(packed: QuantizedArray) -> list[mx.array]:
     """
     if packed.bits == 8 and packed.dim % 4 == 0:
         return [packed.words.view(mx.uint8).astype(mx.float32)]
-    each = 8 // packed.bits
     if packed.bits in (3, 8) or packed.dim * packed.bits % 32:
         return [unpack_codes(packed)]
-    mask = (2**packed.bits - 1) * 0x01010101
-    words = [packed.words >> (packed.bits * j) if j else packed.words for j in range(each)]
-    return [(part & mask).view(mx.uint8).astype(mx.float32) for part in words]
+    words, (mask, shifts) = packed.words, _places(packed.bits)
+    parts = [words, *[words >> shift for shift in shifts]]
+    return [(part & mask).view(mx.uint8).astype(mx.float32) for part in parts]
+
+
+@cache
+def _places(bits: int) -> tuple[mx.array, list[mx.array]]:
+    """Return the mask of the lowest code of each byte of a word, and how far to shift words for the others."""
+    shifts = [mx.array(place, mx.uint32) for place in range(bits, 8, bits)]
+    return mx.array((2**bits - 1) * 0x01010101, mx.uint32), shifts
 
 
 def slice_rows(packed: QuantizedArray, start: int, stop: int) -> QuantizedArray:
