@@ -108,7 +108,7 @@ class BatchedRows:
         Raises
         ------
         InputError
-            For padding on the left of what is stored, on the right without lengths, or of another number of rows.
+            For padding on the left of what is stored, on the right without lengths, of another number of rows, or below 0.
         """
         if left_padding is not None and not self.empty():
             raise InputError("padding on the left is possible only before the first token of a batch")
@@ -122,6 +122,8 @@ class BatchedRows:
             raise InputError(
                 f"this batch has {len(self.rows)} rows, but padding is given for {len(skips)} and {len(counts)}"
             )
+        if min([*skips, *counts], default=0) < 0:
+            raise InputError("lengths and padding are numbers of tokens, 0 or more")
         self._padding, self._offsets = list(zip(skips, counts)), None
 
     def finalize(self) -> None:
@@ -164,7 +166,7 @@ class BatchedRows:
             self._padding = [
                 each for batch in (self, other) for each in batch._padding or [(0, _ENDLESS)] * len(batch.rows)
             ]
-        self.rows.extend(copied_row(row, ("extend", place)) for place, row in enumerate(other.rows))
+        self.rows += [copied_row(row, ("extend", place)) for place, row in enumerate(other.rows)]  # it may be this one
         self._columns, self._offsets, self._last = max(self._columns, other._columns), None, None
 
     def extract(self, idx: int) -> LayerCache:
@@ -218,7 +220,7 @@ class BatchedRows:
             raise UnsupportedError(
                 f"a row of this {self.method_name} batch cannot take {n} tokens back: ask is_trimmable()"
             )
-        count = max(row.trim(n) for row in self.rows)
+        count = max((row.trim(n) for row in self.rows), default=0)
         self._columns, self._offsets = self._columns - count, None
         return count
 

@@ -181,6 +181,8 @@ def test_what_cannot_be_in_one_batch_is_refused_before_it_starts():
         batch[0].prepare(left_padding=[1, 0])
     with pytest.raises(InputError, match="2 rows"):
         batch[0].prepare(lengths=[1], right_padding=[0])
+    with pytest.raises(InputError, match="0 or more"):
+        batch[0].prepare(lengths=[4, -1], right_padding=[0, 5])
 
 
 def test_a_row_that_cannot_take_tokens_back_keeps_the_others_from_it():
@@ -189,6 +191,23 @@ def test_a_row_that_cannot_take_tokens_back_keeps_the_others_from_it():
     with pytest.raises(UnsupportedError, match="cannot take 2"):
         batch[0].trim(2)
     assert batch[0].offset.tolist() == [3, 200]
+
+
+def test_a_batch_can_be_extended_by_itself_and_be_empty():
+    model, _, batch = live_batch(offsets=(5, 0))
+    for each in batch:
+        each.extend(each)
+    logits = model(mx.array([[1], [2], [1], [2]]), cache=batch)
+    np.testing.assert_allclose(logits[:2], logits[2:], atol=1e-5)
+    assert batch[0].offset.tolist() == [6, 1, 6, 1]
+    for each in batch:
+        each.filter([])
+        assert (each.trim(1), each.nbytes, each.size(), each.offset.tolist()) == (0, 0, 0, [])
+    _, _, other = live_batch(offsets=(3,))
+    for each, more in zip(batch, other):
+        each.extend(more)
+    model(mx.array([[1]]), cache=batch)
+    assert batch[0].offset.tolist() == [4]
 
 
 def test_padding_on_the_left_is_skipped():
