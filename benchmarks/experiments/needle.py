@@ -25,6 +25,7 @@ PRESETS = (
     "int4",
     "kivi-2",
     "smartkv-0.3",
+    "klt-0.15",
     "h2o-256",
     "h2o-96",
     "mp-kvm-96",
