@@ -124,12 +124,14 @@ def _pair(arrays: Iterable[mx.array]) -> tuple[mx.array, mx.array]:
 @cache
 def lloyd_levels(bits: int) -> tuple[float, ...]:
     """Return the `2**bits` levels that code a standard Gaussian with the least squared error, ascending."""
-    edge = np.linspace(-6, 6, 20_001)
-    density = np.exp(-(edge**2) / 2)
+    x = np.linspace(-6, 6, 20_001)
+    density = np.exp(-(x**2) / 2)
+    mass, moment = (np.append(0, np.cumsum(part)) for part in (density, density * x))
     levels = np.linspace(-2, 2, 2**bits)
     for _ in range(500):
-        nearest = np.abs(edge[:, None] - levels).argmin(axis=1)
-        levels = np.array([np.average(edge[nearest == i], weights=density[nearest == i]) for i in range(2**bits)])
+        inner = np.searchsorted(x, (levels[1:] + levels[:-1]) / 2)
+        edges = np.concatenate([[0], inner, [len(x)]])
+        levels = np.diff(moment[edges]) / np.diff(mass[edges])
     return tuple(levels.tolist())
 
 
