@@ -16,7 +16,18 @@ from mlxkv.spec import is_int
 
 _TYPES = {
     str(kind).removeprefix("mlx.core."): kind
-    for kind in (mx.float32, mx.float16, mx.bfloat16, mx.int32, mx.int64, mx.int8, mx.uint8, mx.uint16, mx.uint32, mx.bool_)
+    for kind in (
+        mx.float32,
+        mx.float16,
+        mx.bfloat16,
+        mx.int32,
+        mx.int64,
+        mx.int8,
+        mx.uint8,
+        mx.uint16,
+        mx.uint32,
+        mx.bool_,
+    )
 }
 _MAX_AXES, _MAX_SIZE = 8, 2**31 - 1
 
