@@ -93,7 +93,7 @@ def test_rotated_keys_take_the_bytes_of_keys_that_are_not(tmp_path, method, kind
         with Reader(blob) as reader:
             sizes.append([group["file_bytes"] for group in summary(reader)["groups"]])
         errors.append([relative_error(found[key], array) for key, array in streams_of(dump).items() if array.size])
-    np.testing.assert_allclose(*sizes, rtol=0.02)
+    np.testing.assert_allclose(*sizes, rtol=0.03)
     np.testing.assert_allclose(*errors, rtol=0.05)
 
 

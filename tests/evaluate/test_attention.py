@@ -16,7 +16,7 @@ from mlxkv.models import cache_spec
 MODELS = ("llama", "gpt2", "glm4_moe_lite")
 HELD, FOLLOWING = 96, 20  # more than a chunk that is taken in token by token
 LONG = 256  # where SmartKV, even for so few dims, has lower buckets
-KEEP_ALL = ("int4", "int8", "kivi", "smartkv", "full")
+KEEP_ALL = ("int4", "int8", "kivi", "klt", "smartkv", "full")
 MERGE = ("mp-kvm", "sketch-aggregate")
 
 

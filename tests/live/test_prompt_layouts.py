@@ -52,7 +52,7 @@ def test_every_file_says_its_layout_and_how_many_tokens_it_holds(name, version):
 def test_both_layouts_of_a_cache_hold_the_same(name):
     model = exact_model(FILES[name][0])
     old, new = (next_logits(model, read_prompt_cache(path_of(version, name), model)) for version in VERSIONS)
-    assert mx.array_equal(old, new)
+    assert mx.allclose(old, new, atol=1e-4)  # arrays of other sizes are multiplied in another order
 
 
 @pytest.mark.parametrize(

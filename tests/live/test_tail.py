@@ -42,9 +42,27 @@ def test_a_tail_is_its_chunks_one_after_the_other_with_fewer_than_16_rows_more()
         tail.append(*chunk)
         seen = seen.append(chunk)
         assert all(mx.array_equal(*pair) for pair in zip(tail.tokens(), seen, strict=True))
-        assert (
-            seen.tokens == tail.rows <= tail.allocated == tail.keys.shape[2] == tail.values.shape[2] < tail.rows + STEP
-        )
+        assert seen.tokens == tail.rows <= tail.allocated == tail.keys.shape[2] == tail.values.shape[2] < tail.rows + 16
+
+
+def test_arrays_that_a_tail_was_made_of_keep_their_values():
+    given = KeysValues(numbers(1, 16), numbers(2, 16, 8))
+    mx.eval(given)
+    before, tail = values_of(given), Tail(*given)
+    tail.rows = 10
+    tail.append(numbers(3, 2), numbers(4, 2, 8))
+    mx.eval(*tail.tokens())
+    assert values_of(given) == before
+
+
+def test_a_copied_tail_does_not_hold_the_array_that_its_tokens_are_of():
+    whole = KeysValues(numbers(1, 2**14), numbers(2, 2**14, 8))
+    mx.eval(whole)
+    before = mx.get_active_memory()
+    tail = Tail.copy_of(whole.slice_tokens(0, 8))
+    mx.eval(*tail.tokens())
+    whole = None
+    assert mx.get_active_memory() < before - 2**14 * 2 * 16  # of 2 heads, keys alone in 2 bytes
 
 
 def test_rows_that_were_taken_back_are_written_again():

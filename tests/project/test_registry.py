@@ -59,7 +59,7 @@ import sys; sys.path.insert(0, {str(tmp_path)!r})
 from {module} import {registry}
 {registry}.names()
 from mlxkv.live import live_methods
-assert len(live_methods.names()) == 12, live_methods.names()
+assert len(live_methods.names()) == 13, live_methods.names()
 assert live_methods.get("int8").__module__ == "mlxkv.live.methods.int8"
 """
     done = subprocess.run([sys.executable, "-W", "always", "-c", script], capture_output=True, text=True, check=False)
