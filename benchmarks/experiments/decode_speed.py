@@ -26,7 +26,7 @@ from mlxkv.live import make_cache
 PHASE = 8
 BASE, FULL = "KVCache", "full"
 THEIRS: dict[str, Callable[[], Any]] = {BASE: KVCache, "QuantizedKVCache, 4 bits": partial(QuantizedKVCache, 64, 4)}
-PRESETS = (FULL, "int8", "int4", "kivi-2", "smartkv-0.3", "h2o-512")
+PRESETS = (FULL, "int8", "int4", "kivi-2", "smartkv-0.3", "klt-0.2", "h2o-512")
 CHUNK = 2048  # tokens: mlx-lm's prefill_step_size
 DECODED, WARM_UP = 64, 4  # 64 pass every point at which a method packs some
 LENGTHS, ROUNDS = (1024, 4096), 3  # rounds of taking a prompt in

@@ -74,9 +74,9 @@ class Sizes:
 
 
 FULL = (
-    Sizes(1024, None, 64, ("full", "int8", "int4", "kivi-2", "smartkv-0.5", "smartkv-0.3", "h2o-512", "mp-kvm-512",
+    Sizes(1024, None, 64, ("full", "int8", "int4", "kivi-2", "smartkv-0.5", "smartkv-0.3", "klt-0.2", "h2o-512", "mp-kvm-512",
                            "streaming-llm-512", "sliding-window-512", "random-512", "sketch-topk-512", "sketch-aggregate-512")),
-    Sizes(4096, 6, 64, ("full", "int8", "int4", "kivi-2", "smartkv-0.3", "h2o-512")),
+    Sizes(4096, 6, 64, ("full", "int8", "int4", "kivi-2", "smartkv-0.3", "klt-0.2", "h2o-512")),
 )  # fmt: skip
 QUICK = (Sizes(192, None, 4, ("full", "int8", "smartkv-0.5", "h2o-96")),)
 
