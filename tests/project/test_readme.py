@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_plans import problem
 
-from benchmarks.experiments import store
+from benchmarks.experiments import batching, decode_speed, store
 from mlxkv import KVTCRDConfig, calibrate, lm, write_dump
 from mlxkv.cli import main
 from mlxkv.sensitivity import sensitivity
@@ -186,6 +186,12 @@ def test_what_three_minutes_of_calibration_give_is_measured():
 def test_prompts_that_survive_have_the_measured_numbers():
     found = json.loads((ROOT / "benchmarks" / "results" / "store.json").read_text())
     assert store.brief(found) in " ".join(README.split())
+
+
+def test_batches_and_decoding_have_the_measured_numbers():
+    flowing = " ".join(README.split())
+    for experiment, name in ((batching, "batching"), (decode_speed, "decode_speed")):
+        assert experiment.brief(json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())) in flowing
 
 
 def test_as_many_model_types_work_as_the_page_of_models_says():
