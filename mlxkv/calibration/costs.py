@@ -1,4 +1,4 @@
-"""What errors of each layer cost, for the live method `klt`: its tables, from finished stretches and the attention in them."""
+"""Costs of errors in each layer, the tables of the live method `klt`: from finished stretches and the attention in them."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Measurement(NamedTuple):
-    """How far predictions moved with one kind of cache.
+    """Distance that predictions moved with one kind of cache.
 
     Parameters
     ----------

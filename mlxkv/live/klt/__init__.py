@@ -1,1 +1,1 @@
-"""What the live method `klt` is made of: `tables` split bytes, `learning` finds directions, `coding` makes rows of digits."""
+"""Parts of the live method `klt`: `tables` split bytes, `learning` finds directions, `coding` makes rows of digits."""

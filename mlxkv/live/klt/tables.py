@@ -1,4 +1,4 @@
-"""How many bytes each layer's keys and values get of a budget: what a model's predictions lose, by layer, head and direction."""
+"""Shares of a budget for the keys and values of each layer, by the costs of errors there: by layer, head and direction."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Slots = tuple[Slot, Slot]
 
 
 class LayerTable(NamedTuple):
-    """What errors in one layer cost, as binary logarithms.
+    """Costs of errors in one layer, as binary logarithms.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ class LayerTable(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """What errors in each layer cost.
+    """Costs of errors in each layer.
 
     Parameters
     ----------
